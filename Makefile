@@ -1,0 +1,31 @@
+# Two commands for a fresh machine: `make quickstart` and `make test`.
+PYTHON ?= python3.11
+BIN := .venv/bin
+
+.PHONY: quickstart test check bench clean
+
+.venv/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet -c constraints.txt torch==2.13.0
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev,hub,notebooks]'
+	touch $@
+
+quickstart: .venv/.installed
+	$(BIN)/flowkit train experiment=digits_cfm hydra.run.dir=runs/quickstart
+	$(BIN)/flowkit evaluate run=runs/quickstart
+
+test: .venv/.installed
+	$(BIN)/python -m pytest
+
+check: .venv/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -m "not slow"
+
+bench: .venv/.installed
+	$(BIN)/python -m pytest tests/benchmarks --benchmark-only -s
+
+clean:
+	rm -rf .venv build dist *.egg-info

@@ -1,0 +1,109 @@
+"""Argument checks: the one place for the wording of errors.
+
+Every message reads ``<argument> must <rule>, got <value>[; <fix>]``.
+"""
+
+import math
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor
+
+
+def expand_like(t: Tensor, x: Tensor) -> Tensor:
+    """Reshape ``t (B,)`` to ``(B, 1, ..., 1)`` so that it broadcasts against ``x (B, *)``.
+
+    >>> expand_like(torch.zeros(3), torch.zeros(3, 2, 5)).shape
+    torch.Size([3, 1, 1])
+    """
+    return t.reshape(-1, *(1,) * (x.ndim - 1))
+
+
+def check_times(t: Tensor, batch: int, name: str = "t") -> None:
+    """Require ``t (batch,)`` of floats within [0, 1]."""
+    if t.shape != (batch,):
+        raise ValueError(f"{name} must have shape ({batch},), got {tuple(t.shape)}")
+    if not t.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got {t.dtype}")
+    if t.numel():
+        low, high = (v.item() for v in torch.aminmax(t))
+        if not (low >= 0 and high <= 1):
+            raise ValueError(
+                f"{name} must lie in [0, 1], got values in [{low}, {high}]; "
+                "flowkit's time is 0 at noise, 1 at data"
+            )
+
+
+def check_same_shape(x0: Tensor, x1: Tensor, names: tuple[str, str] = ("x0", "x1")) -> None:
+    """Require two tensors of one shape, so that nothing broadcasts by accident."""
+    if x0.shape != x1.shape:
+        raise ValueError(
+            f"{names[0]} must have the shape of {names[1]}, {tuple(x1.shape)}, "
+            f"got {tuple(x0.shape)}"
+        )
+
+
+def as_grid(grid: Tensor | Sequence[float] | int) -> Tensor:
+    """Return sampling times as a 1-D float64 tensor, strictly increasing within [0, 1].
+
+    An integer ``n`` means ``n`` uniform steps.
+    """
+    if isinstance(grid, bool):
+        raise TypeError(f"grid must be a number of steps or a tensor of times, got {grid}")
+    if isinstance(grid, int):
+        check_at_least(grid, 1, "grid")
+        return torch.linspace(0, 1, grid + 1, dtype=torch.float64)
+    times = torch.as_tensor(grid, dtype=torch.float64, device="cpu")
+    if times.ndim != 1 or len(times) < 2:
+        raise ValueError(
+            f"grid must be a 1-D tensor of at least 2 times, got shape {tuple(times.shape)}"
+        )
+    shown = [round(v, 6) for v in times.tolist()]
+    if not bool((times[1:] > times[:-1]).all()):
+        raise ValueError(f"grid must increase strictly, got {shown}")
+    if times[0] < 0 or times[-1] > 1:
+        raise ValueError(f"grid must lie in [0, 1], got {shown}")
+    return times
+
+
+def check_at_least(value: float, minimum: float, name: str) -> None:
+    """Require a number ``value >= minimum``."""
+    if not (value >= minimum):
+        raise ValueError(f"{name} must be at least {minimum}, got {value}")
+
+
+def check_positive(value: float, name: str) -> None:
+    """Require a finite number ``value > 0``."""
+    if not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"{name} must be positive and finite, got {value}")
+
+
+def check_between(value: float, low: float, high: float, name: str) -> None:
+    """Require a number ``low <= value <= high``."""
+    if not (low <= value <= high):
+        raise ValueError(f"{name} must lie in [{low}, {high}], got {value}")
+
+
+def check_choice(value: object, choices: Collection[str], name: str) -> None:
+    """Require one of a few names."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(sorted(choices))}, got {value!r}")
+
+
+def check_labels(labels: Tensor, num_classes: int, name: str = "cond") -> None:
+    """Require integer labels in ``[0, num_classes)``."""
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise TypeError(f"{name} must hold integer labels, got {labels.dtype}")
+    if labels.numel():
+        low, high = (int(v) for v in torch.aminmax(labels))
+        if low < 0 or high >= num_classes:
+            raise ValueError(
+                f"{name} must hold labels in [0, {num_classes - 1}], got values in [{low}, {high}]"
+            )
+
+
+def check_finite(x: Tensor, name: str) -> None:
+    """Require a tensor without NaN or infinity."""
+    if not bool(torch.isfinite(x).all()):
+        bad = int((~torch.isfinite(x)).sum())
+        raise ValueError(f"{name} must be finite, got {bad} NaN or infinite of {x.numel()} values")

@@ -1,0 +1,40 @@
+"""The few types that every part of flowkit agrees on."""
+
+from collections.abc import Mapping
+from typing import NotRequired, Protocol, TypedDict, runtime_checkable
+
+from torch import Tensor
+
+Cond = Tensor | Mapping[str, Tensor] | None
+"""A condition: labels or another tensor, several named ones, or none. Always one argument."""
+
+
+@runtime_checkable
+class Velocity(Protocol):
+    """Anything that says how fast a state moves: ``velocity(x, t, cond) -> dx/dt``.
+
+    Time runs from noise at ``t = 0`` to data at ``t = 1``. Networks, guided networks and
+    closed-form flows are all velocities. A velocity with something to prepare or to cache
+    may offer ``bind(cond, grid) -> Velocity``; what that returns serves one solve, and may
+    offer ``begin_step(t_left, t_right)`` and count its network rows in ``rows``.
+    """
+
+    def __call__(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
+        """Return the velocity ``(B, *)`` at states ``x (B, *)`` and times ``t (B,)``."""
+        ...
+
+
+class Batch(TypedDict):
+    """What a data module yields; only ``x1`` is required."""
+
+    x1: Tensor
+    """Data ``(B, *)``: images in [-1, 1], latents or points."""
+    cond: NotRequired[Cond]
+    """Labels ``(B,)`` or other conditions."""
+    mask: NotRequired[Tensor]
+    """Broadcastable to ``x1``: 1 counts, 0 (padding) carries no loss."""
+    x0: NotRequired[Tensor]
+    """Given source samples ``(B, *)``: no noise is drawn."""
+    t0: NotRequired[Tensor]
+    """``(B,)``: with ``t1``, says that ``x0 -> x1`` is a segment of the flow."""
+    t1: NotRequired[Tensor]
