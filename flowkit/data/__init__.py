@@ -1,0 +1,9 @@
+"""Data sets as Lightning data modules that yield ``flowkit.types.Batch``."""
+
+from flowkit.data.digits import Digits
+from flowkit.data.folder import Folder
+from flowkit.data.hub import Hub
+from flowkit.data.idx import IDX
+from flowkit.data.toy import Toy
+
+__all__ = ["IDX", "Digits", "Folder", "Hub", "Toy"]

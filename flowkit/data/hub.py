@@ -1,0 +1,175 @@
+"""Image data sets in the format of the Hugging Face hub."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from flowkit.checks import check_choice, check_labels
+from flowkit.data.arrays import Index, from_uint8, positions
+from flowkit.data.folder import check_image_format, square
+from flowkit.data.splits import SplitData, partition
+from flowkit.types import Batch
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """A split whose samples are rows of a ``datasets.Dataset``.
+
+    Args:
+        rows: The data set.
+        image_column: The column of images.
+        labels: Integer classes ``(N,)``, or None.
+        image_size: Side of the square images.
+        channels: 1 (grey) or 3 (RGB).
+    """
+
+    rows: Any
+    image_column: str
+    labels: Tensor | None
+    image_size: int
+    channels: int = 3
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self.rows)
+
+    def __getitem__(self, index: Index) -> Batch:
+        """Decode some rows into one batch."""
+        rows = positions(index, len(self))
+        x1 = torch.empty(0, self.channels, self.image_size, self.image_size)
+        if len(rows):
+            images = self.rows[rows.tolist()][self.image_column]
+            x1 = from_uint8(
+                torch.stack([square(image, self.image_size, self.channels) for image in images])
+            )
+        return Batch(x1=x1) if self.labels is None else Batch(x1=x1, cond=self.labels[rows])
+
+    def fingerprint(self) -> str:
+        """Return a SHA-256 of the format, of every encoded image and of the labels."""
+        from datasets import Image
+
+        digest = hashlib.sha256(f"{self.image_size} {self.channels}\n".encode())
+        encoded = self.rows.cast_column(self.image_column, Image(decode=False))
+        for row in encoded:
+            image = row[self.image_column]
+            digest.update(image["bytes"] or Path(image["path"]).read_bytes())
+        digest.update(str(None if self.labels is None else self.labels.tolist()).encode())
+        return digest.hexdigest()
+
+
+class Hub(SplitData):
+    """A data set of the Hugging Face hub, or one in its format on disk.
+
+    ``x1 (B, channels, image_size, image_size)``, squared like those of ``Folder``. The parts
+    ``validation`` and ``test`` are used where the data set has them; what is missing is carved
+    out of ``train``.
+
+    Args:
+        path: A name on the hub, a folder written by ``save_to_disk``, or any other folder that
+            ``datasets.load_dataset`` reads.
+        image_size: Side of the square images in pixels.
+        name: The configuration of the data set, if it has several.
+        image_column: The column of images.
+        label_column: The column of class labels; None for no labels.
+        channels: 1 (grey) or 3 (RGB).
+        batch_size: Samples per process and step.
+        flip: Mirror training images left to right with probability one half.
+        val_fraction: The share of a carved validation split, stratified by class.
+        test_fraction: The share of a carved test split, stratified by class.
+        split_seed: The seed of the splits.
+        seed: The seed of the training stream.
+        num_workers: Processes that read ahead.
+        coupling: Pairs data with noise in the loader; see ``SplitData``.
+
+    Raises:
+        ImportError: On ``setup``, if the package ``datasets`` is not installed.
+        ValueError: On ``setup``, if there is no such column or no part ``train``, or labels
+            are out of range.
+        TypeError: On ``setup``, if labels are not integers.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        image_size: int,
+        name: str | None = None,
+        image_column: str = "image",
+        label_column: str | None = "label",
+        channels: int = 3,
+        batch_size: int = 64,
+        flip: bool = False,
+        val_fraction: float = 0.05,
+        test_fraction: float = 0.05,
+        split_seed: int = 0,
+        seed: int = 0,
+        num_workers: int = 0,
+        coupling: Any = None,
+    ) -> None:
+        super().__init__(
+            batch_size=batch_size, seed=seed, num_workers=num_workers, flip=flip, coupling=coupling
+        )
+        check_image_format(image_size, channels)
+        self.path, self.name = str(path), name
+        self.image_column, self.label_column = image_column, label_column
+        self.image_size, self.channels = image_size, channels
+        self.fractions = {"validation": val_fraction, "test": test_fraction}
+        self.split_seed = split_seed
+
+    def load(self) -> Mapping[str, Rows]:
+        """Load the data set, and carve the parts that it does not have."""
+        parts = self._read()
+        labels = {part: self._labels(rows) for part, rows in parts.items()}
+        if (known := labels["train"]) is not None:
+            names = getattr(parts["train"].features[self.label_column], "names", None)
+            self.num_classes = len(names) if names else int(known.max()) + 1
+            self.class_names = names
+            for part, values in labels.items():
+                check_labels(cast(Tensor, values), self.num_classes, f"labels of {part}")
+        missing = [part for part in self.fractions if part not in parts]
+        if missing:
+            fractions = [self.fractions[part] for part in missing]
+            train = parts["train"]
+            cuts = partition(len(train), fractions, self.split_seed, known)
+            for part, cut in zip(("train", *missing), cuts, strict=True):
+                parts[part] = train.select(cut.tolist())
+                labels[part] = None if known is None else known[cut]
+        return {
+            name: Rows(parts[part], self.image_column, labels[part], self.image_size, self.channels)
+            for name, part in (("train", "train"), ("val", "validation"), ("test", "test"))
+        }
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            from datasets import Dataset, load_dataset, load_from_disk
+        except ImportError as error:
+            raise ImportError(
+                "data.Hub needs the package datasets; pip install 'flowkit-fm[hub]'"
+            ) from error
+        saved = any((Path(self.path) / f).is_file() for f in ("state.json", "dataset_dict.json"))
+        found = load_from_disk(self.path) if saved else load_dataset(self.path, self.name)
+        parts: dict[str, Any] = {"train": found}
+        if not isinstance(found, Dataset):
+            parts = {str(part): rows for part, rows in found.items()}
+        if "train" not in parts:
+            raise ValueError(f"path must have a part train, got {', '.join(parts)} in {self.path}")
+        check_choice(self.image_column, parts["train"].column_names, "image_column")
+        if self.label_column is not None:
+            check_choice(self.label_column, parts["train"].column_names, "label_column")
+        return {part: parts[part] for part in ("train", *self.fractions) if part in parts}
+
+    def _labels(self, rows: Any) -> Tensor | None:
+        if self.label_column is None:
+            return None
+        values = list(rows[self.label_column])
+        wrong = [value for value in values if not isinstance(value, int)]
+        if wrong:
+            raise TypeError(
+                f"label_column must hold integers, got {wrong[0]!r} in {self.label_column}; "
+                "convert it with class_encode_column, or pass label_column=None"
+            )
+        return torch.tensor(values)

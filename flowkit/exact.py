@@ -1,0 +1,127 @@
+"""Closed-form flows: velocities with known answers, for tests and for teaching.
+
+Both are the marginal velocity ``v(x, t) = E[x1 − x0 | x_t = x]`` of the linear path
+``x_t = (1−t) x0 + t x1`` between independent ``x0 ~ N(0, I)`` and Gaussian (mixture) data.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flowkit.checks import expand_like
+from flowkit.types import Cond
+
+
+@dataclass(frozen=True, eq=False)
+class GaussianFlow:
+    """The flow from ``N(0, I)`` to ``N(mean, std²)``, elementwise.
+
+    With ``s²(t) = (1−t)² + t² std²`` the marginal is ``N(t mean, s²)``, the velocity
+    ``v = mean + (t std² − (1−t)) / s² · (x − t mean)`` and the solution ``mean + std x0``.
+
+    Args:
+        mean: A number or a tensor of a sample's shape.
+        std: Likewise, positive.
+
+    >>> flow = GaussianFlow(mean=2.0, std=0.5)
+    >>> flow.solution(torch.ones(1, 1))
+    tensor([[2.5000]])
+    """
+
+    mean: float | Tensor
+    std: float | Tensor
+
+    def __post_init__(self):
+        if not bool((torch.as_tensor(self.std) > 0).all()):
+            raise ValueError(f"std must be positive, got {self.std}")
+
+    def __call__(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
+        """Velocity ``(B, *)`` at ``x (B, *)`` and ``t (B,)``; ``cond`` is not used."""
+        s = expand_like(t, x)
+        slope = (s * self.std**2 - (1 - s)) / ((1 - s) ** 2 + s**2 * self.std**2)
+        return self.mean + slope * (x - s * self.mean)
+
+    def solution(self, x0: Tensor) -> Tensor:
+        """The exact state at ``t = 1`` of the trajectory that starts at ``x0``."""
+        return self.mean + self.std * x0
+
+    def log_prob(self, x1: Tensor) -> Tensor:
+        """Log-density ``(B,)`` of data, in nats."""
+        std = torch.as_tensor(self.std, dtype=x1.dtype, device=x1.device).expand(x1.shape[1:])
+        z = (x1 - self.mean) / std
+        log_density = -0.5 * (z**2 + math.log(2 * math.pi)) - std.log()
+        return log_density.flatten(1).sum(1)
+
+
+@dataclass(frozen=True, eq=False)
+class MixtureFlow:
+    """The flow from ``N(0, I)`` to the mixture ``Σ_k weights_k N(means_k, stds_k² I)``.
+
+    Its velocity is the average of the components' Gaussian velocities under the posterior of the
+    component given ``x_t``, ``r_k ∝ weights_k N(x; t means_k, ((1−t)² + t² stds_k²) I)``.
+
+    Args:
+        weights: ``(K,)``, positive; normalised to sum 1.
+        means: ``(K, *)``, ``*`` being a sample's shape.
+        stds: ``(K,)``, positive.
+
+    >>> flow = MixtureFlow(torch.ones(2), torch.tensor([[-2.0], [2.0]]), torch.full((2,), 0.5))
+    >>> flow(torch.zeros(1, 1), torch.tensor([0.5]))
+    tensor([[0.]])
+    """
+
+    weights: Tensor
+    means: Tensor
+    stds: Tensor
+
+    def __post_init__(self):
+        components = len(self.means)
+        for name in ("weights", "stds"):
+            value = getattr(self, name)
+            if value.shape != (components,) or not bool((value > 0).all()):
+                raise ValueError(
+                    f"{name} must be {components} positive numbers, one per mean, "
+                    f"got {value.tolist()}"
+                )
+
+    def __call__(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
+        """Velocity ``(B, *)`` at ``x (B, *)`` and ``t (B,)``; ``cond`` is not used."""
+        offset, s2 = self._offsets(x, t), self._variances(t)
+        slope = (t[:, None] * self.stds.to(t) ** 2 - (1 - t[:, None])) / s2
+        velocity = self.means.to(x) + _like(slope, offset) * offset
+        posterior = self._log_joint(offset, s2).softmax(1)
+        return (_like(posterior, offset) * velocity).sum(1)
+
+    def log_prob(self, x1: Tensor) -> Tensor:
+        """Log-density ``(B,)`` of data, in nats."""
+        t = x1.new_ones(len(x1))
+        log_joint = self._log_joint(self._offsets(x1, t), self._variances(t))
+        return log_joint.logsumexp(1) - 0.5 * x1[0].numel() * math.log(2 * math.pi)
+
+    def sample(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draw data ``(num_samples, *)`` from the mixture."""
+        index = torch.multinomial(self.weights, num_samples, True, generator=generator)
+        shape = (num_samples, *self.means.shape[1:])
+        noise = torch.randn(shape, dtype=self.means.dtype, generator=generator)
+        return self.means[index] + expand_like(self.stds[index], noise) * noise
+
+    def _offsets(self, x: Tensor, t: Tensor) -> Tensor:
+        """``x − t means_k`` of shape ``(B, K, *)``."""
+        return x[:, None] - expand_like(t, x[:, None]) * self.means.to(x)
+
+    def _variances(self, t: Tensor) -> Tensor:
+        """``(1−t)² + t² stds_k²`` of shape ``(B, K)``."""
+        return (1 - t[:, None]) ** 2 + t[:, None] ** 2 * self.stds.to(t) ** 2
+
+    def _log_joint(self, offset: Tensor, s2: Tensor) -> Tensor:
+        """``log weights_k N(x; t means_k, s2 I)`` up to a constant, ``(B, K)``."""
+        d = offset[0, 0].numel()
+        log_weights = (self.weights / self.weights.sum()).to(offset).log()
+        return log_weights - offset.square().flatten(2).sum(2) / (2 * s2) - 0.5 * d * s2.log()
+
+
+def _like(value: Tensor, x: Tensor) -> Tensor:
+    """Reshape ``value (B, K)`` to broadcast against ``x (B, K, *)``."""
+    return value.reshape(*value.shape, *(1,) * (x.ndim - 2))
