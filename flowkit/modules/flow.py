@@ -1,0 +1,215 @@
+"""What every flow-matching method shares as a Lightning module; nothing of a method itself."""
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any, cast
+
+import torch
+from lightning import LightningModule
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from flowkit.autoencoders import Autoencoder, Identity
+from flowkit.checks import check_at_least
+from flowkit.guidance import ClassifierFree, DropCond
+from flowkit.sampling import ODESampler, seeded_noise
+from flowkit.types import Batch, Cond, Velocity
+
+MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
+MakeScheduler = Callable[[Optimizer], LRScheduler]
+Guidance = float | Callable[[Velocity], Velocity] | None
+
+ADAMW = partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.0)
+
+
+class FlowModule(LightningModule):
+    """A velocity, its optimiser and sampling from it. A method adds `loss`.
+
+    Every training step's randomness (noise, times, dropped conditions, dropout) is a function of
+    the seed at the start of the fit, the number of batches seen and the rank, so that a resumed
+    run goes on exactly as an uninterrupted one. Validation draws the same noise every time.
+    Weights are averaged by Lightning's ``EMAWeightAveraging`` callback: checkpoints then hold the
+    averaged weights, and validation and samples made during it use them.
+
+    Args:
+        velocity: The network.
+        autoencoder: Maps data to what the flow runs on; its `decode` ends `sample`.
+        drop_cond: Conditions dropped in training; guidance needs them.
+        optimizer: Makes the optimiser from parameters, e.g.
+            ``partial(torch.optim.AdamW, lr=1e-3)``.
+        lr_scheduler: Makes a learning-rate scheduler, stepped every training step.
+    """
+
+    sample_shape: tuple[int, ...] | None = None
+    """Shape of one state, learnt from the first batch passed to `loss`."""
+
+    def __init__(
+        self,
+        velocity: Velocity,
+        autoencoder: Autoencoder = Identity(),
+        drop_cond: DropCond | None = None,
+        optimizer: MakeOptimizer = ADAMW,
+        lr_scheduler: MakeScheduler | None = None,
+    ):
+        super().__init__()
+        if not callable(velocity):
+            raise TypeError(
+                f"velocity must be callable as velocity(x, t, cond), got {type(velocity).__name__}"
+            )
+        self.velocity, self.autoencoder, self.drop_cond = velocity, autoencoder, drop_cond
+        self.make_optimizer, self.make_scheduler = optimizer, lr_scheduler
+        self.noise_seed: int | None = None
+
+    def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
+        """Velocity ``(B, *)`` at ``x (B, *)``, ``t (B,)``: a module is itself a velocity."""
+        return self.velocity(x, t, cond)
+
+    def loss(self, batch: Batch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """Return ``"loss"`` and whatever else is to be logged."""
+        raise NotImplementedError
+
+    def encode(self, batch: Batch) -> Batch:
+        """Return the batch with data as states of the flow, remembering their shape."""
+        x1 = self.autoencoder.encode(batch["x1"])
+        if self.sample_shape is None:
+            self.sample_shape = tuple(x1.shape[1:])
+        return {**batch, "x1": x1}
+
+    @torch.no_grad()
+    def sample(
+        self,
+        num_samples: int,
+        sampler: ODESampler | None = None,
+        cond: Cond = None,
+        seeds: Sequence[int] | Tensor | None = None,
+        guidance: Guidance = None,
+    ) -> Tensor:
+        """Draw data ``(num_samples, *)``: noise, solve, decode.
+
+        Args:
+            num_samples: How many.
+            sampler: Default: 25 Heun steps.
+            cond: Conditions of the samples, ``(num_samples, *)``.
+            seeds: One per sample, fixing its noise whatever the batch; drawn when None.
+            guidance: The scale of classifier-free guidance, or any function that wraps the
+                velocity.
+
+        Raises:
+            RuntimeError: If no batch has been seen, so that a sample's shape is unknown.
+            ValueError: If there are not ``num_samples`` seeds or conditions, or guidance is
+                asked of a module trained without dropped conditions.
+        """
+        check_at_least(num_samples, 1, "num_samples")
+        if self.sample_shape is None:
+            raise RuntimeError(
+                "sample_shape must be known to sample, got None; train the module, load a "
+                "trained one or set module.sample_shape"
+            )
+        if seeds is None:
+            seeds = torch.randint(2**62, (num_samples,))
+        sizes = {"seeds": len(seeds), **_sizes(cond)}
+        for name, size in sizes.items():
+            if size != num_samples:
+                raise ValueError(f"{name} must hold num_samples = {num_samples}, got {size}")
+        sampler = sampler or ODESampler(25, "heun")
+        noise = seeded_noise(self.sample_shape, seeds, self.device)
+        cond = self._to_device(cond)
+        training = self.training
+        self.eval()
+        try:
+            return self.autoencoder.decode(sampler(self.guided(guidance), noise, cond))
+        finally:
+            self.train(training)
+
+    def guided(self, guidance: Guidance) -> Velocity:
+        """Return the module's velocity under guidance; see `sample`.
+
+        Raises:
+            ValueError: If a scale other than 1 is asked of a module trained without dropped
+                conditions.
+        """
+        if guidance is None or guidance == 1:
+            return self.velocity
+        if callable(guidance):
+            return guidance(self.velocity)
+        if self.drop_cond is None or self.drop_cond.prob == 0:
+            raise ValueError(
+                f"guidance must be None or 1 for a module trained without drop_cond, got {guidance}"
+            )
+        return ClassifierFree(self.velocity, guidance, self.drop_cond.null)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """One loss, logged, refusing NaN."""
+        terms = self.loss(batch)
+        if not torch.isfinite(terms["loss"]):
+            raise RuntimeError(self._not_finite(batch, batch_idx, terms["loss"]))
+        self.log_dict({f"train/{name}": value.detach() for name, value in terms.items()})
+        return terms["loss"]
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """The loss under fixed noise, logged as ``val/…``."""
+        generator = torch.Generator(self.device).manual_seed(batch_idx)
+        terms = self.loss(batch, generator)
+        size = len(batch["x1"])
+        self.log_dict(
+            {f"val/{name}": value for name, value in terms.items()}, batch_size=size, sync_dist=True
+        )
+
+    def configure_optimizers(self) -> Any:
+        """Lightning's hook: the optimiser over all trainable parameters."""
+        optimizer = self.make_optimizer([p for p in self.parameters() if p.requires_grad])
+        if self.make_scheduler is None:
+            return optimizer
+        scheduler = {"scheduler": self.make_scheduler(optimizer), "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+    def on_train_start(self) -> None:
+        """Take the seed of the fit, unless a checkpoint brought its own."""
+        if self.noise_seed is None:
+            self.noise_seed = torch.initial_seed()
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Seed the step by (seed, batches seen, rank)."""
+        seen = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
+        key = f"{self.noise_seed} {seen} {self.global_rank}".encode()
+        torch.manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:8], "little") >> 1)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Store what is not a weight."""
+        checkpoint["flowkit"] = {
+            "sample_shape": None if self.sample_shape is None else list(self.sample_shape),
+            "noise_seed": self.noise_seed,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore it."""
+        stored = checkpoint["flowkit"]
+        shape = stored["sample_shape"]
+        self.sample_shape = None if shape is None else tuple(shape)
+        self.noise_seed = stored["noise_seed"]
+
+    def _to_device(self, cond: Cond) -> Cond:
+        if isinstance(cond, Tensor):
+            return cond.to(self.device)
+        return None if cond is None else {k: v.to(self.device) for k, v in cond.items()}
+
+    def _not_finite(self, batch: Batch, batch_idx: int, loss: Tensor) -> str:
+        where = f"got {loss.item()} at step {self.global_step}, batch {batch_idx}"
+        for name, value in batch.items():
+            if isinstance(value, Tensor) and not torch.isfinite(value).all():
+                rows = (~torch.isfinite(value)).flatten(1).any(1).nonzero().flatten().tolist()
+                return f"loss must be finite, {where}; {name} is not finite in its rows {rows[:10]}"
+        return (
+            f"loss must be finite, {where}; the data are finite: lower the learning rate or clip "
+            "gradients, and resume from the last checkpoint"
+        )
+
+
+def _sizes(cond: Cond) -> dict[str, int]:
+    if cond is None:
+        return {}
+    if isinstance(cond, Tensor):
+        return {"cond": len(cond)}
+    return {f"cond[{name!r}]": len(value) for name, value in cast(Any, cond).items()}
