@@ -147,14 +147,15 @@ class ODESampler:
         if not x.is_floating_point():
             raise TypeError(f"x must be a floating-point tensor, got {x.dtype}")
         bind = getattr(velocity, "bind", None)
-        field = _Field(velocity if bind is None else bind(cond, times), x, cond)
+        field = _Field(velocity if bind is None else bind(cond, self.times), cond)
         path = x.new_empty((len(times), *x.shape)) if return_path else None
         after = _after_step(path, x, callback)
         if method in ADAPTIVE:
             x = _adaptive(field, x, times, after, method=method, rtol=self.rtol, atol=self.atol)
         else:
-            x = _fixed(field, x, times.tolist(), after, STEPS[method]())
-        return Solution(x, field.nfe, field.rows, path)
+            nodes, make = STEPS[method]
+            x = _fixed(field, x, times, after, nodes, make())
+        return Solution(x, field.nfe, getattr(field.velocity, "rows", field.nfe * len(x)), path)
 
 
 def seeded_noise(
@@ -182,28 +183,23 @@ def seeded_noise(
 
 
 class _Field:
-    """The velocity of one solve as ``f(x, t)`` of a float ``t``, counting its evaluations."""
+    """The velocity of one solve, counting its evaluations."""
 
-    __slots__ = ("begin_step", "cond", "nfe", "t", "velocity")
+    __slots__ = ("cond", "nfe", "velocity")
 
-    def __init__(self, velocity: Velocity, x: Tensor, cond: Cond):
-        dtype = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
-        self.t = torch.empty(len(x), dtype=dtype, device=x.device)
+    def __init__(self, velocity: Velocity, cond: Cond):
         self.velocity, self.cond, self.nfe = velocity, cond, 0
-        self.begin_step = getattr(velocity, "begin_step", None)
 
-    def __call__(self, x: Tensor, t: float) -> Tensor:
-        v = self.velocity(x, self.t.fill_(t), self.cond)
-        if self.nfe == 0:
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        v = self.velocity(x, t, self.cond)
+        if not self.nfe:
             check_same_shape(v, x, ("velocity(x, t, cond)", "x"))
         self.nfe += 1
-        if v.requires_grad:  # the graph may hold on to the times
-            self.t = torch.empty_like(self.t)
         return v
 
-    @property
-    def rows(self) -> int:
-        return getattr(self.velocity, "rows", self.nfe * len(self.t))
+    def begin_step(self, t: float, end: float) -> None:
+        """Tell the velocity the step, in either direction as its left and its right end."""
+        self.velocity.begin_step(min(t, end), max(t, end))  # type: ignore[attr-defined]
 
 
 def _after_step(path: Tensor | None, x: Tensor, callback: Callback | None):
@@ -216,7 +212,7 @@ def _after_step(path: Tensor | None, x: Tensor, callback: Callback | None):
     def after(step: int, t: float, x: Tensor) -> Tensor:
         if callback is not None and (replaced := callback(step, t, x)) is not None:
             check_same_shape(replaced, x, ("the callback's result", "x"))
-            x = replaced
+            x = replaced.to(x, copy=True)  # the next step is made in place
         if path is not None:
             path[step] = x
         return x
@@ -226,53 +222,65 @@ def _after_step(path: Tensor | None, x: Tensor, callback: Callback | None):
 
 # --- fixed steps -------------------------------------------------------------------------------
 #
-# A step is a function step(f, x, t, h) -> x from t to t + h. The state is updated in place unless
-# gradients flow, and stages are added to it as they come, so that memory does not grow with the
-# number of steps and a velocity may reuse its output buffer.
+# A step is a function step(f, x, h, *stages) -> x from t to t + h, with the times of its stages as
+# tensors (B,). The state is updated in place unless gradients flow, and stages are added to it as
+# they come, so that memory does not grow with the number of steps and a velocity may reuse its
+# output buffer.
 
 
-def _fixed(f: _Field, x: Tensor, times: list[float], after, step) -> Tensor:
-    x, begin_step = x.clone(), f.begin_step
-    for k, (t, end) in enumerate(pairwise(times), 1):
-        if begin_step is not None:
-            begin_step(t, end)
-        x = step(f, x, t, end - t)
+def _fixed(f: _Field, x: Tensor, times: Tensor, after, nodes: tuple[float, ...], step) -> Tensor:
+    x, ends, steps = x.clone(), times.tolist(), times.diff()
+    stages = times[:-1, None] + steps[:, None] * torch.tensor(nodes, dtype=times.dtype)
+    # All times at once, as views of one small tensor: nothing to fill or to copy in a step
+    columns = _batch_times(stages.T, x).unbind()
+    stages = list(zip(*(column.unbind() for column in columns), strict=True))
+    tells = hasattr(f.velocity, "begin_step")
+    for k, h in enumerate(steps.tolist()):
+        if tells:
+            f.begin_step(ends[k], ends[k + 1])
+        x = step(f, x, h, *stages[k])
         if after is not None:
-            x = after(k, end, x)
+            x = after(k + 1, ends[k + 1], x)
     return x
+
+
+def _batch_times(t: Tensor, x: Tensor) -> Tensor:
+    """Times ``(*)`` for the velocity: ``(*, B)``, in the state's dtype but at least float32."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return t.to(x.device, dtype)[..., None].expand(*t.shape, len(x))
+
+
+def _stage(x: Tensor, v: Tensor, h: float) -> Tensor:
+    return x.add(v, alpha=h).to(x.dtype)
 
 
 def _add(x: Tensor, v: Tensor, h: float) -> Tensor:
     """``x + h v``, in place unless gradients flow."""
-    if v.requires_grad or x.requires_grad:
-        return x.add(v, alpha=h)
-    return x.add_(v, alpha=h)
+    return _stage(x, v, h) if v.requires_grad else x.add_(v, alpha=h)
 
 
-def _euler(f, x, t, h):
+def _euler(f, x, h, t):
     return _add(x, f(x, t), h)
 
 
-def _midpoint(f, x, t, h):
-    middle = x.add(f(x, t), alpha=h / 2)
-    return _add(x, f(middle, t + h / 2), h)
+def _midpoint(f, x, h, t, middle):
+    return _add(x, f(_stage(x, f(x, t), h / 2), middle), h)
 
 
-def _heun(f, x, t, h):
+def _heun(f, x, h, t, end):
     v = f(x, t)
-    end = x.add(v, alpha=h)
+    predicted = _stage(x, v, h)
     x = _add(x, v, h / 2)
-    return _add(x, f(end, t + h), h / 2)
+    return _add(x, f(predicted, end), h / 2)
 
 
-def _rk4(f, x, t, h):
-    start, total = x.clone(), x
-    v = f(x, t)
-    for weight, reach in ((1 / 6, 1 / 2), (1 / 3, 1 / 2), (1 / 3, 1)):
-        stage = start.add(v, alpha=h * reach)
-        total = _add(total, v, h * weight)
-        v = f(stage, t + h * reach)
-    return _add(total, v, h / 6)
+def _rk4(f, x, h, t, middle, end):
+    start, v = x.clone(), f(x, t)
+    for weight, reach, time in ((1 / 6, 1 / 2, middle), (1 / 3, 1 / 2, middle), (1 / 3, 1, end)):
+        stage = _stage(start, v, h * reach)
+        x = _add(x, v, h * weight)
+        v = f(stage, time)
+    return _add(x, v, h / 6)
 
 
 class _AB2:
@@ -281,12 +289,11 @@ class _AB2:
     def __init__(self):
         self.last: tuple[Tensor, float] | None = None
 
-    def __call__(self, f, x, t, h):
+    def __call__(self, f, x, h, t, middle):
         v = f(x, t).clone()
         if self.last is None:
             self.last = v, h
-            middle = x.add(v, alpha=h / 2)
-            return _add(x, f(middle, t + h / 2), h)
+            return _add(x, f(_stage(x, v, h / 2), middle), h)
         (v_last, h_last), self.last = self.last, (v, h)
         r = h / (2 * h_last)
         return _add(_add(x, v, h * (1 + r)), v_last, -h * r)
@@ -298,21 +305,21 @@ class _Corrected:
     def __init__(self):
         self.carried: Tensor | None = None
 
-    def __call__(self, f, x, t, h):
+    def __call__(self, f, x, h, t, end):
         v = f(x, t) if self.carried is None else self.carried
-        v = f(x.add(v, alpha=h), t + h)
+        v = f(_stage(x, v, h), end)
         self.carried = v.clone()
         return _add(x, v, h)
 
 
 FIXED = ("euler", "midpoint", "heun", "rk4", "ab2")
-STEPS = {
-    "euler": lambda: _euler,
-    "midpoint": lambda: _midpoint,
-    "heun": lambda: _heun,
-    "rk4": lambda: _rk4,
-    "ab2": _AB2,
-    "corrected": _Corrected,
+STEPS = {  # where in a step its stages lie, and what makes the step function of a solve
+    "euler": ((0.0,), lambda: _euler),
+    "midpoint": ((0.0, 0.5), lambda: _midpoint),
+    "heun": ((0.0, 1.0), lambda: _heun),
+    "rk4": ((0.0, 0.5, 1.0), lambda: _rk4),
+    "ab2": ((0.0, 0.5), _AB2),
+    "corrected": ((0.0, 1.0), _Corrected),
 }
 
 # --- adaptive steps ----------------------------------------------------------------------------
@@ -324,14 +331,18 @@ def _adaptive(f: _Field, x: Tensor, times: Tensor, after, **options: Any) -> Ten
     from torchdiffeq import odeint
 
     def field(t: Tensor, x: Tensor) -> Tensor:
-        return f(x, t.item())
+        return f(x, _batch_times(t, x))
 
-    if after is None:  # nobody looks at the times between
+    tells = hasattr(f.velocity, "begin_step")
+    if after is None and not tells:  # nobody minds the times between
         times = times[[0, -1]]
-    for k, (start, end) in enumerate(pairwise(times), 1):
-        if f.begin_step is not None:
-            f.begin_step(start.item(), end.item())
-        x = cast(Tensor, odeint(field, x, torch.stack([start, end]).to(x.device), **options))[-1]
+    for k, (t, end) in enumerate(pairwise(times), 1):
+        if tells:
+            f.begin_step(t.item(), end.item())
+        interval = torch.stack([t, end]).to(x.device)
+        # a step ends at `end`: left alone, torchdiffeq steps past it and interpolates
+        options["options"] = {"step_t": interval[1:]}
+        x = cast(Tensor, odeint(field, x, interval, **options))[-1]
         if after is not None:
             x = after(k, end.item(), x)
     return x

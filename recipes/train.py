@@ -1,9 +1,9 @@
 """Train a flow: data, network, method and everything else by choice.
 
-    flowkit train                                      class-conditional digits
-    flowkit train experiment=fashion_mnist_cfm         a named experiment
-    flowkit train data=folder data.root=photos         your own images
-    flowkit train resume=runs/2026-01-31_12-00-00      go on where a run stopped
+flowkit train                                      class-conditional digits
+flowkit train experiment=fashion_mnist_cfm         a named experiment
+flowkit train data=folder data.root=photos         your own images
+flowkit train resume=runs/2026-01-31_12-00-00      go on where a run stopped
 """
 
 from pathlib import Path

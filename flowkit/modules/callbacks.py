@@ -93,8 +93,17 @@ class StepProgress(TQDMProgressBar):
     The training stream is endless, so the bar of an epoch would have no end.
     """
 
+    def __init__(self, refresh_rate: int = 20):
+        super().__init__(refresh_rate)
+
     @property
     def total_train_batches(self) -> int | float:
         """Batches until the last step."""
         steps = self.trainer.max_steps
         return float("inf") if steps < 0 else steps * self.trainer.accumulate_grad_batches
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        """The logged values, without the logger's version number."""
+        metrics = super().get_metrics(trainer, pl_module)
+        metrics.pop("v_num", None)
+        return metrics  # type: ignore[return-value]

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from flowkit.autoencoders import Autoencoder, Identity
 from flowkit.checks import check_at_least
 from flowkit.guidance import ClassifierFree, DropCond
-from flowkit.sampling import ODESampler, seeded_noise
+from flowkit.sampling import ODESampler, Solution, seeded_noise
 from flowkit.types import Batch, Cond, Velocity
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
@@ -113,13 +113,29 @@ class FlowModule(LightningModule):
         for name, size in sizes.items():
             if size != num_samples:
                 raise ValueError(f"{name} must hold num_samples = {num_samples}, got {size}")
+        noise = seeded_noise(self.sample_shape, seeds)
+        return self.autoencoder.decode(self.solve(noise, sampler, cond, guidance).x)
+
+    @torch.no_grad()
+    def solve(
+        self,
+        x0: Tensor,
+        sampler: ODESampler | None = None,
+        cond: Cond = None,
+        guidance: Guidance = None,
+        *,
+        return_path: bool = False,
+    ) -> Solution:
+        """Carry given source samples ``x0 (B, *)`` along the flow, on the module's device.
+
+        In ``eval`` mode and without gradients; the result is a state of the flow, not decoded.
+        """
         sampler = sampler or ODESampler(25, "heun")
-        noise = seeded_noise(self.sample_shape, seeds, self.device)
-        cond = self._to_device(cond)
+        field, cond = self.guided(guidance), self._to_device(cond)
         training = self.training
         self.eval()
         try:
-            return self.autoencoder.decode(sampler(self.guided(guidance), noise, cond))
+            return sampler.solve(field, x0.to(self.device), cond, return_path=return_path)
         finally:
             self.train(training)
 
@@ -145,7 +161,8 @@ class FlowModule(LightningModule):
         terms = self.loss(batch)
         if not torch.isfinite(terms["loss"]):
             raise RuntimeError(self._not_finite(batch, batch_idx, terms["loss"]))
-        self.log_dict({f"train/{name}": value.detach() for name, value in terms.items()})
+        for name, value in terms.items():
+            self.log(f"train/{name}", value.detach(), prog_bar=name == "loss")
         return terms["loss"]
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:

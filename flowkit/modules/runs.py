@@ -37,7 +37,9 @@ def load_run(folder: str | Path, checkpoint: str | Path | None = None) -> FlowMo
         module.on_load_checkpoint(state)
         module.load_state_dict(state["state_dict"])
     except (KeyError, RuntimeError) as error:
-        raise RuntimeError(f"the checkpoint of {folder} does not fit its config: {error}") from error
+        raise RuntimeError(
+            f"the checkpoint of {folder} does not fit its config: {error}"
+        ) from error
     return module.eval().requires_grad_(False)
 
 

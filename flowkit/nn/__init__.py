@@ -1,0 +1,5 @@
+"""Networks that are velocities: ``net(x, t, cond)``."""
+
+from flowkit.nn.mlp import MLP, ResidualMLP
+
+__all__ = ["MLP", "ResidualMLP"]

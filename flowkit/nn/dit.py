@@ -1,0 +1,236 @@
+"""The diffusion transformer, and the pieces that other transformers of flowkit share."""
+
+import re
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flowkit.checks import check_at_least, check_between, check_choice
+from flowkit.nn.embed import TimeLabelEmbedding, check_state, modulate, modulation, sinusoid, zeroed
+from flowkit.types import Cond
+
+SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
+"""Depth, width and heads of the published sizes."""
+
+
+def patchify(x: Tensor, patch: int) -> Tensor:
+    """Cut images ``(B, C, H, W)`` into tokens ``(B, HW/patch², C·patch²)``, row by row.
+
+    >>> patchify(torch.arange(16.0).reshape(1, 1, 4, 4), 2)[0, 1]
+    tensor([2., 3., 6., 7.])
+    """
+    b, c, h, w = x.shape
+    x = x.reshape(b, c, h // patch, patch, w // patch, patch)
+    return x.permute(0, 2, 4, 1, 3, 5).reshape(b, -1, c * patch**2)
+
+
+def unpatchify(tokens: Tensor, patch: int, height: int, width: int) -> Tensor:
+    """Join tokens ``(B, HW/patch², C·patch²)`` to images ``(B, C, H, W)``."""
+    b, (h, w) = len(tokens), (height // patch, width // patch)
+    x = tokens.reshape(b, h, w, -1, patch, patch)
+    return x.permute(0, 3, 1, 4, 2, 5).reshape(b, -1, height, width)
+
+
+class PatchEmbed(nn.Module):
+    """Tokens ``(B, N, width)`` of images: linear in the patch, plus a fixed position.
+
+    A position is the sinusoid of its row beside that of its column, ``width / 2`` numbers each.
+
+    Args:
+        shape: ``(C, H, W)`` of the images.
+        patch: Side of a patch in pixels; divides ``H`` and ``W``.
+        width: Size of a token; a multiple of 4.
+    """
+
+    positions: Tensor
+
+    def __init__(self, shape: Sequence[int], patch: int, width: int):
+        super().__init__()
+        channels, height, columns = shape
+        if height % patch or columns % patch:
+            raise ValueError(
+                f"patch must divide the image size {height}x{columns}, got {patch}"
+            )
+        if width % 4:
+            raise ValueError(f"width must be a multiple of 4, got {width}")
+        self.patch = patch
+        self.linear = nn.Linear(channels * patch**2, width)
+        nn.init.xavier_uniform_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+        rows, cols = torch.meshgrid(
+            torch.arange(height // patch), torch.arange(columns // patch), indexing="ij"
+        )
+        waves = [sinusoid(axis.flatten(), width // 2, scale=1.0) for axis in (rows, cols)]
+        self.register_buffer("positions", torch.cat(waves, -1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Embed ``x (B, C, H, W)``."""
+        return self.linear(patchify(x, self.patch)) + self.positions
+
+
+class DiTBlock(nn.Module):
+    """Self-attention, then a perceptron, each modulated and gated by ``c`` (adaLN-Zero).
+
+        h ← h + g₁·Attention(LN(h)·(1 + s₁) + b₁)
+        h ← h + g₂·MLP(LN(h)·(1 + s₂) + b₂)
+
+    Shifts ``b``, scales ``s`` and gates ``g`` are linear in ``silu(c)`` and start at zero: a new
+    block is the identity.
+
+    Args:
+        width: Size of a token.
+        heads: Attention heads; divides ``width``.
+        mlp_ratio: Hidden size of the perceptron in units of ``width``.
+        cond_width: Size of ``c``; ``None`` for ``width``.
+    """
+
+    def __init__(
+        self, width: int, heads: int, mlp_ratio: float = 4.0, cond_width: int | None = None
+    ):
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"heads must divide the width {width}, got {heads}")
+        self.heads = heads
+        hidden = int(mlp_ratio * width)
+        self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.project = nn.Linear(width, width)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, width)
+        )
+        for layer in (self.qkv, self.project, self.mlp[0], self.mlp[2]):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        self.modulation = modulation(cond_width or width, width, 6)
+
+    def forward(self, h: Tensor, c: Tensor) -> Tensor:
+        """Update tokens ``h (B, N, width)`` given ``c``, one a sample or token: ``(B, 1|N, *)``."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c).chunk(6, -1)
+        h = h + gate1 * self._attend(modulate(self.norm(h), shift1, scale1))
+        return h + gate2 * self.mlp(modulate(self.norm(h), shift2, scale2))
+
+    def _attend(self, h: Tensor) -> Tensor:
+        b, n, width = h.shape
+        q, k, v = self.qkv(h).reshape(b, n, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(q, k, v)
+        return self.project(out.transpose(1, 2).reshape(b, n, width))
+
+
+class PatchOutput(nn.Module):
+    """The last layer: a modulated norm, then a linear map to pixels; zero at the start.
+
+    Args:
+        width: Size of a token.
+        size: Numbers per patch, ``C·patch²``.
+        cond_width: Size of ``c``; ``None`` for ``width``.
+    """
+
+    def __init__(self, width: int, size: int, cond_width: int | None = None):
+        super().__init__()
+        self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.modulation = modulation(cond_width or width, width, 2)
+        self.linear = zeroed(nn.Linear(width, size))
+
+    def forward(self, h: Tensor, c: Tensor) -> Tensor:
+        """Map tokens ``h (B, N, width)`` to patches ``(B, N, size)``; ``c`` is ``(B, 1|N, *)``."""
+        shift, scale = self.modulation(c).chunk(2, -1)
+        return self.linear(modulate(self.norm(h), shift, scale))
+
+
+class DiT(nn.Module):
+    """The diffusion transformer with adaLN-Zero, for images and latents.
+
+    Source: Peebles & Xie (2023), *Scalable Diffusion Models with Transformers*, section 3. It
+    differs in its output: a velocity with the channels of the state, and no learned variance.
+
+    Args:
+        shape: ``(C, H, W)`` of the state.
+        patch: Side of a patch in pixels; divides ``H`` and ``W``.
+        width: Size of a token; a multiple of 4.
+        depth: Number of blocks.
+        heads: Attention heads; divides ``width``.
+        mlp_ratio: Hidden size of a block's perceptron in units of ``width``.
+        num_classes: For labels ``(B,)`` in ``[0, num_classes]``; the last is the null label.
+        in_channels: Channels of the input where the state has companions (a mask, a second
+            image), which follow the state's ``C`` channels; ``None`` for ``C``.
+        num_times: Times per sample: with 1, ``t`` is ``(B,)``, otherwise ``(B, num_times)``.
+
+    Raises:
+        ValueError: If ``patch`` does not divide the image or ``heads`` the width.
+
+    >>> net = DiT((1, 8, 8), width=32, depth=2, heads=2, num_classes=10)
+    >>> v, tokens = net(torch.randn(3, 1, 8, 8), torch.rand(3), torch.arange(3), return_features=1)
+    >>> v.shape, tokens.shape
+    (torch.Size([3, 1, 8, 8]), torch.Size([3, 16, 32]))
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        patch: int = 2,
+        width: int = 384,
+        depth: int = 12,
+        heads: int = 6,
+        mlp_ratio: float = 4.0,
+        num_classes: int | None = None,
+        in_channels: int | None = None,
+        num_times: int = 1,
+    ):
+        super().__init__()
+        if len(shape) != 3:
+            raise ValueError(f"shape must be (C, H, W), got {tuple(shape)}")
+        for name, size in (("patch", patch), ("depth", depth), ("heads", heads)):
+            check_at_least(size, 1, name)
+        channels, height, columns = (int(n) for n in shape)
+        self.shape, self.patch, self.num_times = (channels, height, columns), patch, num_times
+        self.in_shape = (in_channels or channels, height, columns)
+        self.patches = PatchEmbed(self.in_shape, patch, width)
+        self.embedding = TimeLabelEmbedding(width, num_classes, num_times)
+        self.blocks = nn.ModuleList(DiTBlock(width, heads, mlp_ratio) for _ in range(depth))
+        self.outputs = PatchOutput(width, channels * patch**2)
+
+    @classmethod
+    def from_name(cls, name: str, shape: Sequence[int], **options) -> "DiT":
+        """A published size, ``"DiT-S/2"``: S, B, L or XL, and the patch.
+
+        Args:
+            name: ``DiT-<size>/<patch>``.
+            shape: ``(C, H, W)`` of the state.
+            **options: Other arguments of the constructor.
+
+        >>> len(DiT.from_name("DiT-S/8", (4, 32, 32), num_classes=1000).blocks)
+        12
+        """
+        match = re.fullmatch(r"DiT-(\w+)/(\d+)", name)
+        if match is None:
+            raise ValueError(f"name must read DiT-<size>/<patch>, got {name!r}; e.g. 'DiT-B/2'")
+        check_choice(match[1], SIZES, "size")
+        depth, width, heads = SIZES[match[1]]
+        return cls(shape, int(match[2]), width, depth, heads, **options)
+
+    def forward(
+        self, x: Tensor, t: Tensor, cond: Cond = None, return_features: int | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Velocity ``(B, C, H, W)`` at ``x (B, in_channels, H, W)`` and ``t (B,)``.
+
+        Args:
+            x: State, with its companions where the network has ``in_channels``.
+            t: Times in [0, 1].
+            cond: Labels ``(B,)``, for a network with ``num_classes``.
+            return_features: Also return the tokens ``(B, N, width)`` after this many blocks,
+                between 1 and ``depth``.
+        """
+        check_state(x, t, self.in_shape, self.num_times)
+        if return_features is not None:
+            check_between(return_features, 1, len(self.blocks), "return_features")
+        c = self.embedding(t, cond)[:, None]
+        h = self.patches(x)
+        features = h
+        for number, block in enumerate(self.blocks, start=1):
+            h = block(h, c)
+            if number == return_features:
+                features = h
+        v = unpatchify(self.outputs(h, c), self.patch, *self.shape[1:])
+        return v if return_features is None else (v, features)

@@ -1,0 +1,135 @@
+"""What the networks share: checks of their inputs, and embeddings of time and label."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flowkit.checks import check_at_least, check_labels
+from flowkit.types import Cond
+
+
+def check_state(x: Tensor, t: Tensor, shape: tuple[int, ...], num_times: int = 1) -> None:
+    """Require ``x (B, *shape)`` and ``t (B,)``, or ``(B, num_times)`` where there are several.
+
+    Only shapes are read: networks run in a solver's inner loop, where looking at values costs.
+    """
+    if tuple(x.shape[1:]) != shape:
+        raise ValueError(f"x must have shape (B, {', '.join(map(str, shape))}), got {(*x.shape,)}")
+    expected = (len(x),) if num_times == 1 else (len(x), num_times)
+    if tuple(t.shape) != expected:
+        raise ValueError(f"t must have shape {expected}, got {(*t.shape,)}")
+
+
+def check_cond(cond: Cond, batch: int, num_classes: int | None) -> Tensor | None:
+    """Require labels ``(batch,)`` of a network with classes, and no condition of another."""
+    if isinstance(cond, Mapping):
+        raise TypeError(f"cond must be a tensor or None, got a mapping of {', '.join(cond)}")
+    if num_classes is None:
+        if cond is not None:
+            raise ValueError(
+                "cond must be None for a network without num_classes, got a "
+                f"{type(cond).__name__}; build the network with num_classes"
+            )
+        return None
+    if cond is None:
+        raise ValueError(
+            f"cond must hold labels in [0, {num_classes}], got None; "
+            f"the null label is {num_classes}"
+        )
+    if tuple(cond.shape) != (batch,):
+        raise ValueError(f"cond must have shape ({batch},), got {(*cond.shape,)}")
+    return cond
+
+
+def look_up(table: Tensor, labels: Tensor) -> Tensor:
+    """Rows ``(B, W)`` of ``table (K, W)``, for labels ``(B,)`` in ``[0, K)``.
+
+    The look-up itself finds labels out of range (on a GPU, as a CUDA assertion); their values
+    are read only then, so that the check costs a good batch nothing.
+    """
+    if labels.dtype not in (torch.int64, torch.int32):
+        check_labels(labels, len(table), "cond")
+        labels = labels.long()
+    try:
+        return F.embedding(labels, table)
+    except IndexError:
+        check_labels(labels, len(table), "cond")
+        raise
+
+
+def sinusoid(t: Tensor, dim: int, scale: float = 1000.0, max_period: float = 1e4) -> Tensor:
+    """Sines and cosines ``(..., dim)`` of ``scale·t·ω_k``, with ``ω_k = max_period^(−2k/dim)``.
+
+    Computed in float32 at least: half precision cannot tell angles of a thousand radians apart.
+
+    >>> sinusoid(torch.tensor([0.0]), 4)
+    tensor([[1., 1., 0., 0.]])
+    """
+    dtype = torch.promote_types(t.dtype, torch.float32)
+    k = torch.arange(dim // 2, dtype=dtype, device=t.device)
+    angles = scale * t.to(dtype)[..., None] * torch.exp(-math.log(max_period) * 2 * k / dim)
+    return torch.cat([angles.cos(), angles.sin()], -1)
+
+
+class TimeLabelEmbedding(nn.Module):
+    """The vector ``c (B, width)`` that conditions a network: time plus label.
+
+    Time enters as a sinusoid of ``1000 t`` through a two-layer SiLU perceptron, a label as a row
+    of a table whose last row, ``num_classes``, stands for *no label*.
+
+    Args:
+        width: Size of the embedding.
+        num_classes: Classes, the null label not counted; ``None`` for an unconditional network.
+        num_times: Times per sample: with 1, ``t`` is ``(B,)``, otherwise ``(B, num_times)``.
+        frequencies: Size of each time's sinusoid.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        num_classes: int | None = None,
+        num_times: int = 1,
+        frequencies: int = 256,
+    ):
+        super().__init__()
+        check_at_least(num_times, 1, "num_times")
+        self.num_classes, self.frequencies = num_classes, frequencies
+        self.time = nn.Sequential(
+            nn.Linear(num_times * frequencies, width), nn.SiLU(), nn.Linear(width, width)
+        )
+        self.label = None
+        if num_classes is not None:
+            check_at_least(num_classes, 1, "num_classes")
+            self.label = nn.Embedding(num_classes + 1, width)
+            nn.init.normal_(self.label.weight, std=0.02)
+        for layer in (self.time[0], self.time[2]):
+            nn.init.normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, t: Tensor, cond: Cond = None) -> Tensor:
+        """Embed times ``(B,)`` or ``(B, num_times)`` and labels ``(B,)``."""
+        labels = check_cond(cond, len(t), self.num_classes)
+        waves = sinusoid(t.reshape(len(t), -1), self.frequencies).flatten(1)
+        c = self.time(waves.to(self.time[0].weight.dtype))
+        return c if self.label is None else c + look_up(self.label.weight, labels)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """``x·(1 + scale) + shift``: the adaptive half of adaptive layer normalisation."""
+    return x * (1 + scale) + shift
+
+
+def modulation(cond_width: int, width: int, chunks: int) -> nn.Sequential:
+    """The map from ``c`` to ``chunks`` shifts, scales or gates; zero at the start (adaLN-Zero)."""
+    return nn.Sequential(nn.SiLU(), zeroed(nn.Linear(cond_width, chunks * width)))
+
+
+def zeroed(layer: nn.Linear | nn.Conv2d) -> nn.Linear | nn.Conv2d:
+    """Set a layer's weight and bias to zero, so that training starts from zero output."""
+    nn.init.zeros_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer
