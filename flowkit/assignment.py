@@ -86,3 +86,44 @@ def potentials(
             last = new
             temperature *= ratio
     return f, g
+
+
+def entropic_plan(cost: Tensor, reg: float, max_iters: int, tol: float = 1e-6) -> Tensor:
+    """Return the plan ``(N, M)`` that minimises ``⟨P, cost⟩ − reg H(P)`` with uniform marginals.
+
+    POT's Sinkhorn iteration, in the log domain and in float64. A plan whose marginals are still
+    off by more than ``tol`` (Euclidean norm) after ``max_iters`` rounds comes with a warning.
+
+    Args:
+        cost: ``(N, M)`` and finite, on any device.
+        reg: Positive, in units of the cost.
+        max_iters: At least 1.
+        tol: Positive.
+
+    Source: M. Cuturi, *Sinkhorn Distances*, 2013 (arXiv 1306.0895).
+
+    >>> entropic_plan(torch.tensor([[0.0, 1.0], [1.0, 0.0]]), reg=0.1, max_iters=100)
+    tensor([[0.5000, 0.0000], [0.0000, 0.5000]], dtype=torch.float64)
+    """
+    from ot import sinkhorn
+
+    matrix = cost.detach().double()
+    rows, columns = (matrix.new_full((size,), 1 / size) for size in matrix.shape)
+    plan, log = sinkhorn(
+        rows,
+        columns,
+        matrix,
+        reg,
+        method="sinkhorn_log",
+        numItermax=max_iters,
+        stopThr=tol,
+        log=True,
+        warn=False,
+    )
+    if not log["err"][-1] <= tol:
+        warnings.warn(
+            f"Sinkhorn has not converged in {max_iters} rounds: the marginals are off by "
+            f"{float(log['err'][-1]):.1e}, not {tol:.0e}; raise reg ({reg}) or max_iters",
+            stacklevel=2,
+        )
+    return plan

@@ -20,8 +20,8 @@ from flowkit.data import SplitData
 from flowkit.metrics import (
     ConvClassifier,
     Features,
-    PixelSVC,
     Pixels,
+    PixelSVC,
     image_metrics,
     inception,
     point_metrics,

@@ -4,6 +4,7 @@ from flowkit.data.digits import Digits
 from flowkit.data.folder import Folder
 from flowkit.data.hub import Hub
 from flowkit.data.idx import IDX
+from flowkit.data.splits import SplitData
 from flowkit.data.toy import Toy
 
-__all__ = ["IDX", "Digits", "Folder", "Hub", "Toy"]
+__all__ = ["IDX", "Digits", "Folder", "Hub", "SplitData", "Toy"]

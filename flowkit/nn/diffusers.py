@@ -1,15 +1,7 @@
 """Networks of the diffusers library as velocities."""
 
-import inspect
-import math
-from collections.abc import Mapping, Sequence
 
-import torch
-from torch import Tensor, nn
-
-from flowkit.checks import check_at_least, check_labels
-from flowkit.nn.embed import check_cond, zeroed
-from flowkit.types import Cond
+from torch import nn
 
 
 class DiffusersVelocity(nn.Module):
