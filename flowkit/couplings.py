@@ -18,25 +18,27 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from flowkit.assignment import assign, entropic_plan
-from flowkit.checks import (
-    check_at_least,
-    check_choice,
-    check_finite,
-    check_positive,
-    check_same_shape,
+from flowkit.assignment import (
+    Cost,
+    assign,
+    check_cost,
+    cost_matrix,
+    entropic_plan,
+    paired_cost,
+    points,
 )
+from flowkit.checks import check_at_least, check_finite, check_positive, check_same_shape
 from flowkit.types import Cond
 
-Cost = str | Callable[[Tensor, Tensor], Tensor]
-"""A name in ``COSTS`` or ``cost(a (..., d), b (..., d)) -> (...)`` that broadcasts."""
-
-COSTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "euclidean": lambda a, b: (a - b).norm(dim=-1),
-    "sqeuclidean": lambda a, b: (a - b).square().sum(-1),
-    "cityblock": lambda a, b: (a - b).abs().sum(-1),
-    "inner": lambda a, b: -2 * (a * b).sum(-1),
-}
+__all__ = [
+    "Coupling",
+    "Independent",
+    "MinibatchOT",
+    "Pairs",
+    "Sinkhorn",
+    "cost_matrix",
+    "paired_cost",
+]
 
 
 class Pairs(NamedTuple):
@@ -198,47 +200,6 @@ class Sinkhorn:
         return _transport(self, x0, x1, cond, draw)
 
 
-def paired_cost(x0: Tensor, x1: Tensor, cost: Cost = "sqeuclidean") -> Tensor:
-    """Return ``c(x0_i, x1_i) (N,)`` in float32, of the flattened ``x0, x1 (N, *)``.
-
-    >>> paired_cost(torch.zeros(2, 2), torch.tensor([[3.0, 4.0], [0.0, 1.0]]), "euclidean")
-    tensor([5., 1.])
-    """
-    check_same_shape(x0, x1)
-    _check_settings(cost)
-    return _function(cost)(_points(x0), _points(x1))
-
-
-def cost_matrix(x0: Tensor, x1: Tensor, cost: Cost = "sqeuclidean") -> Tensor:
-    """Return ``c(x0_i, x1_j) (N, M)`` in float32, of the flattened ``x0 (N, *)``, ``x1 (M, *)``.
-
-    >>> cost_matrix(torch.tensor([[0.0], [1.0]]), torch.tensor([[3.0], [2.0]]), "cityblock")
-    tensor([[3., 2.], [2., 1.]])
-    """
-    check_same_shape(x0[:1], x1[:1], ("a sample of x0", "a sample of x1"))
-    _check_settings(cost)
-    a, b = _points(x0), _points(x1)
-    with torch.autocast(a.device.type, enabled=False):
-        if cost == "inner":
-            return -2 * (a @ b.T)
-        if cost == "cityblock":
-            return torch.cdist(a, b, p=1)
-        if cost in ("euclidean", "sqeuclidean"):
-            center = b.mean(0)
-            # Distances by products are fast in many dimensions, but lose digits to cancellation.
-            mode = "use_mm_for_euclid_dist" if a.shape[1] > 16 else "donot_use_mm_for_euclid_dist"
-            distance = torch.cdist(a - center, b - center, compute_mode=mode)
-            return distance.square_() if cost == "sqeuclidean" else distance
-        rows = max(1, 2**24 // max(1, b.numel()))  # bounds what the broadcast allocates
-        matrix = torch.cat([_function(cost)(part[:, None], b) for part in a.split(rows)])
-    if matrix.shape != (len(a), len(b)):
-        raise ValueError(
-            f"cost must map (..., d) and (..., d) to (...), got {tuple(matrix.shape)} "
-            f"for {len(a)} by {len(b)} points"
-        )
-    return matrix
-
-
 def _transport(
     coupling: MinibatchOT | Sinkhorn,
     x0: Tensor,
@@ -256,7 +217,7 @@ def _transport(
             stacklevel=3,
         )
     with torch.no_grad():
-        a, b = _points(x0), _points(x1)
+        a, b = points(x0), points(x1)
         if not labels or weight != math.inf:
             partner = solve(_total_cost(a, b, coupling.cost, labels, weight or 0.0))
         else:
@@ -316,7 +277,10 @@ def _entries(cond: Cond, batch: int) -> dict[str, Tensor]:
     """Return the tensors of a condition by name."""
     if cond is None:
         return {}
-    entries = dict(cond) if isinstance(cond, Mapping) else {"cond": cond}
+    if isinstance(cond, Mapping):
+        entries = {f"cond[{name!r}]": value for name, value in cond.items()}
+    else:
+        entries = {"cond": cond}
     for name, value in entries.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
@@ -325,16 +289,7 @@ def _entries(cond: Cond, batch: int) -> dict[str, Tensor]:
     return entries
 
 
-def _points(x: Tensor) -> Tensor:
-    return x.reshape(len(x), -1).float()
-
-
-def _function(cost: Cost) -> Callable[[Tensor, Tensor], Tensor]:
-    return COSTS[cost] if isinstance(cost, str) else cost
-
-
-def _check_settings(cost: Cost, cond_weight: float | None = None) -> None:
-    if not callable(cost):
-        check_choice(cost, COSTS, "cost")
+def _check_settings(cost: Cost, cond_weight: float | None) -> None:
+    check_cost(cost)
     if cond_weight is not None:
         check_at_least(cond_weight, 0, "cond_weight")

@@ -16,6 +16,7 @@ from lightning import Trainer, seed_everything
 from omegaconf import DictConfig, OmegaConf
 
 from flowkit.modules import FlowModule
+from flowkit.modules.callbacks import StepProgress
 from flowkit.modules.runs import CHECKPOINT, CONFIG
 
 
@@ -39,9 +40,10 @@ def train(cfg: DictConfig) -> FlowModule:
         f"{type(module).__name__} of {type(module.velocity).__name__} ({parameters:,} parameters) "
         f"on {len(data.train):,} samples of shape {tuple(data.shape)}"
     )
-    trainer: Trainer = instantiate(
-        cfg.trainer, callbacks=_parts(cfg.callback), logger=_parts(cfg.logger)
-    )
+    callbacks = _parts(cfg.callback)
+    if cfg.trainer.enable_progress_bar:
+        callbacks.append(StepProgress())
+    trainer: Trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=_parts(cfg.logger))
     trainer.fit(module, data, ckpt_path=checkpoint, weights_only=checkpoint and True)
     print(f"run       {folder}")
     return module

@@ -1,10 +1,15 @@
 """Fréchet distances between the Gaussians fitted to two sets of features."""
 
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from flowkit.checks import check_at_least, check_finite
 from flowkit.metrics.intervals import Interval, check_confidence
+
+_BLOCK = 256
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
@@ -141,7 +146,9 @@ def frechet_unbiased(
     return estimate, Interval(max(estimate - reach, 0.0), max(estimate + reach, 0.0))
 
 
-def _without_each_group(x: Tensor, groups: int, generator: torch.Generator | None):
+def _without_each_group(
+    x: Tensor, groups: int, generator: torch.Generator | None
+) -> Iterator[tuple[Tensor, "_Root"]]:
     """Yield the mean and the covariance's root of ``x`` without each of its random groups."""
     mean = x.mean(0)
     centred = (x - mean)[torch.randperm(len(x), generator=generator)]
@@ -153,29 +160,52 @@ def _without_each_group(x: Tensor, groups: int, generator: torch.Generator | Non
         yield mean + offset, _root(cov)
 
 
-def _distance(mean_a: Tensor, root_a: Tensor, mean_b: Tensor, root_b: Tensor) -> float:
-    """Distance given roots ``R (F, rank)`` of the covariances ``R Rᵀ``."""
-    cross = root_a.T @ root_b
+class _Root(NamedTuple):
+    """``R (F, rank)`` of a covariance ``R Rᵀ``, and whether it is lower triangular."""
+
+    factor: Tensor
+    triangular: bool = False
+
+
+def _distance(mean_a: Tensor, root_a: _Root, mean_b: Tensor, root_b: _Root) -> float:
+    cross = _cross(root_a, root_b)
     # Squares of the singular values, from the smaller side: no zeros but those of the product.
-    gram = cross @ cross.T if len(cross) <= cross.shape[1] else cross.T @ cross
+    gram = _lower_gram(cross if len(cross) <= cross.shape[1] else cross.T)
     fidelity = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().sum()
-    spread = root_a.square().sum() + root_b.square().sum() - 2 * fidelity
+    spread = root_a.factor.square().sum() + root_b.factor.square().sum() - 2 * fidelity
     return max(((mean_a - mean_b).square().sum() + spread).item(), 0.0)
 
 
-def _root_of_features(centred: Tensor) -> Tensor:
-    """Root ``R (F, rank)`` of the covariance ``R Rᵀ`` of centred features ``(N, F)``."""
+def _cross(root_a: _Root, root_b: _Root) -> Tensor:
+    """``R_aᵀ R_b``; in blocks that skip the zeros, half of the work, if ``R_b`` is triangular."""
+    a, b = root_a.factor, root_b.factor
+    if not root_b.triangular:
+        return a.T @ b
+    starts = range(0, len(b), _BLOCK)
+    return torch.cat([a[i:].T @ b[i:, i : i + _BLOCK] for i in starts], dim=1)
+
+
+def _lower_gram(x: Tensor) -> Tensor:
+    """``x xᵀ`` in its lower triangle (and up to a block above), half of the work."""
+    gram = x.new_zeros(len(x), len(x))
+    for i in range(0, len(x), _BLOCK):
+        gram[i:, i : i + _BLOCK] = x[i:] @ x[i : i + _BLOCK].T
+    return gram
+
+
+def _root_of_features(centred: Tensor) -> _Root:
+    """Root of the covariance of centred features ``(N, F)``."""
     count, dim = centred.shape
     if count <= dim:
-        return centred.T / (count - 1) ** 0.5
+        return _Root(centred.T / (count - 1) ** 0.5)
     return _root(centred.T @ centred / (count - 1))
 
 
-def _root(cov: Tensor) -> Tensor:
+def _root(cov: Tensor) -> _Root:
     """Cholesky root of a positive semi-definite matrix, pivoted and cut at its rank if singular."""
     factor, failed = torch.linalg.cholesky_ex(cov)
     if not failed:
-        return factor
+        return _Root(factor, triangular=True)
     from scipy.linalg import get_lapack_funcs
 
     # tol < 0 asks for LAPACK's own: F · eps · (largest diagonal element).
@@ -184,7 +214,7 @@ def _root(cov: Tensor) -> Tensor:
     packed, pivots, rank, _ = pivoted_cholesky(symmetric, lower=1, tol=-1.0)
     root = torch.empty(len(cov), int(rank), dtype=cov.dtype)
     root[torch.from_numpy(pivots).long() - 1] = torch.from_numpy(packed).tril()[:, : int(rank)]
-    return root
+    return _Root(root)
 
 
 def _float64(x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 from flowkit.metrics.quantize import to_uint8
 
 
-def save_picture(samples: Tensor, file: str | Path, columns: int = 10, zoom: int = 4) -> Path:
+def save_picture(samples: Tensor, file: str | Path, columns: int = 10, zoom: int = 8) -> Path:
     """Save images ``(N, C, H, W)`` in [-1, 1] as one grid, or points ``(N, 2)`` as a scatter plot.
 
     Args:

@@ -1,0 +1,30 @@
+"""A tiny trained run, made once."""
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from flowkit.recipes.train import train
+from tests.conftest import CONF
+
+TINY = [
+    "model.width=32",
+    "model.depth=1",
+    "batch_size=32",
+    "trainer.max_steps=20",
+    "trainer.val_check_interval=10",
+    "trainer.enable_progress_bar=false",
+    "trainer.accelerator=cpu",
+    "callback.ema.decay=0.9",
+    "callback.samples.rows=1",
+    "sampler.grid=2",
+]
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory):
+    """A run folder of a tiny class-conditional model on the digits, after 20 steps."""
+    folder = tmp_path_factory.mktemp("tiny") / "run"
+    with initialize_config_dir(CONF, version_base="1.3"):
+        cfg = compose("train", overrides=[*TINY, f"run_dir={folder}"])
+    train(cfg)
+    return folder

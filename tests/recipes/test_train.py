@@ -1,0 +1,122 @@
+"""Training runs: what they leave behind, and exact resumption."""
+
+import csv
+
+import pytest
+import torch
+
+from flowkit.modules import load_run
+from flowkit.modules.runs import read_checkpoint
+from flowkit.recipes.train import resumed, train
+from tests.recipes.conftest import TINY
+
+
+def _state(run):
+    return read_checkpoint(run / "checkpoints" / "last.ckpt")
+
+
+def _losses(run):
+    rows = [row for file in sorted(run.glob("logs/*/metrics.csv")) for row in _read(file)]
+    return [(int(r["step"]), float(r["train/loss"])) for r in rows if r["train/loss"]]
+
+
+def _read(file):
+    with file.open() as lines:
+        return list(csv.DictReader(lines))
+
+
+def test_a_run_folder_is_self_contained(tiny_run):
+    assert (tiny_run / "config.yaml").is_file()
+    assert sorted(p.name for p in (tiny_run / "samples").iterdir()) == [
+        "step-000010.png",
+        "step-000020.png",
+    ]
+    assert [p.name for p in (tiny_run / "checkpoints").iterdir()] == ["last.ckpt"]
+    assert "${" not in (tiny_run / "config.yaml").read_text()
+    assert list(tiny_run.glob("tensorboard/*/events*"))
+
+
+def test_checkpoints_hold_the_average_of_the_weights(configure, tmp_path):
+    """EMA by hand over the raw weights of every step equals the checkpoint's weights."""
+    cfg = configure("train", *TINY, f"run_dir={tmp_path}", "trainer.max_steps=5")
+    raw = []
+    cfg.callback.checkpoint.every_n_steps = 1
+    import flowkit.modules.callbacks as callbacks
+
+    class Record(callbacks.LastCheckpoint):
+        def on_train_batch_end(self, trainer, module, *args):
+            raw.append({k: v.clone() for k, v in module.state_dict().items()})
+            super().on_train_batch_end(trainer, module, *args)
+
+    original, callbacks.LastCheckpoint = callbacks.LastCheckpoint, Record
+    try:
+        train(cfg)
+    finally:
+        callbacks.LastCheckpoint = original
+    averaged = _state(tmp_path)["state_dict"]
+    for name, value in averaged.items():
+        expected = raw[0][name]
+        for step in raw[1:]:
+            expected = 0.9 * expected + 0.1 * step[name]
+        torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
+    assert any((averaged[n] - raw[-1][n]).abs().max() > 1e-4 for n in averaged)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_resuming_goes_on_exactly(configure, tmp_path, accumulate):
+    """12 steps, and 7 steps + resume to 12, give the same losses and weights, bit for bit."""
+    options = [*TINY, "trainer.log_every_n_steps=1", "+model.dropout=0.1"]
+    options.append(f"trainer.accumulate_grad_batches={accumulate}")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(configure("train", *options, "trainer.max_steps=12", f"run_dir={whole}"))
+    train(configure("train", *options, "trainer.max_steps=7", f"run_dir={parts}"))
+    torch.rand(17)  # whatever else the process draws must not matter
+    cfg = resumed(configure("train", f"resume={parts}"), ["trainer.max_steps=12"])
+    train(cfg)
+    assert _losses(parts) == _losses(whole)
+    a, b = _state(whole), _state(parts)
+    assert a["global_step"] == b["global_step"] == 12
+    for part in ("state_dict", "current_model_state"):
+        for name, value in a[part].items():
+            assert torch.equal(value, b[part][name]), (part, name)
+
+
+def test_resume_takes_the_runs_configuration_and_values_only(tiny_run, configure):
+    cfg = resumed(
+        configure("train", f"resume={tiny_run}"), [f"resume={tiny_run}", "trainer.max_steps=99"]
+    )
+    assert (cfg.trainer.max_steps, cfg.model.width) == (99, 32)
+    assert cfg.run_dir == str(tiny_run)
+    with pytest.raises(ValueError, match="model must stay as it is when a run is resumed"):
+        resumed(cfg, ["model=dit"])
+
+
+def test_resuming_from_nothing_says_so(configure, tmp_path):
+    with pytest.raises(FileNotFoundError, match="resume must be a run folder or a checkpoint"):
+        train(configure("train", f"resume={tmp_path / 'no'}", f"run_dir={tmp_path}"))
+
+
+def test_validation_and_pictures_use_the_same_noise_every_time(tiny_run, configure, tmp_path):
+    """Two validations of unchanged weights give the same loss."""
+    options = [*TINY, "optimizer.lr=0", "trainer.max_steps=20", f"run_dir={tmp_path}"]
+    train(configure("train", *options))
+    (file,) = tmp_path.glob("logs/*/metrics.csv")
+    losses = [row["val/loss"] for row in _read(file) if row["val/loss"]]
+    assert len(losses) == 2
+    assert losses[0] == losses[1]
+
+
+def test_data_without_labels_need_no_class_settings(configure, tmp_path):
+    options = [*TINY, "data=toy", "data.size=500", f"run_dir={tmp_path}"]
+    module = train(configure("train", *options))
+    assert module.drop_cond is None
+    assert load_run(tmp_path).sample(4, seeds=range(4)).shape == (4, 2)
+
+
+def test_training_learns(configure, tmp_path):
+    """On the digits 150 steps predict more than half of the target's energy, unseen data too."""
+    options = [*TINY, "model.width=128", "trainer.max_steps=150", "trainer.val_check_interval=150"]
+    train(configure("train", *options, f"run_dir={tmp_path}"))
+    (file,) = tmp_path.glob("logs/*/metrics.csv")
+    explained = [float(row["val/explained"]) for row in _read(file) if row["val/explained"]]
+    assert explained[-1] > 0.5

@@ -1,0 +1,81 @@
+"""Every option of every configuration group composes and builds."""
+
+from pathlib import Path
+
+import pytest
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from flowkit.modules.runs import build
+from tests.conftest import CONF
+
+TRAIN_GROUPS = [
+    "model",
+    "module",
+    "path",
+    "coupling",
+    "times",
+    "autoencoder",
+    "optimizer",
+    "lr_scheduler",
+    "sampler",
+    "callback",
+    "logger",
+    "trainer",
+]
+MANDATORY = {"sampler/from_file": "sampler.grid.file={tmp}/grid.json"}
+
+
+def _options(group):
+    return [f"{group}/{file.stem}" for file in sorted(Path(CONF, group).glob("*.yaml"))]
+
+
+@pytest.mark.parametrize("option", [o for group in TRAIN_GROUPS for o in _options(group)])
+def test_option(option, configure, tmp_path):
+    from flowkit import grids
+
+    grids.save(grids.uniform(2), tmp_path / "grid.json")
+    group, name = option.split("/")
+    overrides = [f"{group}={name}", f"run_dir={tmp_path}"]
+    if option in MANDATORY:
+        overrides.append(MANDATORY[option].format(tmp=tmp_path))
+    cfg = configure("train", *overrides)
+    cfg.shape, cfg.num_classes = [1, 8, 8], 10
+    node = cfg[group]
+    if group in ("callback", "logger"):
+        parts = [instantiate(part) for part in node.values() if part]
+        assert all(part is not None for part in parts)
+        assert parts
+    elif group == "trainer":
+        assert instantiate(node, logger=False).max_steps == node.max_steps
+    else:
+        built = instantiate(node)
+        target = node._target_.rsplit(".", 1)[1]
+        made = built.func if node.get("_partial_") else built
+        assert target in {getattr(made, "__name__", ""), type(made).__name__, "unet2d"}
+        resolved = OmegaConf.to_container(cfg, resolve=True)[group]
+        again = build(resolved)
+        assert type(getattr(again, "func", again)) is type(made)
+
+
+@pytest.mark.parametrize("option", _options("experiment"))
+def test_experiment_states_command_and_result(option, configure):
+    file = Path(CONF, f"{option}.yaml")
+    header = [line for line in file.read_text().splitlines() if line.startswith("#")]
+    text = "\n".join(header)
+    assert "flowkit " in text
+    assert "2 CPU cores" in text or "not yet run" in text or "GPU" in text
+
+
+@pytest.mark.parametrize("option", _options("debug"))
+def test_debug_composes(option, configure, tmp_path):
+    cfg = configure("train", f"debug={option.split('/')[1]}", f"run_dir={tmp_path}")
+    assert cfg.trainer.max_steps <= 1000
+
+
+@pytest.mark.parametrize("option", _options("metric"))
+def test_metric_composes(option, configure, tmp_path):
+    name = option.split("/")[1]
+    extra = ["metric.weights=w.pth"] if name == "inception" else []
+    cfg = configure("evaluate", f"metric={name}", "run=r", *extra)
+    assert callable(instantiate(cfg.metric))
