@@ -5,6 +5,7 @@ Couplings choose the cost of a pair; here it becomes a matrix, a permutation or 
 
 import warnings
 from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 import torch
@@ -116,22 +117,25 @@ def potentials(
     transport problems*, 2019 (absorption and ε-scaling); the extrapolation in ε is added.
     """
     f = cost.min(1)
-    g = (cost - f[:, None]).min(0)
-    kernel = f[:, None] + g - cost
+    kernel = f[:, None] - cost
+    g = -kernel.max(0)
+    kernel += g
     temperature = -ratio * kernel.mean()
     last = None
-    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-        for _ in range(num_stages if temperature > 0 else 0):
+    # Products of one matrix and one vector are too short to be worth the threads of BLAS, which
+    # fight with those of other processes. A kernel that under- or overflows ends the annealing.
+    with _blas().limit(limits=1, user_api="blas"), np.errstate(all="ignore"):
+        for _ in range(num_stages):
             np.subtract(f[:, None], cost, out=kernel)
             kernel += g
             kernel *= 1 / temperature
             np.exp(kernel, out=kernel)
             u = np.ones_like(f)
             for _ in range(num_iters):
-                v = 1 / np.maximum(u @ kernel, 1e-30)
-                u = 1 / np.maximum(kernel @ v, 1e-30)
+                v = 1 / (u @ kernel)
+                u = 1 / (kernel @ v)
             new = f + temperature * np.log(u), g + temperature * np.log(v)
-            if not (np.isfinite(new[0]).all() and np.isfinite(new[1]).all()):
+            if not np.isfinite(new[0].sum() + new[1].sum()):
                 break
             f, g = new
             if last is not None:
@@ -195,3 +199,10 @@ def check_cost(cost: Cost) -> None:
 
 def _function(cost: Cost) -> Callable[[Tensor, Tensor], Tensor]:
     return COSTS[cost] if isinstance(cost, str) else cost
+
+
+@cache
+def _blas():
+    from threadpoolctl import ThreadpoolController
+
+    return ThreadpoolController()

@@ -51,7 +51,7 @@ def frechet_from_moments(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: T
     """`frechet_distance` from means ``(F,)`` and covariances ``(F, F)``.
 
     For evaluations that accumulate moments and never hold all features. Covariances may be
-    singular; the symmetric part counts.
+    singular; their lower triangles are read.
 
     Args:
         mean_a: Mean of the first set.
@@ -152,11 +152,11 @@ def _without_each_group(
     """Yield the mean and the covariance's root of ``x`` without each of its random groups."""
     mean = x.mean(0)
     centred = (x - mean)[torch.randperm(len(x), generator=generator)]
-    gram = centred.T @ centred
+    gram = _lower_gram(centred.T)
     for group in centred.tensor_split(groups):
         kept = len(x) - len(group)
         offset = -group.sum(0) / kept  # all centred rows sum to zero
-        cov = (gram - group.T @ group - kept * torch.outer(offset, offset)) / (kept - 1)
+        cov = (gram - _lower_gram(group.T) - kept * torch.outer(offset, offset)) / (kept - 1)
         yield mean + offset, _root(cov)
 
 
@@ -198,20 +198,22 @@ def _root_of_features(centred: Tensor) -> _Root:
     count, dim = centred.shape
     if count <= dim:
         return _Root(centred.T / (count - 1) ** 0.5)
-    return _root(centred.T @ centred / (count - 1))
+    return _root(_lower_gram(centred.T) / (count - 1))
 
 
 def _root(cov: Tensor) -> _Root:
-    """Cholesky root of a positive semi-definite matrix, pivoted and cut at its rank if singular."""
+    """Cholesky root of a positive semi-definite matrix, pivoted and cut at its rank if singular.
+
+    Reads the lower triangle only.
+    """
     factor, failed = torch.linalg.cholesky_ex(cov)
     if not failed:
         return _Root(factor, triangular=True)
     from scipy.linalg import get_lapack_funcs
 
     # tol < 0 asks for LAPACK's own: F · eps · (largest diagonal element).
-    symmetric = ((cov + cov.T) / 2).numpy()
-    (pivoted_cholesky,) = get_lapack_funcs(("pstrf",), (symmetric,))
-    packed, pivots, rank, _ = pivoted_cholesky(symmetric, lower=1, tol=-1.0)
+    (pivoted_cholesky,) = get_lapack_funcs(("pstrf",), (cov.numpy(),))
+    packed, pivots, rank, _ = pivoted_cholesky(cov.numpy(), lower=1, tol=-1.0)
     root = torch.empty(len(cov), int(rank), dtype=cov.dtype)
     root[torch.from_numpy(pivots).long() - 1] = torch.from_numpy(packed).tril()[:, : int(rank)]
     return _Root(root)

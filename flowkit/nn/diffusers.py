@@ -1,7 +1,15 @@
 """Networks of the diffusers library as velocities."""
 
+import inspect
+import math
+from collections.abc import Mapping, Sequence
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+from flowkit.checks import check_at_least, check_labels
+from flowkit.nn.embed import check_cond
+from flowkit.types import Cond
 
 
 class DiffusersVelocity(nn.Module):
@@ -13,21 +21,26 @@ class DiffusersVelocity(nn.Module):
 
     A tensor condition goes to ``class_labels``; a mapping holds keyword arguments of the network,
     e.g. ``encoder_hidden_states`` and ``pooled_projections`` of an ``SD3Transformer2DModel``.
-    Labels lie in ``[0, num_classes]``, the last being the null label. diffusers' transformers
-    drop labels at random in training, by the global generator and in every block anew; that is
-    switched off here, so that ``DropCond`` alone drops them.
+    Labels lie in ``[0, num_classes]``, the last being the null label: ``num_class_embeds`` of a
+    UNet counts it, ``num_embeds_ada_norm`` of a transformer does not. diffusers' transformers
+    drop labels in training on their own, in each block anew and by the global generator; that is
+    switched off here, so that ``DropCond`` alone drops labels.
 
     Args:
-        net: A network called as ``net(x, timestep=..., ...)`` that returns an object with
-            ``sample``.
-        time_scale: The time step of ``t = 1``.
-        channels_last: Keep weights and images in memory channels last; ``None`` does so on a
-            GPU-less or any other device alike for UNets.
-        drop_sigma: Keep only the first half of the output's channels, of a network that also
-            learned a variance.
+        net: A network called as ``net(x, timestep=..., ...)`` whose answer has ``sample``.
+        time_scale: The timestep that stands for ``t = 1``.
+        channels_last: Keep weights and images in memory channels last. ``None`` does so for
+            UNets, which it speeds up, and leaves others alone.
+        drop_sigma: Return the first half of the output's channels, for a network built with
+            twice as many outputs as inputs (a learned variance).
 
     Raises:
-        ValueError: If the network returns twice the channels it takes and ``drop_sigma`` is off.
+        ValueError: If the network returns twice the channels it takes, without ``drop_sigma``,
+            or the reverse.
+
+    >>> velocity = unet2d((1, 8, 8), num_classes=10, width=8)
+    >>> velocity(torch.zeros(2, 1, 8, 8), torch.rand(2), torch.tensor([3, 10])).shape
+    torch.Size([2, 1, 8, 8])
     """
 
     def __init__(
@@ -38,3 +51,102 @@ class DiffusersVelocity(nn.Module):
         drop_sigma: bool = False,
     ):
         super().__init__()
+        config = getattr(net, "config", None)
+        inputs = getattr(config, "in_channels", None)
+        outputs = getattr(config, "out_channels", None)
+        doubled = inputs is not None and outputs == 2 * inputs
+        if doubled != drop_sigma:
+            raise ValueError(
+                f"drop_sigma must be {doubled} for a network of {inputs} input and {outputs} "
+                f"output channels, got {drop_sigma}"
+            )
+        self.takes_labels = "class_labels" in inspect.signature(net.forward).parameters
+        self.num_classes = _num_classes(config)
+        self.time_scale, self.drop_sigma = time_scale, drop_sigma
+        self.channels_last = hasattr(net, "down_blocks") if channels_last is None else channels_last
+        if self.channels_last:
+            net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        for part in net.modules():
+            if type(part).__name__ == "LabelEmbedding":
+                part.dropout_prob = 0.0
+        self.net = net
+
+    def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
+        """Velocity ``(B, *)`` at ``x (B, *)`` and ``t (B,)``."""
+        options = cond if isinstance(cond, Mapping) else self._labels(cond, len(x))
+        if self.channels_last and x.ndim == 4:
+            x = x.contiguous(memory_format=torch.channels_last)
+        try:
+            out = self.net(x, timestep=self.time_scale * t, **options).sample
+        except IndexError:
+            if self.num_classes is not None and "class_labels" in options:
+                check_labels(options["class_labels"], self.num_classes + 1, "cond")
+            raise
+        return out.chunk(2, 1)[0] if self.drop_sigma else out
+
+    def _labels(self, cond: Tensor | None, batch: int) -> dict[str, Tensor]:
+        if not self.takes_labels and cond is not None:
+            raise TypeError(
+                "cond must be a mapping of keyword arguments of "
+                f"{type(self.net).__name__}, got a tensor"
+            )
+        labels = check_cond(cond, batch, self.num_classes)
+        return {} if labels is None else {"class_labels": labels}
+
+
+def _num_classes(config) -> int | None:
+    """Classes of a diffusers network, the null label not counted."""
+    if rows := getattr(config, "num_class_embeds", None):
+        return rows - 1
+    return getattr(config, "num_embeds_ada_norm", None)
+
+
+def unet2d(
+    shape: Sequence[int],
+    num_classes: int | None = None,
+    width: int = 32,
+    multipliers: Sequence[int] = (1, 2, 2),
+    layers: int = 1,
+    dropout: float = 0.0,
+) -> DiffusersVelocity:
+    """A new ``UNet2DModel`` for images of one shape, with zero output at the start.
+
+    The image is halved between levels, as long as both sides are even: 32 and 28 pixels have
+    room for three levels (28, 14, 7), 8 pixels for four. Further ``multipliers`` are left out.
+    The lowest level has self-attention.
+
+    Args:
+        shape: ``(C, H, W)``.
+        num_classes: For labels ``(B,)`` in ``[0, num_classes]``; the last is the null label.
+        width: Channels of the first level.
+        multipliers: Channels of each level, in units of ``width``.
+        layers: Residual blocks per level.
+        dropout: Dropout of the residual blocks, in [0, 1].
+
+    >>> unet2d((1, 28, 28), width=16).net.config.block_out_channels
+    (16, 32, 32)
+    """
+    from diffusers import UNet2DModel  # type: ignore[attr-defined]
+
+    if len(shape) != 3:
+        raise ValueError(f"shape must be (C, H, W), got {tuple(shape)}")
+    for name, size in (("width", width), ("layers", layers), ("multipliers", len(multipliers))):
+        check_at_least(size, 1, name)
+    channels, *sides = (int(n) for n in shape)
+    halvings = min((n & -n).bit_length() - 1 for n in sides)
+    widths = tuple(width * int(m) for m in multipliers)[: halvings + 1]
+    net = UNet2DModel(
+        sample_size=(sides[0], sides[1]),
+        in_channels=channels,
+        out_channels=channels,
+        block_out_channels=widths,
+        down_block_types=("DownBlock2D",) * (len(widths) - 1) + ("AttnDownBlock2D",),
+        up_block_types=("AttnUpBlock2D",) + ("UpBlock2D",) * (len(widths) - 1),
+        layers_per_block=layers,
+        dropout=dropout,
+        norm_num_groups=math.gcd(32, width),
+        num_class_embeds=None if num_classes is None else num_classes + 1,
+    )
+    nn.init.zeros_(net.conv_out.weight)
+    nn.init.zeros_(net.conv_out.bias)
+    return DiffusersVelocity(net)

@@ -50,9 +50,7 @@ class PatchEmbed(nn.Module):
         super().__init__()
         channels, height, columns = shape
         if height % patch or columns % patch:
-            raise ValueError(
-                f"patch must divide the image size {height}x{columns}, got {patch}"
-            )
+            raise ValueError(f"patch must divide the image size {height}x{columns}, got {patch}")
         if width % 4:
             raise ValueError(f"width must be a multiple of 4, got {width}")
         self.patch = patch
@@ -97,10 +95,8 @@ class DiTBlock(nn.Module):
         self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.qkv = nn.Linear(width, 3 * width)
         self.project = nn.Linear(width, width)
-        self.mlp = nn.Sequential(
-            nn.Linear(width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, width)
-        )
-        for layer in (self.qkv, self.project, self.mlp[0], self.mlp[2]):
+        self.expand, self.contract = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        for layer in (self.qkv, self.project, self.expand, self.contract):
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
         self.modulation = modulation(cond_width or width, width, 6)
@@ -109,7 +105,8 @@ class DiTBlock(nn.Module):
         """Update tokens ``h (B, N, width)`` given ``c``, one a sample or token: ``(B, 1|N, *)``."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c).chunk(6, -1)
         h = h + gate1 * self._attend(modulate(self.norm(h), shift1, scale1))
-        return h + gate2 * self.mlp(modulate(self.norm(h), shift2, scale2))
+        hidden = self.expand(modulate(self.norm(h), shift2, scale2))
+        return h + gate2 * self.contract(F.gelu(hidden, approximate="tanh"))
 
     def _attend(self, h: Tensor) -> Tensor:
         b, n, width = h.shape

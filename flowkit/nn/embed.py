@@ -97,24 +97,25 @@ class TimeLabelEmbedding(nn.Module):
         super().__init__()
         check_at_least(num_times, 1, "num_times")
         self.num_classes, self.frequencies = num_classes, frequencies
-        self.time = nn.Sequential(
-            nn.Linear(num_times * frequencies, width), nn.SiLU(), nn.Linear(width, width)
-        )
-        self.label = None
-        if num_classes is not None:
-            check_at_least(num_classes, 1, "num_classes")
-            self.label = nn.Embedding(num_classes + 1, width)
-            nn.init.normal_(self.label.weight, std=0.02)
-        for layer in (self.time[0], self.time[2]):
+        self.inputs = nn.Linear(num_times * frequencies, width)
+        self.outputs = nn.Linear(width, width)
+        for layer in (self.inputs, self.outputs):
             nn.init.normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
+        self.labels = None
+        if num_classes is not None:
+            check_at_least(num_classes, 1, "num_classes")
+            self.labels = nn.Embedding(num_classes + 1, width)
+            nn.init.normal_(self.labels.weight, std=0.02)
 
     def forward(self, t: Tensor, cond: Cond = None) -> Tensor:
         """Embed times ``(B,)`` or ``(B, num_times)`` and labels ``(B,)``."""
         labels = check_cond(cond, len(t), self.num_classes)
         waves = sinusoid(t.reshape(len(t), -1), self.frequencies).flatten(1)
-        c = self.time(waves.to(self.time[0].weight.dtype))
-        return c if self.label is None else c + look_up(self.label.weight, labels)
+        c = self.outputs(F.silu(self.inputs(waves.to(self.inputs.weight.dtype))))
+        if self.labels is None or labels is None:
+            return c
+        return c + look_up(self.labels.weight, labels)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -127,9 +128,8 @@ def modulation(cond_width: int, width: int, chunks: int) -> nn.Sequential:
     return nn.Sequential(nn.SiLU(), zeroed(nn.Linear(cond_width, chunks * width)))
 
 
-def zeroed(layer: nn.Linear | nn.Conv2d) -> nn.Linear | nn.Conv2d:
+def zeroed(layer: nn.Linear) -> nn.Linear:
     """Set a layer's weight and bias to zero, so that training starts from zero output."""
     nn.init.zeros_(layer.weight)
-    if layer.bias is not None:
-        nn.init.zeros_(layer.bias)
+    nn.init.zeros_(layer.bias)
     return layer

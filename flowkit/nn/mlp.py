@@ -46,6 +46,8 @@ class MLP(nn.Module):
     torch.Size([5, 2])
     """
 
+    codes: Tensor
+
     def __init__(
         self,
         shape: Sequence[int],
