@@ -58,11 +58,10 @@ def as_grid(grid: Tensor | Sequence[float] | int) -> Tensor:
         raise ValueError(
             f"grid must be a 1-D tensor of at least 2 times, got shape {tuple(times.shape)}"
         )
-    shown = [round(v, 6) for v in times.tolist()]
-    if not bool((times[1:] > times[:-1]).all()):
-        raise ValueError(f"grid must increase strictly, got {shown}")
-    if times[0] < 0 or times[-1] > 1:
-        raise ValueError(f"grid must lie in [0, 1], got {shown}")
+    increasing = bool((times[1:] > times[:-1]).all())
+    if not increasing or times[0] < 0 or times[-1] > 1:
+        rule = "lie in [0, 1]" if increasing else "increase strictly"
+        raise ValueError(f"grid must {rule}, got {[round(v, 6) for v in times.tolist()]}")
     return times
 
 

@@ -230,15 +230,14 @@ def _after_step(path: Tensor | None, x: Tensor, callback: Callback | None):
 
 def _fixed(f: _Field, x: Tensor, times: Tensor, after, nodes: tuple[float, ...], step) -> Tensor:
     x, ends, steps = x.clone(), times.tolist(), times.diff()
-    stages = times[:-1, None] + steps[:, None] * torch.tensor(nodes, dtype=times.dtype)
+    stages = times[:-1] + torch.tensor(nodes, dtype=times.dtype)[:, None] * steps
     # All times at once, as views of one small tensor: nothing to fill or to copy in a step
-    columns = _batch_times(stages.T, x).unbind()
-    stages = list(zip(*(column.unbind() for column in columns), strict=True))
+    columns = [column.unbind() for column in _batch_times(stages, x)]
     tells = hasattr(f.velocity, "begin_step")
-    for k, h in enumerate(steps.tolist()):
+    for k, step_size_and_times in enumerate(zip(steps.tolist(), *columns, strict=True)):
         if tells:
             f.begin_step(ends[k], ends[k + 1])
-        x = step(f, x, h, *stages[k])
+        x = step(f, x, *step_size_and_times)
         if after is not None:
             x = after(k + 1, ends[k + 1], x)
     return x

@@ -50,6 +50,8 @@ class DiffusersVelocity(nn.Module):
         channels_last: bool | None = None,
         drop_sigma: bool = False,
     ):
+        from diffusers.models.embeddings import LabelEmbedding
+
         super().__init__()
         config = getattr(net, "config", None)
         inputs = getattr(config, "in_channels", None)
@@ -67,7 +69,7 @@ class DiffusersVelocity(nn.Module):
         if self.channels_last:
             net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         for part in net.modules():
-            if type(part).__name__ == "LabelEmbedding":
+            if isinstance(part, LabelEmbedding):
                 part.dropout_prob = 0.0
         self.net = net
 
@@ -147,6 +149,6 @@ def unet2d(
         norm_num_groups=math.gcd(32, width),
         num_class_embeds=None if num_classes is None else num_classes + 1,
     )
-    nn.init.zeros_(net.conv_out.weight)
-    nn.init.zeros_(net.conv_out.bias)
+    for parameter in net.conv_out.parameters():
+        nn.init.zeros_(parameter)
     return DiffusersVelocity(net)
