@@ -189,7 +189,7 @@ class FlowModule(LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed the step by (seed, batches seen, rank)."""
-        seen = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
+        seen = cast(Any, self.trainer).fit_loop.epoch_loop.batch_progress.total.processed
         key = f"{self.noise_seed} {seen} {self.global_rank}".encode()
         torch.manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:8], "little") >> 1)
 

@@ -1,0 +1,162 @@
+"""Train couplings on problems with several seeds, and tabulate how they do.
+
+flowkit compare experiment=toy_table hydra.run.dir=runs/toy_table
+flowkit compare experiment=toy_table seeds=[42] evaluate=[sampler=euler,sampler.grid=20]
+
+Every cell is a run folder like any other. Finished cells are kept: the same command again goes on
+where it was stopped, and adds what has been added to the lists.
+"""
+
+import csv
+import io
+import json
+import logging
+import time
+from collections.abc import Iterable
+from contextlib import redirect_stdout
+from itertools import groupby, product
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import hydra
+from hydra import compose
+from omegaconf import DictConfig, open_dict
+from tqdm import tqdm
+
+from flowkit.recipes.evaluate import evaluate
+from flowkit.recipes.train import train
+
+Row = dict[str, Any]
+
+
+def compare(cfg: DictConfig) -> list[Row]:
+    """Run the cells that are missing; writes ``table.md``, ``table.csv`` and ``table.png``.
+
+    Returns:
+        One row per cell: ``problem``, ``coupling``, ``seed``, the numbers that `evaluate` gives,
+        and the ``seconds`` of training.
+    """
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    out, rows = Path(cfg.out), []
+    cells = list(product(cfg.problems, cfg.couplings, cfg.seeds))
+    bar = tqdm(cells, desc="cells", disable=None)
+    for problem, coupling, seed in bar:
+        bar.set_postfix_str(f"{problem}, {coupling}, seed {seed}")
+        overrides = [*cfg.overrides, *cfg.problems[problem], *cfg.couplings[coupling]]
+        folder = out / _file_name(problem) / _file_name(coupling) / f"seed-{seed}"
+        numbers = run_cell(folder, [*overrides, f"seed={seed}"], list(cfg.evaluate))
+        rows.append({"problem": problem, "coupling": coupling, "seed": seed, **numbers})
+        # After every cell, so that a long table can be read while it grows.
+        write_table(rows, out, cfg.metrics)
+    print((out / "table.md").read_text() + f"\npicture   {out / 'table.png'}")
+    return rows
+
+
+def run_cell(folder: Path, train_with: list[str], evaluate_with: list[str]) -> dict[str, float]:
+    """Train and evaluate in a folder, unless that has been done there with the same overrides.
+
+    Returns:
+        The numbers of the evaluation, and the ``seconds`` of training.
+    """
+    record, wanted = folder / "cell.json", {"train": train_with, "evaluate": evaluate_with}
+    done = json.loads(record.read_text()) if record.is_file() else {}
+    if {key: done.get(key) for key in wanted} != wanted:
+        record.unlink(missing_ok=True)
+        start = time.perf_counter()
+        with redirect_stdout(io.StringIO()):
+            train(_composed("train", train_with, run_dir=folder))
+            seconds = time.perf_counter() - start
+            evaluate(_composed("evaluate", evaluate_with, run=folder))
+        done = {**wanted, "seconds": round(seconds, 1)}
+        record.write_text(json.dumps(done, indent=2) + "\n")
+    metrics = json.loads((folder / "metrics.json").read_text())["metrics"]
+    numbers = {k: v for k, v in metrics.items() if type(v) in (int, float)}
+    return {**numbers, "seconds": done["seconds"]}
+
+
+def _composed(recipe: str, overrides: list[str], **values: Path) -> DictConfig:
+    cfg = compose(recipe, overrides=overrides)
+    with open_dict(cfg):  # as values: a path need not be a word of Hydra's override grammar
+        cfg.update({key: str(value) for key, value in values.items()})
+    return cfg
+
+
+def write_table(rows: list[Row], out: Path, metrics: Iterable[str] | None = None) -> None:
+    """Write mean and standard deviation over seeds, as CSV, Markdown and a picture.
+
+    Args:
+        rows: Those of `compare`.
+        out: The folder.
+        metrics: The columns; None takes every number.
+
+    Raises:
+        ValueError: If a metric is not among the numbers.
+    """
+    known = [key for key in rows[0] if key not in ("problem", "coupling", "seed")]
+    columns = known if metrics is None else list(metrics)
+    if unknown := [name for name in columns if name not in known]:
+        raise ValueError(f"metrics must be among {', '.join(known)}, got {', '.join(unknown)}")
+    lines, records = [], []
+    for (problem, coupling), group in groupby(rows, lambda r: (r["problem"], r["coupling"])):
+        group = list(group)
+        record, cells = {"problem": problem, "coupling": coupling, "seeds": len(group)}, []
+        for name in columns:
+            values = [row[name] for row in group]
+            record[f"{name}_mean"] = mean = fmean(values)
+            # The deviation of the population from its sample; of one seed there is none.
+            record[f"{name}_std"] = std = stdev(values) if len(values) > 1 else None
+            cells.append(f"{mean:.3f}" if std is None else f"{mean:.3f} ± {std:.3f}")
+        records.append(record)
+        lines.append([problem, coupling, str(len(group)), *cells])
+    header = ["problem", "coupling", "seeds", *columns]
+    rule = ["---"] * 2 + ["---:"] * (len(header) - 2)
+    text = "".join(f"| {' | '.join(line)} |\n" for line in [header, rule, *lines])
+    (out / "table.md").write_text(text)
+    with (out / "table.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, records[0])
+        writer.writeheader()
+        writer.writerows(records)
+    _plot(rows, columns, out / "table.png")
+
+
+def _plot(rows: list[Row], columns: list[str], file: Path) -> None:
+    """One panel per metric: every seed a dot, their mean a bar across."""
+    from matplotlib.figure import Figure
+
+    problems, couplings = (list(dict.fromkeys(r[k] for r in rows)) for k in ("problem", "coupling"))
+    size = (1.5 + 1.6 * len(problems), 3.2)
+    figure = Figure(figsize=(size[0] * len(columns), size[1]), layout="constrained")
+    panels = figure.subplots(1, len(columns), squeeze=False)[0]
+    for axes, name in zip(panels, columns, strict=True):
+        for k, coupling in enumerate(couplings):
+            shift = 0.6 * ((k + 0.5) / len(couplings) - 0.5)
+            for i, problem in enumerate(problems):
+                mine = [r for r in rows if (r["problem"], r["coupling"]) == (problem, coupling)]
+                values = [r[name] for r in mine]
+                axes.plot([i + shift] * len(values), values, "o", color=f"C{k}", alpha=0.4, ms=4)
+                if values:
+                    axes.hlines(fmean(values), i + shift - 0.1, i + shift + 0.1, f"C{k}", lw=2.5)
+            axes.plot([], [], "o", color=f"C{k}", label=coupling)
+        if all(row[name] > 0 for row in rows):
+            axes.set_yscale("log")
+        axes.set_xticks(range(len(problems)), problems, fontsize=8)
+        axes.set_xlim(-0.5, len(problems) - 0.5)
+        axes.set_title(name.replace("_", " "), fontsize=10)
+        axes.grid(axis="y", alpha=0.3)
+    panels[0].legend(fontsize=8)
+    figure.savefig(file, dpi=120)
+
+
+def _file_name(name: str) -> str:
+    return "".join(c if c.isalnum() or c in "-_." else "-" for c in name)
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="compare")
+def main(cfg: DictConfig) -> None:
+    """Entry point of ``flowkit compare``."""
+    compare(cfg)
+
+
+if __name__ == "__main__":
+    main()
