@@ -38,7 +38,8 @@ def load_run(folder: str | Path, checkpoint: str | Path | None = None) -> FlowMo
         module.load_state_dict(state["state_dict"])
     except (KeyError, RuntimeError) as error:
         raise RuntimeError(
-            f"checkpoint of {folder} must fit the module of its {CONFIG}, got another model or format"
+            f"checkpoint of {folder} must fit the module of its {CONFIG}, "
+            "got another model or format"
         ) from error
     return module.eval().requires_grad_(False)
 
