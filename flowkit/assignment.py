@@ -86,9 +86,9 @@ def assign(cost: Tensor) -> Tensor:
     from scipy.optimize import linear_sum_assignment
 
     matrix = cost.detach().cpu().numpy()
-    # The more samples, the smaller the gaps between competitors: each doubling pays for one more
-    # temperature.
-    num_stages = int(np.log2(max(len(matrix), 8))) - 3
+    # More samples mean smaller gaps between competitors and more search to save, hence colder
+    # problems: 0 below batch 32, 1 at 64, 9 at 2048. Found by timing.
+    num_stages = max(0, int(1.5 * np.log2(max(len(matrix), 1)) - 7.2))
     f, g = potentials(matrix.astype(np.float32, copy=False), num_stages)
     reduced = matrix.astype(np.float64)
     reduced -= f[:, None]

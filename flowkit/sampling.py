@@ -190,7 +190,7 @@ class _Field:
     def __init__(self, velocity: Velocity, cond: Cond):
         self.velocity, self.cond, self.nfe = velocity, cond, 0
 
-    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+    def evaluate(self, x: Tensor, t: Tensor) -> Tensor:
         v = self.velocity(x, t, self.cond)
         if not self.nfe:
             check_same_shape(v, x, ("velocity(x, t, cond)", "x"))
@@ -228,16 +228,16 @@ def _after_step(path: Tensor | None, x: Tensor, callback: Callback | None):
 # output buffer.
 
 
-def _fixed(f: _Field, x: Tensor, times: Tensor, after, nodes: tuple[float, ...], step) -> Tensor:
+def _fixed(field: _Field, x: Tensor, times: Tensor, after, nodes: tuple[float, ...], step):
+    f, tells = field.evaluate, hasattr(field.velocity, "begin_step")
     x, ends, steps = x.clone(), times.tolist(), times.diff()
     stages = times[:-1] + torch.tensor(nodes, dtype=times.dtype)[:, None] * steps
     # All times at once, as views of one small tensor: nothing to fill or to copy in a step
     columns = [column.unbind() for column in _batch_times(stages, x)]
-    tells = hasattr(f.velocity, "begin_step")
-    for k, step_size_and_times in enumerate(zip(steps.tolist(), *columns, strict=True)):
+    for k, (h, *at) in enumerate(zip(steps.tolist(), *columns, strict=True)):
         if tells:
-            f.begin_step(ends[k], ends[k + 1])
-        x = step(f, x, *step_size_and_times)
+            field.begin_step(ends[k], ends[k + 1])
+        x = step(f, x, h, *at)
         if after is not None:
             x = after(k + 1, ends[k + 1], x)
     return x
@@ -326,22 +326,22 @@ STEPS = {  # where in a step its stages lie, and what makes the step function of
 ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun")
 
 
-def _adaptive(f: _Field, x: Tensor, times: Tensor, after, **options: Any) -> Tensor:
+def _adaptive(field: _Field, x: Tensor, times: Tensor, after, **options: Any) -> Tensor:
     from torchdiffeq import odeint
 
-    def field(t: Tensor, x: Tensor) -> Tensor:
-        return f(x, _batch_times(t, x))
+    def f(t: Tensor, x: Tensor) -> Tensor:
+        return field.evaluate(x, _batch_times(t, x))
 
-    tells = hasattr(f.velocity, "begin_step")
+    tells = hasattr(field.velocity, "begin_step")
     if after is None and not tells:  # nobody minds the times between
         times = times[[0, -1]]
     for k, (t, end) in enumerate(pairwise(times), 1):
         if tells:
-            f.begin_step(t.item(), end.item())
+            field.begin_step(t.item(), end.item())
         interval = torch.stack([t, end]).to(x.device)
         # a step ends at `end`: left alone, torchdiffeq steps past it and interpolates
         options["options"] = {"step_t": interval[1:]}
-        x = cast(Tensor, odeint(field, x, interval, **options))[-1]
+        x = cast(Tensor, odeint(f, x, interval, **options))[-1]
         if after is not None:
             x = after(k, end.item(), x)
     return x

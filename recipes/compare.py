@@ -14,7 +14,7 @@ import logging
 import time
 from collections.abc import Iterable
 from contextlib import redirect_stdout
-from itertools import groupby, product
+from itertools import product
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -39,9 +39,10 @@ def compare(cfg: DictConfig) -> list[Row]:
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     out, rows = Path(cfg.out), []
-    cells = list(product(cfg.problems, cfg.couplings, cfg.seeds))
+    # Seeds change last, so that a table that is stopped is complete in those it has.
+    cells = list(product(cfg.seeds, cfg.problems, cfg.couplings))
     bar = tqdm(cells, desc="cells", disable=None)
-    for problem, coupling, seed in bar:
+    for seed, problem, coupling in bar:
         bar.set_postfix_str(f"{problem}, {coupling}, seed {seed}")
         overrides = [*cfg.overrides, *cfg.problems[problem], *cfg.couplings[coupling]]
         folder = out / _file_name(problem) / _file_name(coupling) / f"seed-{seed}"
@@ -98,8 +99,10 @@ def write_table(rows: list[Row], out: Path, metrics: Iterable[str] | None = None
     if unknown := [name for name in columns if name not in known]:
         raise ValueError(f"metrics must be among {', '.join(known)}, got {', '.join(unknown)}")
     lines, records = [], []
-    for (problem, coupling), group in groupby(rows, lambda r: (r["problem"], r["coupling"])):
-        group = list(group)
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["problem"], row["coupling"]), []).append(row)
+    for (problem, coupling), group in groups.items():
         record, cells = {"problem": problem, "coupling": coupling, "seeds": len(group)}, []
         for name in columns:
             values = [row[name] for row in group]

@@ -6,6 +6,7 @@ flowkit train data=folder data.root=photos         your own images
 flowkit train resume=runs/2026-01-31_12-00-00      go on where a run stopped
 """
 
+import warnings
 from pathlib import Path
 from typing import cast
 
@@ -76,6 +77,8 @@ def resumed(cfg: DictConfig, overrides: list[str]) -> DictConfig:
 @hydra.main(version_base="1.3", config_path="../conf", config_name="train")
 def main(cfg: DictConfig) -> None:
     """Entry point of ``flowkit train``."""
+    # Lightning's own use of an old name of torch's; nothing that a user could do about it.
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
     if cfg.resume is not None and Path(cfg.resume).is_dir():
         cfg = resumed(cfg, list(HydraConfig.get().overrides.task))
     train(cfg)

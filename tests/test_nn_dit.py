@@ -158,16 +158,15 @@ def test_learns_the_velocity_of_a_gaussian():
     mean = torch.linspace(-1, 1, 16).reshape(1, 4, 4)
     flow = GaussianFlow(mean=mean, std=0.5)
     net = DiT((1, 4, 4), patch=2, width=32, depth=2, heads=2)
-    steps = 300
+    steps = 150
     optimizer = torch.optim.AdamW(net.parameters(), 5e-3)
     anneal = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
 
     def on_the_path(batch):
         t = torch.rand(batch)
         s = t[:, None, None, None]
-        return (1 - s) * torch.randn(batch, 1, 4, 4) + s * flow.solution(
-            torch.randn(batch, 1, 4, 4)
-        ), t
+        x0, x1 = torch.randn(batch, 1, 4, 4), flow.solution(torch.randn(batch, 1, 4, 4))
+        return (1 - s) * x0 + s * x1, t
 
     for _ in range(steps):
         x, t = on_the_path(128)
@@ -178,7 +177,7 @@ def test_learns_the_velocity_of_a_gaussian():
     x, t = on_the_path(1024)
     target = flow(x, t)
     error = (net(x, t) - target).square().mean() / target.var(0).mean()
-    assert error < 0.03
+    assert error < 0.02
 
 
 def test_companion_channels_enter_but_do_not_leave():

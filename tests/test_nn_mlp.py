@@ -92,13 +92,12 @@ def test_several_times_are_told_apart(kind):
         net(x, times[:, 0])
 
 
-@pytest.mark.parametrize("kind", [MLP, ResidualMLP])
-def test_learns_the_velocity_of_a_gaussian(kind):
+@pytest.mark.parametrize(("kind", "steps", "lr"), [(MLP, 800, 1e-2), (ResidualMLP, 200, 5e-3)])
+def test_learns_the_velocity_of_a_gaussian(kind, steps, lr):
     torch.manual_seed(0)
     flow = GaussianFlow(mean=torch.tensor([1.0, -2.0]), std=torch.tensor([0.5, 1.5]))
     net = kind((2,), width=48, depth=2)
-    steps = 400
-    optimizer = torch.optim.AdamW(net.parameters(), 5e-3)
+    optimizer = torch.optim.AdamW(net.parameters(), lr)
     anneal = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
 
     def on_the_path(batch):
@@ -159,7 +158,7 @@ def test_input_errors(kind):
 def test_constructor_errors():
     with pytest.raises(ValueError, match="cond_dim must be None where num_classes is given, got 2"):
         MLP((2,), num_classes=3, cond_dim=2)
-    with pytest.raises(ValueError, match="activation must be one of gelu, relu, selu, .*'swish'"):
+    with pytest.raises(ValueError, match=r"activation must be one of gelu, .*, got 'swish'"):
         MLP((2,), activation="swish")
     with pytest.raises(ValueError, match="depth must be at least 1, got 0"):
         ResidualMLP((2,), depth=0)

@@ -1,7 +1,7 @@
 """Fréchet distances between the Gaussians fitted to two sets of features."""
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -161,32 +161,34 @@ def _without_each_group(
 
 
 class _Root(NamedTuple):
-    """``R (F, rank)`` of a covariance ``R Rᵀ``, and whether it is lower triangular."""
+    """``R (F, rank)`` of a covariance ``R Rᵀ``, and that covariance if ``R`` is its Cholesky factor."""
 
     factor: Tensor
-    triangular: bool = False
+    cov: Tensor | None = None
 
 
 def _distance(mean_a: Tensor, root_a: _Root, mean_b: Tensor, root_b: _Root) -> float:
-    cross = _cross(root_a, root_b)
-    # Squares of the singular values, from the smaller side: no zeros but those of the product.
-    gram = _lower_gram(cross if len(cross) <= cross.shape[1] else cross.T)
-    fidelity = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().sum()
+    fidelity = torch.linalg.eigvalsh(_product(root_a, root_b)).clamp(min=0).sqrt().sum()
     spread = root_a.factor.square().sum() + root_b.factor.square().sum() - 2 * fidelity
     return max(((mean_a - mean_b).square().sum() + spread).item(), 0.0)
 
 
-def _cross(root_a: _Root, root_b: _Root) -> Tensor:
-    """``R_aᵀ R_b``; in blocks that skip the zeros, half of the work, if ``R_b`` is triangular."""
-    a, b = root_a.factor, root_b.factor
-    if not root_b.triangular:
-        return a.T @ b
-    starts = range(0, len(b), _BLOCK)
-    return torch.cat([a[i:].T @ b[i:, i : i + _BLOCK] for i in starts], dim=1)
+def _product(a: _Root, b: _Root) -> Tensor:
+    """Lower triangle of a matrix with the eigenvalues of ``Σ_a Σ_b``, without those that must be 0.
+
+    The zeros of a deficient rank would come out as noise of order ε, their roots as √ε.
+    """
+    if a.cov is None or b.cov is None:
+        cross = a.factor.T @ b.factor
+        return _lower_gram(cross if len(cross) <= cross.shape[1] else cross.T)
+    # LAPACK forms Lᵀ Σ_b L at a quarter of the cost of two matrix products.
+    congruence = _lapack("sygst", b.cov)
+    reduced, _ = congruence(b.cov.numpy(), a.factor.numpy(), itype=2, lower=1)
+    return torch.from_numpy(reduced)
 
 
 def _lower_gram(x: Tensor) -> Tensor:
-    """``x xᵀ`` in its lower triangle (and up to a block above), half of the work."""
+    """``x xᵀ`` in its lower triangle (and up to a block above it): half of the work."""
     gram = x.new_zeros(len(x), len(x))
     for i in range(0, len(x), _BLOCK):
         gram[i:, i : i + _BLOCK] = x[i:] @ x[i : i + _BLOCK].T
@@ -208,15 +210,19 @@ def _root(cov: Tensor) -> _Root:
     """
     factor, failed = torch.linalg.cholesky_ex(cov)
     if not failed:
-        return _Root(factor, triangular=True)
-    from scipy.linalg import get_lapack_funcs
-
+        return _Root(factor, cov)
     # tol < 0 asks for LAPACK's own: F · eps · (largest diagonal element).
-    (pivoted_cholesky,) = get_lapack_funcs(("pstrf",), (cov.numpy(),))
+    pivoted_cholesky = _lapack("pstrf", cov)
     packed, pivots, rank, _ = pivoted_cholesky(cov.numpy(), lower=1, tol=-1.0)
     root = torch.empty(len(cov), int(rank), dtype=cov.dtype)
     root[torch.from_numpy(pivots).long() - 1] = torch.from_numpy(packed).tril()[:, : int(rank)]
     return _Root(root)
+
+
+def _lapack(name: str, x: Tensor) -> Callable[..., Any]:
+    from scipy.linalg import get_lapack_funcs
+
+    return get_lapack_funcs((name,), (x.numpy(),))[0]
 
 
 def _float64(x: Tensor) -> Tensor:

@@ -102,6 +102,11 @@ class StepProgress(TQDMProgressBar):
         steps = self.trainer.max_steps
         return float("inf") if steps < 0 else steps * self.trainer.accumulate_grad_batches
 
+    def on_train_epoch_start(self, trainer: Trainer, *args: Any) -> None:
+        """Start the bar, by its right name: there are no epochs."""
+        super().on_train_epoch_start(trainer, *args)
+        self.train_progress_bar.set_description("training")
+
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """The logged values, without the logger's version number."""
         metrics = super().get_metrics(trainer, pl_module)

@@ -1,0 +1,31 @@
+"""Pictures show the samples, pixel by pixel."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from flowkit.metrics import to_uint8
+from flowkit.metrics.pictures import save_picture
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_grid_holds_every_image_in_order(channels, tmp_path):
+    images = torch.rand(5, channels, 4, 6) * 2 - 1
+    file = save_picture(images, tmp_path / "new" / "grid.png", columns=3, zoom=2)
+    pixels = np.asarray(Image.open(file)).reshape(2 * (8 + 2) + 2, 3 * (12 + 2) + 2, channels)
+    for k, image in enumerate(to_uint8(images)):
+        top, left = 2 + k // 3 * 10, 2 + k % 3 * 14
+        shown = pixels[top : top + 8 : 2, left : left + 12 : 2]
+        assert np.array_equal(shown, image.permute(1, 2, 0).numpy())
+    assert (pixels[12:, 30:] == 255).all()  # the place of a sixth
+
+
+def test_points_are_drawn_where_they_are(tmp_path):
+    spread = torch.rand(2000, 2)
+    file = save_picture(spread * torch.tensor([2.0, 1.0]), tmp_path / "points.png")
+    dark = np.asarray(Image.open(file).convert("L")) < 200
+    rows, columns = np.where(dark)
+    assert np.ptp(columns) > 1.6 * np.ptp(rows) * 0.9  # equal axes: twice as wide as high
+    with pytest.raises(ValueError, match=r"samples must be images .* got shape \(3, 5\)"):
+        save_picture(torch.zeros(3, 5), tmp_path / "x.png")

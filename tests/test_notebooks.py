@@ -1,0 +1,42 @@
+"""Every notebook runs from top to bottom, in an empty folder."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+
+
+@pytest.mark.slow
+@pytest.mark.enable_socket  # the kernel is spoken to over local sockets
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the notebook machinery
+@pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
+def test_notebook_runs(file, tmp_path, monkeypatch):
+    nbclient = pytest.importorskip("nbclient")
+    nbformat = pytest.importorskip("nbformat")
+    kernel = tmp_path / "jupyter" / "kernels" / "here"
+    kernel.mkdir(parents=True)
+    command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    spec = {"argv": command, "display_name": "here", "language": "python"}
+    (kernel / "kernel.json").write_text(json.dumps(spec))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    notebook = nbformat.read(file, as_version=4)
+    client = nbclient.NotebookClient(
+        notebook,
+        timeout=600,
+        kernel_name="here",
+        resources={"metadata": {"path": str(tmp_path)}},
+    )
+    client.execute()  # raises with the cell and its traceback
+
+
+@pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
+def test_notebook_is_small_and_without_errors(file):
+    assert file.stat().st_size < 300_000
+    for cell in json.loads(file.read_text())["cells"]:
+        for output in cell.get("outputs", []):
+            assert output["output_type"] != "error"
