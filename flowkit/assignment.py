@@ -5,6 +5,7 @@ Couplings choose the cost of a pair; here it becomes a matrix, a permutation or 
 
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache
 
 import numpy as np
@@ -35,8 +36,11 @@ def paired_cost(x0: Tensor, x1: Tensor, cost: Cost = "sqeuclidean") -> Tensor:
     return _function(cost)(points(x0), points(x1))
 
 
+@torch.no_grad()
 def cost_matrix(x0: Tensor, x1: Tensor, cost: Cost = "sqeuclidean") -> Tensor:
     """Return ``c(x0_i, x1_j) (N, M)`` in float32, of the flattened ``x0 (N, *)``, ``x1 (M, *)``.
+
+    It carries no gradient.
 
     >>> cost_matrix(torch.tensor([[0.0], [1.0]]), torch.tensor([[3.0], [2.0]]), "cityblock")
     tensor([[3., 2.], [2., 1.]])
@@ -44,19 +48,19 @@ def cost_matrix(x0: Tensor, x1: Tensor, cost: Cost = "sqeuclidean") -> Tensor:
     check_same_shape(x0[:1], x1[:1], ("a sample of x0", "a sample of x1"))
     check_cost(cost)
     a, b = points(x0), points(x1)
-    with torch.autocast(a.device.type, enabled=False):
-        if cost == "inner":
-            return -2 * (a @ b.T)
-        if cost == "cityblock":
-            return torch.cdist(a, b, p=1)
-        if cost in ("euclidean", "sqeuclidean"):
-            center = b.mean(0)
-            # Distances by products are fast in many dimensions, but lose digits to cancellation.
-            mode = "use_mm_for_euclid_dist" if a.shape[1] > 16 else "donot_use_mm_for_euclid_dist"
-            distance = torch.cdist(a - center, b - center, compute_mode=mode)
-            return distance.square_() if cost == "sqeuclidean" else distance
-        rows = max(1, 2**24 // max(1, b.numel()))  # bounds what the broadcast allocates
-        matrix = torch.cat([_function(cost)(part[:, None], b) for part in a.split(rows)])
+    if cost == "inner":
+        # With `out`, mixed precision around the coupling leaves the product in float32.
+        return torch.mm(a, b.T, out=a.new_empty(len(a), len(b))).mul_(-2)
+    if cost == "cityblock":
+        return torch.cdist(a, b, p=1)
+    if cost in ("euclidean", "sqeuclidean"):
+        center = b.mean(0)
+        # Distances by products are fast in many dimensions, but lose digits to cancellation.
+        mode = "use_mm_for_euclid_dist" if a.shape[1] > 16 else "donot_use_mm_for_euclid_dist"
+        distance = torch.cdist(a - center, b - center, compute_mode=mode)
+        return distance.square_() if cost == "sqeuclidean" else distance
+    rows = max(1, 2**24 // max(1, b.numel()))  # bounds what the broadcast allocates
+    matrix = torch.cat([_function(cost)(part[:, None], b) for part in a.split(rows)])
     if matrix.shape != (len(a), len(b)):
         raise ValueError(
             f"cost must map (..., d) and (..., d) to (...), got {tuple(matrix.shape)} "
@@ -85,15 +89,11 @@ def assign(cost: Tensor) -> Tensor:
     """
     from scipy.optimize import linear_sum_assignment
 
-    matrix = cost.detach().cpu().numpy()
     # More samples mean smaller gaps between competitors and more search to save, hence colder
     # problems: 0 below batch 32, 1 at 64, 9 at 2048. Found by timing.
-    num_stages = max(0, int(1.5 * np.log2(max(len(matrix), 1)) - 7.2))
-    f, g = potentials(matrix.astype(np.float32, copy=False), num_stages)
-    reduced = matrix.astype(np.float64)
-    reduced -= f[:, None]
-    reduced -= g
-    return torch.from_numpy(linear_sum_assignment(reduced)[1]).to(cost.device)
+    num_stages = max(0, int(1.5 * np.log2(max(len(cost), 1)) - 7.2))
+    partner = linear_sum_assignment(_reduced(cost, num_stages))[1]
+    return torch.from_numpy(partner).to(cost.device)
 
 
 def potentials(
@@ -122,9 +122,11 @@ def potentials(
     kernel += g
     temperature = -ratio * kernel.mean()
     last = None
-    # Products of one matrix and one vector are too short to be worth the threads of BLAS, which
-    # fight with those of other processes. A kernel that under- or overflows ends the annealing.
-    with _blas().limit(limits=1, user_api="blas"), np.errstate(all="ignore"):
+    # BLAS would split long products of a matrix and a vector over threads. There is little to
+    # gain, and much to lose where other processes (a loader's workers) keep the cores busy.
+    one_thread = _blas().limit(limits=1, user_api="blas") if len(f) > 512 else nullcontext()
+    # A kernel that under- or overflows ends the annealing.
+    with one_thread, np.errstate(all="ignore"):
         for _ in range(num_stages):
             np.subtract(f[:, None], cost, out=kernel)
             kernel += g
@@ -148,8 +150,9 @@ def potentials(
 def entropic_plan(cost: Tensor, reg: float, max_iters: int, tol: float = 1e-6) -> Tensor:
     """Return the plan ``(N, M)`` that minimises ``⟨P, cost⟩ − reg H(P)`` with uniform marginals.
 
-    POT's Sinkhorn iteration, in the log domain and in float64. A plan whose marginals are still
-    off by more than ``tol`` (Euclidean norm) after ``max_iters`` rounds comes with a warning.
+    POT's Sinkhorn iteration in the log domain, in float64 on the CPU, started from the potentials
+    of warmer problems. A plan whose marginals are still off by more than ``tol`` (Euclidean norm)
+    after ``max_iters`` rounds comes with a warning.
 
     Args:
         cost: ``(N, M)`` and finite, on any device.
@@ -164,12 +167,14 @@ def entropic_plan(cost: Tensor, reg: float, max_iters: int, tol: float = 1e-6) -
     """
     from ot import sinkhorn
 
-    matrix = cost.detach().double()
-    rows, columns = (matrix.new_full((size,), 1 / size) for size in matrix.shape)
+    # Every stage of the estimate is colder by 0.3: down to about reg.
+    spread = max(float(cost.std(correction=0)), 1e-30)
+    num_stages = int(np.clip(np.log(reg / spread) / np.log(0.3), 0, 9))
+    rows, columns = (np.full(size, 1 / size) for size in cost.shape)
     plan, log = sinkhorn(
         rows,
         columns,
-        matrix,
+        _reduced(cost, num_stages),
         reg,
         method="sinkhorn_log",
         numItermax=max_iters,
@@ -183,7 +188,17 @@ def entropic_plan(cost: Tensor, reg: float, max_iters: int, tol: float = 1e-6) -
             f"{max_iters} rounds at reg {reg}; raise reg or max_iters",
             stacklevel=2,
         )
-    return plan
+    return torch.from_numpy(plan)
+
+
+def _reduced(cost: Tensor, num_stages: int) -> np.ndarray:
+    """Return the cost less its estimated potentials, in float64: it has the same plans."""
+    matrix = cost.detach().cpu().numpy()
+    f, g = potentials(matrix.astype(np.float32, copy=False), num_stages)
+    reduced = matrix.astype(np.float64)
+    reduced -= f[:, None]
+    reduced -= g
+    return reduced
 
 
 def points(x: Tensor) -> Tensor:

@@ -194,7 +194,8 @@ class Sinkhorn:
 
         def draw(cost: Tensor) -> Tensor:
             plan = entropic_plan(cost, self.reg, self.max_iters).T
-            plan = plan.to(generator.device if generator else plan.device)
+            if generator is not None:
+                plan = plan.to(generator.device)
             return plan.multinomial(1, generator=generator)[:, 0].to(cost.device)
 
         return _transport(self, x0, x1, cond, draw)

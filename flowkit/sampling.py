@@ -147,15 +147,14 @@ class ODESampler:
         if not x.is_floating_point():
             raise TypeError(f"x must be a floating-point tensor, got {x.dtype}")
         bind = getattr(velocity, "bind", None)
-        field = _Field(velocity if bind is None else bind(cond, self.times), cond)
+        field = _Field(velocity if bind is None else bind(cond, self.times), x, cond)
         path = x.new_empty((len(times), *x.shape)) if return_path else None
         after = _after_step(path, x, callback)
         if method in ADAPTIVE:
             x = _adaptive(field, x, times, after, method=method, rtol=self.rtol, atol=self.atol)
         else:
-            nodes, make = STEPS[method]
-            x = _fixed(field, x, times, after, nodes, make())
-        return Solution(x, field.nfe, getattr(field.velocity, "rows", field.nfe * len(x)), path)
+            x = _fixed(field, x, times.tolist(), after, STEPS[method]())
+        return Solution(x, field.nfe, field.rows, path)
 
 
 def seeded_noise(
@@ -183,23 +182,37 @@ def seeded_noise(
 
 
 class _Field:
-    """The velocity of one solve, counting its evaluations."""
+    """The velocity of one solve as a function of a float time, counting its evaluations."""
 
-    __slots__ = ("cond", "nfe", "velocity")
+    __slots__ = ("cond", "in_place", "nfe", "t", "velocity")
 
-    def __init__(self, velocity: Velocity, cond: Cond):
-        self.velocity, self.cond, self.nfe = velocity, cond, 0
+    def __init__(self, velocity: Velocity, x: Tensor, cond: Cond):
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        self.t = torch.empty(len(x), dtype=dtype, device=x.device)
+        self.velocity, self.cond, self.nfe, self.in_place = velocity, cond, 0, True
 
-    def evaluate(self, x: Tensor, t: Tensor) -> Tensor:
-        v = self.velocity(x, t, self.cond)
+    def at(self, x: Tensor, t: float) -> Tensor:
+        v = self.velocity(x, self.t.fill_(t), self.cond)
         if not self.nfe:
             check_same_shape(v, x, ("velocity(x, t, cond)", "x"))
         self.nfe += 1
+        if v.requires_grad:  # the graph may hold on to the state and to the times
+            self.in_place, self.t = False, torch.empty_like(self.t)
         return v
 
-    def begin_step(self, t: float, end: float) -> None:
-        """Tell the velocity the step, in either direction as its left and its right end."""
-        self.velocity.begin_step(min(t, end), max(t, end))  # type: ignore[attr-defined]
+    def add(self, x: Tensor, v: Tensor, h: float) -> Tensor:
+        """``x + h v``, in place unless gradients flow."""
+        return x.add_(v, alpha=h) if self.in_place else _stage(x, v, h)
+
+    @property
+    def rows(self) -> int:
+        return getattr(self.velocity, "rows", self.nfe * len(self.t))
+
+    @property
+    def begin_step(self) -> Callable[[float, float], None] | None:
+        """Tells the velocity the step, in either direction as its left and its right end."""
+        tell = getattr(self.velocity, "begin_step", None)
+        return tell and (lambda t, end: tell(min(t, end), max(t, end)))
 
 
 def _after_step(path: Tensor | None, x: Tensor, callback: Callback | None):
@@ -222,64 +235,48 @@ def _after_step(path: Tensor | None, x: Tensor, callback: Callback | None):
 
 # --- fixed steps -------------------------------------------------------------------------------
 #
-# A step is a function step(f, x, h, *stages) -> x from t to t + h, with the times of its stages as
-# tensors (B,). The state is updated in place unless gradients flow, and stages are added to it as
-# they come, so that memory does not grow with the number of steps and a velocity may reuse its
-# output buffer.
+# A step is a function step(f, x, t, h) -> x from t to t + h. The state is updated in place unless
+# gradients flow, and stages are added to it as they come, so that memory does not grow with the
+# number of steps and a velocity may reuse its output buffer.
 
 
-def _fixed(field: _Field, x: Tensor, times: Tensor, after, nodes: tuple[float, ...], step):
-    f, tells = field.evaluate, hasattr(field.velocity, "begin_step")
-    x, ends, steps = x.clone(), times.tolist(), times.diff()
-    stages = times[:-1] + torch.tensor(nodes, dtype=times.dtype)[:, None] * steps
-    # All times at once, as views of one small tensor: nothing to fill or to copy in a step
-    columns = [column.unbind() for column in _batch_times(stages, x)]
-    for k, (h, *at) in enumerate(zip(steps.tolist(), *columns, strict=True)):
-        if tells:
-            field.begin_step(ends[k], ends[k + 1])
-        x = step(f, x, h, *at)
-        if after is not None:
-            x = after(k + 1, ends[k + 1], x)
+def _fixed(field: _Field, x: Tensor, times: list[float], after, step) -> Tensor:
+    x, begin_step = x.clone(), field.begin_step
+    for k, (t, end) in enumerate(pairwise(times), 1):
+        if begin_step:
+            begin_step(t, end)
+        x = step(field, x, t, end - t)
+        if after:
+            x = after(k, end, x)
     return x
-
-
-def _batch_times(t: Tensor, x: Tensor) -> Tensor:
-    """Times ``(*)`` for the velocity: ``(*, B)``, in the state's dtype but at least float32."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    return t.to(x.device, dtype)[..., None].expand(*t.shape, len(x))
 
 
 def _stage(x: Tensor, v: Tensor, h: float) -> Tensor:
     return x.add(v, alpha=h).to(x.dtype)
 
 
-def _add(x: Tensor, v: Tensor, h: float) -> Tensor:
-    """``x + h v``, in place unless gradients flow."""
-    return _stage(x, v, h) if v.requires_grad else x.add_(v, alpha=h)
+def _euler(f, x, t, h):
+    return f.add(x, f.at(x, t), h)
 
 
-def _euler(f, x, h, t):
-    return _add(x, f(x, t), h)
+def _midpoint(f, x, t, h):
+    return f.add(x, f.at(_stage(x, f.at(x, t), h / 2), t + h / 2), h)
 
 
-def _midpoint(f, x, h, t, middle):
-    return _add(x, f(_stage(x, f(x, t), h / 2), middle), h)
-
-
-def _heun(f, x, h, t, end):
-    v = f(x, t)
+def _heun(f, x, t, h):
+    v = f.at(x, t)
     predicted = _stage(x, v, h)
-    x = _add(x, v, h / 2)
-    return _add(x, f(predicted, end), h / 2)
+    x = f.add(x, v, h / 2)
+    return f.add(x, f.at(predicted, t + h), h / 2)
 
 
-def _rk4(f, x, h, t, middle, end):
-    start, v = x.clone(), f(x, t)
-    for weight, reach, time in ((1 / 6, 1 / 2, middle), (1 / 3, 1 / 2, middle), (1 / 3, 1, end)):
+def _rk4(f, x, t, h):
+    start, v = x.clone(), f.at(x, t)
+    for weight, reach in ((1 / 6, 1 / 2), (1 / 3, 1 / 2), (1 / 3, 1)):
         stage = _stage(start, v, h * reach)
-        x = _add(x, v, h * weight)
-        v = f(stage, time)
-    return _add(x, v, h / 6)
+        x = f.add(x, v, h * weight)
+        v = f.at(stage, t + h * reach)
+    return f.add(x, v, h / 6)
 
 
 class _AB2:
@@ -288,14 +285,14 @@ class _AB2:
     def __init__(self):
         self.last: tuple[Tensor, float] | None = None
 
-    def __call__(self, f, x, h, t, middle):
-        v = f(x, t).clone()
+    def __call__(self, f, x, t, h):
+        v = f.at(x, t).clone()
         if self.last is None:
             self.last = v, h
-            return _add(x, f(_stage(x, v, h / 2), middle), h)
+            return f.add(x, f.at(_stage(x, v, h / 2), t + h / 2), h)
         (v_last, h_last), self.last = self.last, (v, h)
         r = h / (2 * h_last)
-        return _add(_add(x, v, h * (1 + r)), v_last, -h * r)
+        return f.add(f.add(x, v, h * (1 + r)), v_last, -h * r)
 
 
 class _Corrected:
@@ -304,21 +301,21 @@ class _Corrected:
     def __init__(self):
         self.carried: Tensor | None = None
 
-    def __call__(self, f, x, h, t, end):
-        v = f(x, t) if self.carried is None else self.carried
-        v = f(_stage(x, v, h), end)
+    def __call__(self, f, x, t, h):
+        v = f.at(x, t) if self.carried is None else self.carried
+        v = f.at(_stage(x, v, h), t + h)
         self.carried = v.clone()
-        return _add(x, v, h)
+        return f.add(x, v, h)
 
 
 FIXED = ("euler", "midpoint", "heun", "rk4", "ab2")
-STEPS = {  # where in a step its stages lie, and what makes the step function of a solve
-    "euler": ((0.0,), lambda: _euler),
-    "midpoint": ((0.0, 0.5), lambda: _midpoint),
-    "heun": ((0.0, 1.0), lambda: _heun),
-    "rk4": ((0.0, 0.5, 1.0), lambda: _rk4),
-    "ab2": ((0.0, 0.5), _AB2),
-    "corrected": ((0.0, 1.0), _Corrected),
+STEPS = {  # what makes the step function of one solve
+    "euler": lambda: _euler,
+    "midpoint": lambda: _midpoint,
+    "heun": lambda: _heun,
+    "rk4": lambda: _rk4,
+    "ab2": _AB2,
+    "corrected": _Corrected,
 }
 
 # --- adaptive steps ----------------------------------------------------------------------------
@@ -330,18 +327,18 @@ def _adaptive(field: _Field, x: Tensor, times: Tensor, after, **options: Any) ->
     from torchdiffeq import odeint
 
     def f(t: Tensor, x: Tensor) -> Tensor:
-        return field.evaluate(x, _batch_times(t, x))
+        return field.at(x, t.item())
 
-    tells = hasattr(field.velocity, "begin_step")
-    if after is None and not tells:  # nobody minds the times between
+    begin_step = field.begin_step
+    if not (after or begin_step):  # nobody minds the times between
         times = times[[0, -1]]
     for k, (t, end) in enumerate(pairwise(times), 1):
-        if tells:
-            field.begin_step(t.item(), end.item())
+        if begin_step:
+            begin_step(t.item(), end.item())
         interval = torch.stack([t, end]).to(x.device)
         # a step ends at `end`: left alone, torchdiffeq steps past it and interpolates
         options["options"] = {"step_t": interval[1:]}
         x = cast(Tensor, odeint(f, x, interval, **options))[-1]
-        if after is not None:
+        if after:
             x = after(k, end.item(), x)
     return x

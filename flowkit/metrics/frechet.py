@@ -161,7 +161,7 @@ def _without_each_group(
 
 
 class _Root(NamedTuple):
-    """``R (F, rank)`` of a covariance ``R Rᵀ``, and that covariance if ``R`` is its Cholesky factor."""
+    """``R (F, rank)`` of a covariance ``R Rᵀ``; with it, if ``R`` is its Cholesky factor."""
 
     factor: Tensor
     cov: Tensor | None = None
@@ -181,10 +181,12 @@ def _product(a: _Root, b: _Root) -> Tensor:
     if a.cov is None or b.cov is None:
         cross = a.factor.T @ b.factor
         return _lower_gram(cross if len(cross) <= cross.shape[1] else cross.T)
-    # LAPACK forms Lᵀ Σ_b L at a quarter of the cost of two matrix products.
+    # LAPACK forms Lᵀ Σ_b L at a quarter of the cost of two matrix products; it reads columns first,
+    # so the transposes are what it takes without a copy.
     congruence = _lapack("sygst", b.cov)
-    reduced, _ = congruence(b.cov.numpy(), a.factor.numpy(), itype=2, lower=1)
-    return torch.from_numpy(reduced)
+    upper = a.factor.contiguous().T
+    reduced, _ = congruence(b.cov.T.numpy(), upper.numpy(), itype=2, lower=0)
+    return torch.from_numpy(reduced).T
 
 
 def _lower_gram(x: Tensor) -> Tensor:
