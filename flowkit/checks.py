@@ -43,25 +43,25 @@ def check_same_shape(x0: Tensor, x1: Tensor, names: tuple[str, str] = ("x0", "x1
         )
 
 
-def as_grid(grid: Tensor | Sequence[float] | int) -> Tensor:
+def as_grid(grid: Tensor | Sequence[float] | int, name: str = "grid") -> Tensor:
     """Return sampling times as a 1-D float64 tensor, strictly increasing within [0, 1].
 
     An integer ``n`` means ``n`` uniform steps.
     """
     if isinstance(grid, bool):
-        raise TypeError(f"grid must be a number of steps or a tensor of times, got {grid}")
+        raise TypeError(f"{name} must be a number of steps or a tensor of times, got {grid}")
     if isinstance(grid, int):
-        check_at_least(grid, 1, "grid")
+        check_at_least(grid, 1, name)
         return torch.linspace(0, 1, grid + 1, dtype=torch.float64)
     times = torch.as_tensor(grid, dtype=torch.float64, device="cpu")
     if times.ndim != 1 or len(times) < 2:
         raise ValueError(
-            f"grid must be a 1-D tensor of at least 2 times, got shape {tuple(times.shape)}"
+            f"{name} must be a 1-D tensor of at least 2 times, got shape {tuple(times.shape)}"
         )
     increasing = bool((times[1:] > times[:-1]).all())
     if not increasing or times[0] < 0 or times[-1] > 1:
         rule = "lie in [0, 1]" if increasing else "increase strictly"
-        raise ValueError(f"grid must {rule}, got {[round(v, 6) for v in times.tolist()]}")
+        raise ValueError(f"{name} must {rule}, got {[round(v, 6) for v in times.tolist()]}")
     return times
 
 

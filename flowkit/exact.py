@@ -39,20 +39,26 @@ class GaussianFlow:
 
     def __call__(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
         """Velocity ``(B, *)`` at ``x (B, *)`` and ``t (B,)``; ``cond`` is not used."""
-        s = expand_like(t, x)
-        slope = (s * self.std**2 - (1 - s)) / ((1 - s) ** 2 + s**2 * self.std**2)
-        return self.mean + slope * (x - s * self.mean)
+        s, (mean, std) = expand_like(t, x), self._parameters(x)
+        slope = (s * std**2 - (1 - s)) / ((1 - s) ** 2 + s**2 * std**2)
+        return mean + slope * (x - s * mean)
 
     def solution(self, x0: Tensor) -> Tensor:
         """The exact state at ``t = 1`` of the trajectory that starts at ``x0``."""
-        return self.mean + self.std * x0
+        mean, std = self._parameters(x0)
+        return mean + std * x0
 
     def log_prob(self, x1: Tensor) -> Tensor:
         """Log-density ``(B,)`` of data, in nats."""
-        std = torch.as_tensor(self.std, dtype=x1.dtype, device=x1.device).expand(x1.shape[1:])
-        z = (x1 - self.mean) / std
-        log_density = -0.5 * (z**2 + math.log(2 * math.pi)) - std.log()
+        mean, std = self._parameters(x1)
+        log_density = -0.5 * (((x1 - mean) / std) ** 2 + math.log(2 * math.pi)) - std.log()
         return log_density.flatten(1).sum(1)
+
+    def _parameters(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        mean, std = (
+            torch.as_tensor(p, dtype=x.dtype, device=x.device) for p in (self.mean, self.std)
+        )
+        return mean, std
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +110,8 @@ class MixtureFlow:
         """Draw data ``(num_samples, *)`` from the mixture."""
         index = torch.multinomial(self.weights, num_samples, True, generator=generator)
         shape = (num_samples, *self.means.shape[1:])
-        noise = torch.randn(shape, dtype=self.means.dtype, generator=generator)
+        like = {"dtype": self.means.dtype, "device": self.means.device}
+        noise = torch.randn(shape, generator=generator, **like)
         return self.means[index] + expand_like(self.stds[index], noise) * noise
 
     def _offsets(self, x: Tensor, t: Tensor) -> Tensor:

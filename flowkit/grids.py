@@ -48,8 +48,8 @@ def shifted(num_steps: int, shift: float) -> Tensor:
     tensor([0.0000, 0.2500, 1.0000], dtype=torch.float64)
     """
     check_positive(shift, "shift")
-    sigma = 1 - uniform(num_steps)
-    return as_grid(1 - shift * sigma / (1 + (shift - 1) * sigma))
+    t = uniform(num_steps)
+    return as_grid(t / (t + shift * (1 - t)))  # the same, without cancellation near t = 0
 
 
 def blockwise(edges: Tensor | Sequence[float], steps: int | Sequence[int]) -> Tensor:
@@ -65,7 +65,7 @@ def blockwise(edges: Tensor | Sequence[float], steps: int | Sequence[int]) -> Te
     >>> blockwise([0.0, 0.5, 1.0], steps=[1, 2])
     tensor([0.0000, 0.5000, 0.7500, 1.0000], dtype=torch.float64)
     """
-    ends = as_grid(edges)
+    ends = as_grid(edges, "edges")
     counts = [steps] * (len(ends) - 1) if isinstance(steps, int) else list(steps)
     if len(counts) != len(ends) - 1:
         raise ValueError(
@@ -124,6 +124,6 @@ def load(file: str | Path) -> Tensor:
             "write it again with this flowkit"
         )
     try:
-        return as_grid(record["grid"])
+        return as_grid(list(record["grid"]))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"grid in {file} must be a list of increasing times: {error}") from error

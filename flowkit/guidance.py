@@ -5,6 +5,7 @@ A sampler, BOSS, FlowOpt or a likelihood sees a guided field as just another fie
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +15,12 @@ from flowkit.types import Cond, Velocity
 
 Null = float | Tensor | Mapping[str, float | Tensor]
 
-# Above this many numbers in a state, one call on a doubled batch no longer beats two calls on
-# the CPU (measured; on accelerators the doubled batch wins or ties throughout).
-DOUBLED_LIMIT = 65_536
+# On a CPU a doubled batch saves the overhead of a call, and loses to two calls once activations
+# leave the cache. Time of one doubled call over that of two, measured on one core: 0.6-0.9 up to
+# 64 rows of small states for every network tried (perceptrons, convolutions, transformers); it
+# passes 1 at 256 rows (perceptron of width 256) or 8-16 thousand numbers a state (images), and
+# reaches 1.6. On accelerators the doubled batch wins or ties throughout.
+DOUBLED_ROWS, DOUBLED_NUMBERS = 256, 8192
 
 
 def replace_cond(cond: Cond, null: Null, where: Tensor | None = None) -> Cond:
@@ -135,7 +139,41 @@ class ClassifierFree:
         return _Guided(self, cond, grid)
 
 
-class _Guided:
+class _Bound:
+    """A velocity bound for one solve, counting its network rows unless it does so itself."""
+
+    def __init__(self, velocity: Velocity, cond: Cond, grid: Tensor | None):
+        bind = getattr(velocity, "bind", None)
+        self.velocity = velocity if bind is None else bind(cond, grid)
+        self.begin_step = getattr(self.velocity, "begin_step", None)
+        self.called_rows = 0
+
+    def __call__(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        self.called_rows += len(x)
+        return self.velocity(x, t, cond)
+
+    @property
+    def rows(self) -> int:
+        return getattr(self.velocity, "rows", self.called_rows)
+
+
+class _Pair:
+    """Two bound velocities that take their steps together."""
+
+    def __init__(self, first: _Bound, second: _Bound):
+        self.fields = first, second
+
+    @property
+    def rows(self) -> int:
+        return sum(field.rows for field in self.fields)
+
+    def begin_step(self, t_left: float, t_right: float) -> None:
+        for field in self.fields:
+            if field.begin_step is not None:
+                field.begin_step(t_left, t_right)
+
+
+class _Guided(_Pair):
     """`ClassifierFree` during one solve.
 
     A velocity that itself wants to be bound (it caches) is bound once for each condition and
@@ -143,36 +181,41 @@ class _Guided:
     """
 
     def __init__(self, guidance: ClassifierFree, cond: Cond, grid: Tensor | None):
-        self.scale, self.interval = guidance.scale, guidance.interval
-        self.null = replace_cond(cond, guidance.null)
-        bind = getattr(guidance.velocity, "bind", None)
-        self.separate = bind is not None
-        self.positive = bind(cond, grid) if bind else guidance.velocity
-        self.negative = bind(self.null, grid) if bind else guidance.velocity
-        self.rows = 0
+        self.guidance, self.cond, self.null = guidance, cond, replace_cond(cond, guidance.null)
+        self.separate = hasattr(guidance.velocity, "bind")
+        conds = (cond, self.null)
+        super().__init__(*(_Bound(guidance.velocity, c, grid) for c in conds))
 
-    def begin_step(self, left: float, right: float) -> None:
-        for field in (self.positive, self.negative):
-            if (begin := getattr(field, "begin_step", None)) is not None:
-                begin(left, right)
+    @cached_property
+    def both(self) -> Cond:
+        return _concatenate(self.cond, self.null)
 
     def __call__(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
-        low, high = self.interval
-        active = (t >= low) & (t <= high)
-        if self.scale == 1 or not bool(active.any()):
-            self.rows += len(x)
-            return self.positive(x, t, cond)
-        if self.scale == 0 and bool(active.all()):
-            self.rows += len(x)
-            return self.negative(x, t, self.null)
-        self.rows += 2 * len(x)
-        if self.separate or (x.device.type == "cpu" and x.numel() > DOUBLED_LIMIT):
-            v, v_null = self.positive(x, t, cond), self.negative(x, t, self.null)
-        else:
-            both = _concatenate(cond, self.null)
-            v, v_null = self.positive(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
-        scale = torch.where(active, self.scale, 1.0).to(x.dtype)
-        return torch.lerp(v_null, v, expand_like(scale, x))
+        scale, (low, high) = self.guidance.scale, self.guidance.interval
+        field, null_field = self.fields
+        if scale == 1:
+            return field(x, t, self.cond)
+        if low > 0 or high < 1:
+            inside = (t >= low) & (t <= high)
+            if not bool(inside.any()):
+                return field(x, t, self.cond)
+            if not bool(inside.all()):  # each sample has a time of its own
+                v, v_null = self._evaluate(x, t)
+                return torch.where(expand_like(inside, x), torch.lerp(v_null, v, scale), v)
+        if scale == 0:
+            return null_field(x, t, self.null)
+        v, v_null = self._evaluate(x, t)
+        return torch.lerp(v_null, v, scale)
+
+    def _evaluate(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """The conditional and the unconditional velocity."""
+        field, null_field = self.fields
+        large = len(x) > DOUBLED_ROWS or x.numel() > DOUBLED_NUMBERS
+        if self.separate or (large and x.device.type == "cpu"):
+            # a copy, since a velocity may reuse its output buffer
+            return field(x, t, self.cond).clone(), null_field(x, t, self.null)
+        v, v_null = field(torch.cat([x, x]), torch.cat([t, t]), self.both).chunk(2)
+        return v, v_null
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,23 +247,17 @@ class Autoguidance:
         return _Autoguided(self, cond, grid)
 
 
-class _Autoguided:
-    def __init__(self, guidance: Autoguidance, cond: Cond, grid: Tensor | None):
-        self.scale, self.rows = guidance.scale, 0
-        self.fields = []
-        for field in (guidance.velocity, guidance.weak):
-            bind = getattr(field, "bind", None)
-            self.fields.append(bind(cond, grid) if bind else field)
+class _Autoguided(_Pair):
+    """`Autoguidance` during one solve."""
 
-    def begin_step(self, left: float, right: float) -> None:
-        for field in self.fields:
-            if (begin := getattr(field, "begin_step", None)) is not None:
-                begin(left, right)
+    def __init__(self, guidance: Autoguidance, cond: Cond, grid: Tensor | None):
+        self.scale = guidance.scale
+        super().__init__(*(_Bound(f, cond, grid) for f in (guidance.velocity, guidance.weak)))
 
     def __call__(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
-        self.rows += (1 if self.scale == 1 else 2) * len(x)
-        v = self.fields[0](x, t, cond)
-        return v if self.scale == 1 else torch.lerp(self.fields[1](x, t, cond), v, self.scale)
+        field, weak = self.fields
+        v = field(x, t, cond)
+        return v if self.scale == 1 else torch.lerp(weak(x, t, cond), v, self.scale)
 
 
 def _concatenate(a: Cond, b: Cond) -> Cond:

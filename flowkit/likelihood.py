@@ -57,6 +57,7 @@ def log_likelihood(
 
     Raises:
         ValueError: If the grid is partial or too short, or ``probes`` is not positive.
+        RuntimeError: If the velocity cannot be differentiated by its state.
 
     >>> from flowkit.exact import GaussianFlow
     >>> flow, x1 = GaussianFlow(2.0, 0.5), torch.full((1, 3), 2.0)
@@ -116,6 +117,11 @@ class _Augmented:
         with torch.enable_grad():
             sample = x[:, :-2].reshape(self.probes.shape[1:]).detach().requires_grad_()
             v = self.velocity(sample, t, cond)
+            if not v.requires_grad:
+                raise RuntimeError(
+                    "velocity must be differentiable in x for its divergence, got a result without "
+                    "gradient; let it not run under torch.no_grad()"
+                )
             trace, spread = (self._exact if self.exact else self._estimate)(v, sample)
         return torch.cat([v.detach().flatten(1), trace[:, None], spread[:, None]], dim=1)
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from flowkit.checks import check_same_shape, expand_like
+from flowkit.checks import check_same_shape, check_times, expand_like
 from flowkit.couplings import Coupling, Independent
 from flowkit.paths import Linear, Path
 from flowkit.times import Times, Uniform
@@ -41,6 +41,10 @@ def flow_matching_loss(
             `flowkit.guidance.DropCond`.
         generator: Draws everything: noise, coupling, times, dropped conditions.
 
+    Raises:
+        ValueError: If shapes differ, or segments are incomplete, not increasing in time, or meet
+            a path or coupling that is not the default.
+
     Returns:
         ``loss``, and ``explained``: the share ``1 − loss / E‖u‖²`` of the target's energy that is
         predicted, 0 for a zero network. It stays below 1, since pairs cross.
@@ -52,14 +56,16 @@ def flow_matching_loss(
     True
     """
     x1, cond = batch["x1"], batch.get("cond")
+    _check_segments(batch, path, coupling)
     x0 = batch.get("x0")
     if x0 is None:
         x0 = torch.randn(x1.shape, dtype=x1.dtype, device=x1.device, generator=generator)
     pairs = coupling.pair(x0, x1, cond, generator)
-    t = times(len(x1), x1.device, generator).to(x1.dtype)
+    # times have at least float32, also beside data in half precision
+    t = times(len(x1), x1.device, generator).to(torch.promote_types(x1.dtype, torch.float32))
     x_t, t, u = path.sample(pairs.x0, pairs.x1, t, generator)
-    if (t0 := batch.get("t0")) is not None:
-        length = batch["t1"] - t0  # type: ignore[typeddict-item]  # t0 comes with t1
+    if "t0" in batch and "t1" in batch:
+        t0, length = batch["t0"], batch["t1"] - batch["t0"]
         t, u = t0 + length * t, u / expand_like(length, u)
     cond = pairs.cond if drop_cond is None else drop_cond(pairs.cond, generator)
     v = velocity(x_t, t, cond)
@@ -70,6 +76,26 @@ def flow_matching_loss(
         weight = mask if weight is None else weight * mask
     loss, energy = _mean_square(v - u, weight, mask), _mean_square(u.detach(), weight, mask)
     return {"loss": loss, "explained": 1 - loss.detach() / energy}
+
+
+def _check_segments(batch: Batch, path: Path, coupling: Coupling) -> None:
+    given = {"t0", "t1"} & set(batch)
+    if not given:
+        return
+    if len(given) == 1 or "x0" not in batch:
+        raise ValueError(
+            f"batch must hold x0, t0 and t1 together where it holds segments, got {sorted(batch)}"
+        )
+    if path != Linear() or not isinstance(coupling, Independent):
+        raise ValueError(
+            "path and coupling must be Linear() and Independent() for segments with t0 and t1, "
+            f"whose chord they would change, got {path} and {coupling}"
+        )
+    t0, t1 = batch["t0"], batch["t1"]  # type: ignore[typeddict-item]  # all are there
+    for name, t in (("t0", t0), ("t1", t1)):
+        check_times(t, len(batch["x1"]), name)
+    if not bool((t0 < t1).all()):
+        raise ValueError(f"t1 must be larger than t0, got t1 − t0 = {(t1 - t0).min().item()}")
 
 
 def _mean_square(x: Tensor, weight: Tensor | None, mask: Tensor | None) -> Tensor:

@@ -80,7 +80,7 @@ class Interpolant:
         x_t = a * x1 + b * x0
         if self.sigma:
             x_t = x_t + self.sigma * _noise_like(x1, generator)
-        return PathSample(x_t, t, da * x1 + db * x0)
+        return PathSample(x_t.to(x1.dtype), t, (da * x1 + db * x0).to(x1.dtype))
 
     def to_data(self, x_t: Tensor, t: Tensor, v: Tensor) -> Tensor:
         """Expected data ``E[x1 | x_t]``: ``(s² v − b b' x_t) / (a' s² − a b b')``.
@@ -108,14 +108,14 @@ class Interpolant:
     def to_score(self, x_t: Tensor, t: Tensor, v: Tensor) -> Tensor:
         """Score ``∇ log p_t(x_t) = −(x_t − a E[x1 | x_t]) / (b² + sigma²)`` of a normal source.
 
-        Without noise of its own a path's score is unbounded at ``t = 1``.
+        Without noise of its own a path's score is unbounded where ``b = 0``, at ``t = 1``.
 
         Raises:
-            ValueError: If ``t = 1`` occurs on a path with ``sigma = 0``.
+            ValueError: If ``t = 1`` occurs on a path that ends in the data, without any noise.
         """
         if not self.sigma:
             b = self._checked(x_t, t, v).b
-            if bool((t == 1).any()):
+            if bool(((expand_like(t, b) == 1) & (b < 1e-6)).any()):
                 raise ValueError(
                     "t must lie in [0, 1) for to_score, got 1.0; the score is unbounded there"
                 )
@@ -180,7 +180,7 @@ class VP(Interpolant):
 
     ``log α(t) = −¼ (1−t)² (beta_max − beta_min) − ½ (1−t) beta_min``: Lipman et al. (2022),
     equation 18, with time running from noise to data. At ``t = 0`` a trace ``α(0)`` of the data is
-    left, and at ``t = 1`` the velocity of the noise is unbounded (``u`` is infinite there).
+    left, and at ``t = 1`` the velocity of the noise is unbounded (a number of order 1e18 there).
 
     >>> VP().sample(torch.zeros(1, 1), torch.ones(1, 1), torch.ones(1)).x_t
     tensor([[1.]])
@@ -200,7 +200,8 @@ class VP(Interpolant):
         """``a = α(t)``, ``b = √(1 − α(t)²)``."""
         s, spread = 1 - t, self.beta_max - self.beta_min
         log_a = -0.25 * s**2 * spread - 0.5 * s * self.beta_min
-        a, b = log_a.exp(), (-torch.expm1(2 * log_a)).sqrt()
+        # the floor keeps u and the conversions free of 0/0 at t = 1
+        a, b = log_a.exp(), (-torch.expm1(2 * log_a)).sqrt().clamp_min(1e-20)
         da = a * (0.5 * s * spread + 0.5 * self.beta_min)
         return Coefficients(a, b, da, -a * da / b)
 
@@ -279,7 +280,8 @@ class BrownianBridge:
         width = (s * (1 - s)).sqrt()
         slope = torch.where(width > 0, (1 - 2 * s) / (2 * width), 0.0)
         noise = self.sigma * _noise_like(x1, generator)
-        return PathSample((1 - s) * x0 + s * x1 + width * noise, t, x1 - x0 + slope * noise)
+        x_t, u = (1 - s) * x0 + s * x1 + width * noise, x1 - x0 + slope * noise
+        return PathSample(x_t.to(x1.dtype), t, u.to(x1.dtype))
 
 
 def _noise_like(x: Tensor, generator: torch.Generator | None) -> Tensor:

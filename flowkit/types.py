@@ -15,8 +15,10 @@ class Velocity(Protocol):
 
     Time runs from noise at ``t = 0`` to data at ``t = 1``. Networks, guided networks and
     closed-form flows are all velocities. A velocity with something to prepare or to cache
-    may offer ``bind(cond, grid) -> Velocity``; what that returns serves one solve, and may
-    offer ``begin_step(t_left, t_right)`` and count its network rows in ``rows``.
+    may offer ``bind(cond, grid) -> Velocity``, with the sampler's grid, increasing in either
+    direction of the solve (None outside of one); what that returns serves one solve, and may
+    offer ``begin_step(t_left, t_right)`` and count its network rows in ``rows``. The tensors
+    that a solver passes are its buffers: a velocity that keeps one beyond the call clones it.
     """
 
     def __call__(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:

@@ -161,8 +161,11 @@ class FlowModule(LightningModule):
         terms = self.loss(batch)
         if not torch.isfinite(terms["loss"]):
             raise RuntimeError(self._not_finite(batch, batch_idx, terms["loss"]))
-        for name, value in terms.items():
-            self.log(f"train/{name}", value.detach(), prog_bar=name == "loss")
+        # Only when it will be written: Lightning's log costs more than a small network's step.
+        every = cast(Any, self.trainer).log_every_n_steps
+        if (self.global_step + 1) % every == 0:
+            for name, value in terms.items():
+                self.log(f"train/{name}", value.detach(), prog_bar=name == "loss")
         return terms["loss"]
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -191,7 +194,11 @@ class FlowModule(LightningModule):
         """Seed the step by (seed, batches seen, rank)."""
         seen = cast(Any, self.trainer).fit_loop.epoch_loop.batch_progress.total.processed
         key = f"{self.noise_seed} {seen} {self.global_rank}".encode()
-        torch.manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:8], "little") >> 1)
+        seed = int.from_bytes(hashlib.sha256(key).digest()[:8], "little") >> 1
+        # Not torch.manual_seed, which looks for every kind of device at every call.
+        torch.default_generator.manual_seed(seed)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store what is not a weight."""

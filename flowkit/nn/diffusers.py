@@ -29,8 +29,8 @@ class DiffusersVelocity(nn.Module):
     Args:
         net: A network called as ``net(x, timestep=..., ...)`` whose answer has ``sample``.
         time_scale: The timestep that stands for ``t = 1``.
-        channels_last: Keep weights and images in memory channels last. ``None`` does so for
-            UNets, which it speeds up, and leaves others alone.
+        channels_last: Keep weights and images in memory channels last, which convolutions prefer
+            on many GPUs. Off by default: small UNets on a CPU were 1.05 to 1.3 times slower.
         drop_sigma: Return the first half of the output's channels, for a network built with
             twice as many outputs as inputs (a learned variance).
 
@@ -47,7 +47,7 @@ class DiffusersVelocity(nn.Module):
         self,
         net: nn.Module,
         time_scale: float = 1000.0,
-        channels_last: bool | None = None,
+        channels_last: bool = False,
         drop_sigma: bool = False,
     ):
         from diffusers.models.embeddings import LabelEmbedding
@@ -65,8 +65,8 @@ class DiffusersVelocity(nn.Module):
         self.takes_labels = "class_labels" in inspect.signature(net.forward).parameters
         self.num_classes = _num_classes(config)
         self.time_scale, self.drop_sigma = time_scale, drop_sigma
-        self.channels_last = hasattr(net, "down_blocks") if channels_last is None else channels_last
-        if self.channels_last:
+        self.channels_last = channels_last
+        if channels_last:
             net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         for part in net.modules():
             if isinstance(part, LabelEmbedding):
@@ -110,6 +110,7 @@ def unet2d(
     multipliers: Sequence[int] = (1, 2, 2),
     layers: int = 1,
     dropout: float = 0.0,
+    channels_last: bool = False,
 ) -> DiffusersVelocity:
     """A new ``UNet2DModel`` for images of one shape, with zero output at the start.
 
@@ -124,6 +125,7 @@ def unet2d(
         multipliers: Channels of each level, in units of ``width``.
         layers: Residual blocks per level.
         dropout: Dropout of the residual blocks, in [0, 1].
+        channels_last: As for :class:`DiffusersVelocity`.
 
     >>> unet2d((1, 28, 28), width=16).net.config.block_out_channels
     (16, 32, 32)
@@ -151,4 +153,4 @@ def unet2d(
     )
     for parameter in net.conv_out.parameters():
         nn.init.zeros_(parameter)
-    return DiffusersVelocity(net)
+    return DiffusersVelocity(net, channels_last=channels_last)

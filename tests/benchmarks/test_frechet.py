@@ -52,8 +52,8 @@ def seconds(function):
         # Both sum 4000 outer products as well.
         pytest.param(4000, 0, "features", 0.6, id="features"),
         pytest.param(1000, 0, "features", 0.35, id="fewer samples than features"),
-        # A rank just below full: both roots need pivoting.
-        pytest.param(4000, 200, "moments", 0.7, id="200 constant features"),
+        # A rank just below full, the slowest: pivoted roots and singular values.
+        pytest.param(4000, 200, "moments", 1.0, id="200 constant features"),
     ],
 )
 def test_faster_than_torchmetrics(benchmark, count, dead, given, limit):
