@@ -70,7 +70,7 @@ def cost_matrix(x0: Tensor, x1: Tensor, cost: Cost = "sqeuclidean") -> Tensor:
 
 
 def assign(cost: Tensor) -> Tensor:
-    """Return the permutation ``p (B,)`` that minimises ``Σ_i cost[i, p_i]``, exactly.
+    """Return the permutation ``p (B,)`` that minimises ``Σ_j cost[p_j, j]``, exactly.
 
     An assignment problem is unchanged by constants added to rows and columns. Subtracting
     nearly optimal dual potentials therefore leaves the answer alone, but leaves SciPy's
@@ -84,15 +84,17 @@ def assign(cost: Tensor) -> Tensor:
     Source: D. F. Crouse, *On implementing 2D rectangular assignment algorithms*, 2016 (the
     solver). The reduction by softened potentials is this module's.
 
-    >>> assign(torch.tensor([[4.0, 1.0, 3.0], [2.0, 0.0, 5.0], [3.0, 2.0, 2.0]]))
-    tensor([1, 0, 2])
+    >>> assign(torch.tensor([[4.0, 1.0, 3.0], [2.0, 3.0, 0.0], [3.0, 2.0, 2.0]]))
+    tensor([2, 0, 1])
     """
     from scipy.optimize import linear_sum_assignment
 
     # More samples mean smaller gaps between competitors and more search to save, hence colder
     # problems: 0 below batch 32, 1 at 64, 9 at 2048. Found by timing.
     num_stages = max(0, int(1.5 * np.log2(max(len(cost), 1)) - 7.2))
-    partner = linear_sum_assignment(_reduced(cost, num_stages))[1]
+    rows, columns = linear_sum_assignment(_reduced(cost, num_stages))
+    partner = np.empty_like(rows)
+    partner[columns] = rows
     return torch.from_numpy(partner).to(cost.device)
 
 

@@ -139,7 +139,7 @@ class MinibatchOT:
         Raises:
             ValueError: If shapes differ, ``cond`` is of another batch, or a cost is not finite.
         """
-        return _transport(self, x0, x1, cond, lambda cost: assign(cost).argsort())
+        return _transport(self, x0, x1, cond, assign)
 
 
 @dataclass(frozen=True)

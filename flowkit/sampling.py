@@ -327,7 +327,11 @@ def _adaptive(field: _Field, x: Tensor, times: Tensor, after, **options: Any) ->
     from torchdiffeq import odeint
 
     def f(t: Tensor, x: Tensor) -> Tensor:
-        return field.at(x, t.item())
+        # gradients flow through the sizes of the steps, so the time keeps its graph
+        v = field.velocity(x, t.to(field.t).expand_as(field.t), field.cond)
+        check_same_shape(v, x, ("velocity(x, t, cond)", "x"))
+        field.nfe += 1
+        return v
 
     begin_step = field.begin_step
     if not (after or begin_step):  # nobody minds the times between
