@@ -399,20 +399,30 @@ class Census:
         return v
 
 
-@pytest.mark.parametrize("method", [*FIXED, "corrected"])
-def test_memory_does_not_grow_with_the_number_of_steps(method):
-    x, most = torch.randn(1009, 13), {}
-    for n in (2, 6):
+@pytest.fixture
+def _only_new_objects():
+    """What lives already is none of `gc.get_objects`' business."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.usefixtures("_only_new_objects")
+@pytest.mark.parametrize(
+    ("method", "most"),
+    # the caller's x, the state and the velocity; more where a step needs more at once
+    [("euler", 3), ("midpoint", 4), ("heun", 5), ("ab2", 5), ("rk4", 6), ("corrected", 5)],
+)
+def test_memory_does_not_grow_with_the_number_of_steps(method, most):
+    x = torch.randn(1009, 13)
+    for n in (2, 12):
         census = Census(x.numel())
         if method == "corrected":
             ODESampler(n).invert(census, x, correct=True)
         else:
             ODESampler(n, method)(census, x)
-        most[n] = census.most
-    # the caller's x, the state and the velocity; more only where a method needs more at once
-    allowed = {"euler": 3, "midpoint": 4, "heun": 4, "rk4": 5, "ab2": 5, "corrected": 5}
-    assert most[6] <= allowed[method]
-    assert most[6] <= most[2] + (method == "ab2")
+        assert census.most == most
 
 
 @pytest.mark.parametrize("method", [*FIXED, "corrected"])
