@@ -193,10 +193,8 @@ def test_plain_inversion_is_first_order_with_n_evaluations():
     assert errors[0] / errors[1] == pytest.approx(2, abs=0.1)
 
 
-@pytest.mark.parametrize("method", FIXED)
+@pytest.mark.parametrize("method", ["euler", "midpoint", "heun", "rk4"])  # ab2 starts anew
 def test_two_partial_solves_make_a_whole_one(method):
-    if method == "ab2":
-        pytest.skip("each solve has a starting step of its own")
     grid, x = grids.shifted(7, 3.0), noise()
     whole = ODESampler(grid, method)(FLOW, x)
     half = ODESampler(grid[:4], method)(FLOW, x)
@@ -316,9 +314,8 @@ def test_callback_replaces_the_state(method):
     )
     assert torch.equal(solution.path[2], kept)
     assert any(torch.equal(x, kept) for x in field.x)
-    alone = ODESampler([2 / 3, 1.0], "midpoint" if method == "ab2" else method)(FLOW, kept)
-    if method != "ab2":
-        torch.testing.assert_close(solution.x, alone)
+    if method != "ab2":  # which starts anew in a solve of its own
+        torch.testing.assert_close(solution.x, ODESampler([2 / 3, 1.0], method)(FLOW, kept))
     assert torch.equal(known, kept), "the caller's tensor was changed"
 
 

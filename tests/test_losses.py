@@ -1,0 +1,281 @@
+"""The flow-matching loss against its known values."""
+
+import math
+
+import pytest
+import torch
+
+from flowkit.couplings import Independent, MinibatchOT, Pairs
+from flowkit.exact import GaussianFlow
+from flowkit.guidance import DropCond
+from flowkit.losses import flow_matching_loss
+from flowkit.paths import VP, BrownianBridge, Cosine, Linear
+from flowkit.times import LogitNormal, Stratified, Uniform
+
+
+def zero(x, t, cond=None):
+    return torch.zeros_like(x)
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+class Weighted:
+    """Independent pairs with given log weights."""
+
+    def __init__(self, log_weight):
+        self.log_weight = log_weight
+
+    def pair(self, x0, x1, cond=None, generator=None):
+        return Pairs(x0, x1, cond, self.log_weight)
+
+
+def test_zero_network_loses_one_plus_the_energy_of_the_data():
+    z = torch.randn(50_000, 4)
+    result = flow_matching_loss(zero, {"x1": z}, generator=generator(1))
+    assert result["loss"].item() == pytest.approx(2.0, abs=0.02)
+    assert result["explained"].item() == 0.0
+    shifted = flow_matching_loss(zero, {"x1": 3 + 0.5 * z}, generator=generator(1))
+    assert shifted["loss"].item() == pytest.approx(1 + 9 + 0.25, rel=0.01)
+
+
+@pytest.mark.parametrize("std", [0.3, 1.0])
+def test_exact_velocity_loses_the_irreducible_part(std):
+    x1 = 2.0 + std * torch.randn(400_000, 1, dtype=torch.float64)
+    result = flow_matching_loss(GaussianFlow(2.0, std), {"x1": x1}, generator=generator(1))
+    assert result["loss"].item() == pytest.approx(std * math.pi / 2, rel=0.01)
+    energy = 1 + 4 + std**2
+    assert result["explained"].item() == pytest.approx(1 - std * math.pi / 2 / energy, abs=0.01)
+
+
+@pytest.mark.parametrize("path", [Linear(sigma=0.1), Cosine(), VP(), BrownianBridge(0.5)], ids=str)
+def test_velocity_is_compared_with_the_paths(path):
+    x0, x1 = torch.randn(2, 64, 3, dtype=torch.float64).unbind()
+    samples = []
+
+    class Spy:
+        def sample(self, *arguments):
+            samples.append(path.sample(*arguments))
+            return samples[-1]
+
+    def field(x, t, cond):
+        assert x is samples[0].x_t
+        assert t is samples[0].t
+        return samples[0].u + 2
+
+    result = flow_matching_loss(field, {"x0": x0, "x1": x1}, path=Spy())
+    assert result["loss"].item() == pytest.approx(4)
+    assert result["explained"].item() == pytest.approx(1 - 4 / samples[0].u.square().mean().item())
+
+
+def test_given_pairs_need_no_noise():
+    x0, x1 = torch.randn(2, 64, 3).unbind()
+    result = flow_matching_loss(lambda x, t, c: x1 - x0, {"x0": x0, "x1": x1})
+    assert result["loss"].item() == pytest.approx(0, abs=1e-12)
+
+
+def test_coupled_pairs_are_used():
+    x0, x1 = torch.randn(2, 64, 2).unbind()
+    batch = {"x0": x0, "x1": x1}
+    independent, coupled = (
+        flow_matching_loss(zero, batch, coupling=coupling)["loss"]
+        for coupling in (Independent(), MinibatchOT())
+    )
+    pairs = MinibatchOT().pair(x0, x1)
+    torch.testing.assert_close(coupled, (pairs.x1 - pairs.x0).square().mean())
+    assert coupled < independent
+
+
+def test_masked_elements_do_not_count():
+    x0, x1 = torch.randn(2, 8, 4).unbind()
+    mask = (torch.arange(4) < torch.tensor([1, 2, 3, 4] * 2)[:, None]).float()
+    x1_padded = torch.where(mask.bool(), x1, 1e6)
+    ours = flow_matching_loss(zero, {"x0": x0, "x1": x1_padded, "mask": mask})["loss"]
+    torch.testing.assert_close(ours, (x1 - x0)[mask.bool()].square().mean())
+    boolean = flow_matching_loss(zero, {"x0": x0, "x1": x1_padded, "mask": mask.bool()})["loss"]
+    assert torch.equal(ours, boolean)
+
+
+def test_mask_is_broadcast_over_channels():
+    x0, x1 = torch.randn(2, 5, 3, 4, 4).unbind()
+    mask = torch.zeros(5, 1, 4, 4)
+    mask[:, :, :2] = 1
+    ours = flow_matching_loss(zero, {"x0": x0, "x1": x1, "mask": mask})["loss"]
+    torch.testing.assert_close(ours, (x1 - x0)[:, :, :2].square().mean())
+
+
+def test_masked_elements_have_no_gradient():
+    theta = torch.zeros(4, requires_grad=True)
+    mask = torch.tensor([[1.0, 0.0, 1.0, 0.0]])
+    flow_matching_loss(lambda x, t, c: theta.expand_as(x), {"x1": torch.ones(6, 4), "mask": mask})[
+        "loss"
+    ].backward()
+    assert (theta.grad != 0).tolist() == [True, False, True, False]
+
+
+@pytest.mark.parametrize("mask", [None, torch.tensor([[1.0, 0.0, 1.0]])])
+def test_weights_multiply_each_pair(mask):
+    x0, x1 = torch.randn(2, 8, 3).unbind()
+    log_weight = torch.randn(8)
+    batch = {"x0": x0, "x1": x1} | ({} if mask is None else {"mask": mask})
+    ours = flow_matching_loss(zero, batch, coupling=Weighted(log_weight))["loss"]
+    square = log_weight.exp()[:, None] * (x1 - x0).square()
+    if mask is not None:
+        square = square[:, mask[0].bool()]
+    torch.testing.assert_close(ours, square.mean())
+
+
+def segments(batch=64):
+    """Chords of a curve whose speed depends on time."""
+    t0 = torch.rand(batch) * 0.8
+    t1 = t0 + 0.05 + torch.rand(batch) * 0.1
+    speed = torch.randn(batch, 3)
+    x0 = torch.randn(batch, 3)
+    x1 = x0 + (t1 - t0)[:, None] * speed
+    return {"x0": x0, "x1": x1, "t0": t0, "t1": t1}, speed
+
+
+def test_the_constant_chord_of_a_segment_has_no_loss():
+    batch, speed = segments()
+    loss = flow_matching_loss(lambda x, t, c: speed, batch)["loss"]
+    assert loss.item() == pytest.approx(0, abs=1e-9)
+
+
+def test_times_of_a_segment_lie_in_it_and_fit_its_states():
+    batch, speed = segments()
+
+    def check(x, t, cond):
+        assert ((batch["t0"] <= t) & (t <= batch["t1"])).all()
+        expected = batch["x0"] + (t - batch["t0"])[:, None] * speed
+        torch.testing.assert_close(x, expected, rtol=1e-4, atol=1e-5)
+        return speed
+
+    flow_matching_loss(check, batch)
+
+
+@pytest.mark.parametrize("times", [Uniform(), LogitNormal(), Stratified()], ids=str)
+def test_generator_fixes_the_loss(times):
+    cond, drop = torch.zeros(64, dtype=torch.long), DropCond(0.5, 1)
+    batch = {"x1": torch.randn(64, 2), "cond": cond}
+    a, b, c = (
+        flow_matching_loss(
+            lambda x, t, c: x * t[:, None] * c[:, None],
+            batch,
+            path=Linear(sigma=0.1),
+            times=times,
+            drop_cond=drop,
+            generator=generator(k),
+        )["loss"]
+        for k in (1, 1, 2)
+    )
+    assert torch.equal(a, b)
+    assert not torch.equal(a, c)
+
+
+def test_stratified_times_lower_the_variance_of_the_loss():
+    """Of a loss that depends on time: here 4 t² exactly, for pairs without velocity."""
+    batch = {"x0": torch.zeros(64, 1), "x1": torch.zeros(64, 1)}
+
+    def variance(times):
+        losses = [
+            flow_matching_loss(
+                lambda x, t, c: 2 * t[:, None], batch, times=times, generator=generator(k)
+            )["loss"]
+            for k in range(200)
+        ]
+        assert torch.stack(losses).mean().item() == pytest.approx(4 / 3, abs=0.05)
+        return torch.stack(losses).var().item()
+
+    assert variance(Stratified()) < 0.01 * variance(Uniform())
+
+
+def test_conditions_are_dropped_before_the_velocity_sees_them():
+    seen = []
+
+    def field(x, t, cond):
+        seen.append(cond)
+        return x
+
+    batch = {"x1": torch.randn(8, 2), "cond": torch.arange(8)}
+    flow_matching_loss(field, batch)
+    flow_matching_loss(field, batch, drop_cond=DropCond(1.0, 9))
+    assert torch.equal(seen[0], torch.arange(8))
+    assert torch.equal(seen[1], torch.full((8,), 9))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+    ],
+)
+def test_times_are_never_in_half_precision(dtype, expected):
+    def field(x, t, cond):
+        assert x.dtype == dtype
+        assert t.dtype == expected
+        return x
+
+    flow_matching_loss(field, {"x1": torch.randn(8, 2, dtype=dtype)})
+
+
+def test_gradient_is_that_of_the_mean_square():
+    theta = torch.tensor(0.3, requires_grad=True)
+    batch = {"x0": torch.zeros(4, 1), "x1": torch.ones(4, 1)}
+    result = flow_matching_loss(lambda x, t, c: theta * torch.ones_like(x), batch)
+    result["loss"].backward()
+    assert theta.grad.item() == pytest.approx(2 * (0.3 - 1))
+    assert not result["explained"].requires_grad
+
+
+def without(batch, *names):
+    return {name: value for name, value in batch.items() if name not in names}
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda b: flow_matching_loss(zero, without(b, "t1")),
+            r"batch must hold x0, t0 and t1 together .* got \['t0', 'x0', 'x1'\]",
+        ),
+        (
+            lambda b: flow_matching_loss(zero, without(b, "x0")),
+            "batch must hold x0, t0 and t1 together",
+        ),
+        (
+            lambda b: flow_matching_loss(zero, b, path=Cosine()),
+            r"path and coupling must be Linear\(\) and Independent\(\) for segments",
+        ),
+        (
+            lambda b: flow_matching_loss(zero, b, coupling=MinibatchOT()),
+            r"path and coupling must be Linear\(\) and Independent\(\) for segments",
+        ),
+        (
+            lambda b: flow_matching_loss(zero, b | {"t1": b["t0"]}),
+            "t1 must be larger than t0, got t1 − t0 = 0.0",
+        ),
+        (
+            lambda b: flow_matching_loss(zero, b | {"t1": b["t1"] + 5}),
+            r"t1 must lie in \[0, 1\], got values in",
+        ),
+        (
+            lambda b: flow_matching_loss(lambda x, t, c: x[:, :1], {"x1": b["x1"]}),
+            r"velocity\(x, t, cond\) must have the shape of x",
+        ),
+        (
+            lambda b: flow_matching_loss(zero, {"x1": b["x1"], "x0": b["x0"][:, :1]}),
+            "x0 must have the shape of x1",
+        ),
+    ],
+)
+def test_bad_batches_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make(segments()[0])
+
+
+def test_misspelt_keyword_is_refused():
+    with pytest.raises(TypeError, match="tmies"):
+        flow_matching_loss(zero, {"x1": torch.zeros(1, 1)}, tmies=Uniform())
