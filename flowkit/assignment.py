@@ -46,9 +46,17 @@ def cost_matrix(x0: Tensor, x1: Tensor, cost: Cost = "sqeuclidean") -> Tensor:
     >>> cost_matrix(torch.tensor([[0.0], [1.0]]), torch.tensor([[3.0], [2.0]]), "cityblock")
     tensor([[3., 2.], [2., 1.]])
     """
-    check_same_shape(x0[:1], x1[:1], ("a sample of x0", "a sample of x1"))
+    if x0.shape[1:] != x1.shape[1:]:
+        raise ValueError(
+            f"x0 must have samples of the shape of x1's, {tuple(x1.shape[1:])}, "
+            f"got {tuple(x0.shape[1:])}"
+        )
     check_cost(cost)
-    a, b = points(x0), points(x1)
+    return pairwise(points(x0), points(x1), cost)
+
+
+def pairwise(a: Tensor, b: Tensor, cost: Cost) -> Tensor:
+    """Return the cost ``(N, M)`` of float32 rows ``a (N, d)`` and ``b (M, d)``."""
     if cost == "inner":
         # With `out`, mixed precision around the coupling leaves the product in float32.
         return torch.mm(a, b.T, out=a.new_empty(len(a), len(b))).mul_(-2)

@@ -25,6 +25,7 @@ from flowkit.assignment import (
     cost_matrix,
     entropic_plan,
     paired_cost,
+    pairwise,
     points,
 )
 from flowkit.checks import check_at_least, check_finite, check_positive, check_same_shape
@@ -110,8 +111,8 @@ class MinibatchOT:
     Raises:
         ValueError: For an unknown cost or a negative weight.
 
-    Source: Tong et al., 2023, algorithm 3; with ``cond_weight`` Cheng and Schwing, 2025, equation
-    (8), whose weight is found by a search; here it is given.
+    Source: Tong et al., 2023, algorithm 3; with ``cond_weight`` Cheng and Schwing, 2025 (C²OT),
+    who also search for the weight; here it is given.
 
     >>> x0, x1 = torch.tensor([[0.0], [1.0]]), torch.tensor([[3.0], [2.0]])
     >>> MinibatchOT().pair(x0, x1).x0.ravel()
@@ -226,7 +227,7 @@ def _transport(
             for rows in _classes(labels):
                 cost = _total_cost(a[rows], b[rows], coupling.cost, {}, 0.0)
                 partner[rows] = rows[solve(cost)]
-    return Pairs(x0[partner], x1, cond)
+    return Pairs(x0.index_select(0, partner.to(x0.device)), x1, cond)
 
 
 def _total_cost(
@@ -238,9 +239,9 @@ def _total_cost(
     and both ends may be centred, which saves digits.
     """
     if cost in ("inner", "sqeuclidean"):
-        total = cost_matrix(a - a.mean(0), b - b.mean(0), "inner")
+        total = pairwise(a - a.mean(0), b - b.mean(0), "inner")
     else:
-        total = cost_matrix(a, b, cost)
+        total = pairwise(a, b, cost)
     if weight:
         # In float64, since a large weight must not swallow the digits of the cost.
         total = total.cpu().double()

@@ -16,10 +16,10 @@ from flowkit.types import Cond, Velocity
 Null = float | Tensor | Mapping[str, float | Tensor]
 
 # On a CPU a doubled batch saves the overhead of a call, and loses to two calls once activations
-# leave the cache. Time of one doubled call over that of two, measured on one core: 0.6-0.9 up to
-# 64 rows of small states for every network tried (perceptrons, convolutions, transformers); it
-# passes 1 at 256 rows (perceptron of width 256) or 8-16 thousand numbers a state (images), and
-# reaches 1.6. On accelerators the doubled batch wins or ties throughout.
+# leave the cache. Time of one doubled call over that of two, on one core of two, over perceptrons,
+# convolutions and transformers: 0.65-0.85 for one sample (but 1.2-1.4 for one image of 8x8 in a
+# convolution), 0.65-0.95 up to 64 rows of small states, near 1 at 256 rows of points or 8-16
+# thousand numbers of images, 1.0-1.6 beyond. On accelerators the batch is always doubled.
 DOUBLED_ROWS, DOUBLED_NUMBERS = 256, 8192
 
 

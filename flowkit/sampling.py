@@ -256,7 +256,8 @@ def _stage(x: Tensor, v: Tensor, h: float) -> Tensor:
 
 
 def _euler(f, x, t, h):
-    return f.add(x, f.at(x, t), h)
+    v = f.at(x, t)  # f.add written out: beside a tiny network a call is 2 % of a step
+    return x.add_(v, alpha=h) if f.in_place else _stage(x, v, h)
 
 
 def _midpoint(f, x, t, h):

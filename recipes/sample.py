@@ -99,7 +99,13 @@ def noise_batches(shape: tuple[int, ...], seeds: range, batch_size: int) -> Iter
 
 def describe(sampler: ODESampler, guidance: float | None) -> dict[str, Any]:
     """Return what a sample depends on besides weights and seeds."""
-    return {"method": sampler.method, "grid": sampler.times.tolist(), "guidance": guidance}
+    return {
+        "method": sampler.method,
+        "grid": sampler.times.tolist(),
+        "rtol": sampler.rtol,
+        "atol": sampler.atol,
+        "guidance": guidance,
+    }
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="sample")

@@ -2,7 +2,7 @@
 
 flowkit train                                      class-conditional digits
 flowkit train experiment=fashion_mnist_cfm         a named experiment
-flowkit train data=folder data.root=photos         your own images
+flowkit train data=folder data.root=photos data.image_size=32   your own images
 flowkit train resume=runs/2026-01-31_12-00-00      go on where a run stopped
 """
 
@@ -29,9 +29,12 @@ def train(cfg: DictConfig) -> FlowModule:
     data.prepare_data()
     data.setup()
     cfg.shape, cfg.num_classes = list(data.shape), data.num_classes
-    if data.num_classes is None:
+    if data.num_classes is None and "drop_cond" in cfg.module:
         cfg.module.drop_cond = None
+    if "mixed" in str(cfg.trainer.precision) and "fused" in cfg.optimizer:
+        cfg.optimizer.fused = False  # Lightning clips no gradients of a fused one there
     module = instantiate(cfg.module)
+    module.guided(cfg.guidance)  # refuses a scale that pictures would stumble on later
 
     folder = Path(cfg.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -68,8 +71,11 @@ def resumed(cfg: DictConfig, overrides: list[str]) -> DictConfig:
     values = [o.lstrip("+") for o in overrides if not o.startswith(("resume=", "hydra."))]
     for override in values:
         key = override.split("=", 1)[0]
-        if OmegaConf.is_dict(OmegaConf.select(stored, key)):
-            raise ValueError(f"{key} must stay as it is when a run is resumed, got {override}")
+        if not key.startswith(("trainer.", "callback.", "logger.")):
+            raise ValueError(
+                f"{key} must stay as it is when a run is resumed, got {override}; "
+                "trainer.*, callback.* and logger.* may change"
+            )
     here = {"resume": str(folder), "run_dir": str(folder)}
     return cast(DictConfig, OmegaConf.merge(stored, OmegaConf.from_dotlist(values), here))
 

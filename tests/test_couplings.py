@@ -397,6 +397,8 @@ def test_infinite_weight_needs_labels():
 
 def test_bad_cost_functions():
     x = torch.ones(4, 2)
+    with pytest.raises(ValueError, match=r"samples of the shape of x1's, \(3,\), got \(2,\)"):
+        cost_matrix(x, torch.ones(4, 3))
     with pytest.raises(ValueError, match=r"cost must map .* got \(4, 4, 2\) for 4 by 4 points"):
         MinibatchOT(lambda a, b: a - b).pair(x, x)
     with pytest.raises(ValueError, match="cost must be finite, got NaN or infinite values"):

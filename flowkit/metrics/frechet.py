@@ -9,7 +9,7 @@ from torch import Tensor
 from flowkit.checks import check_at_least, check_finite
 from flowkit.metrics.intervals import Interval, check_confidence
 
-_BLOCK = 256
+_BLOCK = 512
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
@@ -51,7 +51,7 @@ def frechet_from_moments(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: T
     """`frechet_distance` from means ``(F,)`` and covariances ``(F, F)``.
 
     For evaluations that accumulate moments and never hold all features. Covariances may be
-    singular; their lower triangles are read.
+    singular.
 
     Args:
         mean_a: Mean of the first set.
@@ -152,11 +152,11 @@ def _without_each_group(
     """Yield the mean and the covariance's root of ``x`` without each of its random groups."""
     mean = x.mean(0)
     centred = (x - mean)[torch.randperm(len(x), generator=generator)]
-    gram = _lower_gram(centred.T)
+    gram = _gram(centred.T)
     for group in centred.tensor_split(groups):
         kept = len(x) - len(group)
         offset = -group.sum(0) / kept  # all centred rows sum to zero
-        cov = (gram - _lower_gram(group.T) - kept * torch.outer(offset, offset)) / (kept - 1)
+        cov = (gram - _gram(group.T) - kept * torch.outer(offset, offset)) / (kept - 1)
         yield mean + offset, _root(cov)
 
 
@@ -178,19 +178,27 @@ def _fidelity(a: _Root, b: _Root) -> Tensor:
     if a.cov is None or b.cov is None:
         # Eigenvalues of the square would turn the zeros' noise ε into √ε.
         return torch.linalg.svdvals(a.factor.T @ b.factor).sum()
-    # Regular: the eigenvalues of Lᵀ Σ_b L are twice as fast, and LAPACK forms it at a quarter of
-    # the cost of two products. It reads columns first: transposes are what it takes uncopied.
-    congruence = _lapack("sygst", b.cov)
-    upper = a.factor.contiguous().T
-    reduced, _ = congruence(b.cov.T.numpy(), upper.numpy(), itype=2, lower=0)
-    return torch.linalg.eigvalsh(torch.from_numpy(reduced).T).clamp(min=0).sqrt().sum()
+    reduced = _lower_congruence(a.factor, b.cov)  # regular: eigenvalues are twice as fast
+    return torch.linalg.eigvalsh(reduced).clamp(min=0).sqrt().sum()
 
 
-def _lower_gram(x: Tensor) -> Tensor:
-    """``x xᵀ`` in its lower triangle (and up to a block above it): half of the work."""
-    gram = x.new_zeros(len(x), len(x))
+def _lower_congruence(factor: Tensor, cov: Tensor) -> Tensor:
+    """``Lᵀ Σ L`` in its lower triangle: block by block, only where ``L`` is not 0."""
+    # Not LAPACK's sygst: SciPy's threads and torch's get in each other's way on busy machines.
+    reduced = torch.zeros_like(cov)
+    for i in range(0, len(cov), _BLOCK):
+        columns = slice(i, i + _BLOCK)
+        reduced[i:, columns] = factor[i:, i:].T @ (cov[i:, i:] @ factor[i:, columns])
+    return reduced
+
+
+def _gram(x: Tensor) -> Tensor:
+    """``x xᵀ`` by blocks of its lower triangle, mirrored: half of the work."""
+    gram = x.new_empty(len(x), len(x))
     for i in range(0, len(x), _BLOCK):
-        gram[i:, i : i + _BLOCK] = x[i:] @ x[i : i + _BLOCK].T
+        block = x[i:] @ x[i : i + _BLOCK].T
+        gram[i:, i : i + _BLOCK] = block
+        gram[i : i + _BLOCK, i:] = block.T
     return gram
 
 
@@ -199,14 +207,11 @@ def _root_of_features(centred: Tensor) -> _Root:
     count, dim = centred.shape
     if count <= dim:
         return _Root(centred.T / (count - 1) ** 0.5)
-    return _root(_lower_gram(centred.T) / (count - 1))
+    return _root(_gram(centred.T) / (count - 1))
 
 
 def _root(cov: Tensor) -> _Root:
-    """Cholesky root of a positive semi-definite matrix, pivoted and cut at its rank if singular.
-
-    Reads the lower triangle only.
-    """
+    """Cholesky root of a positive semi-definite matrix, pivoted and cut at its rank if singular."""
     factor, failed = torch.linalg.cholesky_ex(cov)
     if not failed:
         return _Root(factor, cov)

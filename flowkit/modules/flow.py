@@ -163,7 +163,7 @@ class FlowModule(LightningModule):
             raise RuntimeError(self._not_finite(batch, batch_idx, terms["loss"]))
         # Only when it will be written: Lightning's log costs more than a small network's step.
         every = cast(Any, self.trainer).log_every_n_steps
-        if (self.global_step + 1) % every == 0:
+        if every and (self.global_step + 1) % every == 0:
             for name, value in terms.items():
                 self.log(f"train/{name}", value.detach(), prog_bar=name == "loss")
         return terms["loss"]
