@@ -1,7 +1,7 @@
 """Fréchet distances between the Gaussians fitted to two sets of features."""
 
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from torch import Tensor
 from flowkit.checks import check_at_least, check_finite
 from flowkit.metrics.intervals import Interval, check_confidence
 
-_BLOCK = 512
+_BLOCK = 256
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
@@ -17,9 +17,9 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 
     ``‖μ_a − μ_b‖² + tr(Σ_a + Σ_b − 2 (Σ_a Σ_b)^{1/2})`` in float64, with the unbiased covariances
     (divided by ``N − 1``). Right for singular covariances too: with ``Σ = R Rᵀ`` the trace of the
-    root is the sum of the singular values of ``R_aᵀ R_b``; ``R`` is the Cholesky factor, pivoted
-    where the rank demands it, or the centred features themselves where there are fewer of them
-    than dimensions.
+    root is the sum of the singular values of ``R_aᵀ R_b``, with the pivoted Cholesky factors or,
+    where there are fewer samples than dimensions, the centred samples themselves; for regular
+    covariances, the roots of the eigenvalues of ``R_aᵀ Σ_b R_a``, which are twice as fast.
 
     The estimate is biased upwards, by a term of order ``1/N``, so that distances compare only at
     equal sample counts; `frechet_unbiased` corrects it. Only for `inception` features may it
@@ -43,8 +43,7 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     18.0
     """
     a, b = _features(a, b)
-    mean_a, mean_b = a.mean(0), b.mean(0)
-    return _distance(mean_a, _root_of_features(a - mean_a), mean_b, _root_of_features(b - mean_b))
+    return _distance(_Gaussian.fit(a), _Gaussian.fit(b))
 
 
 def frechet_from_moments(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor) -> float:
@@ -77,7 +76,7 @@ def frechet_from_moments(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: T
             raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
         check_finite(value, name)
     mean_a, cov_a, mean_b, cov_b = (_float64(value) for value in given.values())
-    return _distance(mean_a, _root(cov_a), mean_b, _root(cov_b))
+    return _distance(_Gaussian(mean_a, cov_a), _Gaussian(mean_b, cov_b))
 
 
 def frechet_unbiased(
@@ -134,11 +133,11 @@ def frechet_unbiased(
                 f"{name} must keep more samples than its {x.shape[1]} features without one of "
                 f"{groups} groups, got {kept} of {len(x)}"
             )
-    whole = [(x.mean(0), _root_of_features(x - x.mean(0))) for x in (a, b)]
-    value = _distance(*whole[0], *whole[1])
+    fitted_a, fitted_b = _Gaussian.fit(a), _Gaussian.fit(b)
+    value = _distance(fitted_a, fitted_b)
     estimate, variance = value, 0.0
-    for x, other in ((a, whole[1]), (b, whole[0])):
-        parts = [_distance(*part, *other) for part in _without_each_group(x, groups, generator)]
+    for x, other in ((a, fitted_b), (b, fitted_a)):
+        parts = [_distance(part, other) for part in _without_each_group(x, groups, generator)]
         left_out = torch.tensor(parts, dtype=torch.float64)
         estimate -= (groups - 1) * (left_out.mean().item() - value)
         variance += (groups - 1) * left_out.var(correction=0).item()
@@ -148,8 +147,8 @@ def frechet_unbiased(
 
 def _without_each_group(
     x: Tensor, groups: int, generator: torch.Generator | None
-) -> Iterator[tuple[Tensor, "_Root"]]:
-    """Yield the mean and the covariance's root of ``x`` without each of its random groups."""
+) -> Iterator["_Gaussian"]:
+    """Fit to ``x`` without each of its random groups."""
     mean = x.mean(0)
     centred = (x - mean)[torch.randperm(len(x), generator=generator)]
     gram = _gram(centred.T)
@@ -157,34 +156,45 @@ def _without_each_group(
         kept = len(x) - len(group)
         offset = -group.sum(0) / kept  # all centred rows sum to zero
         cov = (gram - _gram(group.T) - kept * torch.outer(offset, offset)) / (kept - 1)
-        yield mean + offset, _root(cov)
+        yield _Gaussian(mean + offset, cov)
 
 
-class _Root(NamedTuple):
-    """``R (F, rank)`` of a covariance ``R Rᵀ``; with it, if ``R`` is its Cholesky factor."""
+class _Gaussian(NamedTuple):
+    """A mean ``(F,)`` with the covariance ``(F, F)``, or a root ``R (F, N)`` of it, ``R Rᵀ``."""
 
-    factor: Tensor
+    mean: Tensor
     cov: Tensor | None = None
+    root: Tensor | None = None
+
+    @classmethod
+    def fit(cls, x: Tensor) -> "_Gaussian":
+        """Fit to features ``(N, F)``; few of them, centred, are a root already."""
+        count, dim = x.shape
+        mean = x.mean(0)
+        centred = (x - mean) / (count - 1) ** 0.5
+        return cls(mean, root=centred.T) if count <= dim else cls(mean, cov=_gram(centred.T))
 
 
-def _distance(mean_a: Tensor, root_a: _Root, mean_b: Tensor, root_b: _Root) -> float:
-    spread = root_a.factor.square().sum() + root_b.factor.square().sum()
-    distance = (mean_a - mean_b).square().sum() + spread - 2 * _fidelity(root_a, root_b)
-    return max(distance.item(), 0.0)
+def _distance(a: _Gaussian, b: _Gaussian) -> float:
+    spread = sum(g.root.square().sum() if g.cov is None else g.cov.trace() for g in (a, b))
+    return max(((a.mean - b.mean).square().sum() + spread - 2 * _fidelity(a, b)).item(), 0.0)
 
 
-def _fidelity(a: _Root, b: _Root) -> Tensor:
-    """``tr (Σ_a Σ_b)^{1/2}``: the sum of the singular values of ``R_aᵀ R_b``."""
-    if a.cov is None or b.cov is None:
-        # Eigenvalues of the square would turn the zeros' noise ε into √ε.
-        return torch.linalg.svdvals(a.factor.T @ b.factor).sum()
-    reduced = _lower_congruence(a.factor, b.cov)  # regular: eigenvalues are twice as fast
-    return torch.linalg.eigvalsh(reduced).clamp(min=0).sqrt().sum()
+def _fidelity(a: _Gaussian, b: _Gaussian) -> Tensor:
+    """``tr (Σ_a Σ_b)^{1/2}``."""
+    if a.cov is not None and b.cov is not None:
+        factor, failed = torch.linalg.cholesky_ex(a.cov)
+        if not failed:
+            squares = torch.linalg.eigvalsh(_lower_congruence(factor, b.cov))
+            if squares[0] > torch.finfo(squares.dtype).eps * squares[-1]:
+                return squares.sqrt().sum()
+    # A zero among the squares is noise of order ε and its root √ε; singular values keep it at ε.
+    return torch.linalg.svdvals(_root(a).T @ _root(b)).sum()
 
 
 def _lower_congruence(factor: Tensor, cov: Tensor) -> Tensor:
     """``Lᵀ Σ L`` in its lower triangle: block by block, only where ``L`` is not 0."""
-    # Not LAPACK's sygst: SciPy's threads and torch's get in each other's way on busy machines.
+    # Not LAPACK's sygst: SciPy's and torch's threads wait for each other on busy machines.
     reduced = torch.zeros_like(cov)
     for i in range(0, len(cov), _BLOCK):
         columns = slice(i, i + _BLOCK)
@@ -202,31 +212,18 @@ def _gram(x: Tensor) -> Tensor:
     return gram
 
 
-def _root_of_features(centred: Tensor) -> _Root:
-    """Root of the covariance of centred features ``(N, F)``."""
-    count, dim = centred.shape
-    if count <= dim:
-        return _Root(centred.T / (count - 1) ** 0.5)
-    return _root(_gram(centred.T) / (count - 1))
-
-
-def _root(cov: Tensor) -> _Root:
-    """Cholesky root of a positive semi-definite matrix, pivoted and cut at its rank if singular."""
-    factor, failed = torch.linalg.cholesky_ex(cov)
-    if not failed:
-        return _Root(factor, cov)
-    # tol < 0 asks for LAPACK's own: F · eps · (largest diagonal element).
-    pivoted_cholesky = _lapack("pstrf", cov)
-    packed, pivots, rank, _ = pivoted_cholesky(cov.numpy(), lower=1, tol=-1.0)
-    root = torch.empty(len(cov), int(rank), dtype=cov.dtype)
-    root[torch.from_numpy(pivots).long() - 1] = torch.from_numpy(packed).tril()[:, : int(rank)]
-    return _Root(root)
-
-
-def _lapack(name: str, x: Tensor) -> Callable[..., Any]:
+def _root(gaussian: _Gaussian) -> Tensor:
+    """Root ``R (F, rank)``: the one at hand, or the pivoted Cholesky factor, cut at its rank."""
+    if gaussian.cov is None:
+        return gaussian.root
     from scipy.linalg import get_lapack_funcs
 
-    return get_lapack_funcs((name,), (x.numpy(),))[0]
+    (pivoted_cholesky,) = get_lapack_funcs(("pstrf",), (gaussian.cov.numpy(),))
+    # tol < 0 asks for LAPACK's own: F · eps · (largest diagonal element).
+    packed, pivots, rank, _ = pivoted_cholesky(gaussian.cov.numpy(), lower=1, tol=-1.0)
+    root = torch.empty(len(packed), int(rank), dtype=gaussian.cov.dtype)
+    root[torch.from_numpy(pivots).long() - 1] = torch.from_numpy(packed).tril()[:, : int(rank)]
+    return root
 
 
 def _float64(x: Tensor) -> Tensor:
