@@ -19,7 +19,7 @@ Cost = str | Callable[[Tensor, Tensor], Tensor]
 """A name in ``COSTS`` or ``cost(a (..., d), b (..., d)) -> (...)`` that broadcasts."""
 
 COSTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "euclidean": lambda a, b: (a - b).norm(dim=-1),
+    "euclidean": lambda a, b: torch.linalg.vector_norm(a - b, dim=-1),
     "sqeuclidean": lambda a, b: (a - b).square().sum(-1),
     "cityblock": lambda a, b: (a - b).abs().sum(-1),
     "inner": lambda a, b: -2 * (a * b).sum(-1),

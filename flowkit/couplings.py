@@ -13,7 +13,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -29,26 +29,26 @@ from flowkit.assignment import (
     points,
 )
 from flowkit.checks import check_at_least, check_finite, check_positive, check_same_shape
-from flowkit.types import Cond
+from flowkit.debiasing import Division, Potentials, RowSoftmax
+from flowkit.epsilon import EpsilonChoice, suggest_epsilon
+from flowkit.gibbs import Gibbs
+from flowkit.types import Cond, Pairs
 
 __all__ = [
     "Coupling",
+    "Division",
+    "EpsilonChoice",
+    "Gibbs",
     "Independent",
     "MinibatchOT",
     "Pairs",
+    "Potentials",
+    "RowSoftmax",
     "Sinkhorn",
     "cost_matrix",
     "paired_cost",
+    "suggest_epsilon",
 ]
-
-
-class Pairs(NamedTuple):
-    """Paired samples ``x0, x1 (B, *)`` with the condition of each and perhaps its log weight."""
-
-    x0: Tensor
-    x1: Tensor
-    cond: Cond = None
-    log_weight: Tensor | None = None
 
 
 @runtime_checkable

@@ -1,6 +1,6 @@
 """The flow-matching loss, for any training loop."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from flowkit.checks import check_same_shape, check_times, expand_like
 from flowkit.couplings import Coupling, Independent
 from flowkit.paths import Linear, Path
 from flowkit.times import Times, Uniform
-from flowkit.types import Batch, Cond, Velocity
+from flowkit.types import Batch, Cond, Pairs, Velocity
 
 
 def flow_matching_loss(
@@ -20,6 +20,7 @@ def flow_matching_loss(
     times: Times = Uniform(),
     drop_cond: Callable[[Cond, torch.Generator | None], Cond] | None = None,
     generator: torch.Generator | None = None,
+    observe: Callable[[Pairs], Mapping[str, Tensor]] | None = None,
 ) -> dict[str, Tensor]:
     """Conditional flow matching: ``E ‖v(x_t, t, cond) − u‖²``, a mean over elements.
 
@@ -40,10 +41,13 @@ def flow_matching_loss(
         drop_cond: Applied to the condition before the velocity sees it, see
             `flowkit.guidance.DropCond`.
         generator: Draws everything: noise, coupling, times, dropped conditions.
+        observe: Sees the pairs; what it says of them is returned as well. See
+            `flowkit.couplings.Gibbs.telemetry`.
 
     Raises:
-        ValueError: If shapes differ, or segments are incomplete, not increasing in time, or meet
-            a path or coupling that is not the default.
+        ValueError: If shapes differ; if a mask meets a coupling that moves ``x1``; or if segments
+            are incomplete, not increasing in time, or meet a path or coupling that is not the
+            default.
 
     Returns:
         ``loss``, and ``explained``: the share ``1 − loss / E‖u‖²`` of the target's energy that is
@@ -62,7 +66,8 @@ def flow_matching_loss(
         x0 = torch.randn(x1.shape, dtype=x1.dtype, device=x1.device, generator=generator)
     pairs = coupling.pair(x0, x1, cond, generator)
     # times have at least float32, also beside data in half precision
-    t = times(len(x1), x1.device, generator).to(torch.promote_types(x1.dtype, torch.float32))
+    dtype = torch.promote_types(x1.dtype, torch.float32)
+    t = times(len(pairs.x1), x1.device, generator).to(dtype)
     x_t, t, u = path.sample(pairs.x0, pairs.x1, t, generator)
     if "t0" in batch and "t1" in batch:
         t0, length = batch["t0"], batch["t1"] - batch["t0"]
@@ -71,11 +76,14 @@ def flow_matching_loss(
     v = velocity(x_t, t, cond)
     check_same_shape(v, u, ("velocity(x, t, cond)", "x"))
 
-    weight = None if pairs.log_weight is None else expand_like(pairs.log_weight.exp(), u)
+    weight = None if pairs.log_weight is None else expand_like(pairs.log_weight.exp().to(u), u)
     if (mask := batch.get("mask")) is not None:
+        if pairs.x1 is not x1:
+            raise ValueError(f"mask must come with a coupling that keeps x1, got {coupling}")
         weight = mask if weight is None else weight * mask
     loss, energy = _mean_square(v - u, weight, mask), _mean_square(u.detach(), weight, mask)
-    return {"loss": loss, "explained": 1 - loss.detach() / energy}
+    seen = {} if observe is None else observe(pairs)
+    return {"loss": loss, "explained": 1 - loss.detach() / energy, **seen}
 
 
 def _check_segments(batch: Batch, path: Path, coupling: Coupling) -> None:
@@ -100,7 +108,6 @@ def _check_segments(batch: Batch, path: Path, coupling: Coupling) -> None:
 
 def _mean_square(x: Tensor, weight: Tensor | None, mask: Tensor | None) -> Tensor:
     """Mean of ``weight x²`` over the elements that ``mask`` counts."""
-    if weight is None:
-        return x.square().mean()
-    count = x.numel() if mask is None else mask.expand(x.shape).sum()
-    return (weight * x.square()).sum() / count
+    squares = x.square() if weight is None else weight * x.square()
+    # The same mean with and without weights, so that weights of 1 change no bit.
+    return squares.mean() if mask is None else squares.sum() / mask.expand(x.shape).sum()

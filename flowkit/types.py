@@ -1,7 +1,7 @@
 """The few types that every part of flowkit agrees on."""
 
 from collections.abc import Mapping
-from typing import NotRequired, Protocol, TypedDict, runtime_checkable
+from typing import NamedTuple, NotRequired, Protocol, TypedDict, runtime_checkable
 
 from torch import Tensor
 
@@ -40,3 +40,12 @@ class Batch(TypedDict):
     t0: NotRequired[Tensor]
     """``(B,)``: with ``t1``, says that ``x0 -> x1`` is a segment of the flow."""
     t1: NotRequired[Tensor]
+
+
+class Pairs(NamedTuple):
+    """Paired samples ``x0, x1 (B, *)`` with the condition of each and perhaps its log weight."""
+
+    x0: Tensor
+    x1: Tensor
+    cond: Cond = None
+    log_weight: Tensor | None = None

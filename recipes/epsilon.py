@@ -1,0 +1,75 @@
+"""Choose the epsilon of weighted flow matching, from samples alone.
+
+flowkit epsilon data.source=8gaussians data.target=moons
+flowkit epsilon data=digits target=ess value=0.5
+"""
+
+import json
+import math
+from pathlib import Path
+
+import hydra
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from flowkit.assignment import cost_matrix
+from flowkit.couplings import EpsilonChoice, suggest_epsilon
+from flowkit.data import SplitData
+from flowkit.epsilon import variance_components
+
+
+def epsilon(cfg: DictConfig) -> EpsilonChoice:
+    """Choose as configured; writes ``epsilon.json`` and ``epsilon.png``."""
+    data: SplitData = instantiate(cfg.data)
+    data.prepare_data()
+    data.setup()
+    generator = torch.Generator().manual_seed(cfg.seed)
+    order = torch.randperm(len(data.train), generator=generator)[: cfg.num_samples]
+    batch = data.train[order]
+    x1 = instantiate(cfg.autoencoder).encode(batch["x1"])
+    x0 = batch.get("x0")
+    if x0 is None:
+        x0 = torch.randn(x1.shape, generator=generator)
+    choice = suggest_epsilon(x0, x1, cfg.cost, cfg.target, cfg.value)
+    x0_part, x1_part, rest = (v.item() for v in variance_components(cost_matrix(x0, x1, cfg.cost)))
+    share = rest / (x0_part + x1_part + rest)
+    _print(choice, math.sqrt(x1[0].numel()), share)
+
+    out = Path(cfg.out)
+    out.mkdir(parents=True, exist_ok=True)
+    curves = {name: value.tolist() for name, value in choice._asdict().items() if name != "epsilon"}
+    record = {
+        "epsilon": choice.epsilon,
+        "interaction": share,
+        **{key: cfg[key] for key in ("cost", "target", "value", "num_samples", "seed")},
+        "data": {"name": type(data).__name__, "train": data.fingerprint("train")},
+        **curves,
+    }
+    (out / "epsilon.json").write_text(json.dumps(record, indent=2) + "\n")
+    choice.plot().savefig(out / "epsilon.png", dpi=120)
+    print(f"picture   {out / 'epsilon.png'}\nnumbers   {out / 'epsilon.json'}")
+    return choice
+
+
+def _print(choice: EpsilonChoice, scale: float, share: float) -> None:
+    """Print every fifth row of the curves, and the row next to the choice."""
+    nearest = int((choice.epsilons.log() - math.log(choice.epsilon)).abs().argmin())
+    print("  epsilon   epsilon/√d   ESS/N   tilt variance")
+    for k, epsilon in enumerate(choice.epsilons.tolist()):
+        if k % 5 == 0 or k == nearest:
+            numbers = f"{choice.ess[k]:7.3f} {choice.tilt_variance[k]:13.4f}"
+            mark = "  <-" if k == nearest else ""
+            print(f"{epsilon:9.3f} {epsilon / scale:12.3f} {numbers}{mark}")
+    print(f"epsilon   {choice.epsilon:.4g}")
+    print(f"of the cost's variance {share:.1%} chooses partners, the rest tilts source and data")
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="epsilon")
+def main(cfg: DictConfig) -> None:
+    """Entry point of ``flowkit epsilon``."""
+    epsilon(cfg)
+
+
+if __name__ == "__main__":
+    main()
