@@ -5,7 +5,8 @@ times. A grid of a part of [0, 1] is fine: a partial solve.
 """
 
 import json
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,13 +106,43 @@ def save(grid: Tensor | Sequence[float], file: str | Path, **provenance: Any) ->
     Path(file).write_text(json.dumps(record, indent=2) + "\n")
 
 
-def load(file: str | Path) -> Tensor:
+def load(file: str | Path, expected: Mapping[str, Any] | None = None) -> Tensor:
     """Read the times written by `save`.
+
+    A grid belongs to a model, a guidance and a solver.
+
+    Args:
+        file: The file.
+        expected: What the grid is to be used with, under the names of its provenance, such as
+            ``{"model_hash": ..., "guidance": 1.5}``. What the file says otherwise is warned of;
+            what it does not say is not.
 
     Raises:
         ValueError: Naming the file and the field, if it is not such a file, is of another
             format version, or its times are not a grid.
     """
+    record = _read(file)
+    for name, value in (expected or {}).items():
+        made = record["provenance"].get(name, value)
+        if made != value:
+            warnings.warn(
+                f"grid of {file} should be used with {name} {_short(made)}, which it was made for, "
+                f"got {_short(value)}; make another by `flowkit boss`",
+                stacklevel=2,
+            )
+    return as_grid(record["grid"])
+
+
+def provenance(file: str | Path) -> dict[str, Any]:
+    """Read what `save` remembered of a grid's making.
+
+    Raises:
+        ValueError: As `load`.
+    """
+    return _read(file)["provenance"]
+
+
+def _read(file: str | Path) -> dict[str, Any]:
     try:
         record = json.loads(Path(file).read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -124,6 +155,16 @@ def load(file: str | Path) -> Tensor:
             "write it again with this flowkit"
         )
     try:
-        return as_grid(list(record["grid"]))
+        record["grid"] = as_grid(list(record["grid"])).tolist()
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"grid in {file} must be a list of increasing times: {error}") from error
+    if not isinstance(record.get("provenance"), dict):
+        raise ValueError(
+            f"provenance in {file} must be a mapping, got {record.get('provenance')!r}"
+        )
+    return record
+
+
+def _short(value: Any) -> str:
+    """A value in a message; a hash needs no more than its start."""
+    return repr(value[:12] + "…" if isinstance(value, str) and len(value) == 64 else value)

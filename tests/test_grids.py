@@ -1,6 +1,8 @@
 """Sampling-time grids: laws, files and refusals."""
 
 import json
+import math
+import warnings
 
 import pytest
 import torch
@@ -95,12 +97,37 @@ def record(**changes):
         (record(grid=4), "grid in .*grid.json must be a list of increasing times"),
         (record(grid="01"), "grid in .*grid.json must be a list of increasing times"),
         (record(grid=[0, 5]), r"grid in .*grid.json .* lie in \[0, 1\], got \[0.0, 5.0\]"),
+        (record(grid=[0, math.nan, 1]), "grid in .*grid.json must be a list of increasing times"),
+        ('{"format": "flowkit-grid", "version": 1}', "grid in .*grid.json must be .*: 'grid'"),
+        (record(provenance=[1]), r"provenance in .*grid.json must be a mapping, got \[1\]"),
     ],
 )
 def test_a_file_that_is_no_grid_is_refused_by_name(tmp_path, text, message):
     file = tmp_path / "grid.json"
     file.write_text(text)
     with pytest.raises(ValueError, match=message):
+        grids.load(file)
+
+
+def test_what_is_remembered_of_a_grid_is_read_back(tmp_path):
+    grids.save(grids.uniform(2), tmp_path / "grid.json", method="heun", scores={"uniform": 0.5})
+    assert grids.provenance(tmp_path / "grid.json") == {
+        "method": "heun",
+        "scores": {"uniform": 0.5},
+    }
+
+
+def test_a_grid_of_another_model_warns(tmp_path):
+    file = tmp_path / "grid.json"
+    grids.save(grids.uniform(2), file, model_hash="a" * 64, guidance=2.0)
+    with pytest.warns(UserWarning, match=r"model_hash 'aaaaaaaaaaaa…', .* got 'bbbbbbbbbbbb…'; m"):
+        grid = grids.load(file, {"model_hash": "b" * 64, "guidance": 2.0})
+    assert torch.equal(grid, grids.uniform(2))
+    with pytest.warns(UserWarning, match=r"used with guidance 2.0, .* was made for, got None"):
+        grids.load(file, {"guidance": None})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        grids.load(file, {"model_hash": "a" * 64, "guidance": 2, "method": "euler"})
         grids.load(file)
 
 
