@@ -1,19 +1,19 @@
 """One ODE sampler for every velocity, grid and direction.
 
 ``dx/dt = v(x, t)`` is solved from noise at ``t = 0`` to data at ``t = 1``, or the other way by
-`ODESampler.invert`. The fixed-step methods are the short loops below; they hold a fixed number
-of states whatever the number of steps. Adaptive methods are torchdiffeq's.
+`ODESampler.invert`. The fixed-step methods are the short loops of `flowkit.solvers`; they hold a
+fixed number of states whatever the number of steps. Adaptive methods are torchdiffeq's.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from flowkit.checks import as_grid, check_choice, check_positive, check_same_shape
+from flowkit.checks import as_grid, check_at_least, check_choice, check_positive, check_same_shape
+from flowkit.solvers import ADAPTIVE, FIXED, STEPS, Corrected, Field, adaptive, fixed
 from flowkit.types import Cond, Velocity
 
 Callback = Callable[[int, float, Tensor], Tensor | None]
@@ -108,7 +108,7 @@ class ODESampler:
             TypeError: If ``x`` is not a floating-point tensor.
             ValueError: If the velocity's shape is not the state's.
         """
-        return self._run(self.times, self.method, velocity, x, cond, return_path, callback)
+        return self._run(self.times, velocity, x, cond, return_path, callback)
 
     def invert(
         self,
@@ -116,7 +116,7 @@ class ODESampler:
         x: Tensor,
         cond: Cond = None,
         *,
-        correct: bool = False,
+        correct: bool | int = False,
         return_path: bool = False,
         callback: Callback | None = None,
     ) -> Solution:
@@ -126,34 +126,41 @@ class ODESampler:
             velocity: As in `solve`.
             x: State ``(B, *)`` at the grid's last time. It is not changed.
             cond: Passed to the velocity.
-            correct: Undo Euler's own steps to second order instead of taking Euler steps
-                backwards: predict with the carried velocity, evaluate there, step from the old
-                point with the new velocity, and carry it (``n + 1`` evaluations). Source: Jiao et
-                al., *Uni-Inv*, 2025, as used by Ronai et al., *FlowOpt*, 2025 (arXiv 2510.22010).
+            correct: Undo Euler's own steps instead of taking Euler steps backwards: predict with
+                the carried velocity, evaluate there, step from the old point with the new
+                velocity, and carry it (Uni-Inv, second order). A number repeats the evaluation
+                and the step so often, which is fixed-point inversion: it converges to the state
+                that Euler's step started from where ``h ‖∂v/∂x‖ < 1``. ``n`` steps cost
+                ``1 + n · correct`` evaluations. Sources: Jiao et al., *UniEdit-Flow*, 2025 (arXiv
+                2504.13109); Pan et al., *Effective Real Image Editing with Accelerated Iterative
+                Diffusion Inversion*, 2023 (arXiv 2309.04907).
             return_path: Keep the states, from the last time to the first.
             callback: As in `solve`.
 
         Raises:
-            ValueError: If ``correct`` is asked of another method than Euler.
+            ValueError: If ``correct`` is negative, or asked of another method than Euler.
         """
+        check_at_least(correct, 0, "correct")
         if correct and self.method != "euler":
             raise ValueError(
-                f"correct must be False for method {self.method!r}, got True; it undoes Euler steps"
+                f"correct must be False for method {self.method!r}, got {correct}; "
+                "it undoes Euler steps"
             )
-        method = "corrected" if correct else self.method
-        return self._run(self.times.flip(0), method, velocity, x, cond, return_path, callback)
+        step = Corrected(int(correct)) if correct else None
+        return self._run(self.times.flip(0), velocity, x, cond, return_path, callback, step)
 
-    def _run(self, times, method, velocity, x, cond, return_path, callback) -> Solution:
+    def _run(self, times, velocity, x, cond, return_path, callback, step=None) -> Solution:
         if not x.is_floating_point():
             raise TypeError(f"x must be a floating-point tensor, got {x.dtype}")
         bind = getattr(velocity, "bind", None)
-        field = _Field(velocity if bind is None else bind(cond, self.times), x, cond)
+        field = Field(velocity if bind is None else bind(cond, self.times), x, cond)
         path = x.new_empty((len(times), *x.shape)) if return_path else None
         after = _after_step(path, x, callback)
-        if method in ADAPTIVE:
-            x = _adaptive(field, x, times, after, method=method, rtol=self.rtol, atol=self.atol)
+        if self.method in ADAPTIVE:
+            tolerances = {"rtol": self.rtol, "atol": self.atol}
+            x = adaptive(field, x, times, after, method=self.method, **tolerances)
         else:
-            x = _fixed(field, x, times.tolist(), after, STEPS[method]())
+            x = fixed(field, x, times.tolist(), after, step or STEPS[self.method]())
         return Solution(x, field.nfe, field.rows, path)
 
 
@@ -181,40 +188,6 @@ def seeded_noise(
     return noise.to(device)
 
 
-class _Field:
-    """The velocity of one solve as a function of a float time, counting its evaluations."""
-
-    __slots__ = ("cond", "in_place", "nfe", "t", "velocity")
-
-    def __init__(self, velocity: Velocity, x: Tensor, cond: Cond):
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        self.t = torch.empty(len(x), dtype=dtype, device=x.device)
-        self.velocity, self.cond, self.nfe, self.in_place = velocity, cond, 0, True
-
-    def at(self, x: Tensor, t: float) -> Tensor:
-        v = self.velocity(x, self.t.fill_(t), self.cond)
-        if not self.nfe:
-            check_same_shape(v, x, ("velocity(x, t, cond)", "x"))
-        self.nfe += 1
-        if v.requires_grad:  # the graph may hold on to the state and to the times
-            self.in_place, self.t = False, torch.empty_like(self.t)
-        return v
-
-    def add(self, x: Tensor, v: Tensor, h: float) -> Tensor:
-        """``x + h v``, in place unless gradients flow."""
-        return x.add_(v, alpha=h) if self.in_place else _stage(x, v, h)
-
-    @property
-    def rows(self) -> int:
-        return getattr(self.velocity, "rows", self.nfe * len(self.t))
-
-    @property
-    def begin_step(self) -> Callable[[float, float], None] | None:
-        """Tells the velocity the step, in either direction as its left and its right end."""
-        tell = getattr(self.velocity, "begin_step", None)
-        return tell and (lambda t, end: tell(min(t, end), max(t, end)))
-
-
 def _after_step(path: Tensor | None, x: Tensor, callback: Callback | None):
     """What to do with the state after each step, or None if there is nothing to do."""
     if path is not None:
@@ -231,119 +204,3 @@ def _after_step(path: Tensor | None, x: Tensor, callback: Callback | None):
         return x
 
     return after
-
-
-# --- fixed steps -------------------------------------------------------------------------------
-#
-# A step is a function step(f, x, t, h) -> x from t to t + h. The state is updated in place unless
-# gradients flow, and stages are added to it as they come, so that memory does not grow with the
-# number of steps and a velocity may reuse its output buffer.
-
-
-def _fixed(field: _Field, x: Tensor, times: list[float], after, step) -> Tensor:
-    x, begin_step = x.clone(), field.begin_step
-    for k, (t, end) in enumerate(pairwise(times), 1):
-        if begin_step:
-            begin_step(t, end)
-        x = step(field, x, t, end - t)
-        if after:
-            x = after(k, end, x)
-    return x
-
-
-def _stage(x: Tensor, v: Tensor, h: float) -> Tensor:
-    return x.add(v, alpha=h).to(x.dtype)
-
-
-def _euler(f, x, t, h):
-    v = f.at(x, t)  # f.add written out: beside a tiny network a call is 2 % of a step
-    return x.add_(v, alpha=h) if f.in_place else _stage(x, v, h)
-
-
-def _midpoint(f, x, t, h):
-    return f.add(x, f.at(_stage(x, f.at(x, t), h / 2), t + h / 2), h)
-
-
-def _heun(f, x, t, h):
-    v = f.at(x, t)
-    predicted = _stage(x, v, h)
-    x = f.add(x, v, h / 2)
-    return f.add(x, f.at(predicted, t + h), h / 2)
-
-
-def _rk4(f, x, t, h):
-    start, v = x.clone(), f.at(x, t)
-    for weight, reach in ((1 / 6, 1 / 2), (1 / 3, 1 / 2), (1 / 3, 1)):
-        stage = _stage(start, v, h * reach)
-        x = f.add(x, v, h * weight)
-        v = f.at(stage, t + h * reach)
-    return f.add(x, v, h / 6)
-
-
-class _AB2:
-    """``x + h ((1 + r) v − r v_last)``, ``r = h / (2 h_last)``; one midpoint step to start."""
-
-    def __init__(self):
-        self.last: tuple[Tensor, float] | None = None
-
-    def __call__(self, f, x, t, h):
-        v = f.at(x, t).clone()
-        if self.last is None:
-            self.last = v, h
-            return f.add(x, f.at(_stage(x, v, h / 2), t + h / 2), h)
-        (v_last, h_last), self.last = self.last, (v, h)
-        r = h / (2 * h_last)
-        return f.add(f.add(x, v, h * (1 + r)), v_last, -h * r)
-
-
-class _Corrected:
-    """Predict with the carried velocity, evaluate there, step from the old point."""
-
-    def __init__(self):
-        self.carried: Tensor | None = None
-
-    def __call__(self, f, x, t, h):
-        v = f.at(x, t) if self.carried is None else self.carried
-        v = f.at(_stage(x, v, h), t + h)
-        self.carried = v.clone()
-        return f.add(x, v, h)
-
-
-FIXED = ("euler", "midpoint", "heun", "rk4", "ab2")
-STEPS = {  # what makes the step function of one solve
-    "euler": lambda: _euler,
-    "midpoint": lambda: _midpoint,
-    "heun": lambda: _heun,
-    "rk4": lambda: _rk4,
-    "ab2": _AB2,
-    "corrected": _Corrected,
-}
-
-# --- adaptive steps ----------------------------------------------------------------------------
-
-ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun")
-
-
-def _adaptive(field: _Field, x: Tensor, times: Tensor, after, **options: Any) -> Tensor:
-    from torchdiffeq import odeint
-
-    def f(t: Tensor, x: Tensor) -> Tensor:
-        # gradients flow through the sizes of the steps, so the time keeps its graph
-        v = field.velocity(x, t.to(field.t).expand_as(field.t), field.cond)
-        check_same_shape(v, x, ("velocity(x, t, cond)", "x"))
-        field.nfe += 1
-        return v
-
-    begin_step = field.begin_step
-    if not (after or begin_step):  # nobody minds the times between
-        times = times[[0, -1]]
-    for k, (t, end) in enumerate(pairwise(times), 1):
-        if begin_step:
-            begin_step(t.item(), end.item())
-        interval = torch.stack([t, end]).to(x.device)
-        # a step ends at `end`: left alone, torchdiffeq steps past it and interpolates
-        options["options"] = {"step_t": interval[1:]}
-        x = cast(Tensor, odeint(f, x, interval, **options))[-1]
-        if after:
-            x = after(k, end.item(), x)
-    return x

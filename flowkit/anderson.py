@@ -1,0 +1,52 @@
+"""Anderson acceleration of many small fixed-point iterations at once."""
+
+import torch
+from torch import Tensor
+
+from flowkit.checks import expand_like
+
+
+class Anderson:
+    """Updates of ``z ← z − η g(z)`` that learn from the last steps, each sample from its own.
+
+    With differences ``Δz_j``, ``Δg_j`` of consecutive iterates the update is
+    ``η g + Σ γ_j (Δz_j − η Δg_j)``, where ``γ`` minimises ``‖g − Σ γ_j Δg_j‖``. Source: Walker &
+    Ni, *Anderson Acceleration for Fixed-Point Iterations*, 2011, with mixing parameter ``η``.
+
+    Args:
+        memory: How many differences are kept; with 0 the update is ``η g``.
+
+    >>> history, z = Anderson(memory=1), torch.tensor([[3.0]])
+    >>> for _ in range(2):  # of g(z) = z, which one difference solves
+    ...     dz = -history.update(z, step=torch.tensor([0.1]))
+    ...     history.remember(dz, dz, accepted=torch.tensor([True]))
+    ...     z = z + dz
+    >>> bool(z.abs() < 1e-5)
+    True
+    """
+
+    def __init__(self, memory: int):
+        self.memory = memory
+        self.pairs: list[tuple[Tensor, Tensor]] = []
+
+    def update(self, gradient: Tensor, step: Tensor) -> Tensor:
+        """What to subtract from the states ``(B, *)``, given ``g (B, *)`` and ``η (B,)``."""
+        step = expand_like(step, gradient)
+        if not self.pairs:
+            return step * gradient
+        dz, dg = (torch.stack(part, 1).flatten(2) for part in zip(*self.pairs, strict=True))
+        gram, right = dg @ dg.mT, dg @ gradient.flatten(1)[..., None]
+        # Forgotten pairs are zero; the ridge gives them the weight zero.
+        finfo = torch.finfo(gram.dtype)
+        ridge = 10 * finfo.eps * gram.diagonal(dim1=1, dim2=2).sum(1) + finfo.tiny
+        gram = gram + expand_like(ridge, gram) * torch.eye(gram.shape[1]).to(gram)
+        weights = torch.linalg.solve_ex(gram, right).result
+        rest = gradient - (weights * dg).sum(1).reshape(gradient.shape)
+        return step * rest + (weights * dz).sum(1).reshape(gradient.shape)
+
+    def remember(self, dz: Tensor, dg: Tensor, accepted: Tensor) -> None:
+        """Add a pair; a sample whose step was not ``accepted (B,)`` forgets all of its own."""
+        if self.memory:
+            where = expand_like(accepted, dz)
+            pairs = [*self.pairs, (dz, dg)][-self.memory :]
+            self.pairs = [(dz.where(where, 0), dg.where(where, 0)) for dz, dg in pairs]

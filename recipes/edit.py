@@ -1,0 +1,183 @@
+"""Invert an image, or turn it into another class or prompt, without training anything.
+
+flowkit edit run=runs/quickstart image=three.png source=3 target=8
+flowkit edit run=runs/quickstart image=three.png source=3           inversion
+flowkit edit pipeline=stable-diffusion-3 image=cat.png source="a cat" target="a dog"
+
+The first iterate follows the target freely, each further one comes nearer to the image: pick the
+one that you like from the strip. A pipeline is a folder written by ``save_pretrained``.
+"""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+
+from flowkit.checks import check_between
+from flowkit.flowopt import Edit, FlowOpt
+from flowkit.metrics import to_uint8, versions
+from flowkit.metrics.gaussianity import gaussianity
+from flowkit.metrics.pictures import save_picture
+from flowkit.recipes._models import PipelineFlow, RunFlow, Settings
+from flowkit.recipes.sample import write_record
+from flowkit.sampling import ODESampler
+
+
+def edit(cfg: DictConfig) -> Edit:
+    """Edit as configured; writes pictures, the latent and the iterates, and a record."""
+    if (cfg.run is None) == (cfg.pipeline is None):
+        raise ValueError(
+            f"run or pipeline must be given, and not both, got {cfg.run} and {cfg.pipeline}"
+        )
+    model = RunFlow.load(cfg) if cfg.pipeline is None else PipelineFlow.load(cfg)
+    chosen = {k: cfg[k] for k in Settings._fields if cfg[k] is not None}
+    settings = model.defaults(inverting=cfg.target is None)._replace(**chosen)
+    image = read_image(cfg.image, model.channels).to(cfg.device)
+    x1 = model.encode(image)
+    mask = None if cfg.mask is None else read_mask(cfg.mask, image, x1)
+    source = model.condition(cfg.source, settings.source_guidance, "source")
+    target = None
+    if cfg.target is not None:
+        target = model.condition(cfg.target, settings.target_guidance, "target")
+    check_between(settings.skip, 0, settings.num_steps - 1, "skip")
+    sampler = ODESampler(model.grid(settings.num_steps, x1)[settings.skip :])
+    flowopt = FlowOpt(
+        sampler,
+        settings.step_size,  # type: ignore[arg-type]  # checked there
+        settings.num_iters,
+        settings.backtrack,
+        anderson=cfg.anderson,
+        tolerance=cfg.tolerance,
+        distance=cfg.distance,
+        patience=cfg.patience,
+    )
+    began = time.perf_counter()
+    found = flowopt(model, x1, source, target, mask=mask)
+    seconds = round(time.perf_counter() - began, 3)
+    record = {
+        "image": str(cfg.image),
+        "source": cfg.source,
+        "target": cfg.target,
+        "mask": cfg.mask,
+        **describe(flowopt, settings, found),
+        "seconds": seconds,
+        "model": model.record(),
+        "versions": versions(),
+    }
+    write(cfg, model, image, found, record)
+    return found
+
+
+# --- files ------------------------------------------------------------------------------------
+
+
+def read_image(file: str | Path, channels: int) -> Tensor:
+    """Read a picture as ``(1, C, H, W)`` in [-1, 1], grey or in colour.
+
+    Raises:
+        ValueError: If the file is no picture.
+    """
+    return _read(file, "L" if channels == 1 else "RGB", "image") / 127.5 - 1
+
+
+def read_mask(file: str | Path, image: Tensor, x1: Tensor) -> Tensor:
+    """Read a grey picture of the image's size, white where the image is to stay, for states.
+
+    Raises:
+        ValueError: If the file is no picture, or of another size.
+    """
+    mask = _read(file, "L", "mask").to(x1.device) / 255
+    if mask.shape[-2:] != image.shape[-2:]:
+        size, expected = tuple(mask.shape[-2:]), tuple(image.shape[-2:])
+        raise ValueError(f"mask must have the image's size, {expected}, got {size}")
+    return torch.nn.functional.adaptive_avg_pool2d(mask, x1.shape[-2:]).to(x1.dtype)
+
+
+def _read(file: str | Path, mode: str, name: str) -> Tensor:
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        picture = Image.open(file).convert(mode)
+    except (OSError, UnidentifiedImageError) as error:
+        raise ValueError(f"{name} must be a picture file, got {file}: {error}") from error
+    pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).float()
+    return pixels.reshape(1, picture.height, picture.width, -1).permute(0, 3, 1, 2)
+
+
+def describe(flowopt: FlowOpt, settings: Settings, found: Edit) -> dict[str, Any]:
+    """Return what an edit was made with, and how it went."""
+    # Noise is standard only at the first of all times.
+    normal = gaussianity(found.z)._asdict() if settings.skip == 0 else {}
+    return {
+        "settings": {
+            **settings._asdict(),
+            "method": flowopt.sampler.method,
+            "grid": flowopt.sampler.times.tolist(),
+            "anderson": flowopt.anderson,
+            "tolerance": flowopt.tolerance,
+            "distance": flowopt.distance,
+            "patience": flowopt.patience,
+        },
+        "status": found.status[0],
+        "nfe": found.nfe,
+        "residuals": found.residuals[:, 0].tolist(),
+        "last_step_size": found.step_size.item(),
+        "gaussianity": {name: round(value.item(), 4) for name, value in normal.items()} or None,
+    }
+
+
+def write(cfg: DictConfig, model: Any, image: Tensor, found: Edit, record: dict[str, Any]) -> None:
+    """Write everything into one folder."""
+    parts = [Path(cfg.image).stem, cfg.source, *([] if cfg.target is None else ["to", cfg.target])]
+    name = "-".join(str(part) for part in parts if part is not None)
+    name = "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
+    folder = Path(cfg.out) if cfg.out else Path(cfg.run or "runs") / "edits" / name
+    files = [folder / n for n in ("edit.json", "strip.png", "residuals.png", "edit.pt")]
+    write_record(record, files)
+    images = torch.cat([model.decode(x).float().cpu() for x in found.trace])
+    save_picture(torch.cat([image.cpu(), images]), files[1], columns=1 + len(images))
+    plot(found, cfg.target is not None, files[2])
+    torch.save({"x": found.x.cpu(), "z": found.z.cpu(), "images": to_uint8(images)}, files[3])
+    for k, pixels in enumerate(to_uint8(images)):
+        save_image(pixels, folder / "iterates" / f"{k:02}.png")
+    print(
+        f"status    {record['status']}, {record['nfe']} evaluations, {record['seconds']} s\n"
+        f"strip     {files[1]}  the image, then its iterates\nrecord    {files[0]}"
+    )
+
+
+def save_image(pixels: Tensor, file: Path) -> None:
+    """Save one image ``(C, H, W)`` of bytes, as large as it is."""
+    from PIL import Image
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels.permute(1, 2, 0).squeeze(-1).numpy()).save(file)
+
+
+def plot(found: Edit, editing: bool, file: Path) -> None:
+    """The residual by iteration."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 3), layout="constrained")
+    axes = figure.add_subplot(
+        xlabel="iteration", ylabel="distance to the image" if editing else "residual"
+    )
+    axes.plot(found.residuals.cpu(), "o-", ms=3)
+    if not editing:
+        axes.set_yscale("log")
+    axes.grid(alpha=0.3)
+    figure.savefig(file, dpi=120)
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="edit")
+def main(cfg: DictConfig) -> None:
+    """Entry point of ``flowkit edit``."""
+    edit(cfg)
+
+
+if __name__ == "__main__":
+    main()

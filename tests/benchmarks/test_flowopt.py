@@ -1,0 +1,67 @@
+"""What an edit costs beside its network calls, and what half precision does to small steps."""
+
+import time
+from statistics import median
+
+import pytest
+import torch
+
+from flowkit.flowopt import FlowOpt
+from flowkit.nn import ResidualMLP, unet2d
+from flowkit.sampling import ODESampler
+
+NETWORKS = {
+    "perceptron, 1x8x8": (lambda: ResidualMLP((1, 8, 8), num_classes=10), (1, 8, 8)),
+    "unet, 1x28x28": (lambda: unet2d((1, 28, 28), 10, width=16), (1, 28, 28)),
+}
+SETTINGS = {
+    "backtracking": {"backtrack": True},
+    "fixed step": {"backtrack": False},
+    "accelerated": {"backtrack": True, "anderson": 3},
+}
+
+
+# Time of this thread (the tests run on one), which others on the machine do not lengthen.
+def seconds(function):
+    start = time.thread_time()
+    function()
+    return time.thread_time() - start
+
+
+@pytest.mark.benchmark
+@pytest.mark.parametrize(
+    ("name", "batch", "rounds"),
+    [
+        ("perceptron, 1x8x8", 1, 41),
+        ("perceptron, 1x8x8", 32, 21),
+        ("unet, 1x28x28", 1, 9),
+        ("unet, 1x28x28", 8, 5),
+    ],
+)
+@torch.no_grad()
+def test_an_edit_costs_its_network_calls(benchmark, name, batch, rounds):
+    make, shape = NETWORKS[name]
+    net = make().eval()
+    for parameter in net.parameters():  # at the start networks return zero
+        parameter.add_(0.02 * torch.randn_like(parameter))
+    x1, t = torch.rand(batch, *shape) * 2 - 1, torch.full((batch,), 0.5)
+    source, target = torch.full((batch,), 3), torch.full((batch,), 8)
+    sampler, nfe = ODESampler(10), 11 + 9 * 10
+
+    def calls():
+        for _ in range(nfe):
+            net(x1, t, source)
+
+    benchmark.pedantic(calls)
+    print(f"\n{name}, batch {batch}: {nfe} evaluations")
+    for setting, options in SETTINGS.items():
+        flowopt = FlowOpt(sampler, 0.01, 8, **options)
+        edit = flowopt(net, x1, source, target)  # also the warm-up
+        assert edit.nfe == nfe
+        pairs = [
+            [seconds(f) for f in (calls, lambda: flowopt(net, x1, source, target))]  # noqa: B023
+            for _ in range(rounds)
+        ]
+        ratio = median(edit / network for network, edit in pairs)
+        print(f"  {setting:14} {ratio:.3f}x")
+        assert ratio <= 1.05
