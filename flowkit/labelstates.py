@@ -1,0 +1,182 @@
+"""Between labels and the states that a joint flow moves: a codec, and for masks an autoencoder."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flowkit.autoencoders import Autoencoder
+from flowkit.checks import expand_like
+from flowkit.codecs import Codec
+from flowkit.sampling import seeded_noise
+from flowkit.types import Batch, Cond
+
+Seeds = Sequence[int] | Tensor | None
+# Makes a sample's seed another one for its label. It is in the low bits, since torch's generator on
+# the CPU reads the first 32 alone.
+LABEL_STREAM = 0x9E3779B9
+
+
+class Classification(NamedTuple):
+    """``probabilities (B, K)``, and ``uncertainty (B,)``: one minus the largest of them."""
+
+    probabilities: Tensor
+    uncertainty: Tensor
+
+
+class Segmentation(NamedTuple):
+    """``mask (B, H, W)`` of labels, and ``confidence (B, H, W)``: their probability."""
+
+    mask: Tensor
+    confidence: Tensor
+
+
+class LabelledImages(NamedTuple):
+    """Generated ``images (B, C, *)`` and their ``labels``, ``(B,)`` or ``(B, H, W)``."""
+
+    images: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class LabelStates:
+    """States of class labels ``(B,)`` are codes ``(B, K)``; those of masks are latents of codes.
+
+    Args:
+        codec: Between labels and codes.
+        autoencoder: Between masks' codes, being images, and latents.
+
+    >>> from flowkit.autoencoders import Identity
+    >>> from flowkit.codecs import OneHot
+    >>> states = LabelStates(OneHot(3), Identity())
+    >>> states.labels(states.encode(torch.tensor([2, 0])))
+    tensor([2, 0])
+    """
+
+    codec: Codec
+    autoencoder: Autoencoder
+
+    def latents(self, images: Tensor) -> Tensor:
+        """Latents of images that are to be known: the posterior's mean, if there is a posterior."""
+        posterior = getattr(self.autoencoder, "posterior", None)
+        return self.autoencoder.encode(images) if posterior is None else posterior(images).mean
+
+    def encode(
+        self,
+        labels: Tensor,
+        *,
+        dequantise: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """States of labels ``(B,)`` or masks ``(B, H, W)``."""
+        code = self.codec.encode(labels)
+        if dequantise:
+            code = self.codec.dequantise(code, generator)
+        return code if code.ndim == 2 else self.latents(code)
+
+    def code(self, states: Tensor) -> Tensor:
+        """Codes ``(B, channels, *)`` of states."""
+        return states if states.ndim == 2 else self.autoencoder.decode(states)
+
+    def labels(self, states: Tensor) -> Tensor:
+        """The labels nearest to states."""
+        return self.codec.decode(self.code(states))
+
+    def posterior(self, states: Tensor) -> Tensor:
+        """Probabilities ``(B, num_classes, *)`` of expected states."""
+        return self.codec.posterior(self.code(states))
+
+    def condition(self, labels: Cond, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """States ``(B, *shape)`` of labels, and whether a sample has none, ``(B,)``.
+
+        Samples without a label, all of whose labels are ``num_classes``, have zeros. Without any
+        labels ``B`` is 1.
+
+        Raises:
+            TypeError: If labels are no tensor.
+            ValueError: If they are not the codec's, or their states have another shape.
+        """
+        if labels is None:
+            return torch.zeros(1, *shape), torch.ones(1, dtype=torch.bool)
+        if not isinstance(labels, Tensor):
+            raise TypeError(f"cond must be a tensor of labels, got {type(labels).__name__}")
+        hidden = (labels == self.codec.num_classes).reshape(len(labels), -1).all(1)
+        y = self.encode(labels.where(~expand_like(hidden, labels), 0))
+        if y.shape[1:] != tuple(shape):
+            raise ValueError(
+                f"cond must be labels whose codes have shape {tuple(shape)} as in training, got "
+                f"{tuple(y.shape[1:])} of labels {tuple(labels.shape)}; masks need the images' size"
+            )
+        return y * ~expand_like(hidden, y), hidden
+
+    def weight(
+        self, labels: Tensor, states: Tensor, class_weights: Sequence[float] | None = None
+    ) -> Tensor | None:
+        """Weights of states in a loss, broadcastable to them; None if all are 1.
+
+        Those of their classes, and 0 where labels are ignored. A latent cell's is the mean of its
+        pixels'.
+        """
+        counted = self.codec.counted(labels)
+        if class_weights is None and counted is None:
+            return None
+        weight = torch.ones_like(labels, dtype=states.dtype) if counted is None else counted
+        if class_weights is not None:
+            known = labels if counted is None else labels.where(counted, 0)
+            weight = weight * torch.tensor(class_weights).to(states)[known]
+        if labels.ndim == 1:
+            return weight.to(states)[:, None]
+        size = (states.shape[2], states.shape[3])
+        return F.adaptive_avg_pool2d(weight.to(states)[:, None], size)
+
+
+def check_labelled(batch: Batch) -> Tensor:
+    """Return the labels of a batch: one per image, or masks of the images' size.
+
+    Raises:
+        TypeError: If there are none.
+        ValueError: If they do not fit the images, or the batch holds segments of a flow.
+    """
+    labels, images = batch.get("cond"), batch["x1"]
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"cond must be a tensor of labels, got {type(labels).__name__}")
+    if labels.shape not in ((len(images),), (len(images), *images.shape[2:])):
+        raise ValueError(
+            "cond must hold a label per image or masks of the images' size "
+            f"{tuple(images.shape[2:])}, got shape {tuple(labels.shape)}"
+        )
+    if "t0" in batch or "t1" in batch:
+        raise ValueError("batch must hold whole pairs for a joint flow, got segments (t0, t1)")
+    return labels
+
+
+def label_noise(
+    shape: Sequence[int],
+    seeds: Sequence[int],
+    draws: int = 1,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Noise ``(B, draws, *shape)`` of labels, independent of that of images with the same seeds."""
+    return seeded_noise((draws, *shape), [seed ^ LABEL_STREAM for seed in seeds], device)
+
+
+def seeds_of(seeds: Seeds, count: int) -> list[int]:
+    """Return one seed per sample; by default 0, 1, ..."""
+    if seeds is None:
+        return list(range(count))
+    if len(seeds) != count:
+        raise ValueError(f"seeds must hold one seed per sample, {count}, got {len(seeds)}")
+    return [int(seed) for seed in seeds]
+
+
+def known_shape(shape: tuple[int, ...] | None) -> tuple[int, ...]:
+    """Require a shape that is learnt from a batch."""
+    if shape is None:
+        raise RuntimeError(
+            "label_shape and sample_shape must be known, got None; train the module, load a "
+            "trained one or set both"
+        )
+    return shape

@@ -1,0 +1,351 @@
+"""Symmetrical flow matching: one network for generation, classification and segmentation."""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from flowkit.autoencoders import Autoencoder, Identity, check_identity, identity
+from flowkit.checks import check_at_least, check_between, check_choice
+from flowkit.codecs import Codec
+from flowkit.guidance import ClassifierFree
+from flowkit.joint import ImageVelocity, JointFlow, put_back
+from flowkit.labelstates import (
+    Classification,
+    LabelledImages,
+    LabelStates,
+    Seeds,
+    Segmentation,
+    check_labelled,
+    known_shape,
+    label_noise,
+    seeds_of,
+)
+from flowkit.modules.flow import ADAMW, FlowModule, Guidance, MakeOptimizer, MakeScheduler
+from flowkit.sampling import Callback, ODESampler, Solution, seeded_noise
+from flowkit.types import Batch, Cond, Velocity
+
+Sampler = ODESampler | None
+
+MORE_STEPS = (
+    "labels in several steps of symmetric mode may be worse than in one, which is their exact "
+    "expectation; use ODESampler(1), or times='two-time'"
+)
+
+
+class SymmetricalFlowMatching(FlowModule):
+    """Train one network on the flow of images and the opposite flow of their labels.
+
+    ``loss = w ‖v̂_x − v_x‖² + (1 − w) ‖v̂_y − v_y‖²``, each a mean over its own elements; see
+    `flowkit.joint` for states, times and velocities.
+
+    ``times="symmetric"`` is the published method: image and label share one time, and always move
+    together. One step from ``t = 1`` returns exactly ``E[y₀ | x₁]``, with one-hot codes the class
+    probabilities. Labels in more steps, and images in any number, *do not converge to the right
+    conditional*: both ends of the joint flow are independent, and nothing ties the map between
+    them to the joint law of the data.
+
+    ``times="two-time"`` cures that: ``(t, s)`` cover the square. A clean label and a moving image
+    sample ``p(x | y)``, a clean image and a moving label ``p(y | x)``, and moving both from noise
+    to data gives pairs. `guided` is then an ordinary velocity of images given labels.
+
+    The label ``codec.num_classes`` (in every pixel of a mask) stands for no label.
+
+    Source: Caetano et al., *Symmetrical Flow Matching*, 2025 (arXiv 2506.10634). The two-time mode,
+    one-hot codes, the one-step posterior, label dropout and guidance are not in it.
+
+    Args:
+        velocity: Network on states ``(B, C + codec.channels, *)``, called as
+            ``velocity(state, t)``; for two times built with ``num_times=2``.
+        codec: Between labels and codes. Labels are classes ``(B,)`` or masks ``(B, H, W)``.
+        times: ``"two-time"`` or ``"symmetric"``.
+        image_weight: ``w`` in [0, 1].
+        edges: Share of two-time training pairs with one side clean.
+        label_dropout: Probability of hiding a label in training, which guidance and images without
+            labels need.
+        class_weights: One per class, on the label loss of its images or pixels. The probabilities
+            become those of classes that are as much more frequent.
+        autoencoder: Maps images, and masks coded as images, to what the flow runs on. Masks, and
+            images to be labelled, are not drawn from its posterior, if it has one, but its mean.
+        optimizer: Makes the optimiser from parameters.
+        lr_scheduler: Makes a scheduler, stepped every training step.
+
+    >>> from flowkit.codecs import OneHot
+    >>> from flowkit.nn import ResidualMLP
+    >>> net = ResidualMLP((1 + 3, 8, 8), num_times=2)
+    >>> module = SymmetricalFlowMatching(net, OneHot(3))
+    >>> images, labels = torch.randn(6, 1, 8, 8), torch.arange(6) % 3
+    >>> module.loss({"x1": images, "cond": labels}).keys()
+    dict_keys(['loss', 'image_loss', 'label_loss'])
+    >>> probabilities, uncertainty = module.classify(images)
+    >>> module.generate(labels).shape, probabilities.shape, uncertainty.shape
+    (torch.Size([6, 1, 8, 8]), torch.Size([6, 3]), torch.Size([6]))
+    """
+
+    label_shape: tuple[int, ...] | None = None
+    """Shape of one label's state, learnt from the first batch passed to `loss`."""
+
+    def __init__(
+        self,
+        velocity: Velocity,
+        codec: Codec,
+        times: Literal["two-time", "symmetric"] = "two-time",
+        image_weight: float = 0.5,
+        edges: float = 0.5,
+        label_dropout: float = 0.0,
+        class_weights: Sequence[float] | None = None,
+        autoencoder: Autoencoder = Identity(),
+        optimizer: MakeOptimizer = ADAMW,
+        lr_scheduler: MakeScheduler | None = None,
+    ):
+        super().__init__(velocity, autoencoder, None, optimizer, lr_scheduler)
+        check_choice(times, ("two-time", "symmetric"), "times")
+        check_between(image_weight, 0, 1, "image_weight")
+        check_between(edges, 0, 1, "edges")
+        check_between(label_dropout, 0, 1, "label_dropout")
+        if class_weights is not None and len(class_weights) != codec.num_classes:
+            raise ValueError(
+                f"class_weights must hold {codec.num_classes} weights, one per class, "
+                f"got {len(class_weights)}"
+            )
+        self.codec, self.times, self.edges = codec, times, edges
+        self.image_weight, self.label_dropout = image_weight, label_dropout
+        self.class_weights = None if class_weights is None else list(class_weights)
+
+    @property
+    def joint(self) -> JointFlow:
+        """The network as velocities of image and label."""
+        return JointFlow(self.velocity, self.times == "two-time")
+
+    @property
+    def states(self) -> LabelStates:
+        """Between labels and what the flow moves."""
+        return LabelStates(self.codec, self.autoencoder)
+
+    def loss(self, batch: Batch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """Return the weighted ``loss`` of a batch, and its parts of image and label.
+
+        Raises:
+            TypeError: If the batch has no labels.
+            ValueError: If they are not the codec's, or masks of another size than the images.
+        """
+        labels = check_labelled(batch)
+        x1 = self.encode(batch)["x1"]
+        y0 = self.states.encode(labels, dequantise=True, generator=generator).to(x1)
+        if self.label_shape is None:
+            self.label_shape = tuple(y0.shape[1:])
+        image_loss, label_loss = self.joint.loss(
+            x1,
+            y0,
+            x0=batch.get("x0"),
+            mask=batch.get("mask"),
+            label_weight=self.states.weight(labels, y0, self.class_weights),
+            edges=self.edges,
+            label_dropout=self.label_dropout if self.training else 0.0,
+            generator=generator,
+        )
+        loss = self.image_weight * image_loss + (1 - self.image_weight) * label_loss
+        return {"loss": loss, "image_loss": image_loss, "label_loss": label_loss}
+
+    def generate(
+        self,
+        labels: Tensor,
+        sampler: Sampler = None,
+        seeds: Seeds = None,
+        guidance: Guidance = None,
+    ) -> Tensor:
+        """Draw an image ``(B, C, *)`` for each label or mask; see `sample`."""
+        return self.sample(len(labels), sampler, labels, seeds, guidance)
+
+    def solve(
+        self,
+        x0: Tensor,
+        sampler: Sampler = None,
+        cond: Cond = None,
+        guidance: Guidance = None,
+        *,
+        return_path: bool = False,
+        callback: Callback | None = None,
+    ) -> Solution:
+        """Carry noise ``x0 (B, C, *)`` to images (or latents) of the labels ``cond``.
+
+        A callback sees the images; in symmetric mode with their labels behind, on dimension 1.
+        """
+        sampler, x0 = sampler or ODESampler(25, "heun"), x0.to(self.device)
+        options: dict[str, Any] = {"return_path": return_path, "callback": callback}
+        with _evaluating(self):
+            if self.joint.two_times:
+                return sampler.solve(self.guided(guidance), x0, self._to_device(cond), **options)
+            y, hidden = self._condition(cond)
+            y, known = y.expand(len(x0), *y.shape[1:]), ~hidden.expand(len(x0))
+            scale = self._scale(guidance)
+            return self.joint.solve_images(sampler, x0, y, known, scale, **options)
+
+    def guided(self, guidance: Guidance) -> Velocity:
+        """Return the velocity of images given labels, under guidance; for two-time mode.
+
+        In symmetric mode labels move with the images: it has no such velocity, only `solve`.
+        """
+        velocity = ImageVelocity(self.joint, self._condition)
+        if callable(guidance):
+            return guidance(velocity)
+        scale = self._scale(guidance)
+        return velocity if scale == 1 else ClassifierFree(velocity, scale, self.codec.num_classes)
+
+    def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
+        """Velocity of images ``x (B, C, *)`` at ``t (B,)`` given labels, in two-time mode."""
+        return self.guided(None)(x, t, cond)
+
+    @torch.no_grad()
+    def edit(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        region: Tensor,
+        sampler: Sampler = None,
+        seeds: Seeds = None,
+        guidance: Guidance = None,
+    ) -> Tensor:
+        """Draw a region of images anew under changed labels, and keep the rest.
+
+        After every step, what lies outside is put back on the straight path from its noise to the
+        given image; at the end it is as given, exactly (but for a latent flow's autoencoder).
+
+        Args:
+            images: Images ``(B, C, H, W)``.
+            labels: The changed masks ``(B, H, W)`` or classes ``(B,)``.
+            region: Where to change, ``(B, H, W)``: ``labels != old_labels``, say. In a latent flow
+                a cell that it touches changes as a whole.
+            sampler: As for `sample`.
+            seeds: One per image; 0, 1, ... by default.
+            guidance: As for `sample`.
+        """
+        if region.shape[1:] != images.shape[2:]:
+            raise ValueError(
+                f"region must be of the images' size {tuple(images.shape[2:])}, "
+                f"got {tuple(region.shape[1:])}"
+            )
+        x1 = self.states.latents(images.to(self.device))
+        x0 = seeded_noise(x1.shape[1:], seeds_of(seeds, len(images)), self.device)
+        keep = put_back(x0, x1, region.to(self.device))
+        return self.autoencoder.decode(self.solve(x0, sampler, labels, guidance, callback=keep).x)
+
+    @torch.no_grad()
+    def sample_pairs(
+        self, num_samples: int, sampler: Sampler = None, seeds: Seeds = None
+    ) -> LabelledImages:
+        """Draw images and their labels together, both from noise; two-time mode only.
+
+        By 25 Heun steps and with seeds 0, 1, ... unless told otherwise.
+        """
+        check_at_least(num_samples, 1, "num_samples")
+        if not self.joint.two_times:
+            raise RuntimeError(
+                "times must be 'two-time' to sample pairs, got 'symmetric'; give labels to generate"
+            )
+        seeds = seeds_of(seeds, num_samples)
+        x = seeded_noise(known_shape(self.sample_shape), seeds, self.device)
+        y = label_noise(known_shape(self.label_shape), seeds, device=self.device)[:, 0]
+        with _evaluating(self):
+            x, y = self.joint.solve_pairs(sampler or ODESampler(25, "heun"), x, y)
+        return LabelledImages(self.autoencoder.decode(x), self.states.labels(y))
+
+    def classify(
+        self, images: Tensor, sampler: Sampler = None, draws: int = 1, seeds: Seeds = None
+    ) -> Classification:
+        """Return class probabilities of images, and their uncertainty; see `posterior`."""
+        if len(known_shape(self.label_shape)) != 1:
+            raise RuntimeError("labels must be those of images to classify, got masks; use segment")
+        probabilities = self.posterior(images, sampler, draws=draws, seeds=seeds)
+        return Classification(probabilities, 1 - probabilities.amax(1))
+
+    def segment(
+        self, images: Tensor, sampler: Sampler = None, draws: int = 1, seeds: Seeds = None
+    ) -> Segmentation:
+        """Return the most probable label of every pixel, and its probability; see `posterior`."""
+        if len(known_shape(self.label_shape)) == 1:
+            raise RuntimeError("labels must be masks to segment, got those of images; use classify")
+        confidence, mask = self.posterior(images, sampler, draws=draws, seeds=seeds).max(1)
+        return Segmentation(mask, confidence)
+
+    @torch.no_grad()
+    def posterior(
+        self, images: Tensor, sampler: Sampler = None, draws: int = 1, seeds: Seeds = None
+    ) -> Tensor:
+        """Return probabilities ``(B, K, *)`` of labels, averaged over draws of the labels' noise.
+
+        One step arrives at the expected code given the image, whatever the noise. Several steps
+        of the two-time mode arrive at a sample, so that probabilities need many draws; in symmetric
+        mode they arrive at neither.
+
+        Args:
+            images: Images ``(B, C, *)``.
+            sampler: Default: one step.
+            draws: Noises per image; each costs a solve.
+            seeds: One per image; 0, 1, ... by default, so that results repeat.
+        """
+        check_at_least(draws, 1, "draws")
+        sampler = sampler or ODESampler(1)
+        if len(sampler.times) > 2 and not self.joint.two_times:
+            warnings.warn(MORE_STEPS, stacklevel=2)
+        seeds, shape = seeds_of(seeds, len(images)), known_shape(self.label_shape)
+        noises = label_noise(shape, seeds, draws, self.device).unbind(1)
+        solved = (self.solve_labels(images, noise, sampler).x for noise in noises)
+        return torch.stack([self.states.posterior(y) for y in solved]).mean(0)
+
+    def solve_labels(self, images: Tensor, noise: Tensor, sampler: ODESampler) -> Solution:
+        """Carry label noise ``(B, *label_shape)`` to the label states of images, from 1 to 0."""
+        with _evaluating(self):
+            x, y = self.states.latents(images.to(self.device)), noise.to(self.device)
+            return self.joint.solve_codes(sampler, x, y)
+
+    def _condition(self, labels: Cond) -> tuple[Tensor, Tensor]:
+        """States of labels, zeros where there are none, and where that is."""
+        y, hidden = self.states.condition(self._to_device(labels), known_shape(self.label_shape))
+        if self.label_dropout == 0 and bool(hidden.any()):
+            raise ValueError(
+                "cond must hold labels for a module trained without label_dropout, "
+                f"got {int(hidden.sum())} samples without"
+            )
+        return y.to(self.device), hidden.to(self.device)
+
+    def _scale(self, guidance: Guidance) -> float:
+        """The scale of guidance, 1 being none."""
+        if callable(guidance):
+            raise TypeError("guidance must be a number in symmetric mode, got a function")
+        if guidance is not None and guidance != 1 and self.label_dropout == 0:
+            raise ValueError(
+                "guidance must be null or 1 for a model that never trained without its labels, "
+                f"got {guidance}; train it with module.label_dropout=0.1"
+            )
+        return 1.0 if guidance is None else float(guidance)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Store what is not a weight, and whose latents these are."""
+        super().on_save_checkpoint(checkpoint)
+        shape = self.label_shape
+        checkpoint["flowkit"] |= {
+            "label_shape": None if shape is None else list(shape),
+            "autoencoder": identity(self.autoencoder),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore it, refusing another autoencoder."""
+        check_identity(checkpoint["flowkit"]["autoencoder"], self.autoencoder, "the flow")
+        shape = checkpoint["flowkit"]["label_shape"]
+        self.label_shape = None if shape is None else tuple(shape)
+        super().on_load_checkpoint(checkpoint)
+
+
+@contextmanager
+def _evaluating(module: FlowModule) -> Iterator[None]:
+    training = module.training
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        module.train(training)

@@ -1,0 +1,163 @@
+"""Measure whether generated images show their labels, and whether generated pairs agree.
+
+flowkit consistency run=runs/symmetrical_digits
+flowkit consistency run=runs/symmetrical_masks sampler.grid=10 guidance=1.5
+
+Images are generated for labels and read again: by the run itself in one step, and by something
+that it has not learnt: a support vector machine on pixels for classes, the rule by which the
+data's masks were made for their foreground. In two-time mode pairs are generated as well.
+"""
+
+from pathlib import Path
+from typing import Any, cast
+
+import hydra
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from torch import Tensor
+from tqdm import tqdm
+
+from flowkit.data import SplitData
+from flowkit.data.masks import Masks
+from flowkit.metrics import PixelSVC, agreement, versions
+from flowkit.metrics.labels import segmentation_metrics
+from flowkit.metrics.pictures import save_picture
+from flowkit.modules.runs import read_config
+from flowkit.modules.symmetrical import SymmetricalFlowMatching
+from flowkit.recipes.predict import colored, symmetrical
+from flowkit.recipes.sample import (
+    choose_labels,
+    describe,
+    draw,
+    noise_batches,
+    test_data,
+    weights,
+    write_record,
+)
+from flowkit.sampling import ODESampler
+
+
+def consistency(cfg: DictConfig) -> dict[str, Any]:
+    """Measure as configured; writes ``consistency.json`` and pictures."""
+    run = Path(cfg.run)
+    out = Path(cfg.out) if cfg.out else run / "consistency"
+    trained, module = read_config(run), symmetrical(run).to(cfg.device)
+    data, sampler = test_data(trained), instantiate(cfg.sampler)
+    guidance = trained["guidance"] if cfg.guidance is None else cfg.guidance
+    test = data.test[: cfg.num_samples]
+    labels = test.get("cond")
+    if data.num_classes is not None:
+        labels = choose_labels(None, cfg.num_samples, data.num_classes)
+    if not isinstance(labels, Tensor) or module.sample_shape is None:
+        raise RuntimeError("run must have been trained on data with labels or masks, got none")
+    seeds = range(cfg.seed, cfg.seed + len(labels))
+    noise = noise_batches(module.sample_shape, seeds, cfg.batch_size)
+    images, cost = draw(module, noise, labels, sampler, guidance)
+    read = _reader(module, data, cfg.batch_size)
+    metrics: dict[str, Any] = {"images_of_labels": read(images, labels)}
+    pictures = {"images_of_labels": (images, labels)}
+    if module.times == "two-time":
+        pairs = _pairs(module, sampler, seeds, cfg.batch_size)
+        metrics["pairs"] = read(*pairs)
+        pictures["pairs"] = pairs
+    record = {
+        "metrics": metrics,
+        "weights": weights(module),
+        "sampling": {
+            **describe(sampler, guidance),
+            **cost,
+            "times": module.times,
+            "num_samples": len(labels),
+            "seeds": [seeds.start, seeds.stop],
+        },
+        "data": {"name": type(data).__name__, "test": data.fingerprint("test")},
+        "versions": versions(),
+    }
+    files = [out / "consistency.json", *(out / f"{name}.png" for name in pictures)]
+    write_record(record, files)
+    for name, (shown, known) in pictures.items():
+        _show(shown, known, module.codec.num_classes, out / f"{name}.png")
+        for key, value in metrics[name].items():
+            if isinstance(value, float):
+                print(f"{name.replace('_', ' ')}: {key.replace('_', ' ')}  {value:.4f}")
+    print(f"pictures  {', '.join(str(f) for f in files[1:])}\nnumbers   {files[0]}")
+    return record
+
+
+def _pairs(
+    module: SymmetricalFlowMatching, sampler: ODESampler, seeds: range, batch_size: int
+) -> tuple[Tensor, Tensor]:
+    images, labels = [], []
+    for first in tqdm(range(0, len(seeds), batch_size), "pairs", leave=False, disable=None):
+        some = seeds[first : first + batch_size]
+        pairs = module.sample_pairs(len(some), sampler, some)
+        images.append(pairs.images.cpu())
+        labels.append(pairs.labels.cpu())
+    return torch.cat(images), torch.cat(labels)
+
+
+def _reader(module: SymmetricalFlowMatching, data: SplitData, batch_size: int):
+    """What says how well images show labels: ``read(images, labels) -> metrics``."""
+    if data.num_classes is None:
+        return lambda images, masks: _read_masks(module, data, images, masks, batch_size)
+    order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))
+    train = data.train[order[:10_000]]
+    judge = PixelSVC(train["x1"], cast(Tensor, train.get("cond")))
+    test = data.test[:]
+    right = agreement(judge, test["x1"], cast(Tensor, test.get("cond")))
+    accuracy = right.double().mean().item()
+
+    def read(images: Tensor, labels: Tensor) -> dict[str, Any]:
+        read_again = _labels(module, images, batch_size)
+        return {
+            "own_agreement": (read_again == labels).double().mean().item(),
+            "judge_agreement": agreement(judge, images, labels).double().mean().item(),
+            "judge": {"name": judge.name, "test_accuracy": accuracy},
+            "shares": (labels.bincount(minlength=module.codec.num_classes) / len(labels)).tolist(),
+        }
+
+    return read
+
+
+def _read_masks(
+    module: SymmetricalFlowMatching,
+    data: SplitData,
+    images: Tensor,
+    masks: Tensor,
+    batch_size: int,
+) -> dict[str, Any]:
+    codec = module.codec
+    own = segmentation_metrics(
+        _labels(module, images, batch_size), masks, codec.num_classes, codec.ignore_index
+    )
+    record = {"own_mean_iou": own["mean_iou"], "own_foreground_iou": own["foreground_iou"]}
+    if isinstance(data, Masks):
+        rule = data.rule.foreground(images).long()
+        record["rule_foreground_iou"] = segmentation_metrics(rule, (masks > 0).long(), 2)["iou"][1]
+    return record
+
+
+def _labels(module: SymmetricalFlowMatching, images: Tensor, batch_size: int) -> Tensor:
+    """What the run itself reads in one step."""
+    return torch.cat([module.posterior(part).argmax(1).cpu() for part in images.split(batch_size)])
+
+
+def _show(images: Tensor, labels: Tensor, num_classes: int, file: Path) -> None:
+    """Images, ten in a row; those of masks in colour, each row beneath that of its masks."""
+    if labels.ndim == 1:
+        save_picture(images[:100], file)
+        return
+    masks = colored(labels[:50], num_classes).split(10)
+    rows = images[:50].expand(-1, 3, -1, -1).split(10)
+    save_picture(torch.cat([x for pair in zip(masks, rows, strict=True) for x in pair]), file)
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="consistency")
+def main(cfg: DictConfig) -> None:
+    """Entry point of ``flowkit consistency``."""
+    consistency(cfg)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+"""Labels of images and images of labels, by tiny symmetrical runs."""
+
+import json
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+
+from flowkit.data import Digits
+from flowkit.data.masks import Masks
+from flowkit.metrics.labels import classification_metrics, segmentation_metrics
+from flowkit.modules import load_run
+from flowkit.recipes.consistency import consistency
+from flowkit.recipes.evaluate import evaluate
+from flowkit.recipes.predict import colored, predict
+from flowkit.recipes.sample import sample
+from flowkit.recipes.train import train
+from tests.conftest import CONF
+from tests.recipes.conftest import TINY
+
+CLASSES = ["module=symmetrical", "model.shape=[11,8,8]", "model.num_classes=null"]
+MASKS = [
+    *("module=symmetrical", "data=digits_masks", "codec@module.codec=one_hot_mask"),
+    *("model.shape=[12,8,8]", "model.num_classes=null", "module.times=symmetric"),
+]
+
+
+def _train(folder, *options):
+    with initialize_config_dir(CONF, version_base="1.3"):
+        train(compose("train", overrides=[*TINY, *options, f"run_dir={folder}"]))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def class_run(tmp_path_factory):
+    """Two times, of digits and their classes, after 20 steps."""
+    return _train(tmp_path_factory.mktemp("classes") / "run", *CLASSES, "+model.num_times=2")
+
+
+@pytest.fixture(scope="module")
+def mask_run(tmp_path_factory):
+    """One time, of digits and their masks, after 20 steps."""
+    return _train(tmp_path_factory.mktemp("masks") / "run", *MASKS)
+
+
+def test_predictions_are_the_modules_own_on_the_whole_test_split(class_run, configure, tmp_path):
+    record = predict(configure("predict", f"run={class_run}", f"out={tmp_path}", "batch_size=50"))
+    stored = torch.load(tmp_path / "predicted.pt", weights_only=True)
+    test = _split(Digits())
+    p, uncertainty = load_run(class_run).classify(test["x1"])
+    torch.testing.assert_close(stored["probabilities"], p, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(stored["uncertainty"], uncertainty, atol=1e-5, rtol=1e-4)
+    assert torch.equal(stored["labels"], stored["probabilities"].argmax(1))
+    expected = classification_metrics(stored["probabilities"], test["cond"])
+    assert record["metrics"] == json.loads(json.dumps(expected))
+    assert record["metrics"]["num_samples"] == len(test["x1"]) == 180
+    assert (record["sampling"]["nfe"], record["sampling"]["network_rows_per_image"]) == (1, 1)
+    assert json.loads((tmp_path / "predicted.json").read_text()) == record
+
+
+def test_the_same_command_gives_the_same_numbers(class_run, configure, tmp_path):
+    records = [
+        predict(
+            configure(
+                "predict",
+                *(f"run={class_run}", f"out={tmp_path / str(size)}", f"batch_size={size}"),
+                *("sampler.grid=3", "draws=2", "seed=5"),
+            )
+        )
+        for size in (180, 180, 7)
+    ]
+    assert records[0]["metrics"] == records[1]["metrics"]
+    for name in ("accuracy", "auc", "brier_score"):
+        assert records[2]["metrics"][name] == pytest.approx(records[0]["metrics"][name], abs=1e-5)
+    assert records[0]["sampling"]["nfe"] == 6
+
+
+def _split(data):
+    data.setup()
+    return data.test[:]
+
+
+def test_masks_are_predicted_measured_and_shown(mask_run, configure, tmp_path):
+    record = predict(configure("predict", f"run={mask_run}", f"out={tmp_path}"))
+    stored = torch.load(tmp_path / "predicted.pt", weights_only=True)
+    assert set(stored) == {"labels", "confidence"}
+    test = _split(Masks(Digits()))
+    assert torch.equal(stored["labels"], load_run(mask_run).segment(test["x1"]).mask)
+    expected = segmentation_metrics(stored["labels"], test["cond"], 11)
+    assert record["metrics"] == {"num_samples": 180, **expected}
+    assert (tmp_path / "predicted.png").is_file()
+    options = [f"run={mask_run}", f"out={tmp_path / 'all'}", "probabilities=true"]
+    predict(configure("predict", *options))
+    stored = torch.load(tmp_path / "all" / "predicted.pt", weights_only=True)
+    assert stored["probabilities"].shape == (180, 11, 8, 8)
+
+
+def test_several_symmetric_steps_warn(mask_run, configure, tmp_path):
+    options = [f"run={mask_run}", f"out={tmp_path}", "sampler.grid=2"]
+    with pytest.warns(UserWarning, match="several steps of symmetric mode may be worse"):
+        predict(configure("predict", *options))
+
+
+def test_images_without_labels_are_predicted_too(class_run, configure, tmp_path):
+    from PIL import Image
+
+    for k in range(30):
+        Image.new("L", (8, 8), 8 * k).save(tmp_path / f"{k:02}.png")
+    options = [f"run={class_run}", f"out={tmp_path / 'out'}", "split=train", "data=folder"]
+    options += [f"data.root={tmp_path}", "data.image_size=8", "data.channels=1"]
+    record = predict(configure("predict", *options))
+    stored = torch.load(tmp_path / "out" / "predicted.pt", weights_only=True)
+    assert record["metrics"] == {"num_samples": len(stored["labels"])}
+    assert len(stored["labels"]) > 20
+
+
+def test_consistency_of_classes_and_pairs(class_run, configure, tmp_path):
+    options = [f"run={class_run}", f"out={tmp_path}", "num_samples=40", "sampler.grid=2"]
+    record = consistency(configure("consistency", *options, "batch_size=40"))
+    module, labels = load_run(class_run), torch.arange(40) % 10
+    images = module.generate(labels, _heun(), seeds=range(40))
+    own = (module.classify(images).probabilities.argmax(1) == labels).double().mean().item()
+    metrics = record["metrics"]
+    assert metrics["images_of_labels"]["own_agreement"] == pytest.approx(own, abs=0.026)
+    assert metrics["images_of_labels"]["judge"]["test_accuracy"] > 0.95
+    pairs = module.sample_pairs(40, _heun())
+    shares = pairs.labels.bincount(minlength=10) / 40
+    assert metrics["pairs"]["shares"] == pytest.approx(shares.tolist(), abs=0.026)
+    assert (tmp_path / "pairs.png").is_file()
+    again = consistency(configure("consistency", *options, "batch_size=40"))
+    assert again["metrics"] == metrics
+
+
+def _heun():
+    from flowkit.sampling import ODESampler
+
+    return ODESampler(2, "heun")
+
+
+def test_consistency_of_masks(mask_run, configure, tmp_path):
+    options = [f"run={mask_run}", f"out={tmp_path}", "num_samples=20", "sampler.grid=2"]
+    record = consistency(configure("consistency", *options))
+    test = _split(Masks(Digits()))
+    masks = test["cond"][:20]
+    images = load_run(mask_run).generate(masks, _heun(), seeds=range(20))
+    rule = segmentation_metrics((images[:, 0] > -0.25).long(), (masks > 0).long(), 2)["iou"][1]
+    found = record["metrics"]["images_of_labels"]
+    assert found["rule_foreground_iou"] == pytest.approx(rule, abs=0.01)
+    assert 0 <= found["own_mean_iou"] <= found["own_foreground_iou"] <= 1
+    assert set(record["metrics"]) == {"images_of_labels"}
+
+
+@pytest.mark.parametrize("kind", ["class", "mask"])
+def test_sample_and_evaluate_work_on_symmetrical_runs(
+    kind, class_run, mask_run, configure, tmp_path
+):
+    run = class_run if kind == "class" else mask_run
+    options = [f"run={run}", "num_samples=20", "sampler.grid=2"]
+    drawn = sample(configure("sample", *options, f"out={tmp_path}"))
+    stored = torch.load(tmp_path / "samples.pt", weights_only=True)
+    torch.testing.assert_close(
+        load_run(run).generate(stored["cond"], _heun(), seeds=range(20)),
+        drawn,
+        atol=1e-5,
+        rtol=1e-4,
+    )
+    found = evaluate(configure("evaluate", *options, f"out={tmp_path}", "metric=pixels"))
+    assert found["metrics"]["frechet_distance"] > found["metrics"]["floor"]["frechet_distance"]
+    assert ("class_agreement" in found["metrics"]) == (kind == "class")
+
+
+def test_other_runs_cannot_label(tiny_run, configure):
+    with pytest.raises(TypeError, match=r"run must be of SymmetricalFlow.* got Conditional"):
+        predict(configure("predict", f"run={tiny_run}"))
+
+
+def test_masks_have_colours():
+    images = colored(torch.tensor([[[0, 1, 2, 255]]]), num_classes=3)
+    assert images.shape == (1, 3, 1, 4)
+    assert torch.equal(images[0, :, 0, 0], -torch.ones(3))
+    assert torch.equal(images[0, :, 0, 3], -torch.ones(3))
+    assert not torch.equal(images[0, :, 0, 1], images[0, :, 0, 2])

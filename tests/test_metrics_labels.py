@@ -1,0 +1,114 @@
+"""Measures of predicted labels, against brute force and closed forms."""
+
+import json
+
+import pytest
+import torch
+from sklearn.metrics import accuracy_score, jaccard_score, roc_auc_score
+
+from flowkit.metrics.labels import classification_metrics, segmentation_metrics
+
+
+def _random(n=500, k=4, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    p = (2 * torch.randn(n, k, generator=g)).softmax(1)
+    labels = torch.multinomial(p, 1, generator=g)[:, 0]
+    return p, labels
+
+
+def test_accuracy_and_auc_are_those_of_scikit_learn():
+    p, labels = _random()
+    record = classification_metrics(p, labels)
+    assert record["accuracy"] == pytest.approx(accuracy_score(labels, p.argmax(1)))
+    expected = roc_auc_score(
+        labels, p.double() / p.double().sum(1, keepdim=True), multi_class="ovr"
+    )
+    assert record["auc"] == pytest.approx(expected, abs=1e-6)
+    json.dumps(record)
+
+
+def test_probabilities_that_are_true_are_calibrated_and_sharpened_ones_are_not():
+    p, labels = _random(20_000)
+    honest = classification_metrics(p, labels)
+    sharp = classification_metrics((4 * p.log()).softmax(1), labels)
+    assert honest["calibration_error"] < 0.02
+    assert sharp["calibration_error"] > 0.08
+    assert honest["accuracy"] == sharp["accuracy"]
+    assert honest["negative_log_likelihood"] < sharp["negative_log_likelihood"]
+    assert honest["brier_score"] < sharp["brier_score"]
+    for confidence, accuracy, share in zip(*honest["reliability"].values(), strict=True):
+        assert accuracy == pytest.approx(confidence, abs=4 * (0.25 / (share * 20_000)) ** 0.5)
+    assert sum(honest["reliability"]["share"]) == pytest.approx(1)
+
+
+def test_calibration_error_by_hand():
+    p = torch.tensor([[0.75, 0.25]] * 4 + [[0.05, 0.95]] * 2)
+    labels = torch.tensor([0, 0, 0, 1, 1, 0])
+    record = classification_metrics(p, labels, bins=10)
+    assert record["calibration_error"] == pytest.approx((4 * 0 + 2 * 0.45) / 6, abs=1e-6)
+    assert record["reliability"]["accuracy"] == pytest.approx([0.75, 0.5])
+
+
+def test_the_selective_curve_by_brute_force():
+    p, labels = _random(200)
+    record = classification_metrics(p, labels, coverages=8)["selective"]
+    order = p.max(1).values.argsort(descending=True)
+    right = (p.argmax(1) == labels)[order].float()
+    assert record["accuracy"] == pytest.approx([right[: 25 * k].mean().item() for k in range(1, 9)])
+    risks = [1 - right[:n].mean().item() for n in range(1, 201)]
+    assert record["area_under_risk"] == pytest.approx(sum(risks) / 200, abs=1e-6)
+    assert record["coverage"] == [k / 8 for k in range(1, 9)]
+
+
+def test_equally_confident_images_count_by_their_mean_whatever_their_order():
+    p = torch.tensor([[0.8, 0.2]] * 4)
+    one = classification_metrics(p, torch.tensor([0, 0, 1, 1]), coverages=4)["selective"]
+    other = classification_metrics(p, torch.tensor([1, 1, 0, 0]), coverages=4)["selective"]
+    assert one["accuracy"] == other["accuracy"] == [0.5] * 4
+
+
+def test_classes_that_do_not_occur_have_no_auc():
+    p, labels = _random(300)
+    padded = torch.cat([p, torch.zeros(300, 2)], 1)
+    expected = classification_metrics(p, labels)["auc"]
+    assert classification_metrics(padded, labels)["auc"] == pytest.approx(expected)
+    assert classification_metrics(p[labels == 0], labels[labels == 0])["auc"] is None
+
+
+def test_iou_is_that_of_scikit_learn():
+    g = torch.Generator().manual_seed(0)
+    truth = torch.randint(4, (5, 6, 7), generator=g)
+    masks = torch.where(torch.rand(5, 6, 7, generator=g) < 0.7, truth, torch.randint(4, (5, 6, 7)))
+    record = segmentation_metrics(masks, truth, num_classes=6)
+    a, b = masks.flatten(), truth.flatten()
+    assert record["mean_iou"] == pytest.approx(jaccard_score(b, a, average="macro"), abs=1e-6)
+    assert record["iou"][:4] == pytest.approx(list(jaccard_score(b, a, average=None)), abs=1e-6)
+    assert record["iou"][4:] == [None, None]
+    assert record["foreground_iou"] == pytest.approx(jaccard_score(b > 0, a > 0), abs=1e-6)
+    assert record["pixel_accuracy"] == pytest.approx((a == b).float().mean().item())
+    json.dumps(record)
+
+
+def test_ignored_pixels_do_not_count():
+    truth = torch.tensor([[[0, 1, 9], [1, 2, 9]]])
+    masks = torch.tensor([[[0, 1, 2], [1, 2, 0]]])
+    record = segmentation_metrics(masks, truth, num_classes=3, ignore_index=9)
+    assert (record["mean_iou"], record["foreground_iou"], record["num_pixels"]) == (1, 1, 4)
+    with pytest.raises(ValueError, match=r"truth must hold labels in \[0, 2\], got values in"):
+        segmentation_metrics(masks, truth, num_classes=3)
+
+
+def test_bad_input_is_refused():
+    p, labels = _random(10)
+    with pytest.raises(ValueError, match=r"labels must have shape \(N,\) beside probabilities"):
+        classification_metrics(p, labels[:9])
+    with pytest.raises(ValueError, match="probabilities must be non-negative and sum to 1, got"):
+        classification_metrics(2 * p, labels)
+    with pytest.raises(ValueError, match="probabilities must be finite, got 1 NaN"):
+        classification_metrics(
+            p.clone().index_fill_(0, torch.tensor([0]), float("nan"))[:, :1], labels * 0
+        )
+    with pytest.raises(ValueError, match=r"labels must hold labels in \[0, 3\], got values in"):
+        classification_metrics(p, labels + 4)
+    with pytest.raises(ValueError, match="masks must have the shape of the truth"):
+        segmentation_metrics(torch.zeros(1, 2, 2).long(), torch.zeros(1, 2, 3).long(), 2)
