@@ -1,8 +1,20 @@
 """Autoencoders: between what users see (images) and what a flow runs on (latents)."""
 
-from typing import Protocol, runtime_checkable
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from flowkit.checks import check_at_least, check_finite
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL  # type: ignore[attr-defined]
 
 
 @runtime_checkable
@@ -27,6 +39,8 @@ class Identity(nn.Module):
     True
     """
 
+    hash = "identity"
+
     def encode(self, images: Tensor) -> Tensor:
         """Return ``images``."""
         return images
@@ -34,3 +48,304 @@ class Identity(nn.Module):
     def decode(self, latents: Tensor) -> Tensor:
         """Return ``latents``."""
         return latents
+
+
+class Posterior(NamedTuple):
+    """Independent normal latents: ``mean`` and ``std``, each ``(B, c, h, w)``."""
+
+    mean: Tensor
+    std: Tensor
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        """Draw ``mean + std ε``."""
+        noise = torch.randn(
+            self.mean.shape, dtype=self.mean.dtype, device=self.mean.device, generator=generator
+        )
+        return self.mean + self.std * noise
+
+
+class KLAutoencoder(nn.Module):
+    """A frozen ``AutoencoderKL`` of diffusers, between images ``x`` and scaled latents ``z``.
+
+    ``z = (E(x) − mean) / std`` and ``x = D(mean + std z)``, where ``E(x)`` is drawn from the
+    posterior. The scale is the network's own, per channel and in diffusers' terms: ``mean`` is
+    ``latents_mean`` or ``shift_factor``, ``std`` is ``latents_std`` over ``scaling_factor``;
+    `fit_scale` estimates it. Source: Rombach et al., *High-Resolution Image Synthesis with Latent
+    Diffusion Models*, 2022 (arXiv 2112.10752), appendix G.
+
+    The network's weights are not among the module's: they follow it from device to device, but no
+    optimiser, average of weights, ``train()`` or ``state_dict`` sees them. Both maps leave
+    autocast regions, so that latents are not rounded.
+
+    Images must have the network's channels, and sides that its factor divides. With
+    ``image_shape`` both are made so: sides grow to the right and below by repeating the last
+    pixels, grey becomes colour, and `decode` takes both back.
+
+    Args:
+        vae: The network; it is put in ``eval`` mode, without gradients.
+        image_shape: ``(C, H, W)`` of all images; None takes it from the network's config if that
+            holds both sides (see `flowkit.nn.kl.autoencoder_kl`), else any fitting size will do.
+
+    Raises:
+        TypeError: If ``vae`` is none.
+        ValueError: If its scale or ``image_shape`` cannot be.
+
+    >>> from flowkit.nn.kl import autoencoder_kl
+    >>> autoencoder = KLAutoencoder(autoencoder_kl((1, 9, 9), width=8, multipliers=(1, 2)))
+    >>> autoencoder.factor, autoencoder.encode(torch.zeros(3, 1, 9, 9)).shape
+    (2, torch.Size([3, 4, 5, 5]))
+    >>> autoencoder.decode(torch.zeros(3, 4, 5, 5)).shape
+    torch.Size([3, 1, 9, 9])
+    """
+
+    vae: Any
+    mean: Tensor
+    std: Tensor
+    hash: str
+    """SHA-256 of weights, architecture, scale and ``image_shape``."""
+
+    def __init__(self, vae: "AutoencoderKL", image_shape: Sequence[int] | None = None):
+        super().__init__()
+        if not (hasattr(vae, "config") and "latent_channels" in vae.config):
+            raise TypeError(f"vae must be an AutoencoderKL of diffusers, got {type(vae).__name__}")
+        # In the dictionary, since an attribute would become a part of this module.
+        self.__dict__["vae"] = vae.eval().requires_grad_(False)
+        config = self.vae.config
+        if image_shape is None and not isinstance(config.sample_size, int):
+            image_shape = (config.in_channels, *config.sample_size)
+        self.image_shape = None if image_shape is None else tuple(int(n) for n in image_shape)
+        if self.image_shape is not None and (
+            len(self.image_shape) != 3 or self.image_shape[0] not in (1, config.in_channels)
+        ):
+            raise ValueError(
+                f"image_shape must be (1 or {config.in_channels}, H, W), got {self.image_shape}"
+            )
+        for name in ("mean", "std"):
+            self.register_buffer(name, torch.empty(0), persistent=False)
+        self._read_config()
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, image_shape: Sequence[int] | None = None, **options: Any
+    ) -> "KLAutoencoder":
+        """Read what `save_pretrained` or diffusers wrote.
+
+        Args:
+            path: A folder, or the name of a model on the Hugging Face hub.
+            image_shape: As for the class.
+            **options: Others of diffusers' ``from_pretrained``, e.g. ``subfolder="vae"``.
+
+        Raises:
+            OSError: If there is none.
+        """
+        from diffusers import AutoencoderKL  # type: ignore[attr-defined]
+
+        try:
+            vae = AutoencoderKL.from_pretrained(str(path), **options)
+        except OSError as error:
+            raise OSError(
+                "path must be a folder with an AutoencoderKL, or the name of one on the hub, got "
+                f"{path}; a relative path counts from {Path.cwd()}"
+            ) from error
+        return cls(vae, image_shape)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write weights, config and scale in diffusers' format."""
+        self.vae.save_pretrained(str(folder))
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent along a side."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The network's architecture and scale, and ``image_shape``, as plain types."""
+        public = {k: v for k, v in self.vae.config.items() if not k.startswith("_")}
+        return json.loads(json.dumps({**public, "image_shape": self.image_shape}))
+
+    @torch.no_grad()
+    def fit_scale(self, images: Tensor | Iterable[Tensor], batch_size: int = 64) -> "KLAutoencoder":
+        """Set ``mean`` and ``std`` so that each channel of these images' latents is standard.
+
+        The moments are those of the posteriors, ``Var z = Var E[z|x] + E Var[z|x]``, without
+        drawing. They replace the scale in the network's config, which `save_pretrained` keeps.
+
+        Args:
+            images: ``(N, C, H, W)`` in [-1, 1], or batches of them.
+            batch_size: Images that are encoded at a time.
+
+        Returns:
+            The autoencoder.
+
+        Raises:
+            ValueError: If there are no images, or a channel's moments cannot be a scale.
+        """
+        count, total, square = 0, 0.0, 0.0
+        for batch in [images] if isinstance(images, Tensor) else images:
+            for part in batch.split(batch_size):
+                raw, mean = self._posterior(part.to(self.mean.device)), self.mean.double()
+                centred = raw.mean.double() - mean  # about the scale in use, against cancellation
+                count += centred.numel() // centred.shape[1]
+                total = total + centred.sum((0, 2, 3))
+                square = square + (centred.square() + raw.std.double().square()).sum((0, 2, 3))
+        check_at_least(count, 2, "the number of latents in images")
+        offset = torch.as_tensor(total) / count
+        std = (torch.as_tensor(square) / count - offset.square()).clamp(min=0).sqrt()
+        self.vae.register_to_config(
+            latents_mean=(self.mean.double().flatten() + offset).tolist(),
+            latents_std=std.tolist(),
+            scaling_factor=1.0,
+            shift_factor=None,
+        )
+        self._read_config()
+        return self
+
+    def posterior(self, images: Tensor) -> Posterior:
+        """Return the law of the scaled latents of images ``(B, C, H, W)`` in [-1, 1]."""
+        raw = self._posterior(images)
+        return Posterior((raw.mean - self.mean) / self.std, raw.std / self.std)
+
+    def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Draw scaled latents ``(B, c, h, w)`` of images ``(B, C, H, W)`` in [-1, 1].
+
+        Raises:
+            TypeError: If images are no floats.
+            ValueError: If their shape does not fit.
+        """
+        return self.posterior(images).sample(generator)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Return images of scaled latents ``(B, c, h, w)``.
+
+        Raises:
+            ValueError: If the latents' shape does not fit.
+        """
+        self._check_latents(latents)
+        with torch.autocast(latents.device.type, enabled=False):
+            raw = latents.to(self.mean) * self.std + self.mean
+            images = self.vae.decode(raw).sample.to(latents.dtype)
+        if self.image_shape is None:
+            return images
+        channels, height, width = self.image_shape
+        images = images[..., :height, :width]
+        return images if images.shape[1] == channels else images.mean(1, keepdim=True)
+
+    def latent_shape(self, image_shape: Sequence[int]) -> tuple[int, int, int]:
+        """Shape ``(c, h, w)`` of the latents of images ``(C, H, W)``."""
+        height, width = (-(-side // self.factor) for side in image_shape[1:])
+        return self.vae.config.latent_channels, height, width
+
+    def pad(self, images: Tensor) -> Tensor:
+        """Repeat the last row and column until the factor divides both sides."""
+        return pad_to_multiple(images, self.factor)
+
+    def _posterior(self, images: Tensor) -> Posterior:
+        """The law of the unscaled latents."""
+        self._check_images(images)
+        if images.shape[1] != self.vae.config.in_channels:
+            images = images.expand(-1, self.vae.config.in_channels, -1, -1)
+        with torch.autocast(images.device.type, enabled=False):
+            law = self.vae.encode(self.pad(images).to(self.mean)).latent_dist
+        return Posterior(law.mean.to(images.dtype), law.std.to(images.dtype))
+
+    def _check_images(self, images: Tensor) -> None:
+        if not images.is_floating_point():
+            raise TypeError(f"images must be floats in [-1, 1], got {images.dtype}")
+        shape, channels, factor = tuple(images.shape), self.vae.config.in_channels, self.factor
+        if self.image_shape is not None:
+            if shape[1:] != self.image_shape:
+                raise ValueError(
+                    f"images must have shape (B, {', '.join(map(str, self.image_shape))}), "
+                    f"got {shape}"
+                )
+        elif len(shape) != 4 or shape[1] != channels or shape[2] % factor or shape[3] % factor:
+            raise ValueError(
+                f"images must have shape (B, {channels}, H, W) with sides divisible by {factor}, "
+                f"got {shape}; image_shape={shape[1:]} pads and crops, and makes grey of colour"
+            )
+
+    def _check_latents(self, latents: Tensor) -> None:
+        channels, shape = self.vae.config.latent_channels, tuple(latents.shape)
+        if self.image_shape is None:
+            fits, rule = len(shape) == 4 and shape[1] == channels, f"{channels}, h, w"
+        else:
+            expected = self.latent_shape(self.image_shape)
+            fits, rule = shape[1:] == expected, ", ".join(map(str, expected))
+        if not fits:
+            raise ValueError(f"latents must have shape (B, {rule}), got {shape}")
+
+    def _read_config(self) -> None:
+        config = self.vae.config
+        channels = config.latent_channels
+        mean = config.get("latents_mean") or [config.get("shift_factor") or 0.0] * channels
+        std = [s / config.scaling_factor for s in config.get("latents_std") or [1.0] * channels]
+        if not (len(mean) == len(std) == channels):
+            raise ValueError(
+                f"latents_mean and latents_std of vae must hold {channels} numbers, "
+                f"got {len(mean)} and {len(std)}"
+            )
+        if not all(0 < s < math.inf for s in std):
+            raise ValueError(f"the std of latents must be positive and finite, got {std}")
+        like = next(self.vae.parameters())
+        for name, values in (("mean", mean), ("std", std)):
+            tensor = torch.tensor(values).to(like)[None, :, None, None]
+            check_finite(tensor, f"the {name} of latents")
+            setattr(self, name, tensor)
+        # Once, of the weights as they came: a later dtype or device is no other autoencoder.
+        self.hash = _hash(self.vae.state_dict(), self.config)
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> "KLAutoencoder":
+        self.vae._apply(fn, recurse)
+        return super()._apply(fn, recurse)
+
+
+def pad_to_multiple(images: Tensor, factor: int) -> Tensor:
+    """Repeat the last row and column of ``(B, C, H, W)`` until ``factor`` divides both sides."""
+    extra = [-side % factor for side in images.shape[-2:]]
+    return F.pad(images, (0, extra[1], 0, extra[0]), "replicate") if any(extra) else images
+
+
+def identity(autoencoder: Autoencoder) -> dict[str, Any]:
+    """What a checkpoint or a cache records of an autoencoder: ``hash`` and ``config``, or None.
+
+    >>> identity(Identity())
+    {'hash': 'identity', 'config': None}
+    """
+    return {name: getattr(autoencoder, name, None) for name in ("hash", "config")}
+
+
+def check_identity(stored: Mapping[str, Any], autoencoder: Autoencoder, made: str) -> None:
+    """Require the autoencoder that ``stored`` is the `identity` of.
+
+    Args:
+        stored: The record; one without a hash is of an autoencoder that has none.
+        autoencoder: The one at hand.
+        made: What was made with the recorded one.
+
+    Raises:
+        ValueError: If the hashes differ, naming both and how the configs differ.
+    """
+    ours = identity(autoencoder)
+    if stored["hash"] == ours["hash"]:
+        return
+    a, b = (record.get("config") or {} for record in (stored, ours))
+    differ = [f"{k} {a.get(k)} and {b.get(k)}" for k in sorted({*a, *b}) if a.get(k) != b.get(k)]
+    raise ValueError(
+        f"autoencoder must be the one that {made} was made with, hash {stored['hash']}, got "
+        f"{ours['hash']}; "
+        + (
+            f"they differ in {', '.join(differ)}"
+            if a and b and differ
+            else "give the folder of that one"
+        )
+    )
+
+
+def _hash(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> str:
+    """SHA-256 of weights and config."""
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for name, value in sorted(weights.items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

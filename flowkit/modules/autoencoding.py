@@ -1,0 +1,148 @@
+"""Training of a KL autoencoder."""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from lightning import LightningModule
+from torch import Tensor, nn
+
+from flowkit.autoencoders import pad_to_multiple
+from flowkit.checks import check_at_least
+from flowkit.modules.flow import ADAMW, MakeOptimizer, MakeScheduler
+from flowkit.types import Batch
+
+Perceptual = Callable[[Tensor, Tensor], Tensor]
+
+
+class Autoencoding(LightningModule):
+    """Train an ``AutoencoderKL``: absolute error, divergence and, if given, a perceptual term.
+
+    Per pixel and channel the loss is ``|x̂ − x| + kl_weight · KL / n + perceptual_weight · P``,
+    where ``x̂ = D(z)``, ``z ~ N(μ(x), σ(x)²)``, ``KL`` is that of the image's posterior from
+    ``N(0, I)`` in nats and ``n`` its number of pixels and channels.
+
+    Source: Rombach et al., *High-Resolution Image Synthesis with Latent Diffusion Models*, 2022
+    (arXiv 2112.10752), appendix G; without its adversarial term.
+
+    Args:
+        vae: The network; see `flowkit.nn.kl.autoencoder_kl`.
+        kl_weight: Small weights leave latents informative and of any scale.
+        perceptual: ``(x̂, x) -> scalar``, both in [-1, 1].
+        perceptual_weight: Its weight.
+        optimizer: Makes the optimiser from parameters.
+        lr_scheduler: Makes a scheduler, stepped every training step.
+
+    >>> from flowkit.nn.kl import autoencoder_kl
+    >>> module = Autoencoding(autoencoder_kl((1, 8, 8), width=8, multipliers=(1, 2)))
+    >>> sorted(module.loss({"x1": torch.zeros(2, 1, 8, 8)}))
+    ['kl', 'l1', 'loss']
+    """
+
+    def __init__(
+        self,
+        vae: nn.Module,
+        kl_weight: float = 1e-6,
+        perceptual: Perceptual | None = None,
+        perceptual_weight: float = 1.0,
+        optimizer: MakeOptimizer = ADAMW,
+        lr_scheduler: MakeScheduler | None = None,
+    ):
+        super().__init__()
+        check_at_least(kl_weight, 0, "kl_weight")
+        check_at_least(perceptual_weight, 0, "perceptual_weight")
+        self.vae, self.kl_weight = vae, kl_weight
+        self.perceptual_weight = perceptual_weight
+        if isinstance(perceptual, nn.Module):
+            perceptual.eval().requires_grad_(False)
+        # In the dictionary: it moves with this module, but is neither trained nor stored.
+        self.__dict__["perceptual"] = perceptual
+        self.make_optimizer, self.make_scheduler = optimizer, lr_scheduler
+
+    perceptual: Perceptual | None
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> "Autoencoding":
+        if isinstance(self.perceptual, nn.Module):
+            self.perceptual._apply(fn, recurse)
+        return super()._apply(fn, recurse)
+
+    def loss(self, batch: Batch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """Return ``loss`` and its terms: ``l1``, ``kl`` in nats per image, ``perceptual``."""
+        images, vae = batch["x1"], cast(Any, self.vae)
+        factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        law = vae.encode(pad_to_multiple(images, factor)).latent_dist
+        noise = torch.randn(
+            law.mean.shape, dtype=law.mean.dtype, device=law.mean.device, generator=generator
+        )
+        decoded = vae.decode(law.mean + law.std * noise).sample
+        decoded = decoded[..., : images.shape[-2], : images.shape[-1]]
+        terms = {"l1": F.l1_loss(decoded, images), "kl": law.kl().mean()}
+        loss = terms["l1"] + self.kl_weight * terms["kl"] / images[0].numel()
+        if self.perceptual is not None:
+            terms["perceptual"] = self.perceptual(decoded, images)
+            loss = loss + self.perceptual_weight * terms["perceptual"]
+        return {"loss": loss, **terms}
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """One loss, logged, refusing NaN."""
+        terms = self.loss(batch)
+        if not torch.isfinite(terms["loss"]):
+            raise RuntimeError(
+                f"loss must be finite, got {terms['loss'].item()} at step {self.global_step}; "
+                "lower the learning rate, and resume from the last checkpoint"
+            )
+        for name, value in terms.items():
+            self.log(f"train/{name}", value.detach(), prog_bar=name == "loss")
+        return terms["loss"]
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """The loss under fixed noise, logged as ``val/…``."""
+        terms = self.loss(batch, torch.Generator(self.device).manual_seed(batch_idx))
+        self.log_dict(
+            {f"val/{name}": value for name, value in terms.items()},
+            batch_size=len(batch["x1"]),
+            sync_dist=True,
+        )
+
+    def configure_optimizers(self) -> Any:
+        """Lightning's hook: the optimiser over all trainable parameters."""
+        optimizer = self.make_optimizer([p for p in self.parameters() if p.requires_grad])
+        if self.make_scheduler is None:
+            return optimizer
+        scheduler = {"scheduler": self.make_scheduler(optimizer), "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+
+class FeatureError(nn.Module):
+    """A perceptual term by the layers of any convolutional network that is at hand.
+
+    The mean over layers of ``‖f̂ − f‖²``, where a layer's features are normed to length 1 over
+    channels at each pixel. Source: Zhang et al., *The Unreasonable Effectiveness of Deep Features
+    as a Perceptual Metric*, 2018 (arXiv 1801.03924), equation 1, with unit weights.
+
+    Args:
+        trunk: Layers applied in turn; those counted return ``(B, C, H, W)`` and are
+            convolutions.
+
+    >>> trunk = nn.Sequential(nn.Conv2d(1, 4, 3), nn.SiLU(), nn.Conv2d(4, 4, 3))
+    >>> x = torch.randn(2, 1, 8, 8)
+    >>> bool(FeatureError(trunk)(x, x) == 0), bool(FeatureError(trunk)(-x, x) > 0)
+    (True, True)
+    """
+
+    def __init__(self, trunk: nn.Sequential):
+        super().__init__()
+        if not any(isinstance(layer, nn.Conv2d) for layer in trunk):
+            raise ValueError("trunk must have convolutions among its layers, got none")
+        self.trunk = trunk
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        """Distance of two batches of images ``(B, C, H, W)``, a scalar."""
+        errors = []
+        for layer in self.trunk:
+            a, b = layer(a), layer(b)
+            if isinstance(layer, nn.Conv2d):
+                square = (F.normalize(a, dim=1) - F.normalize(b, dim=1)).square()
+                errors.append(square.sum(1).mean())
+        return torch.stack(errors).mean()

@@ -1,0 +1,160 @@
+"""Train a KL autoencoder on your images, for flows on its latents.
+
+flowkit autoencoder hydra.run.dir=runs/autoencoder                         on the digits
+flowkit autoencoder data=fashion_mnist hydra.run.dir=runs/autoencoder
+flowkit autoencoder data=folder data.root=photos data.image_size=64 vae.multipliers=[1,2,4,4]
+
+The folder is read by diffusers' ``AutoencoderKL.from_pretrained`` and by ``flowkit encode``.
+"""
+
+import json
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from hydra.utils import instantiate
+from lightning import Trainer, seed_everything
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+from tqdm import tqdm
+
+from flowkit.autoencoders import KLAutoencoder
+from flowkit.data import SplitData
+from flowkit.metrics import Features, image_metrics, to_uint8, versions
+from flowkit.metrics.pictures import save_picture
+from flowkit.modules.autoencoding import Autoencoding, FeatureError
+from flowkit.modules.callbacks import LastCheckpoint, StepProgress
+from flowkit.modules.runs import CHECKPOINT, CONFIG
+
+
+def autoencoder(cfg: DictConfig) -> KLAutoencoder:
+    """Train as configured; writes the network with its scale, ``metrics.json`` and a picture."""
+    began, folder = time.perf_counter(), Path(cfg.run_dir)
+    if (folder / "config.json").exists() and (cfg.resume is None or Path(cfg.resume) != folder):
+        raise FileExistsError(
+            f"hydra.run.dir must hold no autoencoder, got {folder}; flows may be trained on it: "
+            f"choose another folder, or go on with it by resume={folder}"
+        )
+    seed_everything(cfg.seed, workers=True, verbose=False)
+    data = instantiate(cfg.data)
+    data.prepare_data()
+    data.setup()
+    cfg.shape, cfg.num_classes = list(data.shape), data.num_classes
+    vae, perceptual = instantiate(cfg.vae), instantiate(cfg.perceptual)
+    module = Autoencoding(
+        vae,
+        cfg.kl_weight,
+        perceptual and perceptual(data),
+        cfg.perceptual_weight,
+        instantiate(cfg.optimizer),
+        instantiate(cfg.lr_scheduler),
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG).write_text(OmegaConf.to_yaml(cfg, resolve=True))
+    parameters = sum(p.numel() for p in vae.parameters())
+    print(f"model     {type(vae).__name__}, {parameters:,} parameters, images {data.shape}")
+    _fit(cfg, module, data, folder)
+
+    network = KLAutoencoder(vae.to(cfg.device))
+    images = (batch["x1"] for batch in data.dataloader("train", cfg.batch_size))
+    network.fit_scale(_until(images, cfg.num_scale_images))
+    network.save_pretrained(folder)
+    features: Features = instantiate(cfg.metric)(data)
+    metrics, pictures = measure(network, data, features, cfg.num_samples, cfg.seed)
+    record = {
+        "metrics": metrics,
+        "autoencoder": network.hash,
+        "latents": {
+            "shape": list(network.latent_shape(data.shape)),
+            "mean": network.mean.flatten().tolist(),
+            "std": network.std.flatten().tolist(),
+        },
+        "steps": cfg.trainer.max_steps,
+        "seconds": round(time.perf_counter() - began, 1),
+        "data": {"name": type(data).__name__, "test": data.fingerprint("test")},
+        "versions": versions(),
+    }
+    (folder / "metrics.json").write_text(json.dumps(record, indent=2) + "\n")
+    picture = save_picture(pictures, folder / "reconstructions.png")
+    rows = {
+        "PSNR of reconstructions": f"{metrics['psnr']:.2f} dB",
+        f"Fréchet distance ({features.name})": f"{metrics['frechet_distance']:.3f}",
+        "  floor: training images": f"{metrics['floor']['frechet_distance']:.3f}",
+    }
+    for name, value in rows.items():
+        print(f"{name:<{max(map(len, rows))}}  {value}")
+    print(f"picture   {picture}\nnetwork   {folder}")
+    return network
+
+
+def _fit(cfg: DictConfig, module: Autoencoding, data: SplitData, folder: Path) -> None:
+    callbacks: list[Any] = [
+        LastCheckpoint((folder / CHECKPOINT).parent, cfg.trainer.val_check_interval)
+    ]
+    if cfg.trainer.enable_progress_bar:
+        callbacks.append(StepProgress())
+    loggers = [instantiate(node) for node in cfg.logger.values() if node]
+    trainer: Trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers)
+    resumed = None if cfg.resume is None else Path(cfg.resume) / CHECKPOINT
+    trainer.fit(module, data, ckpt_path=resumed, weights_only=resumed and True)
+
+
+def _until(batches: Any, limit: int) -> Any:
+    count = 0
+    for batch in batches:
+        yield batch
+        count += len(batch)
+        if count >= limit:
+            return
+
+
+@torch.inference_mode()
+def measure(
+    network: KLAutoencoder, data: SplitData, features: Features, num_samples: int, seed: int = 0
+) -> tuple[dict[str, Any], Tensor]:
+    """Compare test images with what is left of them after encoding and decoding.
+
+    Returns:
+        Metrics, those of `flowkit.metrics.image_metrics` and ``psnr`` in decibels over 8-bit
+        images (of the mean squared error over all images), and a picture: rows of images, each
+        above its reconstructions.
+    """
+    from torchmetrics.functional.image import peak_signal_noise_ratio
+
+    test, device = data.test[:num_samples]["x1"], network.mean.device
+    generator = torch.Generator(device).manual_seed(seed)
+    parts = tqdm(test.split(64), desc="reconstructing", leave=False, disable=None)
+    decoded = torch.cat(
+        [network.decode(network.encode(part.to(device), generator)).cpu() for part in parts]
+    )
+    order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(seed))
+    train = data.train[order[: len(test)]]["x1"]
+    metrics = image_metrics(
+        train, test, decoded, features, generator=torch.Generator().manual_seed(seed)
+    )
+    pixels = [to_uint8(x).float() for x in (decoded, test)]
+    psnr = peak_signal_noise_ratio(*pixels, data_range=255.0).item()
+    columns = min(10, len(test))
+    rows = min(4, len(test) // columns)
+    both = [x[: rows * columns].unflatten(0, (rows, columns)) for x in (test, decoded)]
+    return {"psnr": psnr, **metrics}, torch.stack(both, 1).flatten(0, 2)
+
+
+def classifier_error(data: SplitData, metric: Any) -> FeatureError:
+    """Return a perceptual term by the classifier that `flowkit evaluate` measures with."""
+    return FeatureError(metric(data).trunk)
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="autoencoder")
+def main(cfg: DictConfig) -> None:
+    """Entry point of ``flowkit autoencoder``."""
+    # Lightning's own use of an old name of torch's; nothing that a user could do about it.
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
+    autoencoder(cfg)
+
+
+if __name__ == "__main__":
+    main()

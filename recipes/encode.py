@@ -1,0 +1,54 @@
+"""Encode images once, into a cache of latents to train from.
+
+flowkit encode data=fashion_mnist autoencoder.path=runs/autoencoder out=latents/fashion
+flowkit encode data=folder data.root=photos data.image_size=256 out=latents/photos \
+    autoencoder.path=stabilityai/sd-vae-ft-mse
+
+The same command goes on where it was stopped. Train with `data=latents data.root=latents/fashion`.
+"""
+
+import math
+from pathlib import Path
+from typing import Any, cast
+
+import hydra
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from tqdm import tqdm
+
+from flowkit.data.cache import SPLITS, write_cache
+
+
+def encode(cfg: DictConfig) -> dict[str, Any]:
+    """Encode as configured; returns the index of the cache."""
+    data = instantiate(cfg.data)
+    data.prepare_data()
+    data.setup()
+    autoencoder = instantiate(cfg.autoencoder).to(cfg.device)
+    source = cast(dict[str, Any], OmegaConf.to_container(cfg.data, resolve=True))
+    total = sum(len(data.split(name)) for name in SPLITS)
+    with tqdm(total=total, desc="encoding", unit=" images", disable=None) as bar:
+        index = write_cache(
+            data, autoencoder, cfg.out, cfg.shard_size, cfg.batch_size, source, bar.update
+        )
+    counts = {
+        name: sum(shard["rows"] for shard in split["shards"])
+        for name, split in index["splits"].items()
+    }
+    size = sum(counts.values()) * math.prod(index["latent_shape"]) * 8 / 2**20
+    print(
+        f"latents   {Path(cfg.out)}: {', '.join(f'{n:,} {name}' for name, n in counts.items())} "
+        f"of shape {tuple(index['latent_shape'])}, {size:,.0f} MiB\n"
+        f"encoder   {autoencoder.hash}"
+    )
+    return index
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="encode")
+def main(cfg: DictConfig) -> None:
+    """Entry point of ``flowkit encode``."""
+    encode(cfg)
+
+
+if __name__ == "__main__":
+    main()

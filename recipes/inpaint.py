@@ -1,0 +1,127 @@
+"""Fill holes in test images, each several times, with a picture and what the fillings are like.
+
+flowkit inpaint run=runs/inpainting
+flowkit inpaint run=runs/inpainting kind=strokes num_samples=8 sampler.grid=50
+"""
+
+from pathlib import Path
+from typing import Any, cast
+
+import hydra
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from torch import Tensor
+from tqdm import tqdm
+
+from flowkit.inpainting import RandomMasks
+from flowkit.metrics import versions
+from flowkit.metrics.pictures import save_picture
+from flowkit.modules import load_run
+from flowkit.modules.flow import labels_of
+from flowkit.modules.latent import LatentFlowMatching
+from flowkit.modules.runs import read_config
+from flowkit.recipes.sample import describe, test_data, weights, write_record
+
+
+def inpaint(cfg: DictConfig) -> Tensor:
+    """Inpaint as configured; writes ``inpainted.json`` and a picture: hole, image, fillings."""
+    run = Path(cfg.run)
+    module = load_run(run).to(cfg.device)
+    if not isinstance(module, LatentFlowMatching) or module.masks is None:
+        raise TypeError(
+            f"run must be trained with module=inpainting, got {type(module).__name__} without masks"
+        )
+    data, sampler = test_data(read_config(run)), instantiate(cfg.sampler)
+    test = data.test[: cfg.num_images]
+    images, labels = test["x1"], labels_of(test, data.num_classes) if cfg.labels else None
+    masks = module.masks if cfg.kind is None else RandomMasks(cfg.kind)
+    size = (images.shape[-2], images.shape[-1])
+    mask = masks(len(images), size, torch.Generator().manual_seed(cfg.seed))
+    filled = fill(cfg, module, images, mask, labels, sampler)
+    pasted = torch.where(mask[:, None] > 0, filled, images[:, None])
+
+    folder = Path(cfg.out) if cfg.out else run / "inpainted"
+    record = {
+        "metrics": {
+            "paste_back": cfg.paste_back,
+            **compare(pasted if cfg.paste_back else filled, images, mask),
+            "own_known_error": compare(filled, images, mask)["known_error"],
+        },
+        "weights": weights(module),
+        "sampling": {
+            **describe(sampler, cfg.guidance),
+            "num_images": len(images),
+            "num_samples": cfg.num_samples,
+            "seeds": [cfg.seed, cfg.seed + len(images) * cfg.num_samples],
+            "labels": labels is not None,
+            "masks": {"kind": masks.kind, "most": masks.most, "seed": cfg.seed},
+        },
+        "data": {"name": type(data).__name__, "test": data.fingerprint("test")},
+        "versions": versions(),
+    }
+    files = [folder / "inpainted.json", folder / "inpainted.png"]
+    write_record(record, files)
+    shown = pasted if cfg.paste_back else filled
+    given = torch.where(mask > 0, 0.0, images)
+    picture = torch.cat([given[:, None], images[:, None], shown], 1).flatten(0, 1)
+    save_picture(picture, files[1], cfg.num_samples + 2)
+    for name, value in cast(dict[str, Any], record["metrics"]).items():
+        print(f"{name:<16} {value if isinstance(value, bool) else round(value, 4)}")
+    print(f"picture   {files[1]}\nnumbers   {files[0]}")
+    return shown
+
+
+def fill(
+    cfg: DictConfig,
+    module: LatentFlowMatching,
+    images: Tensor,
+    mask: Tensor,
+    labels: Tensor | None,
+    sampler: Any,
+) -> Tensor:
+    """The flow's own fillings ``(B, num_samples, C, H, W)``, known pixels not pasted back."""
+    parts = []
+    for start in tqdm(range(0, len(images), cfg.batch_size), desc="inpainting", disable=None):
+        rows = slice(start, start + cfg.batch_size)
+        first = cfg.seed + start * cfg.num_samples
+        parts.append(
+            module.inpaint(
+                images[rows],
+                mask[rows],
+                cfg.num_samples,
+                sampler,
+                None if labels is None else labels[rows],
+                range(first, first + len(images[rows]) * cfg.num_samples),
+                cfg.guidance,
+                paste_back=False,
+            ).cpu()
+        )
+    return torch.cat(parts)
+
+
+def compare(filled: Tensor, images: Tensor, mask: Tensor) -> dict[str, float]:
+    """Mean absolute errors of fillings, and how much those of one hole differ.
+
+    Returns:
+        ``known_error`` and ``hole_error``, from the image, and ``spread``, the standard deviation
+        over a hole's fillings, a mean over its pixels; all in units of [-1, 1].
+    """
+    error = (filled - images[:, None]).abs()
+    hole = (mask > 0)[:, None].expand_as(error)
+    spread = filled.std(1, correction=0)[hole[:, 0]]
+    return {
+        "known_error": error[~hole].mean().item(),
+        "hole_error": error[hole].mean().item(),
+        "spread": spread.mean().item(),
+    }
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="inpaint")
+def main(cfg: DictConfig) -> None:
+    """Entry point of ``flowkit inpaint``."""
+    inpaint(cfg)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""Draw images from test maps of labels, and measure how far they keep to the maps.
+
+flowkit semantic run=runs/semantic
+flowkit semantic run=runs/semantic guidance=2 num_images=1000
+"""
+
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from torch import Tensor
+
+from flowkit.data.masks import ForegroundRule, Masks
+from flowkit.metrics import PixelSVC, agreement, versions
+from flowkit.metrics.pictures import save_picture
+from flowkit.modules import load_run
+from flowkit.modules.condition_grid import condition_grid
+from flowkit.modules.latent import LatentFlowMatching
+from flowkit.modules.runs import read_config
+from flowkit.recipes.sample import describe, draw, start, test_data, weights, write_record
+
+
+def semantic(cfg: DictConfig) -> dict[str, Any]:
+    """Draw as configured; writes ``semantic.json`` and a picture: map, image, samples."""
+    run = Path(cfg.run)
+    trained, module = read_config(run), load_run(run).to(cfg.device)
+    data = test_data(trained)
+    if not isinstance(data, Masks) or not isinstance(module, LatentFlowMatching):
+        raise TypeError(
+            "run must be trained with module=latent on masks made by a rule, "
+            f"got {type(module).__name__} on {type(data).__name__}"
+        )
+    guidance = trained["guidance"] if cfg.guidance is None else cfg.guidance
+    sampler, test = instantiate(cfg.sampler), data.test[: cfg.num_images]
+    images, maps = test["x1"], test["cond"]
+    x0, source = start(module, cfg, len(maps))
+    samples, cost = draw(module, x0, maps, sampler, guidance)
+    with torch.no_grad():
+        parts = [module.encode({"x1": part})["x1"] for part in images.split(cfg.batch_size)]
+        decoded = torch.cat([module.autoencoder.decode(part) for part in parts])
+    metrics = {
+        "iou": mask_iou(samples, maps, data.rule),
+        "iou_of_reconstructions": mask_iou(decoded, maps, data.rule),
+    }
+    if data.rule.classes:
+        order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(cfg.seed))
+        train = data.train[order[:10_000]]
+        judge = PixelSVC(train["x1"], _classes(train["cond"]))
+        metrics["class_agreement"] = _mean(agreement(judge, samples, _classes(maps)))
+        metrics["class_agreement_of_real"] = _mean(agreement(judge, images, _classes(maps)))
+    record = {
+        "metrics": metrics,
+        "weights": weights(module),
+        "sampling": {**describe(sampler, guidance), **cost, **source, "conditions": "test split"},
+        "rule": {"threshold": data.rule.threshold, "classes": data.rule.classes},
+        "data": {"name": type(data.images).__name__, "test": data.fingerprint("test")},
+        "versions": versions(),
+    }
+    folder = Path(cfg.out) if cfg.out else run / "semantic"
+    files = [folder / "semantic.json", folder / "semantic.png"]
+    write_record(record, files)
+    rows = min(cfg.rows, len(maps))
+    shown = condition_grid(module, test, rows, cfg.columns, sampler, guidance, cfg.seed)
+    save_picture(shown, files[1], cfg.columns + 2)
+    for name, value in metrics.items():
+        print(f"{name:<24} {value:.4f}")
+    print(f"picture   {files[1]}\nnumbers   {files[0]}")
+    return record
+
+
+def mask_iou(images: Tensor, maps: Tensor, rule: ForegroundRule) -> float:
+    """Mean over images of the intersection over union of the rule's foreground and the map's.
+
+    >>> rule, maps = ForegroundRule(0.0, classes=False), torch.tensor([[[1, 1, 0, 0]]])
+    >>> mask_iou(torch.tensor([[[[1.0, -1.0, 1.0, -1.0]]]]), maps, rule)
+    0.3333...
+    """
+    found = ForegroundRule(rule.threshold, classes=False)(images) > 0
+    wanted = maps.to(found.device) > 0
+    both, either = ((m.flatten(1).sum(1)) for m in (found & wanted, found | wanted))
+    return (both / either.clamp(min=1)).mean().item()
+
+
+def _classes(maps: Tensor) -> Tensor:
+    """The class of each map's foreground."""
+    return maps.flatten(1).amax(1) - 1
+
+
+def _mean(hits: Tensor) -> float:
+    return hits.double().mean().item()
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="semantic")
+def main(cfg: DictConfig) -> None:
+    """Entry point of ``flowkit semantic``."""
+    semantic(cfg)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""Evaluate a run at several scales of guidance, and plot what they trade.
+
+flowkit sweep run=runs/latent
+flowkit sweep run=runs/latent scales=[1,2,4] sampler=dopri5 num_samples=5000
+
+All options of `flowkit evaluate` are options here. Each scale is an evaluation like any other, in a
+folder of its own; finished ones are kept while weights and options are the same.
+"""
+
+import csv
+import io
+import json
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any, cast
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+from tqdm import tqdm
+
+from flowkit.recipes.evaluate import evaluate
+from flowkit.recipes.sample import weights
+
+
+def sweep(cfg: DictConfig) -> list[dict[str, Any]]:
+    """Evaluate as configured; writes ``sweep.csv`` and ``sweep.png``.
+
+    Returns:
+        A row per scale: ``guidance`` and the numbers of its evaluation.
+    """
+    run = Path(cfg.run)
+    out = Path(cfg.out) if cfg.out else run / "sweep"
+    found, rows = weights(run), []
+    bar = tqdm(list(cfg.scales), desc="scales", disable=None)
+    for scale in bar:
+        bar.set_postfix_str(f"guidance {scale}")
+        one = cast(DictConfig, OmegaConf.masked_copy(cfg, [k for k in cfg if k != "scales"]))
+        one.guidance, one.out = scale, str(out / f"guidance-{scale}")
+        rows.append({"guidance": scale, **_evaluate(one, found)})
+        _write(rows, out)  # after every scale, so that a long sweep can be read while it grows
+    for row in rows:
+        print("  ".join(f"{name} {_short(row[name])}" for name in _shown(rows)))
+    print(f"picture   {out / 'sweep.png'}\nnumbers   {out / 'sweep.csv'}")
+    return rows
+
+
+def _evaluate(cfg: DictConfig, found: dict[str, Any]) -> dict[str, float]:
+    """The numbers of one scale, measured unless they have been."""
+    folder = Path(cfg.out)
+    record = folder / "sweep.json"
+    wanted = {"weights": found, "options": OmegaConf.to_container(cfg, resolve=True)}
+    if not record.is_file() or json.loads(record.read_text()) != wanted:
+        with redirect_stdout(io.StringIO()):
+            evaluate(cfg)
+        record.write_text(json.dumps(wanted, indent=2) + "\n")
+    measured = json.loads((folder / "metrics.json").read_text())
+    numbers = {k: v for k, v in measured["metrics"].items() if type(v) in (int, float)}
+    floor = measured["metrics"].get("floor", {}).get("frechet_distance")
+    rows = measured["sampling"]["network_rows_per_sample"]
+    return {**numbers, "floor": floor, "network_rows_per_sample": rows}
+
+
+def _shown(rows: list[dict[str, Any]]) -> list[str]:
+    names = ("guidance", "frechet_distance", "class_agreement", "precision", "recall", "w2")
+    return [name for name in names if name in rows[0]]
+
+
+def _short(value: float) -> str:
+    return f"{value:.4g}"
+
+
+def _write(rows: list[dict[str, Any]], out: Path) -> None:
+    from matplotlib.figure import Figure
+
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "sweep.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    names = _shown(rows)[1:]
+    figure = Figure(figsize=(3.2 * len(names), 2.8), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        axes.plot([row["guidance"] for row in rows], [row[name] for row in rows], "o-")
+        if name == "frechet_distance":
+            axes.axhline(rows[0]["floor"], color="0.6", lw=1, label="training images")
+            axes.legend(fontsize=8)
+        axes.set(title=name.replace("_", " "), xlabel="guidance")
+        axes.grid(alpha=0.3)
+    figure.savefig(out / "sweep.png", dpi=120)
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="sweep")
+def main(cfg: DictConfig) -> None:
+    """Entry point of ``flowkit sweep``."""
+    sweep(cfg)
+
+
+if __name__ == "__main__":
+    main()

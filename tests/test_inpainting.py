@@ -1,0 +1,143 @@
+"""Holes, the condition that shows what lies around them, and known pixels."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flowkit.autoencoders import Identity, KLAutoencoder
+from flowkit.inpainting import RandomMasks, inpainting_cond, paste_back
+from flowkit.nn.kl import autoencoder_kl
+
+KINDS = ("boxes", "strokes", "mixed")
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    kind=st.sampled_from(KINDS),
+    most=st.integers(1, 4),
+    size=st.tuples(st.integers(4, 40), st.integers(4, 40)),
+    seed=st.integers(0, 10_000),
+)
+def test_every_mask_has_a_hole_and_known_pixels(kind, most, size, seed):
+    masks = RandomMasks(kind, most)(8, size, seeded(seed))
+    assert masks.shape == (8, 1, *size)
+    assert set(masks.unique().tolist()) <= {0.0, 1.0}
+    assert (masks.flatten(1).sum(1) > 0).all()
+    assert torch.equal(masks, RandomMasks(kind, most)(8, size, seeded(seed)))
+
+
+def test_one_box_is_a_box_of_the_stated_sides():
+    masks = RandomMasks("boxes", most=1)(500, (32, 48), seeded())[:, 0] > 0
+    for mask in masks:
+        rows, columns = mask.any(1).nonzero()[:, 0], mask.any(0).nonzero()[:, 0]
+        height, width = (int(v[-1] - v[0]) + 1 for v in (rows, columns))
+        assert mask.sum() == height * width
+        assert 4 - 1 <= height <= 16 + 1
+        assert 6 - 1 <= width <= 24 + 1
+    # all of the image is reached, but for its corners
+    reached = masks.any(0)
+    assert reached.any(0).all()
+    assert reached.any(1).all()
+    assert reached[8:-8, 12:-12].all()
+
+
+def test_strokes_are_broken_lines_of_the_stated_width():
+    masks = RandomMasks("strokes", most=1)(300, (64, 64), seeded())[:, 0] > 0
+    area = masks.flatten(1).float().mean(1)
+    # at most 5 pieces of 0.3, 0.16 wide, with round ends
+    assert area.max() < 5 * 0.3 * 0.16 + torch.pi * 0.08**2
+    assert area.min() > torch.pi * 0.03**2 / 4, "a stroke from a corner keeps a quarter disk"
+    boxes = [(m.any(1).sum() * m.any(0).sum()).item() for m in masks]
+    filled = masks.flatten(1).sum(1) / torch.tensor(boxes)
+    assert (filled < 0.6).float().mean() > 0.5, "irregular, unlike boxes"
+
+
+def test_width_of_a_stroke_by_brute_force():
+    """Every hole pixel lies near the stroke: erosion by its largest half width leaves nothing."""
+    masks = RandomMasks("strokes", most=1)(50, (64, 64), seeded(1))
+    reach = 7  # pixels: more than 0.16 · 64 / 2 from the middle
+    window = torch.nn.functional.max_pool2d(1 - masks, 2 * reach + 1, 1, reach)
+    crossing = masks * (1 - window)  # far from any known pixel: only where pieces overlap
+    assert crossing.sum() < 0.02 * masks.sum()
+
+
+def test_mixed_masks_are_half_boxes():
+    boxes, mixed = (RandomMasks(kind, 1)(2000, (16, 16), seeded()) for kind in ("boxes", "mixed"))
+    assert not torch.equal(boxes, mixed)
+
+    def is_box(masks):
+        rows, columns = (masks.any(d).sum(-1) for d in (2, 1))
+        return masks.flatten(1).sum(1) == rows * columns
+
+    share = is_box(mixed[:, 0] > 0).float().mean()
+    strokes = is_box(RandomMasks("strokes", 1)(2000, (16, 16), seeded())[:, 0] > 0).float().mean()
+    assert is_box(boxes[:, 0] > 0).all()
+    assert share.item() == pytest.approx(0.5 + 0.5 * strokes.item(), abs=0.04)
+
+
+def test_condition_has_a_grey_hole_and_a_signed_mask():
+    images, mask = torch.rand(3, 2, 8, 8) + 0.1, RandomMasks()(3, (8, 8), seeded())
+    cond = inpainting_cond(Identity(), images, mask)
+    assert torch.equal(cond["masked"], images * (1 - mask))
+    assert torch.equal(cond["mask"], 2 * mask - 1)
+    hidden = torch.where(mask > 0, torch.nan, images)
+    assert torch.equal(inpainting_cond(Identity(), hidden, mask)["masked"], cond["masked"])
+
+
+def test_condition_on_latents_is_scaled_and_its_mask_resized_to_the_nearest():
+    autoencoder = KLAutoencoder(autoencoder_kl((1, 8, 8), width=8, multipliers=(1, 2)))
+    images = torch.rand(4, 1, 8, 8) * 2 - 1
+    autoencoder.fit_scale(images)
+    mask = RandomMasks()(4, (8, 8), seeded())
+    cond = inpainting_cond(autoencoder, images, mask)
+    raw = autoencoder.vae.encode(images * (1 - mask)).latent_dist.mean
+    torch.testing.assert_close(cond["masked"], (raw - autoencoder.mean) / autoencoder.std)
+    assert torch.equal(cond["mask"], 2 * mask[..., ::2, ::2] - 1)
+
+
+def test_condition_of_a_padded_image_keeps_its_place():
+    """7 columns become 8: the mask is padded like the image, not stretched."""
+    autoencoder = KLAutoencoder(autoencoder_kl((1, 7, 7), width=8, multipliers=(1, 1, 1)))
+    mask = torch.zeros(1, 1, 7, 7)
+    mask[..., 4:, :4] = 1
+    cond = inpainting_cond(autoencoder, torch.zeros(1, 1, 7, 7), mask)
+    assert cond["mask"][0, 0].tolist() == [[-1, -1], [1, -1]]
+
+
+def test_known_pixels_are_exact():
+    images, samples = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8)
+    mask = RandomMasks()(2, (8, 8), seeded())
+    pasted = paste_back(samples, images, mask)
+    known = mask.expand_as(images) == 0
+    assert torch.equal(pasted[known], images[known])
+    assert torch.equal(pasted[~known], samples[~known])
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (torch.zeros(2, 1, 4, 4), r"mask must have shape \(2, 1, 8, 8\), got \(2, 1, 4, 4\)"),
+        (torch.zeros(2, 8, 8), r"mask must have shape \(2, 1, 8, 8\), got \(2, 8, 8\)"),
+        (
+            torch.full((2, 1, 8, 8), -1.0),
+            r"mask must hold 0 \(known\) and 1 \(hole\) alone, got values in \[-1.0, -1.0\]",
+        ),
+    ],
+)
+def test_masks_that_do_not_fit_are_refused(mask, message):
+    with pytest.raises(ValueError, match=message):
+        inpainting_cond(Identity(), torch.zeros(2, 1, 8, 8), mask)
+    with pytest.raises(ValueError, match=message):
+        paste_back(torch.zeros(2, 1, 8, 8), torch.zeros(2, 1, 8, 8), mask)
+
+
+def test_unknown_kinds_are_refused():
+    with pytest.raises(ValueError, match="kind must be one of boxes, mixed, strokes, got 'blobs'"):
+        RandomMasks("blobs")
+    with pytest.raises(ValueError, match="most must be at least 1, got 0"):
+        RandomMasks(most=0)
