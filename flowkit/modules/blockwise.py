@@ -1,0 +1,280 @@
+"""Blockwise flow matching."""
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path as FilePath
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from flowkit.autoencoders import Autoencoder, Identity
+from flowkit.blockwise import blockwise_loss, draw_segments, residual_loss
+from flowkit.checks import check_at_least, check_choice
+from flowkit.couplings import Coupling, Independent
+from flowkit.guidance import DropCond
+from flowkit.modules.flow import ADAMW, FlowModule, MakeOptimizer, MakeScheduler
+from flowkit.modules.runs import CHECKPOINT, read_checkpoint
+from flowkit.nn.alignment import Projector, alignment_loss, resize_tokens
+from flowkit.nn.blockwise import Blockwise
+from flowkit.nn.parts import PlainStack
+from flowkit.paths import Linear, Path
+from flowkit.times import Times, Uniform
+from flowkit.types import Batch
+
+Encoder = Callable[[Tensor], Tensor]
+
+
+class BlockwiseFlowMatching(FlowModule):
+    """Train a velocity in blocks, `flowkit.nn.blockwise.Blockwise`, in two stages.
+
+    - ``stage="flow"``: trunk and stacks on the flow-matching loss, the mean over segments of each
+      one's mean; with an encoder also the trunk on ``align_weight · L_align``, which turns its
+      features to the encoder's tokens of the clean image (semantic feature guidance).
+    - ``stage="fra"``: the feature residual alone, all else frozen.
+
+    Losses are logged by segment (``segment_3``), and so are the norms of the stacks' gradients
+    (``gradient_3``); a stack that never gets a gradient is warned about. See `flowkit.blockwise`
+    for the losses. Source: *Blockwise Flow Matching*, 2025 (arXiv 2510.21167).
+
+    Args:
+        velocity: The blocks.
+        encoder: Images to tokens ``(B, N, D)``, or a ``functools.partial`` that makes such an
+            encoder when it is first needed: a run can then be loaded without it.
+        align_weight: λ; 0.05 in the release, 0.5 in an earlier configuration.
+        align_stop: The step from which on λ is 0; None for never.
+        encoder_width: Size of the encoder's tokens; None where the encoder has a ``width``.
+        projector_width: Of the projector from features to tokens, which training alone needs.
+        stage: ``"flow"`` or ``"fra"``.
+        start: A run folder to take weights from at the start of a fit: stage 1 for stage 2, an
+            earlier run for some stacks alone, or a plain run whose network seeds every stack.
+        segments: Train these segments' stacks alone, on their times; None for everything.
+        target: ``"velocity"``, or ``"chord"`` of the segment, which is the same on a linear path
+            and refused on a curved one.
+        compare: What stage 2 compares: ``"features"`` or ``"velocity"``.
+        path: Where pairs are at time ``t``.
+        coupling: Which noise goes with which data.
+        times: Density of training times within each segment.
+        autoencoder: Maps data to what the flow runs on; the encoder sees the data.
+        drop_cond: Conditions dropped in training, for classifier-free guidance.
+        optimizer: Makes the optimiser from parameters.
+        lr_scheduler: Makes a scheduler, stepped every training step.
+
+    Raises:
+        TypeError: If the velocity has no blocks.
+        ValueError: If an argument is out of range or a part that the stage needs is missing.
+
+    >>> from flowkit.nn.blockwise_mlp import BlockwiseMLP
+    >>> module = BlockwiseFlowMatching(BlockwiseMLP((2,), edges=2, width=16))
+    >>> sorted(module.loss({"x1": torch.randn(8, 2)}))
+    ['explained', 'loss', 'segment_0', 'segment_1']
+    """
+
+    def __init__(
+        self,
+        velocity: Blockwise,
+        encoder: Encoder | partial | None = None,
+        align_weight: float = 0.05,
+        stage: str = "flow",
+        align_stop: int | None = None,
+        encoder_width: int | None = None,
+        projector_width: int = 2048,
+        start: str | FilePath | None = None,
+        segments: Sequence[int] | None = None,
+        target: str = "velocity",
+        compare: str = "features",
+        path: Path = Linear(),
+        coupling: Coupling = Independent(),
+        times: Times = Uniform(),
+        autoencoder: Autoencoder = Identity(),
+        drop_cond: DropCond | None = None,
+        optimizer: MakeOptimizer = ADAMW,
+        lr_scheduler: MakeScheduler | None = None,
+    ):
+        super().__init__(velocity, autoencoder, drop_cond, optimizer, lr_scheduler)
+        if not isinstance(velocity, Blockwise):
+            raise TypeError(f"velocity must be a Blockwise, got {type(velocity).__name__}")
+        check_choice(stage, ("flow", "fra"), "stage")
+        check_choice(target, ("velocity", "chord"), "target")
+        check_choice(compare, ("features", "velocity"), "compare")
+        check_at_least(align_weight, 0, "align_weight")
+        if target == "chord" and not isinstance(path, Linear):
+            raise ValueError(
+                f"target must be 'velocity' on a curved path, got 'chord' with {path}; a segment's "
+                "chord is the path's velocity on Linear() alone"
+            )
+        needed = {
+            "trunk": stage == "fra" or encoder is not None,
+            "feature_residual": stage == "fra",
+        }
+        for name, wanted in needed.items():
+            if wanted and getattr(velocity, name) is None:
+                raise ValueError(f"{name} must be part of the velocity for this training, got None")
+        self.stage, self.compare, self.start = stage, compare, start
+        self.path, self.coupling, self.times = path, coupling, times
+        self.segments = self._train_only(segments)
+        self.align_weight, self.align_stop = align_weight, align_stop
+        self.__dict__["encoder"] = encoder  # no part of this module: frozen, and never stored
+        self.projector = None
+        if encoder is not None:
+            width = encoder_width or getattr(encoder, "width", None)
+            if width is None:
+                raise ValueError(
+                    "encoder_width must be given for an encoder without width, got None"
+                )
+            self.projector = Projector(velocity.trunk.width, width, projector_width)
+        self.turn = 0
+        self._idle = set(self._trained_stacks())
+
+    def _train_only(self, segments: Sequence[int] | None) -> list[int] | None:
+        """Freeze what the stage or the segments leave out."""
+        flow, chosen = self.flow, None
+        if segments is not None:
+            chosen = sorted({int(m) for m in segments})
+            if not chosen or not (chosen[0] >= 0 and chosen[-1] < flow.num_segments):
+                raise ValueError(
+                    f"segments must lie in [0, {flow.num_segments - 1}], got {list(segments)}"
+                )
+        if self.stage == "fra":
+            flow.requires_grad_(False)
+            flow.feature_residual.requires_grad_(True)
+            return chosen
+        if isinstance(flow.feature_residual, nn.Module):
+            flow.feature_residual.requires_grad_(False)
+        if chosen is not None:
+            flow.requires_grad_(False)
+            for m in chosen:
+                flow.stacks[m].requires_grad_(True)
+        return chosen
+
+    @property
+    def flow(self) -> Blockwise:
+        """The velocity."""
+        return cast(Blockwise, self.velocity)
+
+    def loss(self, batch: Batch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """Return the stage's loss of a batch, and its parts by segment."""
+        images, batch = batch["x1"], self.encode(batch)
+        draw = draw_segments(
+            self.flow,
+            batch,
+            self.path,
+            self.coupling,
+            self.times,
+            self.drop_cond,
+            generator,
+            segments=self.segments,
+            turn=self.turn if self.training else 0,
+        )
+        self.turn += self.training
+        if self.stage == "fra":
+            return residual_loss(self.flow, draw, self.path, generator, self.compare)
+        terms, h = blockwise_loss(self.flow, draw)
+        if self.encoder is None or not self._align_weight():
+            return terms
+        if draw.pairs.x1 is not batch["x1"]:
+            raise ValueError(
+                f"coupling must keep x1 in place for an encoder, got {type(self.coupling).__name__}"
+            )
+        align = self._alignment(h, images)
+        loss = terms["loss"] + self._align_weight() * align
+        return {**terms, "loss": loss, "flow": terms["loss"].detach(), "align": align.detach()}
+
+    def _align_weight(self) -> float:
+        stopped = self.align_stop is not None and self.global_step >= self.align_stop
+        return 0.0 if stopped else self.align_weight
+
+    def _alignment(self, h: Tensor, images: Tensor) -> Tensor:
+        if isinstance(self.encoder, partial):
+            self.__dict__["encoder"] = self.encoder()
+        if isinstance(self.encoder, nn.Module):
+            self.encoder.to(images.device)
+        with torch.no_grad():
+            tokens = resize_tokens(cast(Encoder, self.encoder)(images), self.flow.trunk.sides)
+        h = h if h.ndim == 3 else h[:, None]
+        return alignment_loss(cast(nn.Module, self.projector)(h), tokens)
+
+    # --- what a fit starts from ------------------------------------------------------------
+
+    def on_fit_start(self) -> None:
+        """Take the weights of ``start``, unless a checkpoint of this training brought its own."""
+        if self.start is not None:
+            self.take_weights(read_checkpoint(FilePath(self.start) / CHECKPOINT)["state_dict"])
+
+    def take_weights(self, state: Mapping[str, Tensor]) -> None:
+        """Load a run's weights: of the same blocks, or of a plain network into every stack.
+
+        A feature residual and a projector may be missing or superfluous.
+
+        Raises:
+            RuntimeError: If anything else does not fit.
+        """
+        state = {k: v for k, v in state.items() if k.startswith(("velocity.", "projector."))}
+        stacks = self.flow.stacks
+        if all(isinstance(stack, PlainStack) for stack in stacks) and not any(
+            k.startswith("velocity.stacks.") for k in state
+        ):
+            plain = {k.removeprefix("velocity."): v for k, v in state.items()}
+            for stack in stacks:
+                stack.net.load_state_dict(plain)
+            return
+        missing, unexpected = self.load_state_dict(state, strict=False)
+        optional = ("velocity.feature_residual.", "projector.", "autoencoder.")
+        wrong = [k for k in (*missing, *unexpected) if not k.startswith(optional)]
+        if wrong:
+            raise RuntimeError(
+                f"start must hold weights of these blocks, got a run that differs in {wrong[:5]}"
+            )
+
+    # --- telemetry -------------------------------------------------------------------------
+
+    def _trained_stacks(self) -> list[int]:
+        return [
+            m
+            for m, stack in enumerate(self.flow.stacks)
+            if isinstance(stack, nn.Module) and any(p.requires_grad for p in stack.parameters())
+        ]
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Log the norm of each stack's gradient, and remember which have had one."""
+        every = cast(Any, self.trainer).log_every_n_steps
+        due = bool(every) and (self.global_step + 1) % every == 0
+        for m in self._trained_stacks() if due else sorted(self._idle):
+            gradients = [p.grad for p in self.flow.stacks[m].parameters() if p.grad is not None]
+            if not gradients:
+                continue
+            norm = nn.utils.get_total_norm(gradients)
+            if norm > 0:
+                self._idle.discard(m)
+            if due:
+                self.log(f"train/gradient_{m}", norm)
+
+    def on_validation_start(self) -> None:
+        """Report stacks that have had no gradient so far."""
+        if not cast(Any, self.trainer).sanity_checking:
+            self._report_idle()
+
+    def on_train_end(self) -> None:
+        """Report stacks that have had no gradient in the whole fit."""
+        self._report_idle()
+
+    def _report_idle(self) -> None:
+        if self._idle and self.global_step:
+            warnings.warn(
+                f"every stack must get gradients, got none for stacks {sorted(self._idle)} in "
+                f"{self.global_step} steps",
+                stacklevel=2,
+            )
+            self._idle.clear()  # said once
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Store also whose turn it is."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["flowkit"]["turn"] = self.turn
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore it; the weights that the fit once started from are not wanted any more."""
+        super().on_load_checkpoint(checkpoint)
+        self.turn, self.start = checkpoint["flowkit"]["turn"], None

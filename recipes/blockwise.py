@@ -1,0 +1,106 @@
+"""Go on from a trained run: its feature residual, one of its stacks, or blocks of a plain network.
+
+flowkit blockwise run=runs/stage1 hydra.run.dir=runs/stage2               the feature residual
+flowkit blockwise run=runs/stage1 stage=flow segments=[3]                 one stack alone
+flowkit blockwise run=runs/plain stage=flow edges=6                       six equal blocks
+flowkit blockwise run=runs/plain stage=flow edges=6 equal_burden=true     ... of equal burden
+
+Data, path and network are the run's; trainer, optimizer and callbacks are configured anew, and the
+weights are taken from the run at the start. The new run holds all blocks, and is resumed, sampled
+and evaluated like any other.
+"""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import hydra
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, open_dict
+
+from flowkit.blockwise import loss_by_time
+from flowkit.modules import FlowModule, load_run
+from flowkit.modules.runs import read_config
+from flowkit.nn.edges import equal_burden
+from flowkit.recipes.train import train
+
+KEPT = ("data", "path", "coupling", "autoencoder", "guidance")  # of the run
+
+
+def blockwise(cfg: DictConfig) -> FlowModule:
+    """Train as configured, from the run's weights."""
+    stored = read_config(cfg.run)
+    with open_dict(cfg):
+        for name in KEPT:
+            cfg[name] = stored.get(name)
+        for name in ("batch_size", "seed"):
+            if name in cfg.data:
+                cfg.data[name] = cfg[name]
+        cfg.module.drop_cond = stored["module"].get("drop_cond")
+        cfg.model = network(stored["module"]["velocity"], cfg)
+    return train(cfg)
+
+
+def network(stored: dict[str, Any], cfg: DictConfig) -> dict[str, Any]:
+    """The run's network, with a feature residual in the second stage, or blocks of a plain one.
+
+    Raises:
+        ValueError: If the second stage is asked of a plain network.
+    """
+    if "edges" in stored:
+        if cfg.stage != "fra":
+            return stored
+        residual = stored.get("residual_depth") or cfg.residual_depth
+        return {**stored, "residual_depth": residual, "feature_mode": "fra"}
+    if cfg.stage == "fra":
+        raise ValueError(
+            f"run must be of a blockwise network for stage fra, got {stored['_target_']}; "
+            "stage=flow makes blocks of it"
+        )
+    ends = edges(cfg)
+    return {
+        "_target_": "flowkit.nn.blockwise.Blockwise",
+        "trunk": None,
+        "stacks": {
+            "_target_": "flowkit.nn.parts.copies",
+            "velocity": stored,
+            "num_segments": len(ends) - 1,
+        },
+        "edges": ends,
+    }
+
+
+def edges(cfg: DictConfig) -> list[float]:
+    """Ends of the segments, as given or of equal burden."""
+    if not cfg.equal_burden:
+        return edges_of(cfg.edges)
+    run, data = load_run(cfg.run), instantiate(cfg.data)
+    data.prepare_data()
+    data.setup()
+    batch = data.val[:2000]
+    batch = {**batch, "x1": run.autoencoder.encode(batch["x1"])}
+    path, generator = instantiate(cfg.path), torch.Generator().manual_seed(cfg.seed)
+    times, loss = loss_by_time(run.velocity, batch, path=path, generator=generator)
+    ends = equal_burden(times, loss, len(edges_of(cfg.edges)) - 1).tolist()
+    print(f"edges     {[round(end, 4) for end in ends]}")
+    return ends
+
+
+def edges_of(value: int | Sequence[float]) -> list[float]:
+    """A number of equal segments, or their ends, as a list of ends."""
+    if isinstance(value, int):
+        return [k / value for k in range(value + 1)]
+    return [float(end) for end in value]
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="blockwise")
+def main(cfg: DictConfig) -> None:
+    """Entry point of ``flowkit blockwise``."""
+    # Lightning's own use of an old name of torch's; nothing that a user could do about it.
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
+    blockwise(cfg)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""Train a small encoder on a data set's images, and store its tokens for alignment.
+
+flowkit tokens data=digits hydra.run.dir=runs/tokens
+flowkit tokens data=digits encoder=dinov2 encoder.model=folder/of/dinov2      another's tokens
+flowkit train module=blockwise encoder@module.encoder=stored \
+    module.encoder.file=runs/tokens/tokens.safetensors
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from torch import Tensor
+from tqdm import tqdm
+
+from flowkit.data import SplitData
+from flowkit.nn.alignment import store_tokens
+from flowkit.nn.masked import MaskedEncoder, train_masked_encoder
+
+
+def tokens(cfg: DictConfig) -> Path:
+    """Run as configured; writes ``tokens.safetensors``, and ``encoder.safetensors`` if it trained.
+
+    Returns:
+        The file of tokens.
+    """
+    data: SplitData = instantiate(cfg.data)
+    data.prepare_data()
+    data.setup()
+    out = Path(cfg.out)
+    out.mkdir(parents=True, exist_ok=True)
+    encoder = trained(cfg, data, out) if cfg.encoder is None else instantiate(cfg.encoder)()
+    if isinstance(encoder, torch.nn.Module):
+        encoder.to(cfg.device)
+    if not cfg.store:
+        return out / "encoder.safetensors"
+    batches = list(images(data, cfg.batch_size))
+    on_device = (batch.to(cfg.device) for batch in tqdm(batches, desc="tokens", disable=None))
+    file = out / "tokens.safetensors"
+    count = store_tokens(file, on_device, encoder)
+    print(f"tokens    {file}, of {count:,} images")
+    return file
+
+
+def trained(cfg: DictConfig, data: SplitData, out: Path) -> MaskedEncoder:
+    """Train an encoder by filling in masked patches, and save it."""
+    bar = tqdm(total=cfg.steps, desc="encoder", disable=None)
+
+    def report(step: int, loss: float) -> None:
+        bar.update()
+        if step % 20 == 0:
+            bar.set_postfix_str(f"loss {loss:.4f}")
+
+    net = train_masked_encoder(
+        data.train[:]["x1"].to(cfg.device),
+        steps=cfg.steps,
+        batch_size=cfg.batch_size,
+        seed=cfg.seed,
+        report=report,
+        **cfg.sizes,
+    )
+    bar.close()
+    net.save(out / "encoder.safetensors")
+    print(f"encoder   {out / 'encoder.safetensors'}, held-out loss {held_out(net, data):.4f}")
+    return net
+
+
+@torch.no_grad()
+def held_out(net: MaskedEncoder, data: SplitData) -> float:
+    """Loss of the first 1000 test images under fixed masks."""
+    test = data.test[:1000]["x1"]
+    generator, count = torch.Generator().manual_seed(0), len(net.patches.positions)
+    mask = torch.rand(len(test), count, generator=generator) < 0.6
+    device: Any = next(net.parameters()).device
+    return net.loss(test.to(device), mask.to(device)).item()
+
+
+def images(data: SplitData, batch_size: int) -> Iterator[Tensor]:
+    """All images of training and validation, training ones also mirrored if training does so."""
+    for name in ("train", "val"):
+        split = data.split(name)
+        for first in range(0, len(split), batch_size):
+            batch = split[first : first + batch_size]["x1"]
+            yield batch
+            if data.flip and name == "train":
+                yield batch.flip(-1)
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="tokens")
+def main(cfg: DictConfig) -> None:
+    """Entry point of ``flowkit tokens``."""
+    tokens(cfg)
+
+
+if __name__ == "__main__":
+    main()
