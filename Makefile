@@ -11,7 +11,8 @@ BIN := .venv/bin
 	touch $@
 
 quickstart: .venv/.installed
-	$(BIN)/flowkit train experiment=digits_cfm hydra.run.dir=runs/quickstart
+	test -f runs/quickstart/metrics.json || { rm -rf runs/quickstart && \
+		$(BIN)/flowkit train experiment=digits_cfm hydra.run.dir=runs/quickstart; }
 	$(BIN)/flowkit evaluate run=runs/quickstart
 
 test: .venv/.installed

@@ -4,7 +4,10 @@ import ast
 import os
 import runpy
 import sys
+import traceback
+from contextlib import ContextDecorator
 from pathlib import Path
+from types import TracebackType
 
 import flowkit.recipes
 
@@ -31,7 +34,72 @@ def main() -> None:
         raise SystemExit(name not in (None, "-h", "--help"))
     del sys.argv[1]
     sys.path.insert(0, os.getcwd())  # a user's own classes are importable as _target_
-    runpy.run_module(f"flowkit.recipes.{name}", run_name="__main__", alter_sys=True)
+    with ErrorInALine():
+        check_folders(sys.argv[1:])
+        _errors_to_us()
+        runpy.run_module(f"flowkit.recipes.{name}", run_name="__main__", alter_sys=True)
+
+
+def check_folders(overrides: list[str]) -> None:
+    """Require that runs exist, before the slow imports of a recipe.
+
+    Raises:
+        FileNotFoundError: If ``run`` or ``resume`` names nothing.
+    """
+    for override in overrides:
+        key, _, value = override.partition("=")
+        path = value.strip("'\"")
+        plain = path not in ("", "null") and not set(path) & set(",[$")  # no list, no reference
+        if key in ("run", "resume") and plain and not Path(path).exists():
+            raise FileNotFoundError(f"{key} must be a run folder, got {path}; there is none")
+
+
+class ErrorInALine(ContextDecorator):
+    """End with ``error: ...`` and status 1 where a check of ours or a configuration fails.
+
+    Everything else is somebody's bug and keeps its traceback, as do all errors if the environment
+    says ``HYDRA_FULL_ERROR=1``.
+    """
+
+    def __init__(self) -> None:
+        self.wanted = os.environ.get("HYDRA_FULL_ERROR") != "1"
+
+    def __enter__(self) -> None:
+        """Wait for errors."""
+
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Replace an exception that was meant for the user."""
+        if self.wanted and isinstance(error, Exception) and (line := _for_the_user(error)):
+            raise SystemExit(f"error: {line}")
+
+
+def _for_the_user(error: BaseException) -> str | None:
+    """The message of a check of ours, or of Hydra's on a configuration; None for a bug."""
+    if _is_hydras(error):
+        cause = error.__cause__  # ours, if Hydra was building a part of ours
+        return (_for_the_user(cause) if cause and not _is_hydras(cause) else None) or str(error)
+    origin = traceback.extract_tb(error.__traceback__)[-1]
+    ours = (Path(flowkit.__file__).parent, Path(flowkit.recipes.__path__[0]))
+    raised_here = any(folder in Path(origin.filename).parents for folder in ours)
+    return str(error) if raised_here and (origin.line or "").startswith("raise ") else None
+
+
+def _is_hydras(error: BaseException) -> bool:
+    return type(error).__module__.partition(".")[0] in ("hydra", "omegaconf")
+
+
+def _errors_to_us() -> None:
+    """Have Hydra raise its errors, and catch a recipe's within its task.
+
+    Once out of the task, Hydra would put a line of its own before ours.
+    """
+    import hydra
+
+    hydra_main, wrap = hydra.main, ErrorInALine()
+    hydra.main = lambda *args, **kwargs: lambda task: hydra_main(*args, **kwargs)(wrap(task))
+    os.environ["HYDRA_FULL_ERROR"] = "1"
 
 
 if __name__ == "__main__":

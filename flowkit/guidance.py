@@ -40,7 +40,10 @@ def replace_cond(cond: Cond, null: Null, where: Tensor | None = None) -> Cond:
     tensor([10,  4])
     """
     if cond is None:
-        raise TypeError("cond must be given to replace it by the null condition, got None")
+        raise TypeError(
+            "cond must be given to replace it by the null condition, got None; guidance needs "
+            "labels or another condition to guide to"
+        )
     if isinstance(cond, Mapping) and isinstance(null, Mapping):
         if unknown := sorted(set(null) - set(cond)):
             raise ValueError(f"null must name conditions among {sorted(cond)}, got {unknown}")

@@ -11,6 +11,7 @@ import csv
 import io
 import json
 import logging
+import shutil
 import time
 from collections.abc import Iterable
 from contextlib import redirect_stdout
@@ -57,23 +58,26 @@ def compare(cfg: DictConfig) -> list[Row]:
 def run_cell(folder: Path, train_with: list[str], evaluate_with: list[str]) -> dict[str, float]:
     """Train and evaluate in a folder, unless that has been done there with the same overrides.
 
+    Trained with others, or not to its end, the folder is emptied first.
+
     Returns:
         The numbers of the evaluation, and the ``seconds`` of training.
     """
-    record, wanted = folder / "cell.json", {"train": train_with, "evaluate": evaluate_with}
+    record = folder / "cell.json"
     done = json.loads(record.read_text()) if record.is_file() else {}
-    if {key: done.get(key) for key in wanted} != wanted:
-        record.unlink(missing_ok=True)
-        start = time.perf_counter()
-        with redirect_stdout(io.StringIO()):
+    with redirect_stdout(io.StringIO()):
+        if done.get("train") != train_with:
+            shutil.rmtree(folder, ignore_errors=True)
+            start = time.perf_counter()
             train(_composed("train", train_with, run_dir=folder))
-            seconds = time.perf_counter() - start
-            evaluate(_composed("evaluate", evaluate_with, run=folder))
-        done = {**wanted, "seconds": round(seconds, 1)}
-        record.write_text(json.dumps(done, indent=2) + "\n")
-    metrics = json.loads((folder / "metrics.json").read_text())["metrics"]
-    numbers = {k: v for k, v in metrics.items() if type(v) in (int, float)}
-    return {**numbers, "seconds": done["seconds"]}
+            done = {"train": train_with, "seconds": round(time.perf_counter() - start, 1)}
+            record.write_text(json.dumps(done, indent=2) + "\n")
+        if done.get("evaluate") != evaluate_with:
+            metrics = evaluate(_composed("evaluate", evaluate_with, run=folder))["metrics"]
+            numbers = {k: v for k, v in metrics.items() if type(v) in (int, float)}
+            done |= {"evaluate": evaluate_with, "metrics": numbers}
+            record.write_text(json.dumps(done, indent=2) + "\n")
+    return {**done["metrics"], "seconds": done["seconds"]}
 
 
 def _composed(recipe: str, overrides: list[str], **values: Path) -> DictConfig:

@@ -5,16 +5,15 @@ flowkit evaluate run=runs/quickstart sampler=euler sampler.grid=8 guidance=1.5
 flowkit evaluate run=runs/mine metric=inception metric.weights=weights-inception.pth
 """
 
-import json
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import hydra
 import torch
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor
 
 from flowkit.data import SplitData
@@ -26,113 +25,146 @@ from flowkit.metrics import (
     image_metrics,
     inception,
     point_metrics,
-    tensor_hash,
     train_classifier,
     versions,
 )
 from flowkit.metrics.pictures import save_picture
 from flowkit.modules import FlowModule, load_run
-from flowkit.modules.runs import CHECKPOINT, CONFIG, read_checkpoint
-from flowkit.recipes.sample import choose_labels, describe, draw, noise_batches
-from flowkit.sampling import ADAPTIVE
+from flowkit.modules.flow import Guidance, brings_start, labels_of, take
+from flowkit.modules.runs import read_config
+from flowkit.recipes.sample import (
+    describe,
+    draw,
+    given_source,
+    start,
+    test_data,
+    weights,
+    write_record,
+)
+from flowkit.sampling import ADAPTIVE, ODESampler
+from flowkit.types import Batch
+
+
+class Measured(NamedTuple):
+    """Metrics, how the samples were drawn, and those of the picture."""
+
+    metrics: dict[str, Any]
+    sampling: dict[str, Any]
+    shown: Tensor
+    columns: int = 10
 
 
 def evaluate(cfg: DictConfig) -> dict[str, Any]:
     """Evaluate as configured; writes ``metrics.json`` and ``samples.png``."""
     run = Path(cfg.run)
     out = Path(cfg.out) if cfg.out else run
-    module = load_run(run).to(cfg.device)
-    trained = OmegaConf.load(run / CONFIG)
-    data: SplitData = instantiate(trained.data)
-    data.prepare_data()
-    data.setup("test")
+    trained, module = read_config(run), load_run(run).to(cfg.device)
+    data = test_data(trained)
     sampler = instantiate(cfg.sampler)
-    guidance = trained.guidance if cfg.guidance is None else cfg.guidance
+    guidance = trained["guidance"] if cfg.guidance is None else cfg.guidance
+    module.guided(guidance)  # before features are made, which may take minutes
     measure = _measure_images if len(data.shape) == 3 else _measure_points
-    metrics, samples, cost = measure(cfg, module, data, sampler, guidance)
+    found: Measured = measure(cfg, module, data, sampler, guidance)
     record = {
-        "metrics": metrics,
-        "weights": weights(run),
-        "sampling": {
-            **describe(sampler, guidance),
-            **cost,
-            "num_samples": len(samples),
-            "seeds": [cfg.seed, cfg.seed + len(samples)],
-            "world_size": 1,
-        },
+        "metrics": found.metrics,
+        "weights": weights(module),
+        "sampling": found.sampling,
         "data": {"name": type(data).__name__, "test": data.fingerprint("test")},
         "versions": versions(),
     }
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "metrics.json").write_text(json.dumps(record, indent=2) + "\n")
-    columns = min(data.num_classes or 10, 10)
-    picture = save_picture(samples[: 10 * columns], out / "samples.png", columns)
-    _report(metrics)
-    print(f"picture   {picture}\nnumbers   {out / 'metrics.json'}")
+    files = [out / "metrics.json", out / "samples.png"]
+    write_record(record, files)
+    save_picture(found.shown, files[1], found.columns)
+    _report(found.metrics)
+    print(f"picture   {files[1]}\nnumbers   {files[0]}")
     return record
 
 
 def _measure_images(
-    cfg: DictConfig, module: FlowModule, data: SplitData, sampler: Any, guidance: float | None
-) -> tuple[dict[str, Any], Tensor, dict[str, Any]]:
+    cfg: DictConfig, module: FlowModule, data: SplitData, sampler: ODESampler, guidance: Guidance
+) -> Measured:
     features: Features = instantiate(cfg.metric)(data)
-    labels = choose_labels(None, cfg.num_samples, data.num_classes)
-    seeds = range(cfg.seed, cfg.seed + cfg.num_samples)
-    noise = noise_batches(_shape(module), seeds, cfg.batch_size)
-    samples, cost = draw(module, noise, labels, sampler, guidance)
     test = data.test[:]
+    rows, chosen = _rows_like(test, data, cfg.num_samples)
+    given, cond = given_source(test, data), take(test.get("cond"), rows)
+    x0, source = start(module, cfg, len(rows), None if given is None else given[rows])
+    samples, cost = draw(module, x0, cond, sampler, guidance)
+    labels = labels_of(Batch(x1=samples, cond=cond), data.num_classes)
     # As many training images as are generated, for the floor; up to 10 000 for the judge.
     order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(cfg.seed))
-    train = data.train[order[: max(cfg.num_samples, 10_000)]]
-    judge = None
-    if data.num_classes is not None:
-        judge = PixelSVC(train["x1"], train["cond"])
+    train = data.train[order[: max(len(rows), 10_000)]]
+    seen = labels_of(train, data.num_classes)
     metrics = image_metrics(
         train["x1"],
         test["x1"],
         samples,
         features,
         labels=labels,
-        test_labels=test.get("cond"),
-        judge=judge,
+        test_labels=labels_of(test, data.num_classes),
+        judge=None if labels is None or seen is None else PixelSVC(train["x1"], seen),
         generator=torch.Generator().manual_seed(cfg.seed),
     )
-    return metrics, samples, cost
+    sampling = {**describe(sampler, guidance), **cost, **source}
+    sampling["conditions"] = None if cond is None else chosen
+    if labels is None:
+        return Measured(metrics, sampling, samples[:100])
+    shown, columns = picture_rows(labels)
+    return Measured(metrics, sampling, samples[shown], columns)
+
+
+def _rows_like(test: Batch, data: SplitData, num_samples: int) -> tuple[Tensor, str]:
+    """Test samples whose start the generated ones share, and how they were chosen."""
+    if brings_start(test, data):
+        return torch.arange(min(num_samples, len(test["x1"]))), "of the test split"
+    labels = labels_of(test, data.num_classes)
+    if labels is None:  # nothing is shared
+        labels = torch.zeros(len(test["x1"]))
+    return proportional_rows(labels, num_samples), "labels in the proportions of the test split"
+
+
+def proportional_rows(labels: Tensor, num_samples: int) -> Tensor:
+    """Choose rows of ``labels (N,)`` that keep its proportions, to within one sample.
+
+    A distance between sets of other proportions would measure those.
+
+    >>> labels = torch.tensor([1, 0, 0, 0])
+    >>> labels[proportional_rows(labels, 8)]
+    tensor([0, 0, 0, 0, 0, 0, 1, 1])
+    """
+    places = (torch.arange(num_samples, dtype=torch.float64) + 0.5) * len(labels) / num_samples
+    return labels.argsort(stable=True)[places.long()]
+
+
+def picture_rows(labels: Tensor) -> tuple[Tensor, int]:
+    """Choose rows for a picture of up to ten classes, each a column; also return the columns."""
+    classes, counts = labels.unique(return_counts=True)
+    height = min(10, int(counts[:10].min()))
+    columns = [(labels == label).nonzero()[:height, 0] for label in classes[:10]]
+    return torch.stack(columns, 1).flatten(), len(columns)
 
 
 def _measure_points(
-    cfg: DictConfig, module: FlowModule, data: SplitData, sampler: Any, guidance: float | None
-) -> tuple[dict[str, Any], Tensor, dict[str, Any]]:
+    cfg: DictConfig, module: FlowModule, data: SplitData, sampler: ODESampler, guidance: Guidance
+) -> Measured:
     test = data.test[: cfg.num_samples]
-    count = len(test["x1"])
-    x0 = test.get("x0")
-    if x0 is None:
-        seeds = range(cfg.seed, cfg.seed + count)
-        x0 = torch.cat(list(noise_batches(_shape(module), seeds, cfg.batch_size)))
+    size = len(test["x1"])
+    x0, source = start(module, cfg, size, given_source(test, data))
     if sampler.method in ADAPTIVE and len(sampler.times) < 101:
         # The path's energy is a sum over the grid, which these solvers need not follow.
         sampler = replace(sampler, grid=100)
-    solution = module.solve(x0, sampler, test.get("cond"), guidance, return_path=True)
+    cond = test.get("cond")
+    solution = module.solve(torch.cat(x0), sampler, cond, guidance, return_path=True)
     path = solution.path if solution.path is None else solution.path.cpu()
     metrics = point_metrics(test["x1"], solution.x.cpu(), path, sampler.times)
-    cost = {"nfe": solution.nfe, "network_rows_per_sample": solution.rows / count}
-    return metrics, solution.x.cpu(), cost
-
-
-def _shape(module: FlowModule) -> tuple[int, ...]:
-    if module.sample_shape is None:
-        raise RuntimeError("run must have trained at least one step, got no sample shape")
-    return module.sample_shape
-
-
-def weights(run: Path) -> dict[str, Any]:
-    """Return which weights a run's last checkpoint holds."""
-    state = read_checkpoint(run / CHECKPOINT)
-    return {
-        "kind": "averaged" if "current_model_state" in state else "raw",
-        "step": state["global_step"],
-        "hash": tensor_hash(state["state_dict"]),
+    sampling = {
+        **describe(sampler, guidance),
+        "nfe": solution.nfe,
+        "network_rows_per_sample": solution.rows / size,
+        **source,
+        "batch_size": size,  # their paths are measured together
+        "conditions": None if cond is None else "of the test split",
     }
+    return Measured(metrics, sampling, solution.x.cpu())
 
 
 def _report(metrics: dict[str, Any]) -> None:
@@ -140,7 +172,9 @@ def _report(metrics: dict[str, Any]) -> None:
     if "frechet_distance" in metrics:
         space = metrics["features"]["name"]
         rows[f"Fréchet distance ({space})"] = f"{metrics['frechet_distance']:.3f}"
-        rows["  floor: training images"] = f"{metrics['floor']['frechet_distance']:.3f}"
+        rows[f"  floor: {metrics['floor']['num_samples']:,} training images"] = (
+            f"{metrics['floor']['frechet_distance']:.3f}"
+        )
         for name in ("precision", "recall", "density", "coverage"):
             rows[name] = f"{metrics[name]:.3f}  (floor {metrics['floor'][name]:.3f})"
     else:
@@ -164,9 +198,11 @@ def _report(metrics: dict[str, Any]) -> None:
 
 def classifier_features(data: SplitData, seed: int) -> ConvClassifier:
     """Return a classifier of the data's own classes, trained once and kept in the user's cache."""
-    if data.num_classes is None:
-        raise ValueError("metric must be pixels or inception for data without labels")
     train = data.train
+    if data.num_classes is None or labels_of(train[:1], data.num_classes) is None:
+        raise ValueError(
+            "metric must be pixels or inception for data without class labels, got classifier"
+        )
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "flowkit"
     file = cache / f"classifier-{data.fingerprint('train')[:16]}-{seed}.safetensors"
     if file.is_file():
@@ -175,8 +211,9 @@ def classifier_features(data: SplitData, seed: int) -> ConvClassifier:
     batch = train[:]
     epochs = min(20, max(3, 30_000 // len(train)))
     name = f"conv-classifier-{type(data).__name__.lower()}"
+    labels = cast(Tensor, batch.get("cond"))
     net = train_classifier(
-        batch["x1"], batch["cond"], data.num_classes, seed=seed, epochs=epochs, name=name
+        batch["x1"], labels, data.num_classes, seed=seed, epochs=epochs, name=name
     )
     cache.mkdir(parents=True, exist_ok=True)
     net.save(file)

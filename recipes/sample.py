@@ -3,50 +3,72 @@
 flowkit sample run=runs/quickstart                        every class in turn
 flowkit sample run=runs/quickstart labels=[3,8] num_samples=20 guidance=2
 flowkit sample run=runs/quickstart sampler=euler sampler.grid=8
+
+Samples start from noise, one seed each. Where the data of the run bring source samples, or
+conditions that are no labels, they start from those of the test split, and are at most as many.
 """
 
 import json
+import re
 import time
 from collections.abc import Iterable, Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import hydra
 import torch
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor
 from tqdm import tqdm
 
+from flowkit.data import SplitData
+from flowkit.metrics import tensor_hash, versions
 from flowkit.metrics.pictures import save_picture
 from flowkit.modules import FlowModule, load_run
-from flowkit.modules.runs import CONFIG
+from flowkit.modules.flow import labels_of, take
+from flowkit.modules.runs import build, read_config
 from flowkit.sampling import ODESampler, seeded_noise
+from flowkit.types import Batch, Cond
 
 
 def sample(cfg: DictConfig) -> Tensor:
     """Sample as configured; writes ``samples.pt``, ``samples.png`` and ``samples.json``."""
     run = Path(cfg.run)
-    module = load_run(run).to(cfg.device)
-    num_classes = OmegaConf.load(run / CONFIG)["num_classes"]
-    cond = choose_labels(cfg.labels, cfg.num_samples, num_classes)
-    seeds = range(cfg.seed, cfg.seed + cfg.num_samples)
+    trained, module = read_config(run), load_run(run).to(cfg.device)
     sampler = instantiate(cfg.sampler)
-    noise = noise_batches(module.sample_shape, seeds, cfg.batch_size)
-    samples, cost = draw(module, noise, cond, sampler, cfg.guidance)
+    chosen = "all classes in turn" if cfg.labels is None else "the labels asked for, in turn"
+    if trained.get("needs_data"):
+        data = test_data(trained)
+        batch = choose_samples(data, cfg.labels, cfg.num_samples)
+        cond, size, chosen = batch.get("cond"), len(batch["x1"]), "of the test split"
+        x0, source = start(module, cfg, size, given_source(batch, data))
+    else:
+        cond = choose_labels(cfg.labels, cfg.num_samples, trained["num_classes"])
+        x0, source = start(module, cfg, cfg.num_samples)
+    samples, cost = draw(module, x0, cond, sampler, cfg.guidance)
 
     folder = Path(cfg.out) if cfg.out else run / "drawn"
-    picture = save_picture(samples, folder / "samples.png")
-    torch.save({"samples": samples, "cond": cond}, folder / "samples.pt")
     record = {
-        "num_samples": cfg.num_samples,
-        "seeds": [seeds.start, seeds.stop],
-        **describe(sampler, cfg.guidance),
-        **cost,
+        "weights": weights(module),
+        "sampling": {
+            **describe(sampler, cfg.guidance),
+            **cost,
+            **source,
+            "conditions": None if cond is None else chosen,
+        },
+        "versions": versions(),
     }
-    (folder / "samples.json").write_text(json.dumps(record, indent=2) + "\n")
-    print(f"picture   {picture}\nsamples   {folder / 'samples.pt'}")
+    files = [folder / f"samples.{kind}" for kind in ("json", "png", "pt")]
+    write_record(record, files)
+    torch.save({"samples": samples, "cond": cond}, files[2])
+    save_picture(samples, files[1])
+    print(f"picture   {files[1]}\nsamples   {files[2]}")
     return samples
+
+
+# --- where samples start -----------------------------------------------------------------------
 
 
 def choose_labels(labels: Any, num_samples: int, num_classes: int | None) -> Tensor | None:
@@ -65,10 +87,66 @@ def choose_labels(labels: Any, num_samples: int, num_classes: int | None) -> Ten
     return wanted.repeat(-(-num_samples // len(wanted)))[:num_samples]
 
 
+def test_data(trained: dict[str, Any]) -> SplitData:
+    """Read the data that a run was trained on, from its configuration; of latents, their images."""
+    data = build(trained["data"])
+    data.prepare_data()
+    data.setup("test")
+    images = getattr(data, "source", None)
+    return test_data({"data": images}) if isinstance(images, dict) else data
+
+
+def choose_samples(data: SplitData, labels: Any, num_samples: int) -> Batch:
+    """Return the first samples of the test split, or the first with the labels asked for.
+
+    Raises:
+        ValueError: If labels are asked of data without, or the split holds none of them.
+    """
+    if labels is None:
+        return data.test[:num_samples]
+    wanted = choose_labels(labels, num_samples, data.num_classes)
+    known = labels_of(data.test[:], data.num_classes)
+    if known is None or wanted is None or not torch.isin(known, wanted).any():
+        raise ValueError(f"labels must be among those of the test split, got {labels}")
+    return data.test[torch.isin(known, wanted).nonzero()[:num_samples, 0]]
+
+
+def given_source(batch: Batch, data: SplitData) -> Tensor | None:
+    """Return source samples ``(N, *)`` that samples have to start from; None is any noise."""
+    return None if data.x0_is_noise else batch.get("x0")
+
+
+def start(
+    module: FlowModule, cfg: DictConfig, num_samples: int, x0: Tensor | None = None
+) -> tuple[list[Tensor], dict[str, Any]]:
+    """Cut source samples into batches: those given, or noise of seeds ``cfg.seed, …``.
+
+    Returns:
+        The batches, and a record of how they were made.
+
+    Raises:
+        RuntimeError: If the run has not seen a batch.
+    """
+    if module.sample_shape is None:
+        raise RuntimeError("run must have trained at least one step, got no sample shape")
+    record = {"num_samples": num_samples, "batch_size": cfg.batch_size, "world_size": 1}
+    if x0 is not None:
+        return list(x0.split(cfg.batch_size)), {**record, "source": "test split", "seeds": None}
+    seeds = range(cfg.seed, cfg.seed + num_samples)
+    batches = noise_batches(module.sample_shape, seeds, cfg.batch_size)
+    return list(batches), {**record, "source": "noise", "seeds": [seeds.start, seeds.stop]}
+
+
+def noise_batches(shape: tuple[int, ...], seeds: range, batch_size: int) -> Iterator[Tensor]:
+    """Noise of consecutive seeds, in batches; a seed's noise does not depend on the batches."""
+    for first in range(0, len(seeds), batch_size):
+        yield seeded_noise(shape, seeds[first : first + batch_size])
+
+
 def draw(
     module: FlowModule,
     x0: Iterable[Tensor],
-    cond: Tensor | None,
+    cond: Cond,
     sampler: ODESampler,
     guidance: float | None,
 ) -> tuple[Tensor, dict[str, Any]]:
@@ -77,28 +155,32 @@ def draw(
     Returns:
         The samples, and their cost: velocity evaluations and network rows per sample, seconds.
     """
-    parts, done, nfe, rows, start = [], 0, 0, 0, time.perf_counter()
+    parts, done, nfe, rows, began = [], 0, 0, 0, time.perf_counter()
     for batch in tqdm(list(x0), desc="sampling", leave=False, disable=None):
-        labels = None if cond is None else cond[done : done + len(batch)]
-        solution = module.solve(batch, sampler, labels, guidance)
+        conditions = take(cond, slice(done, done + len(batch)))
+        solution = module.solve(batch, sampler, conditions, guidance)
         parts.append(module.autoencoder.decode(solution.x).cpu())
         done, nfe, rows = done + len(batch), nfe + solution.nfe * len(batch), rows + solution.rows
     cost = {
         "nfe": nfe / done,
         "network_rows_per_sample": rows / done,
-        "seconds": round(time.perf_counter() - start, 3),
+        "seconds": round(time.perf_counter() - began, 3),
     }
     return torch.cat(parts), cost
 
 
-def noise_batches(shape: tuple[int, ...], seeds: range, batch_size: int) -> Iterator[Tensor]:
-    """Noise of consecutive seeds, in batches; a seed's noise does not depend on the batches."""
-    for start in range(0, len(seeds), batch_size):
-        yield seeded_noise(shape, seeds[start : start + batch_size])
+# --- records -----------------------------------------------------------------------------------
+
+
+def weights(module: FlowModule | Path) -> dict[str, Any]:
+    """Return which weights a loaded module or a run holds: averaged or raw, their step and hash."""
+    if isinstance(module, Path):
+        module = load_run(module)
+    return {**(module.weights or {}), "hash": tensor_hash(module.state_dict())}
 
 
 def describe(sampler: ODESampler, guidance: float | None) -> dict[str, Any]:
-    """Return what a sample depends on besides weights and seeds."""
+    """Return what a sample depends on besides weights and start."""
     return {
         "method": sampler.method,
         "grid": sampler.times.tolist(),
@@ -106,6 +188,26 @@ def describe(sampler: ODESampler, guidance: float | None) -> dict[str, Any]:
         "atol": sampler.atol,
         "guidance": guidance,
     }
+
+
+def write_record(record: dict[str, Any], files: list[Path]) -> None:
+    """Write a record to the first of its files, setting aside an earlier one that says otherwise.
+
+    Then ``metrics.json`` becomes ``metrics-1.json`` (or the next number that is free), and its
+    other files move likewise.
+    """
+    file, text = files[0], json.dumps(record, indent=2) + "\n"
+    if file.is_file() and _timeless(file.read_text()) != _timeless(text):
+        number = next(n for n in count(1) if not file.with_stem(f"{file.stem}-{n}").exists())
+        for earlier in filter(Path.is_file, files):
+            earlier.rename(earlier.with_stem(f"{earlier.stem}-{number}"))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text)
+
+
+def _timeless(text: str) -> str:
+    """A record without how long it took."""
+    return re.sub(r'"seconds": [\d.]+', "", text)
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="sample")

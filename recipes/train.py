@@ -4,52 +4,79 @@ flowkit train                                      class-conditional digits
 flowkit train experiment=fashion_mnist_cfm         a named experiment
 flowkit train data=folder data.root=photos data.image_size=32   your own images
 flowkit train resume=runs/2026-01-31_12-00-00      go on where a run stopped
+flowkit train resume=runs/mine trainer.max_steps=20000   ... or for longer
 """
 
 import warnings
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import instantiate
 from lightning import Trainer, seed_everything
 from omegaconf import DictConfig, OmegaConf
 
 from flowkit.modules import FlowModule
 from flowkit.modules.callbacks import StepProgress
-from flowkit.modules.runs import CHECKPOINT, CONFIG
+from flowkit.modules.flow import brings_start
+from flowkit.modules.runs import CHECKPOINT, CONFIG, read_checkpoint, restore
+
+UNRESOLVED = "unresolved.yaml"  # the configuration with its references, for `resume` to change
+CHANGEABLE = ("trainer.", "callback.", "logger.", "optimizer.", "lr_scheduler.")
+
+# A resumed run goes on in its own folder; Hydra would make a new one.
+OmegaConf.register_new_resolver(
+    "run_folder",
+    lambda resume, new: resume if resume is not None and Path(resume).is_dir() else new,
+    replace=True,
+)
 
 
 def train(cfg: DictConfig) -> FlowModule:
     """Train as configured; the run folder then holds all that `load_run` and recipes need."""
+    composed = OmegaConf.to_yaml(cfg)  # now, since building parts resolves their references
+    folder = Path(cfg.run_dir)
     checkpoint = None if cfg.resume is None else _checkpoint(Path(cfg.resume))
+    state = None if checkpoint is None else _unfinished(checkpoint, cfg.trainer.max_steps)
+    _refuse_overwriting(folder, checkpoint)
     seed_everything(cfg.seed, workers=True, verbose=False)
     data = instantiate(cfg.data)
     data.prepare_data()
     data.setup()
-    cfg.shape, cfg.num_classes = list(data.shape), data.num_classes
-    if data.num_classes is None and "drop_cond" in cfg.module:
-        cfg.module.drop_cond = None
-    if "mixed" in str(cfg.trainer.precision) and "fused" in cfg.optimizer:
-        cfg.optimizer.fused = False  # Lightning clips no gradients of a fused one there
-    module = instantiate(cfg.module)
-    module.guided(cfg.guidance)  # refuses a scale that pictures would stumble on later
+    print(f"data      {data.summary()}")
+    module = _module(cfg, data)
+    if checkpoint is not None and state is not None:
+        restore(module, state, checkpoint)  # refuses another model, before anything is written
+    del state
 
-    folder = Path(cfg.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).write_text(OmegaConf.to_yaml(cfg, resolve=True))
-    parameters = sum(p.numel() for p in module.parameters())
-    print(
-        f"{type(module).__name__} of {type(module.velocity).__name__} ({parameters:,} parameters) "
-        f"on {len(data.train):,} samples of shape {tuple(data.shape)}"
-    )
+    (folder / UNRESOLVED).write_text(composed)
     callbacks = _parts(cfg.callback)
     if cfg.trainer.enable_progress_bar:
         callbacks.append(StepProgress())
     trainer: Trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=_parts(cfg.logger))
     trainer.fit(module, data, ckpt_path=checkpoint, weights_only=checkpoint and True)
     print(f"run       {folder}")
+    return module
+
+
+def _module(cfg: DictConfig, data: Any) -> FlowModule:
+    """Build the module, telling the configuration what the data are."""
+    cfg.shape, cfg.num_classes = list(data.shape), data.num_classes
+    cfg.needs_data = brings_start(data.train[:1], data)
+    drop_cond = cfg.module.get("drop_cond")
+    if drop_cond is not None and drop_cond.get("null") is None:
+        cfg.module.drop_cond = None  # no labels, no null label
+    if "mixed" in str(cfg.trainer.precision) and "fused" in cfg.optimizer:
+        cfg.optimizer.fused = False  # Lightning clips no gradients of a fused one there
+    module = instantiate(cfg.module)
+    module.guided(cfg.guidance)  # refuses a scale that pictures would stumble on later
+    parameters = sum(p.numel() for p in module.parameters())
+    name = f"{type(module).__name__} of {type(module.velocity).__name__}"
+    print(f"model     {name}, {parameters:,} parameters")
     return module
 
 
@@ -64,20 +91,53 @@ def _checkpoint(resume: Path) -> Path:
     return file
 
 
+def _unfinished(checkpoint: Path, max_steps: int) -> dict[str, Any]:
+    """Read a checkpoint that has steps left to make."""
+    state = read_checkpoint(checkpoint)
+    step = state["global_step"]
+    if 0 <= max_steps <= step:
+        raise ValueError(
+            f"trainer.max_steps must exceed the steps already made, got {max_steps}; {checkpoint} "
+            f"is at step {step}: raise trainer.max_steps to go on"
+        )
+    return state
+
+
+def _refuse_overwriting(folder: Path, resumed: Path | None) -> None:
+    trained = folder / CHECKPOINT
+    if trained.exists() and not (resumed is not None and resumed.samefile(trained)):
+        raise FileExistsError(
+            f"hydra.run.dir must hold no trained run, got {folder}; go on with it by "
+            f"resume={folder}, delete it, or choose another folder"
+        )
+
+
 def resumed(cfg: DictConfig, overrides: list[str]) -> DictConfig:
-    """Return the configuration of a run folder to resume, with value overrides applied."""
+    """Return the configuration of a run folder to resume, with value overrides applied.
+
+    It keeps its references: a new ``trainer.max_steps`` also stretches a learning-rate schedule.
+
+    Raises:
+        FileNotFoundError: If the folder is not a run.
+        ValueError: If an override would change what is trained.
+    """
     folder = Path(cfg.resume)
-    stored = OmegaConf.load(folder / CONFIG)
-    values = [o.lstrip("+") for o in overrides if not o.startswith(("resume=", "hydra."))]
-    for override in values:
-        key = override.split("=", 1)[0]
-        if not key.startswith(("trainer.", "callback.", "logger.")):
+    if not (folder / UNRESOLVED).is_file():
+        raise FileNotFoundError(f"resume must be a run folder with {UNRESOLVED}, got {folder}")
+    stored = cast(DictConfig, OmegaConf.load(folder / UNRESOLVED))
+    OmegaConf.set_struct(stored, True)
+    for override in OverridesParser.create().parse_overrides(overrides):
+        key = override.key_or_group
+        if key == "resume" or key.startswith("hydra."):
+            continue
+        if not key.startswith(CHANGEABLE) or key.endswith("._target_") or override.is_delete():
             raise ValueError(
-                f"{key} must stay as it is when a run is resumed, got {override}; "
-                "trainer.*, callback.* and logger.* may change"
+                f"{key} must stay as it is when a run is resumed, got {override.input_line}; "
+                f"values of {', '.join(f'{part}*' for part in CHANGEABLE)} may change"
             )
-    here = {"resume": str(folder), "run_dir": str(folder)}
-    return cast(DictConfig, OmegaConf.merge(stored, OmegaConf.from_dotlist(values), here))
+        OmegaConf.update(stored, key, override.value(), force_add=override.is_add())
+    stored.resume = stored.run_dir = str(folder)
+    return stored
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="train")

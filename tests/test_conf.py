@@ -6,7 +6,9 @@ import pytest
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
+from flowkit.autoencoders import KLAutoencoder
 from flowkit.modules.runs import build
+from flowkit.nn.kl import autoencoder_kl
 from tests.conftest import CONF
 
 TRAIN_GROUPS = [
@@ -23,7 +25,10 @@ TRAIN_GROUPS = [
     "logger",
     "trainer",
 ]
-MANDATORY = {"sampler/from_file": "sampler.grid.file={tmp}/grid.json"}
+MANDATORY = {
+    "sampler/from_file": "sampler.grid.file={tmp}/grid.json",
+    "autoencoder/kl": "autoencoder.path={tmp}/autoencoder",
+}
 
 
 def _options(group):
@@ -37,6 +42,9 @@ def test_option(option, configure, tmp_path):
     grids.save(grids.uniform(2), tmp_path / "grid.json")
     group, name = option.split("/")
     overrides = [f"{group}={name}", f"run_dir={tmp_path}"]
+    if option == "autoencoder/kl":
+        vae = autoencoder_kl((1, 8, 8), width=4, multipliers=(1, 2))
+        KLAutoencoder(vae).save_pretrained(tmp_path / "autoencoder")
     if option in MANDATORY:
         overrides.append(MANDATORY[option].format(tmp=tmp_path))
     cfg = configure("train", *overrides)
@@ -50,9 +58,9 @@ def test_option(option, configure, tmp_path):
         assert instantiate(node, logger=False).max_steps == node.max_steps
     else:
         built = instantiate(node)
-        target = node._target_.rsplit(".", 1)[1]
         made = built.func if node.get("_partial_") else built
-        assert target in {getattr(made, "__name__", ""), type(made).__name__, "unet2d"}
+        target = node._target_.split(".")
+        assert {getattr(made, "__name__", ""), type(made).__name__, "unet2d"} & {*target}
         resolved = OmegaConf.to_container(cfg, resolve=True)[group]
         again = build(resolved)
         assert type(getattr(again, "func", again)) is type(made)

@@ -146,6 +146,15 @@ def test_weighted_couplings_are_refused():
         Stream(numbered(5), 2, 0, coupling=Weighted())[0]
 
 
+@pytest.mark.parametrize("extra", [{"mask"}, {"t0", "t1"}])
+def test_what_pairs_would_lose_is_refused(extra):
+    split = Arrays({name: torch.rand(5, 1) for name in ("x0", "x1", *extra)})
+    message = f"coupling must be null for data with {', '.join(sorted(extra))}, got .*Sorted"
+    with pytest.raises(ValueError, match=message):
+        Stream(split, 2, 0, coupling=Sorted())[0]
+    assert extra < set(Stream(split, 2, 0)[0])
+
+
 @given(SIZES, st.integers(1, 9), st.integers(1, 4))
 def test_ranks_read_a_split_once_and_in_order(size, batch_size, world):
     split, seen = numbered(size), []

@@ -140,6 +140,22 @@ def test_conditions_belong_to_their_target():
     assert sample("gaussian", 3, generator)[1] is None
 
 
+@pytest.mark.parametrize(
+    ("settings", "found"),
+    [
+        ({}, "no classes"),
+        ({"cond": "binary"}, "2 classes"),
+        ({"cond": "continuous"}, "no classes but other conditions"),
+        ({"source": "8gaussians"}, "no classes, source samples"),
+    ],
+)
+def test_summary_says_what_a_batch_will_hold(settings, found):
+    data = Toy(size=1500, **settings)
+    data.setup()
+    counts = "1,500 train, 1,500 val, 1,500 test samples"
+    assert data.summary() == f"Toy: {counts} of shape (2,), {found}"
+
+
 def test_source_samples_are_paired_in_the_stream():
     class Reverse:
         def pair(self, x0, x1, cond=None, generator=None):

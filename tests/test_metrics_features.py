@@ -185,9 +185,13 @@ def test_image_metrics_rank_models(digits, classifier):
     floor = perfect["floor"]["frechet_distance"]
     assert perfect["frechet_distance"] == pytest.approx(floor, rel=0.2)
     assert min(noisy["frechet_distance"], missing["frechet_distance"]) > 2 * floor
-    low, high = perfect["frechet_distance_interval"]
+    low, high = perfect["frechet_distance_unbiased_interval"]
     assert low == 0
-    assert perfect["frechet_distance_unbiased"] < high < missing["frechet_distance_interval"][0]
+    assert (
+        perfect["frechet_distance_unbiased"]
+        < high
+        < missing["frechet_distance_unbiased_interval"][0]
+    )
     assert missing["precision"] > 0.9
     assert missing["recall"] < 0.7 < perfect["recall"]
     assert missing["coverage"] < 0.6 < perfect["coverage"]
@@ -227,7 +231,7 @@ def test_image_metrics_of_few_samples_claims_no_interval(digits, classifier):
     train = digits[0]
     record = record_of(digits, classifier, train[:4])
     assert record["frechet_distance_unbiased"] is None
-    assert record["frechet_distance_interval"] is None
+    assert record["frechet_distance_unbiased_interval"] is None
     assert record["neighbors"] == 3
     # More samples than training images: the floor says how many it has.
     many = image_metrics(train[:50], digits[2], train[:200], Pixels())

@@ -4,7 +4,10 @@ from flowkit.data.digits import Digits
 from flowkit.data.folder import Folder
 from flowkit.data.hub import Hub
 from flowkit.data.idx import IDX
+from flowkit.data.latents import Latents
+from flowkit.data.masks import Masks
+from flowkit.data.pairs import Pairs
 from flowkit.data.splits import SplitData
 from flowkit.data.toy import Toy
 
-__all__ = ["IDX", "Digits", "Folder", "Hub", "SplitData", "Toy"]
+__all__ = ["IDX", "Digits", "Folder", "Hub", "Latents", "Masks", "Pairs", "SplitData", "Toy"]

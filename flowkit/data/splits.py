@@ -75,6 +75,8 @@ class SplitData(LightningDataModule):
     Attributes:
         num_classes: The number of labels, or None without labels; known after ``setup``.
         class_names: Their names where known.
+        x0_is_noise: Whether source samples in the splits are standard normal noise, so that a
+            model samples from any noise rather than from them.
 
     Raises:
         ValueError: If ``batch_size`` or ``num_workers`` is out of range.
@@ -82,6 +84,7 @@ class SplitData(LightningDataModule):
 
     num_classes: int | None = None
     class_names: list[str] | None = None
+    x0_is_noise: bool = False
 
     def __init__(
         self,
@@ -145,6 +148,25 @@ class SplitData(LightningDataModule):
     def shape(self) -> tuple[int, ...]:
         """The shape of one sample: ``(C, H, W)`` or ``(d,)``."""
         return tuple(self.val[:1]["x1"].shape[1:])
+
+    def summary(self) -> str:
+        """Say in a line what was found: samples, their shape, classes and other conditions.
+
+        >>> from flowkit.data import Digits
+        >>> data = Digits()
+        >>> data.setup()
+        >>> data.summary()
+        'Digits: 1,437 train, 180 val, 180 test samples of shape (1, 8, 8), 10 classes'
+        """
+        counts = ", ".join(f"{len(self.split(name)):,} {name}" for name in ("train", "val", "test"))
+        found, first = (
+            f"{type(self).__name__}: {counts} samples of shape {self.shape}",
+            self.val[:1],
+        )
+        found += f", {self.num_classes} classes" if self.num_classes else ", no classes"
+        if self.num_classes is None and first.get("cond") is not None:
+            found += " but other conditions"
+        return found + (", source samples" if "x0" in first else "")
 
     def fingerprint(self, name: str) -> str:
         """Return the SHA-256 of a split's content."""

@@ -62,8 +62,14 @@ def draw_pairs(batch: Batch, coupling: Any, generator: torch.Generator) -> Batch
         generator: Where noise and coupling draw from.
 
     Raises:
-        ValueError: If the coupling returns weights, which a batch does not carry.
+        ValueError: If the coupling returns weights, which a batch does not carry, or the batch
+            holds what pairs do not: a mask or segments.
     """
+    if unpaired := sorted(set(batch) - {"x0", "x1", "cond"}):
+        raise ValueError(
+            f"coupling must be null for data with {', '.join(unpaired)}, got {coupling}; "
+            "pairs would lose them"
+        )
     x0 = batch["x0"] if "x0" in batch else torch.randn(batch["x1"].shape, generator=generator)
     pairs = coupling.pair(x0, batch["x1"], batch.get("cond"), generator)
     if pairs.log_weight is not None:

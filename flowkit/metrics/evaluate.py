@@ -31,12 +31,14 @@ def image_metrics(
     """Compare generated images with held-out real ones.
 
     Like with like: the same comparison, of as many *training* images with the same test images, is
-    the ``floor`` that a perfect model would reach; a model below it remembers. All images pass
-    through `to_uint8` first, so that samples are measured as they would be saved.
+    the ``floor`` that a perfect model would reach; a model below it remembers. With fewer training
+    images than that, the floor's own ``num_samples`` tells, and its distance is biased upwards. All
+    images pass through `to_uint8` first, so that samples are measured as they would be saved.
 
     ``frechet_distance`` is the usual, biased estimate at this sample count.
-    ``frechet_distance_unbiased`` and its interval are about infinitely many samples (see
-    `frechet_unbiased`), and ``None`` when there are too few samples for the features.
+    ``frechet_distance_unbiased`` and ``frechet_distance_unbiased_interval`` are about infinitely
+    many samples (see `frechet_unbiased`), and ``None`` when there are too few samples for the
+    features.
 
     Args:
         real_train: Training images ``(N, C, H, W)`` in [-1, 1], for the floor.
@@ -161,7 +163,7 @@ def _compare(a: Tensor, b: Tensor, generator: torch.Generator | None) -> dict[st
         "num_samples": len(a),
         "frechet_distance": frechet_distance(a, b),
         "frechet_distance_unbiased": unbiased,
-        "frechet_distance_interval": interval,
+        "frechet_distance_unbiased_interval": interval,
         "kernel_distance": kernel.mean,
         "kernel_distance_std": kernel.std,
         **prdc(b, a, k=neighbors)._asdict(),

@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning import LightningModule, Trainer
@@ -10,12 +10,15 @@ from lightning.pytorch.callbacks import Callback, Checkpoint, TQDMProgressBar
 
 from flowkit.checks import check_at_least
 from flowkit.metrics.pictures import save_picture
-from flowkit.modules.flow import FlowModule, Guidance
-from flowkit.sampling import ODESampler
+from flowkit.modules.flow import FlowModule, Guidance, brings_start, take
+from flowkit.sampling import ODESampler, seeded_noise
 
 
 class SampleGrid(Callback):
-    """Save a picture of samples at every validation, always from the same seeds.
+    """Save a picture of samples at every validation, always from the same start.
+
+    They start from noise of the same seeds, with all classes in turn; if the data bring source
+    samples or conditions of another kind, from those of the first validation batch.
 
     With averaged weights in use the pictures are theirs, since they are drawn while validation
     runs, which is when Lightning has them swapped in.
@@ -50,11 +53,18 @@ class SampleGrid(Callback):
             return
         if not isinstance(pl_module, FlowModule) or pl_module.sample_shape is None:
             return
-        classes = getattr(trainer.datamodule, "num_classes", None)  # type: ignore[attr-defined]
+        data = cast(Any, trainer).datamodule
+        classes = getattr(data, "num_classes", None)
         columns = min(classes or 10, 10)
         count = self.rows * columns
-        cond = torch.arange(count) % columns if classes else None
-        samples = pl_module.sample(count, self.sampler, cond, range(count), self.guidance)
+        if brings_start(batch, data):
+            count = min(count, len(batch["x1"]))
+            x0, cond = batch.get("x0"), take(batch.get("cond"), slice(count))
+        else:
+            x0, cond = None, torch.arange(count) % columns if classes else None
+        x0 = seeded_noise(pl_module.sample_shape, range(count)) if x0 is None else x0[:count]
+        states = pl_module.solve(x0, self.sampler, cond, self.guidance).x
+        samples = pl_module.autoencoder.decode(states)
         save_picture(samples, self.folder / f"step-{trainer.global_step:06d}.png", columns)
 
 
@@ -88,27 +98,37 @@ class LastCheckpoint(Checkpoint):
 
 
 class StepProgress(TQDMProgressBar):
-    """Lightning's progress bar, counting training steps to ``max_steps``.
-
-    The training stream is endless, so the bar of an epoch would have no end.
-    """
+    """Lightning's progress bar over the whole training, resumed or not; it knows no epochs."""
 
     def __init__(self, refresh_rate: int = 20):
         super().__init__(refresh_rate)
 
-    @property
-    def total_train_batches(self) -> int | float:
-        """Batches until the last step."""
-        steps = self.trainer.max_steps
-        return float("inf") if steps < 0 else steps * self.trainer.accumulate_grad_batches
+    def on_train_start(self, trainer: Trainer, *args: Any) -> None:
+        """Start the bar where the training stands, to the last step."""
+        super().on_train_start(trainer, *args)
+        bar = self.train_progress_bar
+        bar.set_description("training")
+        bar.total = None
+        if trainer.max_steps >= 0:
+            bar.total = trainer.max_steps * trainer.accumulate_grad_batches
+        bar.initial = bar.n = _batches_seen(trainer)
 
-    def on_train_epoch_start(self, trainer: Trainer, *args: Any) -> None:
-        """Start the bar, by its right name: there are no epochs."""
-        super().on_train_epoch_start(trainer, *args)
-        self.train_progress_bar.set_description("training")
+    def on_train_epoch_start(self, *args: Any) -> None:
+        """Go on: the training stream is endless."""
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Move the bar."""
+        seen = _batches_seen(trainer)
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, seen - 1)
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """The logged values, without the logger's version number."""
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
         return metrics  # type: ignore[return-value]
+
+
+def _batches_seen(trainer: Trainer) -> int:
+    return cast(Any, trainer.fit_loop.epoch_loop.batch_progress.total).processed

@@ -1,7 +1,8 @@
 """What every flow-matching method shares as a Lightning module; nothing of a method itself."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -44,6 +45,9 @@ class FlowModule(LightningModule):
 
     sample_shape: tuple[int, ...] | None = None
     """Shape of one state, learnt from the first batch passed to `loss`."""
+
+    weights: Mapping[str, Any] | None = None
+    """Which weights a run was loaded with: their ``kind``, averaged or raw, and ``step``."""
 
     def __init__(
         self,
@@ -129,6 +133,8 @@ class FlowModule(LightningModule):
         """Carry given source samples ``x0 (B, *)`` along the flow, on the module's device.
 
         In ``eval`` mode and without gradients; the result is a state of the flow, not decoded.
+        Pictures, samples and evaluations all come through here: a method whose flow holds more
+        than the data (labels, say) overrides it, from and to the data's part of a state.
         """
         sampler = sampler or ODESampler(25, "heun")
         field, cond = self.guided(guidance), self._to_device(cond)
@@ -152,7 +158,8 @@ class FlowModule(LightningModule):
             return guidance(self.velocity)
         if self.drop_cond is None or self.drop_cond.prob == 0:
             raise ValueError(
-                f"guidance must be None or 1 for a module trained without drop_cond, got {guidance}"
+                "guidance must be null or 1 for a model that never trained without its condition, "
+                f"got {guidance}; train it on data with classes and module.drop_cond.prob=0.1"
             )
         return ClassifierFree(self.velocity, guidance, self.drop_cond.null)
 
@@ -186,9 +193,15 @@ class FlowModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
     def on_train_start(self) -> None:
-        """Take the seed of the fit, unless a checkpoint brought its own."""
+        """Take the seed of the fit, unless a checkpoint brought its own.
+
+        Hyperparameters and learning-rate schedule are those configured now, not a checkpoint's.
+        """
         if self.noise_seed is None:
             self.noise_seed = torch.initial_seed()
+        trainer = cast(Any, self.trainer)
+        if trainer.global_step:
+            self._follow_configuration(trainer.optimizers, trainer.lr_scheduler_configs)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed the step by (seed, batches seen, rank)."""
@@ -214,6 +227,20 @@ class FlowModule(LightningModule):
         self.sample_shape = None if shape is None else tuple(shape)
         self.noise_seed = stored["noise_seed"]
 
+    def _follow_configuration(self, optimizers: Sequence[Optimizer], schedules: Sequence) -> None:
+        """Bring a fresh schedule to the step reached, and the resumed optimiser to its values."""
+        configured = self.configure_optimizers()
+        if isinstance(configured, dict):
+            fresh, resumed = configured["lr_scheduler"]["scheduler"], schedules[0].scheduler
+            configured = configured["optimizer"]
+            with warnings.catch_warnings():  # of a schedule that is ahead of its optimiser
+                warnings.simplefilter("ignore", UserWarning)
+                for _ in range(resumed.last_epoch):
+                    fresh.step()
+            resumed.load_state_dict(fresh.state_dict())
+        for group, new in zip(optimizers[0].param_groups, configured.param_groups, strict=True):
+            group.update({key: value for key, value in new.items() if key != "params"})
+
     def _to_device(self, cond: Cond) -> Cond:
         if isinstance(cond, Tensor):
             return cond.to(self.device)
@@ -229,6 +256,42 @@ class FlowModule(LightningModule):
             f"loss must be finite, {where}; the data are finite: lower the learning rate or clip "
             "gradients, and resume from the last checkpoint"
         )
+
+
+def labels_of(batch: Batch, num_classes: int | None) -> Tensor | None:
+    """Return the class labels ``(B,)`` of a batch; None if it has none, or other conditions.
+
+    >>> labels_of({"x1": torch.zeros(2, 1), "cond": torch.tensor([0, 1])}, num_classes=2)
+    tensor([0, 1])
+    """
+    cond = batch.get("cond")
+    is_label = num_classes is not None and isinstance(cond, Tensor) and cond.ndim == 1
+    return cast(Tensor, cond) if is_label else None
+
+
+def brings_start(batch: Batch, data: Any) -> bool:
+    """Whether samples start from what the data bring: source samples, or conditions but labels.
+
+    All other flows start from noise and labels, for which no data are needed.
+
+    Args:
+        batch: A batch of the data.
+        data: Their data module, of which ``num_classes`` and ``x0_is_noise`` are read, if there.
+
+    >>> brings_start({"x1": torch.zeros(2, 1), "cond": torch.tensor([[0.5], [0.7]])}, None)
+    True
+    """
+    if "x0" in batch and not getattr(data, "x0_is_noise", False):
+        return True
+    labels = labels_of(batch, getattr(data, "num_classes", None))
+    return batch.get("cond") is not None and labels is None
+
+
+def take(cond: Cond, rows: slice | Tensor) -> Cond:
+    """Return the conditions of some samples."""
+    if isinstance(cond, Mapping):
+        return {name: value[rows] for name, value in cond.items()}
+    return None if cond is None else cond[rows]
 
 
 def _sizes(cond: Cond) -> dict[str, int]:

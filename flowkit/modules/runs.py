@@ -14,10 +14,11 @@ CONFIG, CHECKPOINT = "config.yaml", "checkpoints/last.ckpt"
 
 
 def load_run(folder: str | Path, checkpoint: str | Path | None = None) -> FlowModule:
-    """Rebuild the module of a run folder, with its averaged weights, in ``eval`` mode on the CPU.
+    """Rebuild the module of a run folder, in ``eval`` mode on the CPU.
 
-    Reads the resolved ``config.yaml`` and, weights only, the last checkpoint. Building runs the
-    classes that the configuration names, so load only runs you trust.
+    Reads the resolved ``config.yaml`` and, weights only, the last checkpoint: the averaged weights
+    unless the run averaged none (``callback=raw``); ``module.weights`` says which, and their step.
+    Building runs the classes that the configuration names, so load only runs you trust.
 
     Args:
         folder: What ``flowkit train`` wrote.
@@ -26,22 +27,44 @@ def load_run(folder: str | Path, checkpoint: str | Path | None = None) -> FlowMo
     Raises:
         FileNotFoundError: If the folder is not a run or has no checkpoint yet.
         RuntimeError: If the checkpoint is damaged or of another model, naming the file.
+        ImportError: If a class of the configuration cannot be imported from here.
     """
     folder = Path(folder)
-    config = folder / CONFIG
-    if not config.is_file():
+    module = build(read_config(folder)["module"])
+    file = folder / CHECKPOINT if checkpoint is None else Path(checkpoint)
+    restore(module, read_checkpoint(file), file)
+    return module.eval().requires_grad_(False)
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """Read the resolved configuration of a run folder.
+
+    Raises:
+        FileNotFoundError: If the folder is not a run.
+    """
+    file = Path(folder) / CONFIG
+    if not file.is_file():
         raise FileNotFoundError(f"run must be a folder with a {CONFIG}, got {folder}")
-    module = build(yaml.safe_load(config.read_text())["module"])
-    state = read_checkpoint(folder / CHECKPOINT if checkpoint is None else Path(checkpoint))
+    return yaml.safe_load(file.read_text())
+
+
+def restore(module: FlowModule, state: dict[str, Any], file: Path) -> None:
+    """Load a checkpoint that was read from ``file`` into its module.
+
+    Raises:
+        RuntimeError: If it is of another model, naming the file.
+    """
+    misfit = f"checkpoint must fit the configured module, got another model or format in {file}"
     try:
         module.on_load_checkpoint(state)
+    except KeyError as error:  # other errors, of an autoencoder say, speak for themselves
+        raise RuntimeError(misfit) from error
+    try:
         module.load_state_dict(state["state_dict"])
     except (KeyError, RuntimeError) as error:
-        raise RuntimeError(
-            f"checkpoint of {folder} must fit the module of its {CONFIG}, "
-            "got another model or format"
-        ) from error
-    return module.eval().requires_grad_(False)
+        raise RuntimeError(misfit) from error
+    kind = "averaged" if "current_model_state" in state else "raw"
+    module.weights = {"kind": kind, "step": state["global_step"]}
 
 
 def read_checkpoint(file: Path) -> dict[str, Any]:
@@ -92,6 +115,10 @@ def _locate(name: str) -> Any:
                 raise
             continue
         for attribute in parts[cut:]:
-            found = getattr(found, attribute)
-        return found
-    raise ModuleNotFoundError(f"_target_ must name something importable, got {name!r}")
+            found = getattr(found, attribute, None)
+        if found is not None:
+            return found
+    raise ImportError(
+        f"_target_ must name something importable, got {name!r}; run from the folder that holds "
+        f"{parts[0]}, or add it to PYTHONPATH"
+    )

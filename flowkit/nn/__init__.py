@@ -1,7 +1,19 @@
 """Networks that are velocities: ``net(x, t, cond)``."""
 
+from flowkit.nn.blockwise import Blockwise
+from flowkit.nn.blockwise_dit import BlockwiseDiT
+from flowkit.nn.blockwise_mlp import BlockwiseMLP
 from flowkit.nn.diffusers import DiffusersVelocity, unet2d
 from flowkit.nn.dit import DiT
 from flowkit.nn.mlp import MLP, ResidualMLP
 
-__all__ = ["MLP", "DiT", "DiffusersVelocity", "ResidualMLP", "unet2d"]
+__all__ = [
+    "MLP",
+    "Blockwise",
+    "BlockwiseDiT",
+    "BlockwiseMLP",
+    "DiT",
+    "DiffusersVelocity",
+    "ResidualMLP",
+    "unet2d",
+]

@@ -87,13 +87,31 @@ def test_finished_cells_are_kept_and_others_made(table, tmp_path):
     assert [f for f in now if again[f] != now[f]] == [cell / "checkpoints" / "last.ckpt"]
 
 
-def test_other_overrides_are_another_cell(table):
+def test_other_overrides_are_another_cell(table, tmp_path):
     table.seeds = [1]
     table.couplings = {"I-CFM": []}
     (before,) = compare(table)
     table.overrides = [*table.overrides, "optimizer.lr=0.1"]
     (after,) = compare(table)
     assert after["w2"] != before["w2"]
+
+    # Evaluated otherwise, the training stays.
+    trained = _written(tmp_path / "out")
+    table.evaluate = [*EVALUATE[:-1], "num_samples=30"]
+    (fewer,) = compare(table)
+    assert (fewer["num_samples"], fewer["seconds"]) == (30, after["seconds"])
+    assert _written(tmp_path / "out") == trained
+
+
+def test_a_cell_keeps_its_numbers_whatever_is_evaluated_in_it(table, configured, tmp_path):
+    table.seeds, table.couplings = [1], {"I-CFM": []}
+    rows = compare(table)
+    (record,) = (tmp_path / "out").rglob("cell.json")
+    stored = json.loads(record.read_text())["metrics"]
+    assert stored.items() <= rows[0].items()
+    assert all(type(value) in (int, float) for value in stored.values())
+    evaluate(configured("evaluate", overrides=[f"run={record.parent}", "num_samples=20"]))
+    assert compare(table) == rows
 
 
 def test_table_holds_mean_and_deviation_over_seeds(tmp_path):

@@ -2,12 +2,21 @@
 
 import json
 
+import hypothesis.strategies as st
 import pytest
 import torch
+from hypothesis import given
+from omegaconf import open_dict
 
+from flowkit.data import Toy
+from flowkit.data.arrays import Arrays
+from flowkit.data.splits import SplitData
+from flowkit.metrics import tensor_hash
 from flowkit.modules import load_run
-from flowkit.recipes.evaluate import evaluate
+from flowkit.recipes.evaluate import evaluate, picture_rows, proportional_rows
 from flowkit.recipes.sample import choose_labels, sample
+from flowkit.recipes.train import train
+from tests.recipes.conftest import TINY
 
 EVALUATE = ["num_samples=40", "sampler.grid=2", "metric=pixels"]
 
@@ -38,7 +47,12 @@ def test_sample_writes_what_it_drew(tiny_run, configure, tmp_path):
     assert torch.equal(stored["samples"], drawn)
     assert stored["cond"].tolist() == [3, 8, 3, 8, 3]
     record = json.loads((tmp_path / "samples.json").read_text())
-    assert (record["nfe"], record["network_rows_per_sample"]) == (50, 50)
+    drawing = record["sampling"]
+    assert (drawing["nfe"], drawing["network_rows_per_sample"]) == (50, 50)
+    assert (drawing["num_samples"], drawing["batch_size"], drawing["seeds"]) == (5, 256, [0, 5])
+    assert drawing["conditions"] == "the labels asked for, in turn"
+    held = tensor_hash(load_run(tiny_run).state_dict())
+    assert record["weights"] == {"kind": "averaged", "step": 20, "hash": held}
     expected = load_run(tiny_run).sample(5, cond=stored["cond"], seeds=range(5))
     torch.testing.assert_close(drawn, expected)
 
@@ -57,8 +71,11 @@ def test_evaluation_is_a_record_and_repeats_exactly(tiny_run, configure, tmp_pat
     assert stored == json.loads(json.dumps(first))
     again = evaluate(configure("evaluate", *options, "guidance=1.5"))
     assert again["metrics"] == first["metrics"]
-    assert first["weights"]["kind"] == "averaged"
-    assert first["weights"]["step"] == 20
+    assert not (tmp_path / "metrics-1.json").exists()
+    held = tensor_hash(load_run(tiny_run).state_dict())
+    assert first["weights"] == {"kind": "averaged", "step": 20, "hash": held}
+    assert first["sampling"]["conditions"] == "labels in the proportions of the test split"
+    assert (first["sampling"]["source"], first["sampling"]["seeds"]) == ("noise", [0, 40])
     assert first["sampling"]["guidance"] == 1.5
     assert first["sampling"]["nfe"] == 4
     assert first["sampling"]["network_rows_per_sample"] == 8
@@ -67,13 +84,136 @@ def test_evaluation_is_a_record_and_repeats_exactly(tiny_run, configure, tmp_pat
     assert "fid" not in json.dumps(first).lower().replace("fidelity", "")
 
 
-def test_evaluation_of_points(configure, tmp_path):
-    from flowkit.recipes.train import train
-    from tests.recipes.conftest import TINY
+def test_weights_that_were_not_averaged_are_called_raw(configure, tmp_path):
+    options = [*TINY[:-2], "callback=raw", "sampler.grid=2", "trainer.max_steps=10"]
+    options.remove("callback.ema.decay=0.9")
+    train(configure("train", *options, f"run_dir={tmp_path}"))
+    assert load_run(tmp_path).weights == {"kind": "raw", "step": 10}
 
-    train(configure("train", *TINY, "data=toy", "data.size=500", f"run_dir={tmp_path}"))
-    cfg = configure("evaluate", f"run={tmp_path}", "num_samples=50", "sampler.grid=4")
-    metrics = evaluate(cfg)["metrics"]
+
+def test_earlier_results_are_kept_beside_the_newest(tiny_run, configure, tmp_path):
+    def run(*options):
+        common = [f"run={tiny_run}", f"out={tmp_path}", "sampler=euler", "num_samples=4"]
+        sample(configure("sample", *common, *options))
+        stored = sorted(tmp_path.glob("samples*.json"))
+        return {f.stem: json.loads(f.read_text())["sampling"]["seeds"][0] for f in stored}
+
+    assert run("seed=1") == {"samples": 1}
+    assert run("seed=1") == {"samples": 1}
+    assert run("seed=2") == {"samples": 2, "samples-1": 1}
+    assert run("seed=3") == {"samples": 3, "samples-1": 1, "samples-2": 2}
+    for kind in ("png", "pt"):
+        assert len(list(tmp_path.glob(f"samples*.{kind}"))) == 3
+    first, last = (torch.load(tmp_path / f"samples{n}.pt") for n in ("-1", ""))
+    assert not torch.equal(first["samples"], last["samples"])
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=60), st.integers(1, 200))
+def test_labels_keep_the_proportions_of_the_test_split(labels, num_samples):
+    labels = torch.tensor(labels)
+    chosen = labels[proportional_rows(labels, num_samples)]
+    assert len(chosen) == num_samples
+    for label in labels.unique():
+        share = num_samples * (labels == label).sum() / len(labels)
+        assert abs((chosen == label).sum() - share) <= 1
+
+
+def test_the_picture_is_balanced_whatever_the_proportions():
+    labels = torch.tensor([4] * 30 + [7] * 3 + [9] * 12)[torch.randperm(45)]
+    rows, columns = picture_rows(labels)
+    assert labels[rows].reshape(-1, columns).tolist() == [[4, 7, 9]] * 3
+    assert len(rows.unique()) == 9
+
+
+def _shades(labels):
+    """Images of a dark class 0 and a bright class 1."""
+    return labels[:, None, None, None] - 0.5 + 0.1 * torch.randn(len(labels), 1, 4, 4)
+
+
+class Skewed(SplitData):
+    """Four dark images to every bright one."""
+
+    def __init__(self):
+        super().__init__(batch_size=20, seed=0, num_workers=0)
+        self.num_classes = 2
+
+    def load(self):
+        labels = (torch.arange(100) % 5 == 4).long()
+        return {
+            k: Arrays({"x1": _shades(labels), "cond": labels}) for k in ("train", "val", "test")
+        }
+
+
+def test_a_perfect_model_of_unequal_classes_meets_the_floor(configure, tmp_path, monkeypatch):
+    """About 0.02; as many samples of either class would be 1.5 away."""
+    cfg = configure("train", *TINY, f"run_dir={tmp_path}", "trainer.max_steps=2")
+    with open_dict(cfg):
+        cfg.data = {"_target_": "tests.recipes.test_sample_evaluate.Skewed"}
+    train(cfg)
+    monkeypatch.setattr(
+        "flowkit.recipes.evaluate.draw", lambda module, x0, cond, *_: (_shades(cond), {})
+    )
+    options = [f"run={tmp_path}", *EVALUATE, "num_samples=100"]
+    metrics = evaluate(configure("evaluate", *options))["metrics"]
+    assert metrics["frechet_distance"] < 2 * metrics["floor"]["frechet_distance"] < 0.1
+    assert metrics["class_agreement"] == 1
+
+
+def _train_toy(configure, folder, *options):
+    """A run on points; at a learning rate of 0 its field is 0 everywhere."""
+    settings = ["data=toy", "data.size=300", "trainer.max_steps=20", *options]
+    train(configure("train", *TINY, *settings, f"run_dir={folder}"))
+
+
+def test_samples_start_from_the_source_samples_of_the_data(configure, tmp_path):
+    source = ["data.source=8gaussians", "data.target=moons", "data.cond=binary"]
+    _train_toy(configure, tmp_path, *source, "optimizer.lr=0")
+    data = Toy("8gaussians", "moons", "binary", size=300)
+    data.setup()
+    options = [f"run={tmp_path}", "num_samples=30", "sampler=euler", "sampler.grid=2"]
+    drawn = sample(configure("sample", *options))
+    assert torch.equal(drawn, data.test[:30]["x0"])
+    stored = torch.load(tmp_path / "drawn" / "samples.pt", weights_only=True)
+    assert torch.equal(stored["cond"], data.test[:30]["cond"])
+    drawing = json.loads((tmp_path / "drawn" / "samples.json").read_text())["sampling"]
+    assert (drawing["source"], drawing["seeds"]) == ("test split", None)
+
+    ones = data.test[:]["x0"][data.test[:]["cond"] == 1]
+    assert torch.equal(sample(configure("sample", *options, "labels=[1]")), ones[:30])
+    with pytest.raises(ValueError, match=r"labels must lie in \[0, 1\], got \[2\]"):
+        sample(configure("sample", *options, "labels=[2]"))
+
+    record = evaluate(configure("evaluate", *options))
+    assert record["metrics"]["path_energy"] == 0
+    assert record["metrics"]["w2"] == record["metrics"]["transport_w2"]
+    assert (record["sampling"]["source"], record["sampling"]["seeds"]) == ("test split", None)
+
+
+def test_float_conditions_go_from_training_to_evaluation(configure, tmp_path):
+    model = ["data.cond=continuous", "model=mlp", "+model.cond_dim=1", "callback.samples.rows=2"]
+    _train_toy(configure, tmp_path, *model)
+    assert len(list((tmp_path / "samples").glob("*.png"))) == 2
+    data = Toy(cond="continuous", size=300)
+    data.setup()
+    options = [f"run={tmp_path}", "num_samples=1000", "sampler.grid=2"]
+    assert len(sample(configure("sample", *options))) == 300
+    stored = torch.load(tmp_path / "drawn" / "samples.pt", weights_only=True)
+    assert torch.equal(stored["cond"], data.test[:]["cond"])
+    record = evaluate(configure("evaluate", *options))
+    assert record["sampling"]["conditions"] == "of the test split"
+    assert record["sampling"]["seeds"] == [0, 300]
+    with pytest.raises(ValueError, match="labels must be null for a run without classes"):
+        sample(configure("sample", *options, "labels=[1]"))
+
+
+def test_evaluation_of_points(configure, tmp_path):
+    _train_toy(configure, tmp_path)
+    cfg = configure("evaluate", f"run={tmp_path}", "num_samples=50", "sampler=dopri5")
+    record = evaluate(cfg)
+    # The path is measured on a grid of its own, in one batch: the record says which.
+    assert len(record["sampling"]["grid"]) == 101
+    assert record["sampling"]["batch_size"] == 50
+    metrics = record["metrics"]
     assert metrics["w2_squared"] == pytest.approx(metrics["w2"] ** 2)
     # a barely trained flow hardly moves: its path energy is far below the transport it needs
     assert metrics["path_energy_below_w2_squared"] is True

@@ -1,9 +1,13 @@
 """Training runs: what they leave behind, and exact resumption."""
 
 import csv
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
+from omegaconf.errors import OmegaConfBaseException
 
 from flowkit.modules import load_run
 from flowkit.modules.runs import read_checkpoint
@@ -81,19 +85,104 @@ def test_resuming_goes_on_exactly(configure, tmp_path, accumulate):
             assert torch.equal(value, b[part][name]), (part, name)
 
 
+class Kill(Callback):
+    """Ends a training at a step, as a pulled plug would."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_end(self, trainer, *args):
+        if trainer.global_step == self.step:
+            raise ConnectionError("the plug was pulled")
+
+
+def test_resuming_after_a_kill_goes_on_exactly(configure, tmp_path):
+    """Killed at step 9 with a checkpoint of step 6: steps 7 to 12 again, on the same schedule."""
+    options = [*TINY, "trainer.log_every_n_steps=1", "trainer.max_steps=12"]
+    options += ["trainer.val_check_interval=6", "lr_scheduler=cosine"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(configure("train", *options, f"run_dir={whole}"))
+    kill = "+callback.kill={_target_: tests.recipes.test_train.Kill, step: 9}"
+    with pytest.raises(ConnectionError):
+        train(configure("train", *options, f"run_dir={parts}", kill))
+    assert _state(parts)["global_step"] == 6
+    train(resumed(configure("train", f"resume={parts}"), ["callback.kill=null"]))
+    assert dict(_losses(parts)) == dict(_losses(whole))
+    for name, value in _state(whole)["state_dict"].items():
+        assert torch.equal(value, _state(parts)["state_dict"][name])
+
+
+def _copy(run, folder):
+    return Path(shutil.copytree(run, folder))
+
+
+def _contents(run):
+    return {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+
+
 def test_resume_takes_the_runs_configuration_and_values_only(tiny_run, configure):
-    cfg = resumed(
-        configure("train", f"resume={tiny_run}"), [f"resume={tiny_run}", "trainer.max_steps=99"]
-    )
-    assert (cfg.trainer.max_steps, cfg.model.width) == (99, 32)
-    assert cfg.run_dir == str(tiny_run)
-    with pytest.raises(ValueError, match="model must stay as it is when a run is resumed"):
-        resumed(cfg, ["model=dit"])
+    cfg = configure("train", f"resume={tiny_run}")
+    values = ["trainer.max_steps=99", "optimizer.lr=1e-4", "+callback.ema.update_every_n_steps=2"]
+    changed = resumed(cfg, [f"resume={tiny_run}", "hydra.run.dir=elsewhere", *values])
+    assert (changed.trainer.max_steps, changed.model.width) == (99, 32)
+    assert (changed.optimizer.lr, changed.callback.ema.update_every_n_steps) == (1e-4, 2)
+    assert changed.run_dir == str(tiny_run)
+    for override in ("model=dit", "model.width=64", "optimizer._target_=torch.optim.SGD"):
+        key = override.split("=")[0]
+        with pytest.raises(ValueError, match=f"{key} must stay as it is when a run is resumed"):
+            resumed(cfg, [override])
+    with pytest.raises(OmegaConfBaseException, match="max_stepz"):
+        resumed(cfg, ["trainer.max_stepz=99"])
+
+
+def test_a_schedule_follows_the_length_of_a_resumed_run(configure, tmp_path):
+    cfg = configure("train", *TINY, "lr_scheduler=cosine", f"run_dir={tmp_path}")
+    train(cfg)
+    assert "T_max: 20" in (tmp_path / "config.yaml").read_text()
+    options = ["trainer.max_steps=40", "+trainer.limit_val_batches=0"]
+    longer = resumed(configure("train", f"resume={tmp_path}"), options)
+    assert longer.module.lr_scheduler.T_max == 40
+    train(longer)
+    assert "T_max: 40" in (tmp_path / "config.yaml").read_text()
+    assert _state(tmp_path)["lr_schedulers"][0]["T_max"] == 40
 
 
 def test_resuming_from_nothing_says_so(configure, tmp_path):
     with pytest.raises(FileNotFoundError, match="resume must be a run folder or a checkpoint"):
         train(configure("train", f"resume={tmp_path / 'no'}", f"run_dir={tmp_path}"))
+    with pytest.raises(FileNotFoundError, match=r"must be a run folder with unresolved.yaml"):
+        resumed(configure("train", f"resume={tmp_path}"), [])
+
+
+def test_what_cannot_go_on_is_left_untouched(tiny_run, configure, tmp_path):
+    run = _copy(tiny_run, tmp_path / "run")
+    before = _contents(run)
+    cfg = configure("train", f"resume={run}")
+    with pytest.raises(ValueError, match=r"got 20; .*last.ckpt is at step 20: raise trainer.max_s"):
+        train(resumed(cfg, []))
+    with pytest.raises(FileExistsError, match=r"hydra.run.dir must hold no trained run, got .*run"):
+        train(configure("train", *TINY, f"run_dir={run}"))
+    assert _contents(run) == before
+
+    # Another model is refused before the folder is made.
+    checkpoint, other = run / "checkpoints" / "last.ckpt", tmp_path / "other"
+    options = [*TINY, f"resume={checkpoint}", f"run_dir={other}", "trainer.max_steps=30"]
+    with pytest.raises(RuntimeError, match="checkpoint must fit the configured module"):
+        train(configure("train", *options, "model.width=16"))
+    assert not other.exists()
+
+    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    before = _contents(run)
+    with pytest.raises(RuntimeError, match=r"checkpoint must be readable, got .*last.ckpt"):
+        train(resumed(cfg, ["trainer.max_steps=40"]))
+    assert _contents(run) == before
+
+
+def test_training_starts_with_what_was_found(configure, tmp_path, capsys):
+    train(configure("train", *TINY, f"run_dir={tmp_path}", "trainer.max_steps=1"))
+    data, model, *_ = capsys.readouterr().out.splitlines()
+    assert data.endswith("1,437 train, 180 val, 180 test samples of shape (1, 8, 8), 10 classes")
+    assert model.startswith("model     ConditionalFlowMatching of ResidualMLP, ")
 
 
 def test_validation_and_pictures_use_the_same_noise_every_time(tiny_run, configure, tmp_path):

@@ -1,0 +1,87 @@
+"""The command as a user meets it when something is wrong."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from hydra.errors import InstantiationException
+from omegaconf import OmegaConf
+
+from flowkit.__main__ import ErrorInALine, check_folders
+from flowkit.checks import check_at_least
+
+
+def _run(folder, *command, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "flowkit", *command],
+        cwd=folder,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_a_mistyped_run_is_an_error_at_once_and_makes_no_folder(tmp_path):
+    result = _run(tmp_path, "sample", "run=runs/typo")
+    assert result.returncode == 1
+    assert result.stderr == "error: run must be a run folder, got runs/typo; there is none\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_names_no_single_folder_is_not_looked_for(tmp_path):
+    check_folders([f"run={tmp_path}", f"run='{tmp_path}'", "resume=null", "seed=3"])
+    check_folders(["run=[a,b]", "run=a,b", "run=${oc.env:RUN}", "problem.run=x"])
+    with pytest.raises(
+        FileNotFoundError, match="resume must be a run folder, got x; there is none"
+    ):
+        check_folders([f"run={tmp_path}", "resume=x"])
+
+
+def test_errors_of_recipes_are_a_line_and_resuming_leaves_no_stray_folder(tiny_run, tmp_path):
+    """A finished run is resumed: nothing is left behind, neither in it nor where we stand."""
+    shutil.copytree(tiny_run, tmp_path / "run")
+    before = sorted(tmp_path.rglob("*"))
+    result = _run(tmp_path, "train", "resume=run")
+    assert result.returncode == 1
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: trainer.max_steps must exceed the steps already made, got 20;")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_only_checks_are_a_line_and_bugs_keep_their_traceback(monkeypatch):
+    with (
+        pytest.raises(SystemExit, match=r"^error: depth must be at least 1, got 0$"),
+        ErrorInALine(),
+    ):
+        check_at_least(0, 1, "depth")
+
+    @ErrorInALine()
+    def build(cause):
+        """As Hydra does when a part cannot be built."""
+        try:
+            cause()
+        except Exception as error:
+            raise InstantiationException("Error in call to target") from error
+
+    with pytest.raises(SystemExit, match=r"^error: depth must be at least 1, got 0$"):
+        build(lambda: check_at_least(0, 1, "depth"))
+    with pytest.raises(SystemExit, match=r"^error: Error in call to target$"):
+        build(lambda: int("no number"))
+
+    with pytest.raises(SystemExit, match=r"^error: Missing mandatory value: run"), ErrorInALine():
+        OmegaConf.create({"run": "???"}).run  # noqa: B018
+
+    # Raised by others, by this file's "user code", or by no check of ours: a bug.
+    for bug in (lambda: int("no number"), lambda: _raise(ValueError()), lambda: check_at_least()):
+        with pytest.raises((ValueError, TypeError)), ErrorInALine():
+            bug()
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(ValueError, match="depth must be"), ErrorInALine():
+        check_at_least(0, 1, "depth")
+
+
+def _raise(error):
+    raise error
