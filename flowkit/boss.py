@@ -134,6 +134,10 @@ def optimize_grid(
     uniform one wins only if it is better by more than the standard error of the difference.
     See `search_rows` for what it costs.
 
+    The error at the end says how close samples are to the reference's, which is not how good they
+    look: where that matters compare distributions on all ``grids``, as ``flowkit boss
+    metric=classifier`` does.
+
     Args:
         velocity: The field; guide it first if it is to be sampled with guidance.
         x0: States ``(B, *)`` at the first time, 6 or more; hundreds make a steady choice.

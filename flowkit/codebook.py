@@ -77,7 +77,8 @@ class Codebook:
         """Return scores ``(B, num_classes, *)`` that sum to 1: a softmax of squared distances.
 
         Codes with fewer channels than classes do not determine the probabilities whose mean
-        they are, so these are no more than scores; their width is a quarter of the smallest distance.
+        they are, so these are no more than scores; their width is a quarter of the smallest
+        distance.
 
         Args:
             code: Expected codes ``(B, channels, *)``.

@@ -170,6 +170,10 @@ class _Pair:
     def rows(self) -> int:
         return sum(field.rows for field in self.fields)
 
+    @property
+    def edges(self) -> list[float]:
+        return sorted({edge for f in self.fields for edge in getattr(f.velocity, "edges", ())})
+
     def begin_step(self, t_left: float, t_right: float) -> None:
         for field in self.fields:
             if field.begin_step is not None:

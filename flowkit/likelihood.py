@@ -1,6 +1,7 @@
 """Log-likelihoods of data under a flow, each with its own error."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -108,6 +109,10 @@ class _Augmented:
     def bind(self, cond: Cond, grid: Tensor) -> "_Augmented":
         bind = getattr(self.velocity, "bind", None)
         return self if bind is None else _Augmented(bind(cond, grid), self.probes, self.exact)
+
+    @property
+    def edges(self) -> Sequence[float]:
+        return getattr(self.velocity, "edges", ())
 
     def begin_step(self, left: float, right: float) -> None:
         if (begin := getattr(self.velocity, "begin_step", None)) is not None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flowkit.checks import as_grid, check_at_least, check_choice, check_positive, check_same_shape
-from flowkit.solvers import ADAPTIVE, FIXED, STEPS, Corrected, Field, adaptive, fixed
+from flowkit.solvers import ADAPTIVE, FIXED, STEPS, Corrected, Field, adaptive, fixed, with_edges
 from flowkit.types import Cond, Velocity
 
 Callback = Callable[[int, float, Tensor], Tensor | None]
@@ -156,6 +156,7 @@ class ODESampler:
         field = Field(velocity if bind is None else bind(cond, self.times), x, cond)
         path = x.new_empty((len(times), *x.shape)) if return_path else None
         after = _after_step(path, x, callback)
+        times, after = with_edges(times, getattr(field.velocity, "edges", ()), after)
         if self.method in ADAPTIVE:
             tolerances = {"rtol": self.rtol, "atol": self.atol}
             x = adaptive(field, x, times, after, method=self.method, **tolerances)

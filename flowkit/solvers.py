@@ -1,6 +1,6 @@
 """The loops of `flowkit.sampling.ODESampler`: fixed steps of our own, torchdiffeq's adaptive."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, cast
 
@@ -9,6 +9,8 @@ from torch import Tensor
 
 from flowkit.checks import check_same_shape
 from flowkit.types import Cond, Velocity
+
+CLOSE = 1e-6  # times that differ by less are one: grids may come in float32
 
 
 class Field:
@@ -43,6 +45,23 @@ class Field:
         """Tells the velocity the step, in either direction as its left and its right end."""
         tell = getattr(self.velocity, "begin_step", None)
         return tell and (lambda t, end: tell(min(t, end), max(t, end)))
+
+
+def with_edges(times: Tensor, edges: Sequence[float], after):
+    """Stop at a velocity's edges as well, unseen by what follows each step."""
+    low, high = sorted((float(times[0]), float(times[-1])))
+    inside = [edge for edge in edges if low < edge < high]
+    missing = [edge for edge in inside if (times - edge).abs().min() > CLOSE]
+    if not missing:
+        return times, after
+    both = torch.cat([times, times.new_tensor(missing)])
+    stops, origin = both.sort(descending=bool(times[0] > times[-1]))
+    steps = {k: step for k, step in enumerate(origin.tolist()) if step < len(times)}
+
+    def seen(k: int, t: float, x: Tensor) -> Tensor:
+        return after(steps[k], t, x) if k in steps else x
+
+    return stops, after and seen
 
 
 # --- fixed steps -------------------------------------------------------------------------------

@@ -17,7 +17,8 @@ class Velocity(Protocol):
     closed-form flows are all velocities. A velocity with something to prepare or to cache
     may offer ``bind(cond, grid) -> Velocity``, with the sampler's grid, increasing in either
     direction of the solve (None outside of one); what that returns serves one solve, and may
-    offer ``begin_step(t_left, t_right)`` and count its network rows in ``rows``. The tensors
+    offer ``begin_step(t_left, t_right)``, name times in ``edges`` that no step is to lie across,
+    and count its network rows in ``rows``. The tensors
     that a solver passes are its buffers: a velocity that keeps one beyond the call clones it.
     """
 

@@ -59,7 +59,7 @@ class Pairs(SplitData):
             self.real.prepare_data()
 
     def load(self) -> Mapping[str, Split]:
-        """Read all shards; return the real data's splits, or held-out pairs for both others."""
+        """Read all shards; return the real data's splits, or those of the pairs without a test."""
         record, columns = read_pairs(self.root)
         self.num_classes = record["num_classes"]
         per_noise = record["rows_per_noise"]
@@ -70,10 +70,24 @@ class Pairs(SplitData):
             rows = (part[:, None] * per_noise + torch.arange(per_noise)).flatten()
             self._pairs[name] = Arrays({k: v[rows] for k, v in columns.items()}, str(self.root))
         if self.real is None:
-            return {**self._pairs, "test": self._pairs["val"]}
+            return self._pairs
         self.real.setup()
         self.class_names = self.real.class_names
         return {name: self.real.split(name) for name in ("train", "val", "test")}
+
+    def split(self, name: str) -> Split:
+        """Return a whole split, of the real data if they are given.
+
+        Raises:
+            RuntimeError: Before ``setup``, or if ``test`` is asked for without real data.
+            ValueError: If ``name`` is not train, val or test.
+        """
+        if name == "test" and self.real is None:
+            raise RuntimeError(
+                "real must be the data that the teacher was trained on, for a student to be "
+                "measured against, got None; train with +data@data.real=digits or another"
+            )
+        return super().split(name)
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -40,8 +40,8 @@ class WeightedFlowMatching(FlowModule):
         lr_scheduler: Makes a scheduler, stepped every training step.
 
     >>> from flowkit.exact import GaussianFlow
-    >>> module = WeightedFlowMatching(GaussianFlow(2.0, 0.5), epsilon=4.0)
-    >>> terms = module.loss({"x1": 2 + 0.5 * torch.randn(64, 2)})
+    >>> module = WeightedFlowMatching(GaussianFlow(0.0, 2.0), epsilon=4.0)
+    >>> terms = module.loss({"x1": 2 * torch.randn(64, 2)})
     >>> sorted(terms)
     ['ess', 'explained', 'interaction', 'log_weight_variance', 'loss', 'tilt']
     """

@@ -18,10 +18,10 @@ from torch.utils._pytree import tree_map
 from flowkit.checks import check_at_least, check_choice, expand_like
 from flowkit.nn.edges import check_edges
 from flowkit.nn.parts import Usage
+from flowkit.solvers import CLOSE
 from flowkit.types import Cond
 
 MODES = ("full", "cached", "fra")
-CLOSE = 1e-6  # times that differ by less are one: grids may come in float32
 
 
 class Blockwise(nn.Module):

@@ -190,6 +190,15 @@ def test_half_finished_pairs_are_gone_on_with(tiny_run, configure, tmp_path):
         pairs(configure("pairs", *make, "guidance=3"))
 
 
+def test_pairs_are_not_measured_against(tiny_run, configure, tmp_path):
+    pairs(configure("pairs", f"run={tiny_run}", f"out={tmp_path}/p", *PAIRS))
+    data = Pairs(tmp_path / "p")
+    data.setup()
+    assert data.summary() == "Pairs: 48 train, 2 val pairs of shape (1, 8, 8), no real data"
+    with pytest.raises(RuntimeError, match=r"real must be the data .* \+data@data.real=digits"):
+        data.split("test")
+
+
 def test_pairs_by_a_grid_of_another_model_warn(searched, tiny_run, configure, tmp_path):
     make = [f"run={tiny_run}", f"out={tmp_path}/p", f"grid={searched[0]}/grid.json", *PAIRS]
     with pytest.warns(UserWarning, match=r"used with guidance 2.*, got 3"):
