@@ -36,6 +36,8 @@ class Batch(TypedDict):
     """Labels ``(B,)`` or other conditions."""
     mask: NotRequired[Tensor]
     """Broadcastable to ``x1``: 1 counts, 0 (padding) carries no loss."""
+    encoded_by: NotRequired[str]
+    """``x1`` are latents already: the hash of the autoencoder that they are of."""
     x0: NotRequired[Tensor]
     """Given source samples ``(B, *)``: no noise is drawn."""
     t0: NotRequired[Tensor]

@@ -79,7 +79,10 @@ class Masks(SplitData):
 
     def __init__(self, images: SplitData, threshold: float = -0.25, classes: bool = True) -> None:
         super().__init__(
-            batch_size=images.batch_size, seed=images.seed, num_workers=images.num_workers
+            batch_size=images.batch_size,
+            seed=images.seed,
+            num_workers=images.num_workers,
+            flip=images.flip,
         )
         self.images, self.rule = images, ForegroundRule(threshold, classes)
 

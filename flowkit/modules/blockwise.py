@@ -156,7 +156,7 @@ class BlockwiseFlowMatching(FlowModule):
 
     def loss(self, batch: Batch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Return the stage's loss of a batch, and its parts by segment."""
-        images, batch = batch["x1"], self.encode(batch)
+        images, batch = batch["x1"], self.encode(batch, generator)
         draw = draw_segments(
             self.flow,
             batch,

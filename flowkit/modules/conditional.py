@@ -56,7 +56,7 @@ class ConditionalFlowMatching(FlowModule):
         """Return the flow-matching loss of a batch and the share of energy explained."""
         return flow_matching_loss(
             self.velocity,
-            self.encode(batch),
+            self.encode(batch, generator),
             path=self.path,
             coupling=self.coupling,
             times=self.times,

@@ -12,7 +12,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from flowkit.autoencoders import Autoencoder, Identity
+from flowkit.autoencoders import (
+    Autoencoder,
+    Identity,
+    KLAutoencoder,
+    check_identity,
+    identity,
+)
 from flowkit.checks import check_at_least
 from flowkit.guidance import ClassifierFree, DropCond
 from flowkit.sampling import ODESampler, Solution, seeded_noise
@@ -74,12 +80,32 @@ class FlowModule(LightningModule):
         """Return ``"loss"`` and whatever else is to be logged."""
         raise NotImplementedError
 
-    def encode(self, batch: Batch) -> Batch:
-        """Return the batch with data as states of the flow, remembering their shape."""
-        x1 = self.autoencoder.encode(batch["x1"])
+    def encode(self, batch: Batch, generator: torch.Generator | None = None) -> Batch:
+        """Return the batch with states of the flow: latents are drawn, cached ones are kept.
+
+        Raises:
+            ValueError: If cached latents are of another autoencoder, or states change their shape.
+        """
+        cached, ours = batch.get("encoded_by"), getattr(self.autoencoder, "hash", None)
+        if cached is not None and cached != ours:
+            raise ValueError(
+                "autoencoder must be the one that the latents were encoded by, hash "
+                f"{cached}, got {ours}"
+            )
+        x1 = batch["x1"]
+        if cached is None and isinstance(self.autoencoder, KLAutoencoder):
+            x1 = self.autoencoder.encode(x1, generator)
+        elif cached is None:
+            x1 = self.autoencoder.encode(x1)
+        shape = tuple(x1.shape[1:])
         if self.sample_shape is None:
-            self.sample_shape = tuple(x1.shape[1:])
-        return {**batch, "x1": x1}
+            self.sample_shape = shape
+        if shape != self.sample_shape:
+            raise ValueError(
+                f"x1 must be encoded to shape (B, {', '.join(map(str, self.sample_shape))}) as in "
+                f"earlier batches, got {tuple(x1.shape)}"
+            )
+        return cast(Batch, {**batch, "x1": x1})
 
     @torch.no_grad()
     def sample(
@@ -218,11 +244,13 @@ class FlowModule(LightningModule):
         checkpoint["flowkit"] = {
             "sample_shape": None if self.sample_shape is None else list(self.sample_shape),
             "noise_seed": self.noise_seed,
+            "autoencoder": identity(self.autoencoder),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore it."""
+        """Restore it, refusing another autoencoder."""
         stored = checkpoint["flowkit"]
+        check_identity(stored["autoencoder"], self.autoencoder, "the flow")
         shape = stored["sample_shape"]
         self.sample_shape = None if shape is None else tuple(shape)
         self.noise_seed = stored["noise_seed"]

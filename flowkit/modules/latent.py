@@ -2,13 +2,13 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from flowkit import inpainting
-from flowkit.autoencoders import Autoencoder, KLAutoencoder, check_identity, identity
+from flowkit.autoencoders import Autoencoder
 from flowkit.checks import check_at_least
 from flowkit.couplings import Coupling, Independent
 from flowkit.guidance import DropCond
@@ -71,33 +71,6 @@ class LatentFlowMatching(FlowModule):
         super().__init__(velocity, autoencoder, drop_cond, optimizer, lr_scheduler)
         self.path, self.coupling, self.times, self.masks = path, coupling, times, masks
         self._told = False
-
-    def encode(self, batch: Batch, generator: torch.Generator | None = None) -> Batch:
-        """Return the batch with latents, drawn anew from images, as they are from a cache.
-
-        Raises:
-            ValueError: If the latents are of another autoencoder or shape.
-        """
-        cached, ours = batch.get("encoded_by"), getattr(self.autoencoder, "hash", None)
-        if cached is not None and cached != ours:
-            raise ValueError(
-                "autoencoder must be the one that the latents were encoded by, hash "
-                f"{cached}, got {ours}"
-            )
-        x1 = batch["x1"]
-        if cached is None and isinstance(self.autoencoder, KLAutoencoder):
-            x1 = self.autoencoder.encode(x1, generator)
-        elif cached is None:
-            x1 = self.autoencoder.encode(x1)
-        shape = tuple(x1.shape[1:])
-        if self.sample_shape is None:
-            self.sample_shape = shape
-        if shape != self.sample_shape:
-            raise ValueError(
-                f"latents must have shape (B, {', '.join(map(str, self.sample_shape))}) as in "
-                f"earlier batches, got {tuple(x1.shape)}"
-            )
-        return cast(Batch, {**batch, "x1": x1})
 
     def loss(self, batch: Batch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Return the flow-matching loss of a batch and the share of energy explained."""
@@ -162,16 +135,6 @@ class LatentFlowMatching(FlowModule):
             images, mask = (x.repeat_interleave(num_samples, 0) for x in (images, mask))
             drawn = inpainting.paste_back(drawn, images, mask)
         return drawn.unflatten(0, (-1, num_samples))
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store what is not a weight, and whose latents these are."""
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["flowkit"]["autoencoder"] = identity(self.autoencoder)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore it, refusing another autoencoder."""
-        check_identity(checkpoint["flowkit"]["autoencoder"], self.autoencoder, "the flow")
-        super().on_load_checkpoint(checkpoint)
 
     def _hide(self, batch: Batch, generator: torch.Generator | None) -> Cond:
         """The condition of a batch of images with random holes."""

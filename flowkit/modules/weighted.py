@@ -69,7 +69,7 @@ class WeightedFlowMatching(FlowModule):
         """Return the weighted loss, the share of energy explained and, when due, telemetry."""
         return flow_matching_loss(
             self.velocity,
-            self.encode(batch),
+            self.encode(batch, generator),
             path=self.path,
             coupling=self.coupling,
             times=self.times,
