@@ -2,14 +2,18 @@
 
 from pathlib import Path as _Path
 
-from flowkit import couplings, exact, grids, nn, paths, times
+from flowkit import boss, codecs, couplings, exact, grids, nn, paths, times
 from flowkit._version import __version__
-from flowkit.couplings import Independent, MinibatchOT, Sinkhorn
+from flowkit.autoencoders import Identity, KLAutoencoder
+from flowkit.couplings import Gibbs, Independent, MinibatchOT, Pairs, Sinkhorn, suggest_epsilon
+from flowkit.exact import GaussianFlow, MixtureFlow
+from flowkit.flowopt import Edit, FlowOpt, step_bound
 from flowkit.guidance import Autoguidance, ClassifierFree, DropCond
 from flowkit.likelihood import LogLikelihood, log_likelihood
 from flowkit.losses import flow_matching_loss
 from flowkit.paths import VP, Affine, BrownianBridge, Cosine, Linear
 from flowkit.sampling import ODESampler, Solution, seeded_noise
+from flowkit.times import Beta, LogitNormal, Stratified, Uniform
 from flowkit.types import Batch, Cond, Velocity
 
 # In a checkout recipes/ and conf/ lie beside this package; in a wheel they lie inside it.
@@ -21,20 +25,34 @@ __all__ = [
     "Affine",
     "Autoguidance",
     "Batch",
+    "Beta",
     "BrownianBridge",
     "ClassifierFree",
     "Cond",
     "Cosine",
     "DropCond",
+    "Edit",
+    "FlowOpt",
+    "GaussianFlow",
+    "Gibbs",
+    "Identity",
     "Independent",
+    "KLAutoencoder",
     "Linear",
     "LogLikelihood",
+    "LogitNormal",
     "MinibatchOT",
+    "MixtureFlow",
     "ODESampler",
+    "Pairs",
     "Sinkhorn",
     "Solution",
+    "Stratified",
+    "Uniform",
     "Velocity",
     "__version__",
+    "boss",
+    "codecs",
     "couplings",
     "exact",
     "flow_matching_loss",
@@ -43,5 +61,7 @@ __all__ = [
     "nn",
     "paths",
     "seeded_noise",
+    "step_bound",
+    "suggest_epsilon",
     "times",
 ]
