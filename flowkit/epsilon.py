@@ -102,7 +102,8 @@ def suggest_epsilon(
         choice = epsilons[(torch.lerp(tilt[0], tilt[-1], chord) - tilt).argmax()].item()
     else:
         measure = _ess if target == "ess" else _correlation(points(x0), points(x1))
-        choice = _solve(lambda epsilon: measure(_weight(matrix, epsilon)), value, scale, target)
+        ends = epsilons[0].item(), epsilons[-1].item()
+        choice = _solve(lambda epsilon: measure(_weight(matrix, epsilon)), value, *ends, target)
     return EpsilonChoice(choice, epsilons, ess, tilt)
 
 
@@ -163,16 +164,24 @@ def _correlation(a: Tensor, b: Tensor) -> Callable[[Tensor], float]:
     return correlation
 
 
-def _solve(curve: Callable[[float], float], value: float, scale: float, name: str) -> float:
-    """Return the ε at which a monotone curve has the value."""
+def _solve(
+    curve: Callable[[float], float], value: float, low: float, high: float, name: str
+) -> float:
+    """Return the ε at which a monotone curve has the value, up to a thousandfold off the range."""
     from scipy.optimize import brentq
 
-    low, high = math.log(1e-4 * scale), math.log(1e4 * scale)
-    ends = curve(math.exp(low)), curve(math.exp(high))
+    ends = [curve(low), curve(high)]
+    for _ in range(3):
+        if min(ends) < value < max(ends):
+            break
+        if abs(ends[0] - value) < abs(ends[1] - value):
+            ends[0] = curve(low := low / 10)
+        else:
+            ends[1] = curve(high := high * 10)
     if not min(ends) < value < max(ends):
         raise ValueError(
             f"value must lie between {min(ends):.3g} and {max(ends):.3g}, which the {name} of "
             f"these samples takes, got {value}"
         )
-    root = brentq(lambda x: curve(math.exp(x)) - value, low, high, xtol=1e-3)
+    root = brentq(lambda x: curve(math.exp(x)) - value, math.log(low), math.log(high), xtol=1e-3)
     return math.exp(cast(float, root))

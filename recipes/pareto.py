@@ -287,6 +287,7 @@ def _short(value: Any) -> str:
 def _plot(rows: list[Row], file: Path) -> None:
     """Fréchet distance over FLOPs and over time, a line for each run and mode."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     lines: dict[tuple, list[tuple[float, float, float]]] = {}
     for (name, mode, refresh, _), group in grouped(rows).items():
@@ -303,6 +304,10 @@ def _plot(rows: list[Row], file: Path) -> None:
     for axes, what in zip(panels, ("GFLOPs", "ms of wall time"), strict=True):
         axes.set(xscale="log", yscale="log", xlabel=f"{what} a sample")
         axes.grid(alpha=0.3)
+        for axis in (axes.xaxis, axes.yaxis):  # a few plain numbers, also over less than a decade
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter("")
     panels[0].set_ylabel("Fréchet distance")
     panels[0].legend(fontsize=8)
     figure.savefig(file, dpi=120)

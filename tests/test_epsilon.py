@@ -63,7 +63,7 @@ def test_chosen_sample_size_is_that_of_the_weights(dim, value):
     assert 1 / w.square().mean() == pytest.approx(value or 0.5, rel=0.1)
 
 
-@pytest.mark.parametrize("correlation", [1 / 3, 0.1])
+@pytest.mark.parametrize("correlation", [0.6, 1 / 3, 0.1])
 def test_chosen_correlation_is_that_of_the_closed_form(correlation):
     """It is a/(1+a) at a = 2/ε."""
     x0, x1 = normals(1000, 2)

@@ -225,7 +225,7 @@ def test_latents_of_another_shape_are_refused():
     module = LatentFlowMatching(Zero(), Identity())
     module.loss({"x1": torch.randn(8, 4, 4, 4)})
     for shape in [(8, 4, 2, 2), (8, 3, 4, 4)]:
-        with pytest.raises(ValueError, match=r"x1 must be encoded to shape \(B, 4, 4, 4\) as in ear"):
+        with pytest.raises(ValueError, match=r"x1 must be encoded to shape \(B, 4, 4, 4\) as in"):
             module.loss({"x1": torch.randn(*shape)})
 
 
