@@ -1,7 +1,7 @@
 """Train couplings on problems with several seeds, and tabulate how they do.
 
 flowkit compare experiment=toy_table hydra.run.dir=runs/toy_table
-flowkit compare experiment=toy_table seeds=[42] evaluate=[sampler=euler,sampler.grid=20]
+flowkit compare experiment=toy_table seeds=[42] 'evaluate=["sampler=euler", "sampler.grid=20"]'
 
 Every cell is a run folder like any other. Finished cells are kept: the same command again goes on
 where it was stopped, and adds what has been added to the lists.
