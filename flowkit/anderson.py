@@ -37,16 +37,16 @@ class Anderson:
         dz, dg = (torch.stack(part, 1).flatten(2) for part in zip(*self.pairs, strict=True))
         gram, right = dg @ dg.mT, dg @ gradient.flatten(1)[..., None]
         # Forgotten pairs are zero; the ridge gives them the weight zero.
-        finfo = torch.finfo(gram.dtype)
-        ridge = 10 * finfo.eps * gram.diagonal(dim1=1, dim2=2).sum(1) + finfo.tiny
-        gram = gram + expand_like(ridge, gram) * torch.eye(gram.shape[1]).to(gram)
-        weights = torch.linalg.solve_ex(gram, right).result
-        rest = gradient - (weights * dg).sum(1).reshape(gradient.shape)
-        return step * rest + (weights * dz).sum(1).reshape(gradient.shape)
+        finfo, diagonal = torch.finfo(gram.dtype), gram.diagonal(dim1=1, dim2=2)
+        diagonal += 10 * finfo.eps * diagonal.sum(1, keepdim=True) + finfo.tiny
+        weights = torch.linalg.solve_ex(gram, right).result.mT
+        rest = gradient - (weights @ dg).reshape(gradient.shape)
+        return step * rest + (weights @ dz).reshape(gradient.shape)
 
     def remember(self, dz: Tensor, dg: Tensor, accepted: Tensor) -> None:
         """Add a pair; a sample whose step was not ``accepted (B,)`` forgets all of its own."""
         if self.memory:
-            where = expand_like(accepted, dz)
-            pairs = [*self.pairs, (dz, dg)][-self.memory :]
-            self.pairs = [(dz.where(where, 0), dg.where(where, 0)) for dz, dg in pairs]
+            self.pairs = [*self.pairs, (dz, dg)][-self.memory :]
+            if not bool(accepted.all()):
+                where = expand_like(accepted, dz)
+                self.pairs = [(dz.where(where, 0), dg.where(where, 0)) for dz, dg in self.pairs]

@@ -194,7 +194,7 @@ class FlowOpt:
         end = run.result(now)
         status = tuple(STATUS[code] for code in run.status.tolist())
         x = end.x.to(x1.dtype)
-        return Edit(x, end.z, run.trace, run.residuals, run.step, flow.nfe, status)
+        return Edit(x, end.z, run.trace, torch.stack(run.residuals), run.step, flow.nfe, status)
 
 
 class _Iterate(NamedTuple):
@@ -230,7 +230,7 @@ class _Run:
         count = settings.num_iters + 1
         self.rows = sorted(set(range(count) if settings.keep is None else settings.keep))
         self.trace = x1.new_empty((len(self.rows), *x1.shape))
-        self.residuals = y.new_empty((count, len(y)))
+        self.residuals: list[Tensor] = []
 
     def judge(self, now: _Iterate, trial: _Iterate) -> Tensor:
         """Which samples go on to the trial; adapts their steps."""
@@ -275,7 +275,7 @@ class _Run:
         """Keep what is to be kept of an iterate, and end samples."""
         if k in self.rows:
             self.trace[self.rows.index(k)] = now.x
-        self.residuals[k] = now.residual
+        self.residuals.append(now.residual)
         if not self.any_running:
             return
         settings = self.settings

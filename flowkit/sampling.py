@@ -7,6 +7,7 @@ fixed number of states whatever the number of steps. Adaptive methods are torchd
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -70,14 +71,14 @@ class ODESampler:
     atol: float = 1e-5
 
     def __post_init__(self):
-        as_grid(self.grid)
+        _ = self.times  # refuses what is no grid
         check_choice(self.method, (*FIXED, *ADAPTIVE), "method")
         check_positive(self.rtol, "rtol")
         check_positive(self.atol, "atol")
 
-    @property
+    @cached_property
     def times(self) -> Tensor:
-        """The grid as a 1-D float64 tensor."""
+        """The grid as a 1-D float64 tensor; a frozen value like the sampler itself."""
         return as_grid(self.grid)
 
     def __call__(self, velocity: Velocity, x: Tensor, cond: Cond = None) -> Tensor:
