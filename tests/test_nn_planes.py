@@ -1,0 +1,70 @@
+"""Networks around constant planes."""
+
+import pytest
+import torch
+from torch import nn
+
+from flowkit.codecs import OneHot
+from flowkit.joint import JointFlow
+from flowkit.modules.symmetrical import SymmetricalFlowMatching
+from flowkit.nn import ResidualMLP, unet2d
+from flowkit.nn.planes import CodesAsNumbers, TwoTimes
+
+
+class Echo(nn.Module):
+    """Returns what it is shown, and keeps its times."""
+
+    def forward(self, x, t, cond=None):
+        self.t = t
+        return 2 * x
+
+
+def test_codes_are_numbers_between_the_network_and_the_flow():
+    """To a joint flow it is the network on points itself: images flat, codes as they are."""
+    net = ResidualMLP((2 * 3 * 4 + 5,), width=16, depth=1, num_times=2)
+    nn.init.normal_(net.outputs.weight)
+    x, y, t = torch.randn(6, 2, 3, 4), torch.randn(6, 5), torch.rand(6, 2)
+    v_x, v_y = JointFlow(CodesAsNumbers(net, (2, 3, 4)))(x, y, *t.unbind(1))
+    v = net(torch.cat([x.flatten(1), y], 1), t)
+    torch.testing.assert_close(v_x.flatten(1), v[:, :24])
+    torch.testing.assert_close(v_y, v[:, 24:])
+
+
+def test_a_second_time_is_a_plane():
+    echo = Echo()
+    net = TwoTimes(echo)
+    x, t = torch.randn(4, 2, 3, 3), torch.rand(4, 2)
+    assert torch.equal(net(x, t), 2 * x)
+    assert torch.equal(echo.t, t[:, 0])
+    unet = unet2d((3, 8, 8), width=8)
+    nn.init.normal_(unet.net.conv_out.weight, std=0.1)
+    net = TwoTimes(unet).eval()
+    x = torch.randn(2, 2, 8, 8)
+    a, b = (net(x, torch.tensor([[0.3, s]] * 2)) for s in (0.1, 0.9))
+    assert (a - b).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["perceptron", "unet"])
+def test_they_train_in_a_symmetrical_module(kind):
+    if kind == "perceptron":
+        net = CodesAsNumbers(ResidualMLP((64 + 3,), width=16, num_times=2), (1, 8, 8))
+    else:
+        net = TwoTimes(unet2d((5, 8, 8), width=8))
+    module = SymmetricalFlowMatching(net, OneHot(3))
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
+    batch = {"x1": torch.randn(32, 1, 8, 8), "cond": torch.arange(32) % 3}
+    first = module.loss(batch, torch.Generator().manual_seed(0))["loss"]
+    for _ in range(10):
+        optimizer.zero_grad()
+        loss = module.loss(batch, torch.Generator().manual_seed(0))["loss"]
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.9 * first
+
+
+def test_states_of_other_shapes_are_refused():
+    net = CodesAsNumbers(ResidualMLP((67,), width=8), (1, 8, 8))
+    with pytest.raises(ValueError, match=r"x must hold images of shape \(1, 8, 8\) and planes"):
+        net(torch.zeros(2, 4, 8, 7), torch.rand(2))
+    with pytest.raises(ValueError, match=r"t must have shape \(2, 2\), got \(2,\)"):
+        TwoTimes(Echo())(torch.zeros(2, 1, 4, 4), torch.rand(2))
