@@ -29,7 +29,8 @@ def fit(parameters, loss, data):
 def test_six_stacks_beat_one_and_residuals_beat_caching():
     """Digits, width 96, equal size of a step, samples and steps: at least 3 % lower held-out loss.
 
-    And the feature residual leaves at most .30 of the cached features' error.
+    And the feature residual leaves at most .30 of the cached features' mean square error. Seen on
+    2 CPU cores: 3.7 % and .24, in 87 s of one core.
     """
     data = Digits(batch_size=1)
     data.setup()
