@@ -28,8 +28,9 @@ def main() -> None:
         if name not in (None, "-h", "--help"):
             print(f"recipe must be one of {', '.join(known)}, got {name!r}\n", file=sys.stderr)
         print("usage: flowkit <recipe> [option=value ...]\n")
+        width = max(map(len, known))
         for recipe, line in known.items():
-            print(f"  {recipe:<10} {line}")
+            print(f"  {recipe:<{width}}  {line}")
         print("\n`flowkit <recipe> --help` lists a recipe's options and their choices.")
         raise SystemExit(name not in (None, "-h", "--help"))
     del sys.argv[1]

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from flowkit.bellman import BellmanInterval, bellman_grid, bellman_interval, converged_costs
 from flowkit.checks import as_grid, check_at_least, check_choice
-from flowkit.costs import SLOPES, anchors, check_num_steps, round_off, step_costs, take
+from flowkit.costs import SLOPES, anchors, check_num_steps, round_off, step_costs
 from flowkit.endpoint import PROGRAMME_NOISES, SEARCH_WALKS, endpoint_grid
 from flowkit.sampling import ODESampler
-from flowkit.types import Batch, Cond, Velocity
+from flowkit.types import Batch, Cond, Velocity, take
 
 __all__ = [
     "BellmanInterval",

@@ -95,6 +95,7 @@ class Codebook:
 
 
 def check_q(q: float) -> None:
+    """Require noise narrower than what lies between two codes."""
     if not 0 <= q < 1:
         raise ValueError(f"q must lie in [0, 1), got {q}; from 1 on, codes of classes overlap")
 

@@ -1,6 +1,6 @@
 """What one large step costs: the table of BOSS, without storing trajectories."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 
 import torch
@@ -9,7 +9,7 @@ from torch.nn.functional import pad
 
 from flowkit.checks import as_grid, check_at_least, check_choice
 from flowkit.sampling import ODESampler
-from flowkit.types import Cond, Velocity
+from flowkit.types import Cond, Velocity, take
 
 Field = Callable[[Tensor, float], Tensor]
 """A velocity at one time for the whole batch: ``field(x (B, *), t) -> (B, *)``."""
@@ -244,14 +244,8 @@ def round_off(states: Tensor) -> float:
     return (32 * torch.finfo(states.dtype).eps) ** 2 * scale
 
 
-def take(cond: Cond, rows: slice) -> Cond:
-    """Return some samples' conditions."""
-    if isinstance(cond, Mapping):
-        return {name: value[rows] for name, value in cond.items()}
-    return None if cond is None else cond[rows]
-
-
 def check_num_steps(num_steps: int, fine: Tensor) -> None:
+    """Require a number of steps that a fine grid can make."""
     if isinstance(num_steps, bool) or not isinstance(num_steps, int):
         raise TypeError(f"num_steps must be an integer, got {num_steps!r}")
     most = len(fine) - 1

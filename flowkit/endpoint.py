@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from flowkit.checks import as_grid, check_choice
-from flowkit.costs import SLOPES, anchors, check_num_steps, make_field, round_off, take
+from flowkit.costs import SLOPES, anchors, check_num_steps, make_field, round_off
 from flowkit.sampling import ODESampler
-from flowkit.types import Cond, Velocity
+from flowkit.types import Cond, Velocity, take
 
 PROGRAMME_NOISES = 64  # more of them led to the same grids after the search on all
 SEARCH_WALKS = 8  # the search takes no more steps than as many walks along the fine grid

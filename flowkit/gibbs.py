@@ -11,7 +11,7 @@ from flowkit.assignment import Cost, check_cost, paired_cost, pairwise, points
 from flowkit.checks import check_at_least, check_choice, check_finite, check_same_shape
 from flowkit.debiasing import Division, Potentials, RowSoftmax, draw, gathered, own
 from flowkit.epsilon import variance_components
-from flowkit.types import Cond, Pairs
+from flowkit.types import Cond, Pairs, take
 
 Normalize = Literal["batch", "running", "class", "none"]
 Debias = RowSoftmax | Division | Potentials | None
@@ -117,7 +117,7 @@ class Gibbs(nn.Module):
             log_kernel = self.log_kernel(a, b)
             self._check(log_kernel - log_kernel.max(), x0, x1)
             columns = self.debias.partners(log_kernel, labels, generator)
-            return Pairs(x0, x1[columns], _rows_of(cond, columns))
+            return Pairs(x0, x1[columns], take(cond, columns))
         log_weight = paired_cost(a, b, self.cost) * (-1 / self.epsilon)
         if self.debias is not None:
             log_weight += self.debias(self.log_kernel, a, b, labels)
@@ -127,7 +127,7 @@ class Gibbs(nn.Module):
             return Pairs(x0, x1, cond, log_weight)
         check_at_least(len(x1), self.pool, "batch size")
         rows = draw(log_weight.softmax(0)[None], len(x1) // self.pool, generator)[0]
-        return Pairs(x0[rows], x1[rows], _rows_of(cond, rows))
+        return Pairs(x0[rows], x1[rows], take(cond, rows))
 
     def log_kernel(self, x0: Tensor, x1: Tensor) -> Tensor:
         """Return ``−c/ε (N, M)`` of float32 rows ``x0 (N, d)`` and ``x1 (M, d)``."""
@@ -266,12 +266,6 @@ def _class_normalized(
     total = torch.zeros_like(top).index_add(0, ids, (everyone - top[ids]).exp())
     mine = torch.searchsorted(classes, labels)
     return log_weight - top[mine] - (total / ids.bincount()).log()[mine]
-
-
-def _rows_of(cond: Cond, rows: Tensor) -> Cond:
-    if cond is None or isinstance(cond, Tensor):
-        return None if cond is None else cond[rows]
-    return {name: value[rows] for name, value in cond.items()}
 
 
 _MEMORY = 1000  # batches that a running log Z looks back on

@@ -22,6 +22,7 @@ class LinearOperator(Protocol):
 
 
 def choose(y: Tensor, mask: Tensor | None, operator: LinearOperator | None):
+    """Return what measures iterates against ``y (B, *)``: all of it, a part, or ``A`` of it."""
     if operator is not None:
         if mask is not None:
             raise ValueError(

@@ -72,6 +72,7 @@ def with_edges(times: Tensor, edges: Sequence[float], after):
 
 
 def fixed(field: Field, x: Tensor, times: list[float], after, step) -> Tensor:
+    """Carry ``x (B, *)`` through all times, one step between two."""
     x, begin_step = x.clone(), field.begin_step
     for k, (t, end) in enumerate(pairwise(times), 1):
         if begin_step:
@@ -157,6 +158,7 @@ ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun")
 
 
 def adaptive(field: Field, x: Tensor, times: Tensor, after, **options: Any) -> Tensor:
+    """Carry ``x (B, *)`` through the times by torchdiffeq, in steps as its tolerances ask."""
     from torchdiffeq import odeint
 
     def f(t: Tensor, x: Tensor) -> Tensor:

@@ -9,6 +9,17 @@ Cond = Tensor | Mapping[str, Tensor] | None
 """A condition: labels or another tensor, several named ones, or none. Always one argument."""
 
 
+def take(cond: Cond, rows: slice | Tensor) -> Cond:
+    """Return the conditions of some samples.
+
+    >>> take({"label": torch.arange(3)}, slice(1, 3))
+    {'label': tensor([1, 2])}
+    """
+    if isinstance(cond, Mapping):
+        return {name: value[rows] for name, value in cond.items()}
+    return None if cond is None else cond[rows]
+
+
 @runtime_checkable
 class Velocity(Protocol):
     """Anything that says how fast a state moves: ``velocity(x, t, cond) -> dx/dt``.

@@ -30,19 +30,20 @@ from flowkit.metrics import (
 )
 from flowkit.metrics.pictures import save_picture
 from flowkit.modules import FlowModule, load_run
-from flowkit.modules.flow import Guidance, brings_start, labels_of, take
+from flowkit.modules.flow import Guidance, brings_start, labels_of
 from flowkit.modules.runs import read_config
 from flowkit.recipes.sample import (
     describe,
     draw,
     given_source,
+    make_sampler,
     start,
     test_data,
     weights,
     write_record,
 )
 from flowkit.sampling import ADAPTIVE, ODESampler
-from flowkit.types import Batch
+from flowkit.types import Batch, take
 
 
 class Measured(NamedTuple):
@@ -60,8 +61,8 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     out = Path(cfg.out) if cfg.out else run
     trained, module = read_config(run), load_run(run).to(cfg.device)
     data = test_data(trained)
-    sampler = instantiate(cfg.sampler)
     guidance = trained["guidance"] if cfg.guidance is None else cfg.guidance
+    sampler = make_sampler(cfg.sampler, module, guidance)
     module.guided(guidance)  # before features are made, which may take minutes
     measure = _measure_images if len(data.shape) == 3 else _measure_points
     found: Measured = measure(cfg, module, data, sampler, guidance)

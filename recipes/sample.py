@@ -19,25 +19,26 @@ from typing import Any
 import hydra
 import torch
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from tqdm import tqdm
 
+from flowkit import grids
 from flowkit.data import SplitData
 from flowkit.metrics import tensor_hash, versions
 from flowkit.metrics.pictures import save_picture
 from flowkit.modules import FlowModule, load_run
-from flowkit.modules.flow import labels_of, take
+from flowkit.modules.flow import labels_of
 from flowkit.modules.runs import build, read_config
 from flowkit.sampling import ODESampler, seeded_noise
-from flowkit.types import Batch, Cond
+from flowkit.types import Batch, Cond, take
 
 
 def sample(cfg: DictConfig) -> Tensor:
     """Sample as configured; writes ``samples.pt``, ``samples.png`` and ``samples.json``."""
     run = Path(cfg.run)
     trained, module = read_config(run), load_run(run).to(cfg.device)
-    sampler = instantiate(cfg.sampler)
+    sampler = make_sampler(cfg.sampler, module, cfg.guidance)
     chosen = "all classes in turn" if cfg.labels is None else "the labels asked for, in turn"
     if trained.get("needs_data"):
         data = test_data(trained)
@@ -141,6 +142,19 @@ def noise_batches(shape: tuple[int, ...], seeds: range, batch_size: int) -> Iter
     """Noise of consecutive seeds, in batches; a seed's noise does not depend on the batches."""
     for first in range(0, len(seeds), batch_size):
         yield seeded_noise(shape, seeds[first : first + batch_size])
+
+
+def make_sampler(cfg: DictConfig, module: FlowModule, guidance: float | None) -> ODESampler:
+    """Build a sampler; a grid from a file that was made for something else is warned about."""
+    sampler = instantiate(cfg)
+    if file := OmegaConf.select(cfg, "grid.file"):
+        used = {
+            "model_hash": weights(module)["hash"],
+            "method": sampler.method,
+            "guidance": None if guidance == 1 else guidance,
+        }
+        grids.load(file, used)
+    return sampler
 
 
 def draw(

@@ -10,8 +10,9 @@ from lightning.pytorch.callbacks import Callback, Checkpoint, TQDMProgressBar
 
 from flowkit.checks import check_at_least
 from flowkit.metrics.pictures import save_picture
-from flowkit.modules.flow import FlowModule, Guidance, brings_start, take
+from flowkit.modules.flow import FlowModule, Guidance, brings_start
 from flowkit.sampling import ODESampler, seeded_noise
+from flowkit.types import take
 
 
 class SampleGrid(Callback):

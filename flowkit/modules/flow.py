@@ -189,14 +189,24 @@ class FlowModule(LightningModule):
             )
         return ClassifierFree(self.velocity, guidance, self.drop_cond.null)
 
+    @property
+    def terms_are_seen(self) -> bool:
+        """Whether the terms of the next loss will be: always, but in steps that are not logged.
+
+        Lightning's log costs more than a small network's step.
+        """
+        trainer = cast(Any, self._trainer)
+        if trainer is None or not trainer.training:
+            return True
+        every = trainer.log_every_n_steps
+        return bool(every) and (self.global_step + 1) % every == 0
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One loss, logged, refusing NaN."""
         terms = self.loss(batch)
         if not torch.isfinite(terms["loss"]):
             raise RuntimeError(self._not_finite(batch, batch_idx, terms["loss"]))
-        # Only when it will be written: Lightning's log costs more than a small network's step.
-        every = cast(Any, self.trainer).log_every_n_steps
-        if every and (self.global_step + 1) % every == 0:
+        if self.terms_are_seen:
             for name, value in terms.items():
                 self.log(f"train/{name}", value.detach(), prog_bar=name == "loss")
         return terms["loss"]
@@ -313,13 +323,6 @@ def brings_start(batch: Batch, data: Any) -> bool:
         return True
     labels = labels_of(batch, getattr(data, "num_classes", None))
     return batch.get("cond") is not None and labels is None
-
-
-def take(cond: Cond, rows: slice | Tensor) -> Cond:
-    """Return the conditions of some samples."""
-    if isinstance(cond, Mapping):
-        return {name: value[rows] for name, value in cond.items()}
-    return None if cond is None else cond[rows]
 
 
 def _sizes(cond: Cond) -> dict[str, int]:

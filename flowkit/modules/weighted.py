@@ -1,7 +1,5 @@
 """Weighted conditional flow matching."""
 
-from typing import Any, cast
-
 import torch
 from torch import Tensor
 
@@ -75,13 +73,5 @@ class WeightedFlowMatching(FlowModule):
             times=self.times,
             drop_cond=self.drop_cond,
             generator=generator,
-            observe=self.coupling.telemetry if self._telemetry_due() else None,
+            observe=self.coupling.telemetry if self.terms_are_seen else None,
         )
-
-    def _telemetry_due(self) -> bool:
-        """Whether the terms of this loss will be seen: always, but in steps that are not logged."""
-        trainer = cast(Any, self._trainer)
-        if trainer is None or not trainer.training:
-            return True
-        every = trainer.log_every_n_steps
-        return bool(every) and (self.global_step + 1) % every == 0

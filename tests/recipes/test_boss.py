@@ -114,6 +114,18 @@ def test_the_grid_is_sampled_with(searched, tiny_run, configure, tmp_path):
     torch.testing.assert_close(drawn, expected)
 
 
+@pytest.mark.parametrize(
+    ("change", "named"), [("guidance=3", "guidance 2"), ("sampler.method=heun", "method 'euler'")]
+)
+def test_a_grid_made_for_something_else_is_warned_about(
+    searched, tiny_run, configure, tmp_path, change, named
+):
+    file = f"sampler.grid.file={searched[0]}/grid.json"
+    options = ["guidance=2", "sampler=from_file", file, "num_samples=2", change]
+    with pytest.warns(UserWarning, match=rf"grid of .* should be used with {named}"):
+        sample(configure("sample", f"run={tiny_run}", f"out={tmp_path}", *options))
+
+
 def test_source_samples_of_the_data_are_searched_with(configure, tmp_path):
     toy = ["data=toy", "data.source=8gaussians", "data.target=moons", "data.size=200"]
     train(configure("train", *TINY, *toy, f"run_dir={tmp_path}"))
