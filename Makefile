@@ -1,6 +1,8 @@
 # Two commands for a fresh machine: `make quickstart` and `make test`.
 PYTHON ?= python3.11
 BIN := .venv/bin
+# Tests in as many processes as there are cores, but no more than memory is sure to hold.
+PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 
 .PHONY: quickstart test check bench clean
 
@@ -16,14 +18,14 @@ quickstart: .venv/.installed
 	$(BIN)/flowkit evaluate run=runs/quickstart
 
 test: .venv/.installed
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 check: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 bench: .venv/.installed
 	$(BIN)/python -m pytest tests/benchmarks --benchmark-only -s
