@@ -34,7 +34,7 @@ def paired_cost(x0: Tensor, x1: Tensor, cost: Cost = "sqeuclidean") -> Tensor:
     """
     check_same_shape(x0, x1)
     check_cost(cost)
-    return _function(cost)(points(x0), points(x1))
+    return paired(points(x0), points(x1), cost)
 
 
 @torch.no_grad()
@@ -53,6 +53,17 @@ def cost_matrix(x0: Tensor, x1: Tensor, cost: Cost = "sqeuclidean") -> Tensor:
         )
     check_cost(cost)
     return pairwise(points(x0), points(x1), cost)
+
+
+def paired(a: Tensor, b: Tensor, cost: Cost) -> Tensor:
+    """Return the cost ``(N,)`` of float32 rows ``a, b (N, d)``."""
+    costs = _function(cost)(a, b)
+    if costs.shape != a.shape[:1]:
+        raise ValueError(
+            f"cost must map (..., d) and (..., d) to (...), got {tuple(costs.shape)} "
+            f"for {len(a)} pairs"
+        )
+    return costs
 
 
 def pairwise(a: Tensor, b: Tensor, cost: Cost) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from flowkit.assignment import Cost, check_cost, paired_cost, pairwise, points
+from flowkit.assignment import Cost, check_cost, paired, pairwise, points
 from flowkit.checks import check_at_least, check_choice, check_finite, check_same_shape
 from flowkit.debiasing import Division, Potentials, RowSoftmax, draw, gathered, own
 from flowkit.epsilon import variance_components
@@ -118,7 +118,7 @@ class Gibbs(nn.Module):
             self._check(log_kernel - log_kernel.max(), x0, x1)
             columns = self.debias.partners(log_kernel, labels, generator)
             return Pairs(x0, x1[columns], take(cond, columns))
-        log_weight = paired_cost(a, b, self.cost) * (-1 / self.epsilon)
+        log_weight = paired(a, b, self.cost) * (-1 / self.epsilon)
         if self.debias is not None:
             log_weight += self.debias(self.log_kernel, a, b, labels)
         log_weight = self._normalized(log_weight, labels)
@@ -230,7 +230,7 @@ class Gibbs(nn.Module):
             return
         check_finite(x0, "x0")
         check_finite(x1, "x1")
-        if not bool(torch.isfinite(paired_cost(x0, x1, self.cost)).all()):
+        if not bool(torch.isfinite(paired(points(x0), points(x1), self.cost)).all()):
             raise ValueError("cost must be finite, got NaN or infinite values for finite samples")
         raise ValueError(
             f"epsilon must be large enough for a weight above 0, got {self.epsilon}, where the "
