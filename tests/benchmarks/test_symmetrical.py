@@ -1,13 +1,18 @@
-"""One-step classification beside plain classifiers of the same size, in one process."""
+"""Symmetrical flows as classifiers, beside plain classifiers of the same size."""
 
+import math
 import statistics
 import time
 
 import pytest
 import torch
+import torch.nn.functional as F
+from hydra.utils import instantiate
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from flowkit.codecs import OneHot
+from flowkit.metrics.labels import classification_metrics
 from flowkit.modules.symmetrical import SymmetricalFlowMatching
 from flowkit.nn import ResidualMLP
 from flowkit.sampling import ODESampler
@@ -20,9 +25,9 @@ IMAGES, ROUNDS = 1000, 9
 class Classifier(nn.Module):
     """A residual perceptron from pixels to logits: as many parameters as the flow's network."""
 
-    def __init__(self, width: int, depth: int):
+    def __init__(self, pixels: int, width: int, depth: int):
         super().__init__()
-        self.inputs = nn.Linear(64, width)
+        self.inputs = nn.Linear(pixels, width)
         self.blocks = nn.ModuleList(
             nn.Sequential(
                 nn.LayerNorm(width),
@@ -41,6 +46,14 @@ class Classifier(nn.Module):
         return self.outputs(h)
 
 
+def _classifier_of_the_size_of(net: nn.Module, pixels: int, depth: int = 3) -> Classifier:
+    """Its width solves ``4 depth width² + (pixels + 10) width = parameters of net``, nearly."""
+    a, b, size = 4 * depth, pixels + 10, _parameters(net)
+    plain = Classifier(pixels, round((math.sqrt(b**2 + 4 * a * size) - b) / (2 * a)), depth)
+    assert _parameters(plain) == pytest.approx(size, rel=0.03)
+    return plain
+
+
 def _parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
@@ -53,8 +66,7 @@ def test_one_step_classification(benchmark):
     net = ResidualMLP((11, 8, 8), width=256, depth=3, num_times=2).eval()
     module = SymmetricalFlowMatching(net, OneHot(10)).eval()
     module.loss({"x1": images[:10], "cond": torch.arange(10)})
-    plain = Classifier(width=411, depth=3).eval()
-    assert _parameters(plain) == pytest.approx(_parameters(net), rel=0.03)
+    plain = _classifier_of_the_size_of(net, pixels=64).eval()
     state, ones = torch.randn(IMAGES, 11, 8, 8), torch.ones(IMAGES, 2)
     rows = []
     handle = net.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
@@ -83,3 +95,44 @@ def test_one_step_classification(benchmark):
     benchmark.extra_info.update(median)
     benchmark.pedantic(calls["classify, one step"], rounds=1)
     assert median["classify, one step"] <= 1.25 * median["the bare network"]
+
+
+@pytest.mark.parametrize("experiment", ["symmetrical_digits", "symmetrical_fashion_mnist"])
+def test_plain_classifier(benchmark, configure, experiment):
+    """What the images and steps of an experiment make of a plain classifier of its network's size.
+
+    To be read beside the experiment's own results; trained with the same optimiser, learning
+    rates, averaging and clipping.
+    """
+    cfg = configure("train", f"experiment={experiment}")
+    data = instantiate(cfg.data)
+    data.setup()
+    cfg.shape, cfg.num_classes = list(data.shape), data.num_classes
+    torch.manual_seed(cfg.seed)
+    net = _classifier_of_the_size_of(instantiate(cfg.model), math.prod(data.shape))
+    average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(cfg.callback.ema.decay))
+    optimizer = instantiate(cfg.optimizer)(net.parameters())
+    schedule = instantiate(cfg.lr_scheduler)(optimizer)
+    stream = data.stream()
+    began = time.process_time()
+    for step in range(cfg.trainer.max_steps):
+        batch = stream[step]
+        optimizer.zero_grad()
+        F.cross_entropy(net(batch["x1"]), batch["cond"]).backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), cfg.trainer.gradient_clip_val)
+        optimizer.step()
+        schedule.step()
+        average.update_parameters(net)
+    seconds = time.process_time() - began
+    test = data.test[:]
+    with torch.no_grad():
+        probabilities = average.module.eval()(test["x1"]).softmax(1)
+    metrics = classification_metrics(probabilities, test["cond"])
+    print(f"\n{experiment}: {_parameters(net):,} parameters, {seconds:.0f} s")
+    for name in ("accuracy", "auc", "calibration_error"):
+        print(f"{name.replace('_', ' '):<24} {metrics[name]:.4f}")
+    print(f"{'area under risk':<24} {metrics['selective']['area_under_risk']:.4f}")
+    benchmark.extra_info.update(metrics)
+    benchmark.pedantic(net, (test["x1"],), rounds=1)
+    assert metrics["num_samples"] == len(test["x1"])
+    assert metrics["accuracy"] > 0.85
