@@ -45,9 +45,19 @@ class JointFlow:
     two_times: bool = True
 
     def __call__(self, x: Tensor, y: Tensor, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-        """Velocities of ``x (B, C, *)`` and ``y (B, K)`` or ``(B, K, *)`` at times ``(B,)``."""
-        state = pack(x, y)
-        v = self.network(state, torch.stack([t, s], 1) if self.two_times else t)
+        """Velocities of ``x (B, C, *)`` and ``y (B, K)`` or ``(B, K, *)`` at times ``(B,)``.
+
+        Raises:
+            ValueError: If the network takes or returns other states or times.
+        """
+        state, times = pack(x, y), torch.stack([t, s], 1) if self.two_times else t
+        try:
+            v = self.network(state, times)
+        except ValueError as error:
+            raise ValueError(
+                f"velocity must take image and code of shape {tuple(state.shape)} and times of "
+                f"shape {tuple(times.shape)}, got an error: {error}"
+            ) from error
         check_same_shape(v, state, ("velocity(state, t)", "state"))
         return unpack(v, x.shape[1], y.ndim)
 

@@ -172,6 +172,11 @@ def seeds_of(seeds: Seeds, count: int) -> list[int]:
     return [int(seed) for seed in seeds]
 
 
+def seeds_or_drawn(seeds: Seeds, count: int) -> list[int]:
+    """Return one seed per sample; by default of torch's own generator."""
+    return seeds_of(torch.randint(2**62, (count,)) if seeds is None else seeds, count)
+
+
 def known_shape(shape: tuple[int, ...] | None) -> tuple[int, ...]:
     """Require a shape that is learnt from a batch."""
     if shape is None:

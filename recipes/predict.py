@@ -31,7 +31,10 @@ from flowkit.sampling import ODESampler
 
 
 def predict(cfg: DictConfig) -> dict[str, Any]:
-    """Predict as configured; writes ``predicted.pt``, ``predicted.json`` and, of masks, a picture.
+    """Predict as configured; writes ``predicted.pt``, ``predicted.json`` and a picture.
+
+    The picture shows masks, or of classes the reliability of probabilities and the accuracy of the
+    most confident images, where the data have labels of their own.
 
     ``predicted.pt`` holds ``labels (N,)``, ``uncertainty`` and ``probabilities (N, K)``, or of
     masks ``labels (N, H, W)`` and ``confidence``.
@@ -62,11 +65,15 @@ def predict(cfg: DictConfig) -> dict[str, Any]:
     files = [out / "predicted.json", out / "predicted.pt", out / "predicted.png"]
     write_record(record, files)
     torch.save(found, files[1])
-    for name, value in record["metrics"].items():
+    metrics = record["metrics"]
+    for name, value in {**metrics, **metrics.get("selective", {})}.items():
         if isinstance(value, float):
             print(f"{name.replace('_', ' '):<24}  {value:.4f}")
     if found["labels"].ndim == 3:
         _show(data, cfg.split, found["labels"], module.codec.num_classes, files[2])
+    elif "selective" in metrics:
+        _plot(metrics, files[2])
+    if files[2].is_file():
         print(f"picture   {files[2]}")
     print(f"labels    {files[1]}\nnumbers   {files[0]}")
     return record
@@ -93,7 +100,7 @@ def label(
     """Label a whole split in batches.
 
     Returns:
-        The predictions, and their cost: evaluations and network rows per image, images a second.
+        The predictions, and their cost: evaluations and network rows per image, seconds in all.
     """
     of_pixels = len(module.label_shape or ()) > 1
     keep = not of_pixels if cfg.probabilities is None else cfg.probabilities
@@ -150,6 +157,22 @@ def _show(data: SplitData, split: str, masks: Tensor, num_classes: int, file: Pa
     if isinstance(truth, Tensor) and truth.shape == masks[:10].shape:
         rows.append(colored(truth, num_classes))
     save_picture(torch.cat(rows), file)
+
+
+def _plot(metrics: dict[str, Any], file: Path) -> None:
+    """Reliability of probabilities, and accuracy of the most confident images."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    reliability, selective = metrics["reliability"], metrics["selective"]
+    left.plot([0, 1], [0, 1], color="0.7", linewidth=1, label="perfectly calibrated")
+    left.plot(reliability["confidence"], reliability["accuracy"], marker="o", label="predicted")
+    left.set(xlabel="probability of the predicted class", ylabel="accuracy", aspect="equal")
+    left.legend()
+    right.plot(selective["coverage"], selective["accuracy"], marker=".")
+    right.set(xlabel="share of images labelled, most confident first", ylabel="accuracy")
+    figure.savefig(file, dpi=120)
 
 
 def colored(masks: Tensor, num_classes: int) -> Tensor:

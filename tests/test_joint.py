@@ -7,6 +7,7 @@ import torch
 
 from flowkit.codecs import OneHot, Ordinal, Simplex
 from flowkit.joint import ImageVelocity, JointField, JointFlow, pack, put_back, unpack
+from flowkit.nn import ResidualMLP
 from flowkit.sampling import ODESampler
 from tests.exact_joint import ClassMixture, GaussianPair
 
@@ -183,6 +184,18 @@ def test_a_network_of_other_channels_is_refused():
     flow = JointFlow(lambda state, t: state[:, :1])
     with pytest.raises(ValueError, match=r"velocity\(state, t\) must have the shape of state"):
         flow(torch.zeros(2, 1), torch.zeros(2, 1), torch.zeros(2), torch.zeros(2))
+
+
+def test_a_network_built_for_other_states_or_times_says_which_these_are():
+    x, y, t = torch.zeros(2, 1, 8, 8), torch.zeros(2, 3), torch.zeros(2)
+    for shape, num_times, why in (
+        ((1, 8, 8), 2, r"x must have shape \(B, 1, 8, 8\), got \(2, 4, 8, 8\)"),
+        ((4, 8, 8), 1, r"t must have shape \(2,\), got \(2, 2\)"),
+    ):
+        flow = JointFlow(ResidualMLP(shape, width=8, depth=1, num_times=num_times))
+        expected = r"image and code of shape \(2, 4, 8, 8\) and times of shape \(2, 2\), got an "
+        with pytest.raises(ValueError, match=expected + "error: " + why):
+            flow(x, y, t, t)
 
 
 # --- the readout --------------------------------------------------------------------------------

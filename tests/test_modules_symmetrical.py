@@ -183,10 +183,11 @@ def test_one_step_labels_of_n_images_cost_n_network_rows(times):
     assert rows == [13] * 5
 
 
-def test_several_symmetric_steps_warn():
+def test_more_than_one_symmetric_euler_step_warns():
     module, x = _images("symmetric"), torch.randn(2, 1, 8, 8)
-    with pytest.warns(UserWarning, match="several steps of symmetric mode may be worse than in"):
-        module.classify(x, ODESampler(2))
+    for sampler in (ODESampler(2), ODESampler(1, "heun")):
+        with pytest.warns(UserWarning, match="several steps of symmetric mode may be worse than"):
+            module.classify(x, sampler)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         module.classify(x, ODESampler(1))
@@ -290,6 +291,9 @@ def test_pairs_agree_with_the_mixture():
     assert torch.equal(
         again.images[1:], _exact().sample_pairs(1, ODESampler(20, "heun"), [8]).images
     )
+    # without seeds every call draws others, as in `sample`
+    one, two = (_exact().sample_pairs(1, ODESampler(2)).images for _ in range(2))
+    assert not torch.equal(one, two)
 
 
 @pytest.mark.parametrize("times", ["two-time", "symmetric"])

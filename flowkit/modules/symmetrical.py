@@ -23,6 +23,7 @@ from flowkit.labelstates import (
     known_shape,
     label_noise,
     seeds_of,
+    seeds_or_drawn,
 )
 from flowkit.modules.flow import ADAMW, FlowModule, Guidance, MakeOptimizer, MakeScheduler
 from flowkit.sampling import Callback, ODESampler, Solution, seeded_noise
@@ -31,8 +32,8 @@ from flowkit.types import Batch, Cond, Velocity
 Sampler = ODESampler | None
 
 MORE_STEPS = (
-    "labels in several steps of symmetric mode may be worse than in one, which is their exact "
-    "expectation; use ODESampler(1), or times='two-time'"
+    "labels in several steps of symmetric mode may be worse than in one Euler step, which is their "
+    "exact expectation; use ODESampler(1), or times='two-time'"
 )
 
 
@@ -220,7 +221,7 @@ class SymmetricalFlowMatching(FlowModule):
             region: Where to change, ``(B, H, W)``: ``labels != old_labels``, say. In a latent flow
                 a cell that it touches changes as a whole.
             sampler: As for `sample`.
-            seeds: One per image; 0, 1, ... by default.
+            seeds: As for `sample`.
             guidance: As for `sample`.
         """
         if region.shape[1:] != images.shape[2:]:
@@ -229,7 +230,7 @@ class SymmetricalFlowMatching(FlowModule):
                 f"got {tuple(region.shape[1:])}"
             )
         x1 = self.states.latents(images.to(self.device))
-        x0 = seeded_noise(x1.shape[1:], seeds_of(seeds, len(images)), self.device)
+        x0 = seeded_noise(x1.shape[1:], seeds_or_drawn(seeds, len(images)), self.device)
         keep = put_back(x0, x1, region.to(self.device))
         return self.autoencoder.decode(self.solve(x0, sampler, labels, guidance, callback=keep).x)
 
@@ -239,14 +240,14 @@ class SymmetricalFlowMatching(FlowModule):
     ) -> LabelledImages:
         """Draw images and their labels together, both from noise; two-time mode only.
 
-        By 25 Heun steps and with seeds 0, 1, ... unless told otherwise.
+        Sampler (by default 25 Heun steps) and seeds are as for `sample`.
         """
         check_at_least(num_samples, 1, "num_samples")
         if not self.joint.two_times:
             raise RuntimeError(
                 "times must be 'two-time' to sample pairs, got 'symmetric'; give labels to generate"
             )
-        seeds = seeds_of(seeds, num_samples)
+        seeds = seeds_or_drawn(seeds, num_samples)
         x = seeded_noise(known_shape(self.sample_shape), seeds, self.device)
         y = label_noise(known_shape(self.label_shape), seeds, device=self.device)[:, 0]
         with _evaluating(self):
@@ -289,7 +290,8 @@ class SymmetricalFlowMatching(FlowModule):
         """
         check_at_least(draws, 1, "draws")
         sampler = sampler or ODESampler(1)
-        if len(sampler.times) > 2 and not self.joint.two_times:
+        one_step = len(sampler.times) == 2 and sampler.method == "euler"
+        if not (one_step or self.joint.two_times):
             warnings.warn(MORE_STEPS, stacklevel=2)
         seeds, shape = seeds_of(seeds, len(images)), known_shape(self.label_shape)
         noises = label_noise(shape, seeds, draws, self.device).unbind(1)

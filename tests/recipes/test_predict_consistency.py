@@ -56,6 +56,7 @@ def test_predictions_are_the_modules_own_on_the_whole_test_split(class_run, conf
     assert record["metrics"]["num_samples"] == len(test["x1"]) == 180
     assert (record["sampling"]["nfe"], record["sampling"]["network_rows_per_image"]) == (1, 1)
     assert json.loads((tmp_path / "predicted.json").read_text()) == record
+    assert (tmp_path / "predicted.png").is_file()
 
 
 def test_the_same_command_gives_the_same_numbers(class_run, configure, tmp_path):
@@ -112,6 +113,7 @@ def test_images_without_labels_are_predicted_too(class_run, configure, tmp_path)
     stored = torch.load(tmp_path / "out" / "predicted.pt", weights_only=True)
     assert record["metrics"] == {"num_samples": len(stored["labels"])}
     assert len(stored["labels"]) > 20
+    assert not (tmp_path / "out" / "predicted.png").exists()
 
 
 def test_consistency_of_classes_and_pairs(class_run, configure, tmp_path):
@@ -123,7 +125,7 @@ def test_consistency_of_classes_and_pairs(class_run, configure, tmp_path):
     metrics = record["metrics"]
     assert metrics["images_of_labels"]["own_agreement"] == pytest.approx(own, abs=0.026)
     assert metrics["images_of_labels"]["judge"]["test_accuracy"] > 0.95
-    pairs = module.sample_pairs(40, _heun())
+    pairs = module.sample_pairs(40, _heun(), range(40))
     shares = pairs.labels.bincount(minlength=10) / 40
     assert metrics["pairs"]["shares"] == pytest.approx(shares.tolist(), abs=0.026)
     assert (tmp_path / "pairs.png").is_file()
