@@ -31,17 +31,17 @@ class Anderson:
 
     def update(self, gradient: Tensor, step: Tensor) -> Tensor:
         """What to subtract from the states ``(B, *)``, given ``g (B, *)`` and ``η (B,)``."""
-        step = expand_like(step, gradient)
         if not self.pairs:
-            return step * gradient
+            return expand_like(step, gradient) * gradient
         dz, dg = (torch.stack(part, 1).flatten(2) for part in zip(*self.pairs, strict=True))
-        gram, right = dg @ dg.mT, dg @ gradient.flatten(1)[..., None]
+        g = gradient.reshape(len(gradient), 1, -1)
+        gram, right = torch.bmm(dg, dg.mT), torch.bmm(dg, g.mT)
         # Forgotten pairs are zero; the ridge gives them the weight zero.
         finfo, diagonal = torch.finfo(gram.dtype), gram.diagonal(dim1=1, dim2=2)
         diagonal += 10 * finfo.eps * diagonal.sum(1, keepdim=True) + finfo.tiny
         weights = torch.linalg.solve_ex(gram, right).result.mT
-        rest = gradient - (weights @ dg).reshape(gradient.shape)
-        return step * rest + (weights @ dz).reshape(gradient.shape)
+        rest = torch.baddbmm(g, weights, dg, alpha=-1)
+        return torch.baddbmm(expand_like(step, g) * rest, weights, dz).reshape(gradient.shape)
 
     def remember(self, dz: Tensor, dg: Tensor, accepted: Tensor) -> None:
         """Add a pair; a sample whose step was not ``accepted (B,)`` forgets all of its own."""

@@ -158,8 +158,9 @@ class FlowOpt:
                 are given, or ``"auto"`` finds no step size that converges for some sample.
 
         Warns:
-            UserWarning: Once, if a given step without backtracking is above the bound of a pair of
-                consecutive iterates.
+            UserWarning: Once, if without backtracking a residual grows because the given step is
+                above the bound of a pair of consecutive iterates. If results of the velocity are
+                not finite.
         """
         if not x1.is_floating_point():
             raise TypeError(f"x1 must be a floating-point tensor, got {x1.dtype}")
@@ -182,10 +183,10 @@ class FlowOpt:
 
         def advance(now: _Iterate) -> _Iterate:
             trial = evaluate(now.z - history.update(now.gradient, run.step))
-            accepted = run.judge(now, trial)
+            chosen, accepted = run.judge(now, trial)
             if history.memory:
                 history.remember(trial.z - now.z, trial.gradient - now.gradient, accepted)
-            return _select(accepted, trial, now)
+            return chosen
 
         for k in range(1, self.num_iters + 1):
             if run.any_running:
@@ -206,46 +207,49 @@ class _Iterate(NamedTuple):
 
 def _select(where: Tensor, a: _Iterate, b: _Iterate) -> _Iterate:
     """Per sample, one of two iterates."""
-    if bool(where.all()):
-        return a
     return _Iterate(*(torch.where(expand_like(where, u), u, v) for u, v in zip(a, b, strict=True)))
 
 
 class _Run:
-    """Every sample's step, state and record in one run."""
+    """Every sample's step, state and record in one run.
+
+    Beside a small network every tensor operation shows: iterations that bring every sample nearer,
+    as most do, are told by one comparison, and nothing else is asked of them.
+    """
 
     def __init__(self, settings: FlowOpt, x1: Tensor, y: Tensor, first: _Iterate, callback):
-        self.settings, self.y, self.callback, self.warned = settings, y, callback, False
-        auto = settings.step_size == "auto"
-        self.step = y.new_full((len(y),), torch.nan if auto else float(settings.step_size))
+        self.settings, self.y, self.callback = settings, y, callback
+        self.auto, self.warned = settings.step_size == "auto", False
+        self.step = y.new_full((len(y),), torch.nan if self.auto else float(settings.step_size))
         self.status = torch.zeros(len(y), dtype=torch.long, device=y.device)
         self.running, self.any_running = self.status == RUNNING, True
-        self.best = None if settings.backtrack else first  # backtracking stays at its best
-        # Rounding about an exact start is no divergence.
-        eps = torch.finfo(x1.dtype).eps
-        self.limit = DIVERGENCE * first.residual.clamp_min(eps**0.5)
-        self.rounding = (ROUNDING * eps) ** 2 * inner(first.x, first.x)
+        self.best, self.steady = first, False
         self.tried = self.reference = first.residual
         self.stale = torch.zeros_like(self.status)
+        # Rounding about an exact start is no divergence.
+        self.eps = torch.finfo(x1.dtype).eps
+        self.limit = DIVERGENCE * first.residual.clamp_min(self.eps**0.5)
         count = settings.num_iters + 1
         self.rows = sorted(set(range(count) if settings.keep is None else settings.keep))
         self.trace = x1.new_empty((len(self.rows), *x1.shape))
         self.residuals: list[Tensor] = []
 
-    def judge(self, now: _Iterate, trial: _Iterate) -> Tensor:
-        """Which samples go on to the trial; adapts their steps."""
+    def judge(self, now: _Iterate, trial: _Iterate) -> tuple[_Iterate, Tensor]:
+        """The next iterates, and whose are the trial's; adapts the steps."""
         self.tried = trial.residual
-        if not self.settings.backtrack:
+        better = self.running & (trial.residual <= self.best.residual)
+        self.steady = bool(better.all())
+        self.best = trial if self.steady else _select(better, trial, self.best)
+        if self.settings.backtrack:
+            if self.steady:
+                self.step = GROW * self.step
+            else:
+                shrunk = torch.where(self.running, SHRINK * self.step, self.step)
+                self.step = torch.where(better, GROW * self.step, shrunk)
+            return self.best, better
+        if self.auto or not self.steady:
             self._compare_bound(now, trial)
-            return self.running
-        accepted = self.running & (trial.residual <= now.residual)
-        grown = GROW * self.step
-        if bool(accepted.all()):
-            self.step = grown
-        else:
-            shrunk = torch.where(self.running, SHRINK * self.step, self.step)
-            self.step = torch.where(accepted, grown, shrunk)
-        return accepted
+        return trial if self.steady else _select(self.running, trial, now), self.running
 
     def _compare_bound(self, now: _Iterate, trial: _Iterate) -> None:
         """Lower an automatic step, or warn of a given one, above the bound of the last pair."""
@@ -253,14 +257,13 @@ class _Run:
             return
         dg = trial.gradient - now.gradient
         product, squared = inner(trial.z - now.z, dg), inner(dg, dg)
-        auto = self.settings.step_size == "auto"
         # An automatic step is half of its bound, a given one may be all of it.
-        exceeds = self.step * squared > (1 if auto else 2.01) * product
-        exceeds &= self.running & (squared > self.rounding)
+        exceeds = self.step * squared > (1 if self.auto else 2.01) * product
+        exceeds &= self.running & (squared > (ROUNDING * self.eps) ** 2 * inner(trial.x, trial.x))
         if not bool(exceeds.any()):
             return
         bound = 2 * product / squared
-        if auto:
+        if self.auto:
             self.step = torch.where(exceeds & (bound > 0), bound / 2, self.step)
         else:
             self.warned = True
@@ -279,9 +282,8 @@ class _Run:
         if not self.any_running:
             return
         settings = self.settings
-        if self.best is not None:
-            self.best = _select(now.residual < self.best.residual, now, self.best)
-        self._end(DIVERGED, ~(now.residual <= self.limit))
+        if not self.steady:
+            self._end(DIVERGED, ~(now.residual <= self.limit))
         self._end(CONVERGED, now.residual <= settings.tolerance)
         if settings.distance is not None:
             self._end(STOPPED, rms(now.x - self.y) <= settings.distance)
@@ -303,8 +305,18 @@ class _Run:
 
     def result(self, now: _Iterate) -> _Iterate:
         """Where a sample diverged its best iterate, otherwise its last."""
-        self._end(DIVERGED, ~self.tried.isfinite())
-        return now if self.best is None else _select(self.status == DIVERGED, self.best, now)
+        if self.steady:
+            return now
+        broken = ~self.tried.isfinite()
+        self._end(DIVERGED, broken)
+        diverged = self.status == DIVERGED
+        if rows := (broken & diverged).nonzero().flatten().tolist():
+            warnings.warn(
+                f"velocity must be finite, got NaN or infinite results for samples {rows[:10]}; "
+                "the best iterate of each is returned",
+                stacklevel=4,
+            )
+        return _select(diverged, self.best, now)
 
 
 def _measured_step(evaluate, objective, now: _Iterate, running: Tensor, dtype) -> Tensor:

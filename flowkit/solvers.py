@@ -49,6 +49,8 @@ class Field:
 
 def with_edges(times: Tensor, edges: Sequence[float], after):
     """Stop at a velocity's edges as well, unseen by what follows each step."""
+    if not edges:
+        return times, after
     low, high = sorted((float(times[0]), float(times[-1])))
     inside = [edge for edge in edges if low < edge < high]
     missing = [edge for edge in inside if (times - edge).abs().min() > CLOSE]
@@ -139,7 +141,7 @@ class Corrected:
         v = f.at(x, t) if self.carried is None else self.carried
         for _ in range(self.corrections):
             v = f.at(_stage(x, v, h), t + h)
-        self.carried = v.clone()
+        self.carried = v  # a buffer of the velocity perhaps, used before the next evaluation
         return f.add(x, v, h)
 
 

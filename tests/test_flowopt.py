@@ -439,7 +439,11 @@ def test_nan_from_the_network_ends_its_own_sample_alone(backtrack):
 
     x1 = data()
     flowopt = FlowOpt(ODESampler(5), 0.5, 5, backtrack)
-    edit, sound = flowopt(Breaks(), x1), flowopt(CENTRED, x1)
+    message = r"velocity must be finite, got NaN or infinite results for samples \[1\]; the best"
+    with pytest.warns(UserWarning, match=message) as caught:
+        edit = flowopt(Breaks(), x1)
+    assert [w.filename for w in caught] == [__file__]
+    sound = flowopt(CENTRED, x1)
     assert edit.status == tuple("diverged" if k == 1 else "iterations" for k in range(6))
     assert torch.equal(edit.x[1], sound.trace[1, 1]), "its best iterate"
     others = [0, 2, 3, 4, 5]
@@ -449,7 +453,8 @@ def test_nan_from_the_network_ends_its_own_sample_alone(backtrack):
 
 def test_nan_from_the_start_is_divergence():
     net = Counted(lambda x, t, cond: x * torch.nan)
-    edit = FlowOpt(ODESampler(5), num_iters=5)(net, data())
+    with pytest.warns(UserWarning, match=r"velocity must be finite, got .* \[0, 1, 2, 3, 4, 5\]"):
+        edit = FlowOpt(ODESampler(5), num_iters=5)(net, data())
     assert set(edit.status) == {"diverged"}
     assert net.calls == edit.nfe == 6 + 5
 

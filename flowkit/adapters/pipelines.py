@@ -214,9 +214,14 @@ class _Bound:
 
 def _rows(value: Tensor, parts: int, batch: int) -> Tensor:
     """Conditions of one sample serve a batch."""
-    if len(value) == parts != parts * batch:
-        value = value.repeat_interleave(batch, 0)
-    return value
+    if len(value) == parts * batch:
+        return value
+    if len(value) != parts:
+        raise ValueError(
+            f"number of prompts must be 1 or that of the samples, {batch}, "
+            f"got {len(value) // parts}"
+        )
+    return value.repeat_interleave(batch, 0)
 
 
 def _guided(prompt: dict[str, Tensor], negative: dict[str, Tensor], scale: float) -> dict:
