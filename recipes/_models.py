@@ -34,15 +34,17 @@ class RunFlow:
 
     def __init__(self, module: FlowModule, trained: dict[str, Any]):
         self.module, self.trained = module, trained
-        self.channels = trained["shape"][0]
+        self.image_shape = tuple(trained.get("image_shape") or trained["shape"])
+        self.channels = self.image_shape[0]
 
     @classmethod
     def load(cls, cfg: DictConfig) -> "RunFlow":
         """Load the run of a configuration; its flow must be one of images."""
         trained = read_config(cfg.run)
-        if len(trained["shape"]) != 3:
+        flow = cls(load_run(cfg.run).to(cfg.device), trained)
+        if len(flow.image_shape) != 3:
             raise ValueError(f"run must be one of images, got data of shape {trained['shape']}")
-        return cls(load_run(cfg.run).to(cfg.device), trained)
+        return flow
 
     def defaults(self, inverting: bool) -> Settings:
         """An edit takes small steps, so that there are iterates to choose from."""
@@ -67,10 +69,10 @@ class RunFlow:
 
     def encode(self, images: Tensor) -> Tensor:
         """States of the flow: the means of an autoencoder's latents."""
-        shape, expected = tuple(images.shape[1:]), tuple(self.trained["shape"])
-        if shape != expected:
+        shape = tuple(images.shape[1:])
+        if shape != self.image_shape:
             raise ValueError(
-                f"image must have the size of the run's, {expected}, got {shape}; resize it"
+                f"image must have the size of the run's, {self.image_shape}, got {shape}; resize it"
             )
         autoencoder: Any = self.module.autoencoder
         posterior = getattr(autoencoder, "posterior", None)

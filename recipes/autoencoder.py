@@ -3,6 +3,7 @@
 flowkit autoencoder hydra.run.dir=runs/autoencoder                         on the digits
 flowkit autoencoder data=fashion_mnist hydra.run.dir=runs/autoencoder
 flowkit autoencoder data=folder data.root=photos data.image_size=64 vae.multipliers=[1,2,4,4]
+flowkit autoencoder resume=runs/autoencoder                                go on where it stopped
 
 The folder is read by diffusers' ``AutoencoderKL.from_pretrained`` and by ``flowkit encode``.
 """
@@ -15,6 +16,7 @@ from typing import Any
 
 import hydra
 import torch
+from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning import Trainer, seed_everything
 from omegaconf import DictConfig, OmegaConf
@@ -28,16 +30,15 @@ from flowkit.metrics.pictures import save_picture
 from flowkit.modules.autoencoding import Autoencoding, FeatureError
 from flowkit.modules.callbacks import LastCheckpoint, StepProgress
 from flowkit.modules.runs import CHECKPOINT, CONFIG
+from flowkit.recipes.train import UNRESOLVED, find_checkpoint, resumed
 
 
 def autoencoder(cfg: DictConfig) -> KLAutoencoder:
     """Train as configured; writes the network with its scale, ``metrics.json`` and a picture."""
     began, folder = time.perf_counter(), Path(cfg.run_dir)
-    if (folder / "config.json").exists() and (cfg.resume is None or Path(cfg.resume) != folder):
-        raise FileExistsError(
-            f"hydra.run.dir must hold no autoencoder, got {folder}; flows may be trained on it: "
-            f"choose another folder, or go on with it by resume={folder}"
-        )
+    composed = OmegaConf.to_yaml(cfg)  # now, since building parts resolves their references
+    checkpoint = None if cfg.resume is None else find_checkpoint(Path(cfg.resume))
+    _refuse_overwriting(folder, checkpoint)
     seed_everything(cfg.seed, workers=True, verbose=False)
     data = instantiate(cfg.data)
     data.prepare_data()
@@ -54,9 +55,10 @@ def autoencoder(cfg: DictConfig) -> KLAutoencoder:
     )
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).write_text(OmegaConf.to_yaml(cfg, resolve=True))
+    (folder / UNRESOLVED).write_text(composed)
     parameters = sum(p.numel() for p in vae.parameters())
     print(f"model     {type(vae).__name__}, {parameters:,} parameters, images {data.shape}")
-    _fit(cfg, module, data, folder)
+    _fit(cfg, module, data, folder, checkpoint)
 
     network = KLAutoencoder(vae.to(cfg.device))
     images = (batch["x1"] for batch in data.dataloader("train", cfg.batch_size))
@@ -90,7 +92,20 @@ def autoencoder(cfg: DictConfig) -> KLAutoencoder:
     return network
 
 
-def _fit(cfg: DictConfig, module: Autoencoding, data: SplitData, folder: Path) -> None:
+def _refuse_overwriting(folder: Path, checkpoint: Path | None) -> None:
+    trained = folder / CHECKPOINT
+    if checkpoint is not None and trained.exists() and checkpoint.samefile(trained):
+        return
+    if trained.exists() or (folder / "config.json").exists():
+        raise FileExistsError(
+            f"hydra.run.dir must hold no autoencoder, got {folder}; flows may be trained on it: "
+            f"choose another folder, or go on with it by resume={folder}"
+        )
+
+
+def _fit(
+    cfg: DictConfig, module: Autoencoding, data: SplitData, folder: Path, checkpoint: Path | None
+) -> None:
     callbacks: list[Any] = [
         LastCheckpoint((folder / CHECKPOINT).parent, cfg.trainer.val_check_interval)
     ]
@@ -98,8 +113,7 @@ def _fit(cfg: DictConfig, module: Autoencoding, data: SplitData, folder: Path) -
         callbacks.append(StepProgress())
     loggers = [instantiate(node) for node in cfg.logger.values() if node]
     trainer: Trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers)
-    resumed = None if cfg.resume is None else Path(cfg.resume) / CHECKPOINT
-    trainer.fit(module, data, ckpt_path=resumed, weights_only=resumed and True)
+    trainer.fit(module, data, ckpt_path=checkpoint, weights_only=checkpoint and True)
 
 
 def _until(batches: Any, limit: int) -> Any:
@@ -153,6 +167,8 @@ def main(cfg: DictConfig) -> None:
     """Entry point of ``flowkit autoencoder``."""
     # Lightning's own use of an old name of torch's; nothing that a user could do about it.
     warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
+    if cfg.resume is not None and Path(cfg.resume).is_dir():
+        cfg = resumed(cfg, list(HydraConfig.get().overrides.task))
     autoencoder(cfg)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import hydra
+import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import instantiate
@@ -38,7 +39,7 @@ def train(cfg: DictConfig) -> FlowModule:
     """Train as configured; the run folder then holds all that `load_run` and recipes need."""
     composed = OmegaConf.to_yaml(cfg)  # now, since building parts resolves their references
     folder = Path(cfg.run_dir)
-    checkpoint = None if cfg.resume is None else _checkpoint(Path(cfg.resume))
+    checkpoint = None if cfg.resume is None else find_checkpoint(Path(cfg.resume))
     state = None if checkpoint is None else _unfinished(checkpoint, cfg.trainer.max_steps)
     _refuse_overwriting(folder, checkpoint)
     seed_everything(cfg.seed, workers=True, verbose=False)
@@ -65,14 +66,17 @@ def train(cfg: DictConfig) -> FlowModule:
 
 def _module(cfg: DictConfig, data: Any) -> FlowModule:
     """Build the module, telling the configuration what the data are."""
-    cfg.shape, cfg.num_classes = list(data.shape), data.num_classes
+    autoencoder = instantiate(cfg.autoencoder)
+    cfg.shape, cfg.num_classes = _state_shape(data, autoencoder), data.num_classes
+    cfg.image_shape = list(getattr(data, "image_shape", data.shape))
     cfg.needs_data = brings_start(data.train[:1], data)
     drop_cond = cfg.module.get("drop_cond")
-    if drop_cond is not None and drop_cond.get("null") is None:
+    null = None if drop_cond is None else drop_cond.get("null")
+    if null is None or (OmegaConf.is_dict(null) and None in null.values()):
         cfg.module.drop_cond = None  # no labels, no null label
     if "mixed" in str(cfg.trainer.precision) and "fused" in cfg.optimizer:
         cfg.optimizer.fused = False  # Lightning clips no gradients of a fused one there
-    module = instantiate(cfg.module)
+    module = instantiate(cfg.module, autoencoder=autoencoder)
     module.guided(cfg.guidance)  # refuses a scale that pictures would stumble on later
     parameters = sum(p.numel() for p in module.parameters())
     name = f"{type(module).__name__} of {type(module.velocity).__name__}"
@@ -80,11 +84,20 @@ def _module(cfg: DictConfig, data: Any) -> FlowModule:
     return module
 
 
+@torch.no_grad()
+def _state_shape(data: Any, autoencoder: Any) -> list[int]:
+    """The shape of a state of the flow: cached latents are states, images are encoded."""
+    batch = data.stream()[0]
+    x1 = batch["x1"][:1]
+    return list((x1 if "encoded_by" in batch else autoencoder.encode(x1)).shape[1:])
+
+
 def _parts(group: DictConfig | None) -> list:
     return [] if group is None else [instantiate(node) for node in group.values() if node]
 
 
-def _checkpoint(resume: Path) -> Path:
+def find_checkpoint(resume: Path) -> Path:
+    """Return the checkpoint of a run folder, or the one that ``resume`` itself is."""
     file = resume / CHECKPOINT if resume.is_dir() else resume
     if not file.is_file():
         raise FileNotFoundError(f"resume must be a run folder or a checkpoint, got {resume}")

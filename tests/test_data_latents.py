@@ -276,6 +276,17 @@ def test_damaged_and_missing_shards_are_named_and_encoded_again(autoencoder, tmp
     assert _content(tmp_path) == before
 
 
+@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"autoencoder": null}'])
+def test_a_foreign_index_is_named(autoencoder, tmp_path, text):
+    encoded(pictures(), autoencoder, tmp_path)
+    before = _content(tmp_path)
+    (tmp_path / "index.json").write_text(text)
+    with pytest.raises(ValueError, match=r"index.json must be as `flowkit encode` writes it, got"):
+        cached(tmp_path)
+    encoded(pictures(), autoencoder, tmp_path)
+    assert _content(tmp_path) == before
+
+
 def test_another_encoding_in_the_same_folder_is_refused_and_leaves_the_cache(autoencoder, tmp_path):
     encoded(pictures(), autoencoder, tmp_path)
     before, other = _content(tmp_path), make(4)

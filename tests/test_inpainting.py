@@ -23,7 +23,7 @@ def seeded(seed=0):
     size=st.tuples(st.integers(4, 40), st.integers(4, 40)),
     seed=st.integers(0, 10_000),
 )
-def test_every_mask_has_a_hole_and_known_pixels(kind, most, size, seed):
+def test_every_mask_has_a_hole_and_is_that_of_its_seed(kind, most, size, seed):
     masks = RandomMasks(kind, most)(8, size, seeded(seed))
     assert masks.shape == (8, 1, *size)
     assert set(masks.unique().tolist()) <= {0.0, 1.0}

@@ -210,40 +210,53 @@ def read_index(root: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: If the cache is not finished, or shards are missing.
-        ValueError: If a shard is damaged or of another encoding.
+        ValueError: If the index or a shard is damaged or of another encoding.
     """
     root = Path(root)
-    again = "run `flowkit encode` with the same options again"
     if not (root / INDEX).is_file():
         raise FileNotFoundError(
-            f"root must hold a finished cache, got no {INDEX} in {root}; {again}"
+            f"root must hold a finished cache, got no {INDEX} in {root}; {_AGAIN}"
         )
-    index = json.loads((root / INDEX).read_text())
-    ours = index["autoencoder"]["hash"]
-    for split in index["splits"].values():
-        for shard in split["shards"]:
-            file = root / shard["file"]
-            if not file.is_file():
-                raise FileNotFoundError(
-                    f"root must hold all shards of its {INDEX}, got no {file}; {again}"
-                )
-            try:
-                with safe_open(file, framework="pt") as opened:
-                    tag, shape = opened.metadata(), opened.get_slice("mean").get_shape()
-            except SafetensorError as error:
-                raise ValueError(f"shards must be whole, got {file}: {error}; {again}") from error
-            if tag["autoencoder"] != ours or tag["images"] != split["images"]:
-                raise ValueError(
-                    f"shards must be of the autoencoder and images of the {INDEX}, hashes {ours} "
-                    f"and {split['images']}, got {file} of {tag['autoencoder']} and "
-                    f"{tag['images']}; {again} in another root"
-                )
-            if shape != [shard["rows"], *index["latent_shape"]]:
-                raise ValueError(
-                    f"latents must have shape {[shard['rows'], *index['latent_shape']]} as the "
-                    f"{INDEX} says, got {shape} in {file}"
-                )
+    try:
+        index = json.loads((root / INDEX).read_text())
+        hashed, shape = index["autoencoder"]["hash"], index["latent_shape"]
+        for split in index["splits"].values():
+            for shard in split["shards"]:
+                made = {"autoencoder": hashed, "images": split["images"]}
+                _check_shard(root / shard["file"], made, [shard["rows"], *shape])
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{INDEX} must be as `flowkit encode` writes it, got {root}/{INDEX}: {error!r}; "
+            f"{_AGAIN}"
+        ) from error
     return index
+
+
+_AGAIN = "run `flowkit encode` with the same options again"
+
+
+def _check_shard(file: Path, made: Mapping[str, str], expected: list[int]) -> None:
+    """Require a whole shard of the autoencoder and images of its index, and of its shape."""
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"root must hold all shards of its {INDEX}, got no {file}; {_AGAIN}"
+        )
+    try:
+        with safe_open(file, framework="pt") as opened:
+            tag, shape = opened.metadata() or {}, opened.get_slice("mean").get_shape()
+    except SafetensorError as error:
+        raise ValueError(f"shards must be whole, got {file}: {error}; {_AGAIN}") from error
+    found = {key: tag.get(key) for key in made}
+    if found != made:
+        raise ValueError(
+            f"shards must be of the autoencoder and images of the {INDEX}, hashes "
+            f"{' and '.join(made.values())}, got {file} of "
+            f"{' and '.join(map(str, found.values()))}; {_AGAIN} in another root"
+        )
+    if shape != expected:
+        raise ValueError(
+            f"latents must have shape {expected} as the {INDEX} says, got {shape} in {file}"
+        )
 
 
 @functools.cache

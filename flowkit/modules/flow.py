@@ -42,7 +42,8 @@ class FlowModule(LightningModule):
 
     Args:
         velocity: The network.
-        autoencoder: Maps data to what the flow runs on; its `decode` ends `sample`.
+        autoencoder: Maps data to what the flow runs on; its `decode` ends `sample`. It is
+            frozen if it is a module, and follows this one from device to device.
         drop_cond: Conditions dropped in training; guidance needs them.
         optimizer: Makes the optimiser from parameters, e.g.
             ``partial(torch.optim.AdamW, lr=1e-3)``.
@@ -68,9 +69,20 @@ class FlowModule(LightningModule):
             raise TypeError(
                 f"velocity must be callable as velocity(x, t, cond), got {type(velocity).__name__}"
             )
-        self.velocity, self.autoencoder, self.drop_cond = velocity, autoencoder, drop_cond
+        self.velocity, self.drop_cond = velocity, drop_cond
+        if isinstance(autoencoder, nn.Module):
+            autoencoder.eval().requires_grad_(False)
+        # In the dictionary: it moves with this module, but is neither trained, averaged nor stored.
+        self.__dict__["autoencoder"] = autoencoder
         self.make_optimizer, self.make_scheduler = optimizer, lr_scheduler
         self.noise_seed: int | None = None
+
+    autoencoder: Autoencoder
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> "FlowModule":
+        if isinstance(self.autoencoder, nn.Module):
+            self.autoencoder._apply(fn, recurse)
+        return super()._apply(fn, recurse)
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
         """Velocity ``(B, *)`` at ``x (B, *)``, ``t (B,)``: a module is itself a velocity."""

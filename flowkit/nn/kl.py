@@ -44,7 +44,7 @@ def autoencoder_kl(
         block_out_channels=tuple(width * int(m) for m in multipliers),
         layers_per_block=layers,
         latent_channels=latent_channels,
-        # Four channels a group at least: norms of single channels would take each image's brightness.
+        # Four channels a group at least: norms of single channels take an image's brightness away.
         norm_num_groups=max(1, math.gcd(128, width) // 4),
         sample_size=[int(n) for n in shape[1:]],
         scaling_factor=1.0,

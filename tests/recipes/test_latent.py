@@ -10,11 +10,13 @@ import time
 
 import pytest
 import torch
+import yaml
 from diffusers import AutoencoderKL
 from hydra import compose, initialize_config_dir
 from safetensors import safe_open
 
 from flowkit.autoencoders import KLAutoencoder
+from flowkit.metrics.pictures import save_picture
 from flowkit.modules import load_run
 from flowkit.recipes.autoencoder import autoencoder
 from flowkit.recipes.encode import encode
@@ -44,7 +46,7 @@ FLOW = [
     "sampler.grid=2",
 ]
 MLP = ["model.width=32", "model.depth=1"]
-DIT = ["model.net.shape=[4,4,4]", "model.net.width=16", "model.net.depth=1", "model.net.heads=2"]
+DIT = ["model.net.width=16", "model.net.depth=1", "model.net.heads=2"]
 
 
 def _compose(recipe, *overrides):
@@ -121,6 +123,14 @@ def test_autoencoder_is_not_overwritten(network):
         _autoencoder(network)
 
 
+def test_interrupted_autoencoder_is_not_begun_anew(network, tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    last = "checkpoints/last.ckpt"
+    (tmp_path / last).write_bytes((network / last).read_bytes())
+    with pytest.raises(FileExistsError, match=rf"go on with it by resume={tmp_path}"):
+        _autoencoder(tmp_path)
+
+
 def test_perceptual_term_is_of_the_classifier(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     options = ["perceptual=classifier", "data.val_fraction=0.4", "data.test_fraction=0.4"]
@@ -192,6 +202,36 @@ def test_expectations_are_logged_at_the_start(run):
         first = next(csv.DictReader(lines))
     assert float(first["latents/std"]) == pytest.approx(1, abs=0.1)
     assert float(first["latents/zero"]) == pytest.approx(2, abs=0.2)
+
+
+def test_networks_are_told_the_shape_of_latents_encoded_on_the_fly(network, configure, tmp_path):
+    options = [*FLOW, *MLP, f"autoencoder.path={network}", f"run_dir={tmp_path}"]
+    module = train(configure("train", *options, "trainer.max_steps=2"))
+    assert module.sample_shape == tuple(module.velocity.shape) == (4, 4, 4)
+    config = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert (config["shape"], config["image_shape"]) == ([4, 4, 4], [1, 8, 8])
+
+
+def test_published_autoencoders_serve_as_well(configure, tmp_path):
+    """A folder as Stable Diffusion's: three colours, a scale, no size, inside a pipeline's."""
+    torch.manual_seed(0)
+    AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        sample_size=512,
+        scaling_factor=0.18215,
+    ).save_pretrained(tmp_path / "pipeline" / "vae")
+    published = [f"autoencoder.path={tmp_path}/pipeline", "+autoencoder.subfolder=vae"]
+    published += ["autoencoder.image_shape=[1,8,8]"]
+    index = encode(configure("encode", *published, f"out={tmp_path}/cache"))
+    assert (index["image_shape"], index["latent_shape"]) == ([1, 8, 8], [4, 4, 4])
+    options = [*FLOW, *MLP, *published, "data=latents", f"data.root={tmp_path}/cache"]
+    train(configure("train", *options, f"run_dir={tmp_path}/run", "trainer.max_steps=2"))
+    drawn = sample(configure("sample", f"run={tmp_path}/run", "num_samples=3", "sampler.grid=2"))
+    assert drawn.shape == (3, 1, 8, 8)
+    assert load_run(tmp_path / "run").autoencoder.hash == index["autoencoder"]["hash"]
 
 
 def test_evaluation_is_against_images(run, configure, tmp_path):
@@ -295,6 +335,19 @@ def test_inpainting_keeps_known_pixels_exactly(inpainting_run, configure, tmp_pa
 def test_inpainting_needs_a_run_that_learned_it(run, configure):
     with pytest.raises(TypeError, match="run must be trained with module=inpainting, got Latent"):
         inpaint(configure("inpaint", f"run={run}"))
+
+
+def test_holes_of_images_without_labels_are_learned(network, configure, tmp_path):
+    options = ["module=inpainting", "model=inpainting_dit", "callback=conditions", *DIT]
+    options += [f"autoencoder.path={network}", f"run_dir={tmp_path}/run", "trainer.max_steps=2"]
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for k in range(40):
+        save_picture(torch.rand(1, 1, 8, 8) * 2 - 1, folder / f"{k}.png")
+    options += ["data=folder", f"data.root={folder}", "data.image_size=8", "data.channels=1"]
+    assert train(configure("train", *FLOW, *options)).drop_cond is None
+    cfg = configure("inpaint", f"run={tmp_path}/run", "num_images=2", "sampler.grid=2")
+    assert inpaint(cfg).shape == (2, 4, 1, 8, 8)
 
 
 def test_maps_become_images(network, configure, tmp_path):
