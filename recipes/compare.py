@@ -128,30 +128,36 @@ def write_table(rows: list[Row], out: Path, metrics: Iterable[str] | None = None
 
 
 def _plot(rows: list[Row], columns: list[str], file: Path) -> None:
-    """One panel per metric: every seed a dot, their mean a bar across."""
+    """A line per coupling, a panel per problem and metric: seeds are dots, their mean a bar."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, StrMethodFormatter
 
     problems, couplings = (list(dict.fromkeys(r[k] for r in rows)) for k in ("problem", "coupling"))
-    size = (1.5 + 1.6 * len(problems), 3.2)
-    figure = Figure(figsize=(size[0] * len(columns), size[1]), layout="constrained")
-    panels = figure.subplots(1, len(columns), squeeze=False)[0]
-    for axes, name in zip(panels, columns, strict=True):
-        for k, coupling in enumerate(couplings):
-            shift = 0.6 * ((k + 0.5) / len(couplings) - 0.5)
-            for i, problem in enumerate(problems):
+    height = 0.8 + 0.24 * len(couplings)
+    figure = Figure(figsize=(2 + 2.4 * len(columns), height * len(problems)), layout="constrained")
+    grid = figure.subplots(len(problems), len(columns), squeeze=False, sharey=True)
+    for problem, panels in zip(problems, grid, strict=True):
+        panels[0].set_ylabel(problem)
+        for axes, name in zip(panels, columns, strict=True):
+            shown = []
+            for k, coupling in enumerate(couplings):
                 mine = [r for r in rows if (r["problem"], r["coupling"]) == (problem, coupling)]
                 values = [r[name] for r in mine]
-                axes.plot([i + shift] * len(values), values, "o", color=f"C{k}", alpha=0.4, ms=4)
+                axes.plot(values, [k] * len(values), "o", color="C0", alpha=0.5, ms=4)
                 if values:
-                    axes.hlines(fmean(values), i + shift - 0.1, i + shift + 0.1, f"C{k}", lw=2.5)
-            axes.plot([], [], "o", color=f"C{k}", label=coupling)
-        if all(row[name] > 0 for row in rows):
-            axes.set_yscale("log")
-        axes.set_xticks(range(len(problems)), problems, fontsize=8)
-        axes.set_xlim(-0.5, len(problems) - 0.5)
-        axes.set_title(name.replace("_", " "), fontsize=10)
-        axes.grid(axis="y", alpha=0.3)
-    panels[0].legend(fontsize=8)
+                    axes.plot(fmean(values), k, "|", color="C1", ms=13, mew=2.5)
+                shown += values
+            if min(shown) > 0 and max(shown) > 8 * min(shown):
+                axes.set_xscale("log")
+                subs = (1, 2, 5) if max(shown) < 100 * min(shown) else (1,)
+                axes.xaxis.set_major_locator(LogLocator(subs=subs))
+                axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+                axes.minorticks_off()
+            axes.set_yticks(range(len(couplings)), couplings, fontsize=8)
+            axes.tick_params(axis="x", labelsize=8)
+            axes.set_title(name.replace("_", " "), fontsize=10)
+            axes.grid(alpha=0.3)
+    grid[0, 0].set_ylim(len(couplings) - 0.5, -0.5)  # in the order of the table
     figure.savefig(file, dpi=120)
 
 
