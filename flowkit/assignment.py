@@ -70,7 +70,8 @@ def pairwise(a: Tensor, b: Tensor, cost: Cost) -> Tensor:
     """Return the cost ``(N, M)`` of float32 rows ``a (N, d)`` and ``b (M, d)``."""
     if cost == "inner":
         # With `out`, mixed precision around the coupling leaves the product in float32.
-        return torch.mm(a, b.T, out=a.new_empty(len(a), len(b))).mul_(-2)
+        product = a.new_empty(len(a), len(b))
+        return torch.addmm(product, a, b.T, beta=0, alpha=-2, out=product)
     if cost == "cityblock":
         return torch.cdist(a, b, p=1)
     if cost in ("euclidean", "sqeuclidean"):
@@ -110,29 +111,31 @@ def assign(cost: Tensor) -> Tensor:
     from scipy.optimize import linear_sum_assignment
 
     # More samples mean smaller gaps between competitors and more search to save: one colder
-    # problem for each doubling, found by timing.
-    num_stages = max(0, int(math.log2(max(len(cost), 1))) - 4)
-    rows, columns = linear_sum_assignment(_reduced(cost, num_stages))
-    partner = np.empty_like(rows)
-    partner[columns] = rows
-    return torch.from_numpy(partner).to(cost.device)
+    # problem for each doubling, and only the minima of columns for few, found by timing.
+    if len(cost) > 64:
+        matrix = _reduced(cost, int(math.log2(len(cost))) - 4)
+    else:
+        matrix = cost.detach().cpu().numpy()
+        matrix = np.subtract(matrix, matrix.min(0, initial=np.inf), dtype=np.float64)
+    _, columns = linear_sum_assignment(matrix)
+    return torch.from_numpy(columns.argsort()).to(cost.device)  # the row of each column
 
 
 def potentials(
-    cost: np.ndarray, num_stages: int, ratio: float = 0.25, num_iters: int = 5
+    cost: np.ndarray, num_stages: int, num_iters: int = 5
 ) -> tuple[np.ndarray, np.ndarray]:
     """Estimate dual potentials ``f, g (B,)`` with ``f_i + g_j ≲ cost_ij``, tight on the optimum.
 
-    Annealed Sinkhorn: at temperatures falling by ``ratio``, the kernel
+    Annealed Sinkhorn: at temperatures falling by a factor 4, the kernel
     ``K = exp((f ⊕ g − cost) / ε)`` is balanced by ``v = 1 / Kᵀu``, ``u = 1 / Kv`` and the logs of
-    ``u, v`` are absorbed into ``f, g``. Potentials move smoothly with ``ε``, so each stage starts
+    ``u, v`` are absorbed into ``f, g``. The next kernel is the fourth power of the balanced one, so
+    that a single exponential is taken. Potentials move smoothly with ``ε``, so each stage starts
     from the line through the last two; along a geometric sequence its step is
-    ``ratio (f_k − f_{k−1})``. An estimate of any quality is fit for `assign`.
+    ``(f_k − f_{k−1}) / 4``. An estimate of any quality is fit for `assign`.
 
     Args:
         cost: ``(B, B)`` float32, finite.
         num_stages: Number of temperatures; 0 only subtracts row and column minima.
-        ratio: Of one temperature to the last, in (0, 1).
         num_iters: Balancing rounds per temperature.
 
     Source: B. Schmitzer, *Stabilized sparse scaling algorithms for entropy regularized
@@ -142,18 +145,18 @@ def potentials(
     kernel = f[:, None] - cost
     g = -kernel.max(0)
     kernel += g
-    temperature = -ratio * float(kernel.mean())
-    last = None
+    temperature = -float(kernel.mean()) / 4
+    if not (num_stages and temperature):
+        return f, g
     # BLAS would split long products of a matrix and a vector over threads. There is little to
     # gain, and much to lose where other processes (a loader's workers) keep the cores busy.
     one_thread = _blas().limit(limits=1, user_api="blas") if len(f) > 512 else nullcontext()
     # A kernel that under- or overflows ends the annealing.
     with one_thread, np.errstate(all="ignore"):
-        for _ in range(num_stages if temperature else 0):
-            np.subtract(f[:, None], cost, out=kernel)
-            kernel += g
-            kernel *= 1 / temperature
-            np.exp(kernel, out=kernel)
+        kernel /= temperature
+        np.exp(np.maximum(kernel, -80, out=kernel), out=kernel)
+        last = None
+        for stage in range(num_stages):
             u = v = np.ones_like(f)
             for _ in range(num_iters):
                 v = 1 / (u @ kernel)
@@ -161,11 +164,16 @@ def potentials(
             new = f + temperature * np.log(u), g + temperature * np.log(v)
             if not math.isfinite(new[0] @ new[1]):
                 break
-            f, g = new
-            if last is not None:
-                f, g = f + ratio * (f - last[0]), g + ratio * (g - last[1])
+            steps = (0, 0) if last is None else ((new[0] - last[0]) / 4, (new[1] - last[1]) / 4)
+            f, g = new[0] + steps[0], new[1] + steps[1]
             last = new
-            temperature *= ratio
+            if stage < num_stages - 1:
+                kernel *= (u * np.exp(steps[0] / temperature))[:, None]
+                kernel *= v * np.exp(steps[1] / temperature)
+                # Less would become subnormal numbers, on which processors are slow.
+                np.maximum(kernel, 1e-9, out=kernel)
+                np.square(np.square(kernel, out=kernel), out=kernel)
+                temperature /= 4
     return f, g
 
 
@@ -217,8 +225,7 @@ def _reduced(cost: Tensor, num_stages: int) -> np.ndarray:
     """Return the cost less its estimated potentials, in float64: it has the same plans."""
     matrix = cost.detach().cpu().numpy()
     f, g = potentials(matrix.astype(np.float32, copy=False), num_stages)
-    reduced = matrix.astype(np.float64)
-    reduced -= f[:, None]
+    reduced = np.subtract(matrix, f[:, None], dtype=np.float64)
     reduced -= g
     return reduced
 

@@ -1,4 +1,7 @@
-"""How long exact pairing takes, relative to the plan sampler of the `torchcfm` package."""
+"""How long exact pairing takes, relative to the plan sampler of the `torchcfm` package.
+
+Both in processor time of one thread, so that other work on the machine disturbs them less.
+"""
 
 import time
 import warnings
@@ -6,6 +9,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from threadpoolctl import threadpool_limits
 
 from flowkit.couplings import MinibatchOT
 
@@ -31,17 +35,31 @@ def samples(batch: int, dim: int, seed: int) -> tuple[torch.Tensor, torch.Tensor
 
 
 def median_times(functions, pairs) -> list[float]:
+    """Over pairs; of each the least of three, taken in turn."""
     times = [[] for _ in functions]
     for x0, x1 in pairs:
-        for function, spent in zip(functions, times, strict=True):
-            start = time.perf_counter()
-            function(x0, x1)
-            spent.append(time.perf_counter() - start)
+        tries = [[] for _ in functions]
+        for _ in range(3):
+            for function, spent in zip(functions, tries, strict=True):
+                start = time.thread_time()
+                function(x0, x1)
+                spent.append(time.thread_time() - start)
+        for spent, of_pair in zip(times, tries, strict=True):
+            spent.append(min(of_pair))
     return [float(np.median(spent)) for spent in times]
 
 
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with threadpool_limits(1):
+        yield
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.benchmark
-def test_exact_pairing_takes_at_most_half_the_time_of_torchcfm(benchmark):
+def test_exact_pairing_takes_at_most_half_the_time_of_torchcfm(benchmark, one_thread):
     plans = pytest.importorskip("torchcfm.optimal_transport", exc_type=ImportError)
     reference, ours = plans.OTPlanSampler("exact").sample_plan, MinibatchOT().pair
     ratios = {}
@@ -51,7 +69,7 @@ def test_exact_pairing_takes_at_most_half_the_time_of_torchcfm(benchmark):
         warnings.simplefilter("ignore")
         for dim in DIMS:
             for batch in BATCHES:
-                rounds = 5 if batch >= 1024 else 21
+                rounds = 3 if batch >= 1024 else 11
                 pairs = [samples(batch, dim, seed) for seed in range(rounds)]
                 median_times((reference, ours), pairs[:2])
                 theirs, mine = median_times((reference, ours), pairs)
