@@ -309,10 +309,15 @@ def pad_to_multiple(images: Tensor, factor: int) -> Tensor:
 def identity(autoencoder: Autoencoder) -> dict[str, Any]:
     """What a checkpoint or a cache records of an autoencoder: ``hash`` and ``config``, or None.
 
+    The hash of a network that names none is that of its weights.
+
     >>> identity(Identity())
     {'hash': 'identity', 'config': None}
     """
-    return {name: getattr(autoencoder, name, None) for name in ("hash", "config")}
+    found = {name: getattr(autoencoder, name, None) for name in ("hash", "config")}
+    if found["hash"] is None and isinstance(autoencoder, nn.Module):
+        found["hash"] = _hash(autoencoder.state_dict(), {})
+    return found
 
 
 def check_identity(stored: Mapping[str, Any], autoencoder: Autoencoder, made: str) -> None:

@@ -8,6 +8,7 @@ from hydra.utils import instantiate
 from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
 from omegaconf import OmegaConf
+from torch import nn
 from torch.utils.data import DataLoader
 
 from flowkit.exact import GaussianFlow
@@ -15,7 +16,7 @@ from flowkit.guidance import DropCond
 from flowkit.losses import flow_matching_loss
 from flowkit.modules import ConditionalFlowMatching, load_run
 from flowkit.modules.runs import build
-from flowkit.nn import ResidualMLP
+from flowkit.nn import MLP, ResidualMLP
 from flowkit.sampling import ODESampler
 
 
@@ -204,3 +205,38 @@ def test_a_resumed_run_follows_the_schedule_and_values_configured_now(tmp_path, 
     assert _fit(tmp_path, 8, long, decay=0.5, **resume) == whole[4:]
     assert first != whole[:4]
     assert [step for step, *_ in whole] == list(range(8))
+
+
+class Halves(nn.Module):
+    """An autoencoder of a user's own, with weights, which names no hash."""
+
+    def __init__(self, gain=2.0):
+        super().__init__()
+        self.gain, self.dropout = nn.Parameter(torch.tensor(gain)), nn.Dropout(0.5)
+
+    def encode(self, images):
+        return self.dropout(images[:, :1] / self.gain)
+
+    def decode(self, latents):
+        return (latents * self.gain).repeat(1, 2)
+
+
+def test_an_autoencoder_is_frozen_and_stays_out_of_checkpoints(tmp_path):
+    autoencoder = Halves()
+    module = ConditionalFlowMatching(MLP((1,), width=8, depth=1), autoencoder=autoencoder).train()
+    names = [name for name, _ in module.named_parameters()] + list(module.state_dict())
+    assert not any("autoencoder" in name for name in names)
+    assert not autoencoder.training
+    assert not autoencoder.gain.requires_grad
+    assert module.double().autoencoder is autoencoder
+    assert autoencoder.gain.dtype == torch.float64
+    module.float().loss({"x1": torch.randn(4, 2)})
+    assert module.sample_shape == (1,)
+    assert module.sample(3).shape == (3, 2)
+    checkpoint: dict = {}
+    module.on_save_checkpoint(checkpoint)
+    another = ConditionalFlowMatching(MLP((1,), width=8, depth=1), autoencoder=Halves(3.0))
+    with pytest.raises(ValueError, match="autoencoder must be the one that the flow was made with"):
+        another.on_load_checkpoint(checkpoint)
+    another.autoencoder.load_state_dict(autoencoder.state_dict())
+    another.on_load_checkpoint(checkpoint)

@@ -221,7 +221,7 @@ class BlockwiseFlowMatching(FlowModule):
                 stack.net.load_state_dict(plain)
             return
         missing, unexpected = self.load_state_dict(state, strict=False)
-        optional = ("velocity.feature_residual.", "projector.", "autoencoder.")
+        optional = ("velocity.feature_residual.", "projector.")
         wrong = [k for k in (*missing, *unexpected) if not k.startswith(optional)]
         if wrong:
             raise RuntimeError(
