@@ -197,6 +197,14 @@ def _report(metrics: dict[str, Any]) -> None:
 # --- feature networks by name, for conf/metric -------------------------------------------------
 
 
+def features_for(data: SplitData, seed: int) -> Features:
+    """Return `classifier_features` or, for data without class labels, `pixel_features`."""
+    if labels_of(data.train[:1], data.num_classes) is not None:
+        return classifier_features(data, seed)
+    print("features  pixels, since the data have no class labels")
+    return pixel_features(data)
+
+
 def classifier_features(data: SplitData, seed: int) -> ConvClassifier:
     """Return a classifier of the data's own classes, trained once and kept in the user's cache."""
     train = data.train

@@ -50,6 +50,17 @@ def test_one_probe_is_exact_for_a_diagonal_jacobian():
     torch.testing.assert_close(result.value, flow.log_prob(x1), rtol=0, atol=1e-5)
 
 
+def test_a_probe_makes_no_error_in_one_dimension():
+    flow = GaussianFlow(1.0, 0.4)
+    x1 = flow.solution(torch.randn(4, 1).double())
+    exact, probed = (
+        log_likelihood(ODESampler(100, "rk4"), flow, x1, divergence=divergence)
+        for divergence in ("exact", "hutchinson")
+    )
+    assert torch.equal(probed.value, exact.value)
+    assert torch.equal(probed.stderr, exact.stderr)
+
+
 def test_stderr_sees_what_lies_off_the_diagonal():
     """v = x A with A swapping two coordinates: no trace, and estimates that are all noise."""
     swap = torch.tensor([[0.0, 1.0], [1.0, 0.0]], dtype=torch.float64)

@@ -11,9 +11,9 @@ from omegaconf import open_dict
 from flowkit.data import Toy
 from flowkit.data.arrays import Arrays
 from flowkit.data.splits import SplitData
-from flowkit.metrics import tensor_hash
+from flowkit.metrics import Pixels, tensor_hash
 from flowkit.modules import load_run
-from flowkit.recipes.evaluate import evaluate, picture_rows, proportional_rows
+from flowkit.recipes.evaluate import evaluate, features_for, picture_rows, proportional_rows
 from flowkit.recipes.sample import choose_labels, sample
 from flowkit.recipes.train import train
 from tests.recipes.conftest import TINY
@@ -217,3 +217,23 @@ def test_evaluation_of_points(configure, tmp_path):
     assert metrics["w2_squared"] == pytest.approx(metrics["w2"] ** 2)
     # a barely trained flow hardly moves: its path energy is far below the transport it needs
     assert metrics["path_energy_below_w2_squared"] is True
+
+
+class Masks(SplitData):
+    """Images whose conditions are masks of three classes."""
+
+    num_classes = 3
+
+    def __init__(self):
+        super().__init__(batch_size=4, seed=0, num_workers=0)
+
+    def load(self):
+        part = Arrays({"x1": torch.zeros(4, 1, 2, 2), "cond": torch.ones(4, 2, 2).long()})
+        return {"train": part, "val": part, "test": part}
+
+
+def test_data_without_class_labels_are_measured_by_their_pixels(capsys):
+    data = Masks()
+    data.setup()
+    assert isinstance(features_for(data, seed=0), Pixels)
+    assert "pixels, since the data have no class labels" in capsys.readouterr().out
