@@ -195,36 +195,11 @@ def test_validation_and_pictures_use_the_same_noise_every_time(tiny_run, configu
     assert losses[0] == losses[1]
 
 
-@pytest.mark.parametrize("null", ["${num_classes}", {"label": "${num_classes}"}])
-def test_data_without_labels_need_no_class_settings(configure, tmp_path, null):
+def test_data_without_labels_need_no_class_settings(configure, tmp_path):
     options = [*TINY, "data=toy", "data.size=500", f"run_dir={tmp_path}"]
-    cfg = configure("train", *options)
-    cfg.module.drop_cond["null"] = null
-    module = train(cfg)
+    module = train(configure("train", *options))
     assert module.drop_cond is None
     assert load_run(tmp_path).sample(4, seeds=range(4)).shape == (4, 2)
-
-
-class Quarters:
-    """An autoencoder: images of 8x8 as latents of 4x4."""
-
-    hash, config = "quarters", None
-
-    def encode(self, images):
-        return torch.nn.functional.avg_pool2d(images, 2) + 0 * torch.randn(())
-
-    def decode(self, latents):
-        return latents.repeat_interleave(2, 2).repeat_interleave(2, 3)
-
-
-def test_a_model_of_latents_takes_their_shape(configure, tmp_path):
-    target = "autoencoder._target_=tests.recipes.test_train.Quarters"
-    options = [*TINY, "trainer.max_steps=2", "trainer.val_check_interval=2"]
-    cfg = configure("train", *options, target, f"run_dir={tmp_path}")
-    module = train(cfg)
-    assert cfg.shape == [1, 4, 4]
-    assert module.velocity.shape == module.sample_shape == (1, 4, 4)
-    assert load_run(tmp_path).sample(2, cond=torch.tensor([1, 2])).shape == (2, 1, 8, 8)
 
 
 def test_training_learns(configure, tmp_path):
