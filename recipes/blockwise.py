@@ -46,18 +46,20 @@ def network(stored: dict[str, Any], cfg: DictConfig) -> dict[str, Any]:
     """The run's network, with a feature residual in the second stage, or blocks of a plain one.
 
     Raises:
-        ValueError: If the second stage is asked of a plain network.
+        ValueError: If the second stage is asked of a network without a trunk.
     """
+    if cfg.stage == "fra" and (
+        "edges" not in stored or ("trunk" in stored and not stored["trunk"])
+    ):
+        raise ValueError(
+            f"run must be of blocks with a trunk for stage fra, got {stored['_target_']} without; "
+            "stage=flow makes blocks of a plain network, or trains them on"
+        )
     if "edges" in stored:
-        if cfg.stage != "fra":
-            return stored
+        if cfg.stage != "fra":  # a trunk that is trained on leaves its feature residual behind
+            return stored if cfg.segments else {**stored, "feature_mode": "full"}
         residual = stored.get("residual_depth") or cfg.residual_depth
         return {**stored, "residual_depth": residual, "feature_mode": "fra"}
-    if cfg.stage == "fra":
-        raise ValueError(
-            f"run must be of a blockwise network for stage fra, got {stored['_target_']}; "
-            "stage=flow makes blocks of it"
-        )
     ends = edges(cfg)
     return {
         "_target_": "flowkit.nn.blockwise.Blockwise",
@@ -99,6 +101,7 @@ def main(cfg: DictConfig) -> None:
     """Entry point of ``flowkit blockwise``."""
     # Lightning's own use of an old name of torch's; nothing that a user could do about it.
     warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=".*in eval mode at the start.*")  # what is frozen
     blockwise(cfg)
 
 

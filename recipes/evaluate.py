@@ -29,13 +29,15 @@ from flowkit.metrics import (
     versions,
 )
 from flowkit.metrics.pictures import save_picture
-from flowkit.modules import FlowModule, load_run
+from flowkit.modules import FlowModule
 from flowkit.modules.flow import Guidance, brings_start, labels_of
 from flowkit.modules.runs import read_config
 from flowkit.recipes.sample import (
+    block_cost,
     describe,
     draw,
     given_source,
+    loaded,
     make_sampler,
     start,
     test_data,
@@ -59,7 +61,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     """Evaluate as configured; writes ``metrics.json`` and ``samples.png``."""
     run = Path(cfg.run)
     out = Path(cfg.out) if cfg.out else run
-    trained, module = read_config(run), load_run(run).to(cfg.device)
+    trained, module = read_config(run), loaded(cfg)
     data = test_data(trained)
     guidance = trained["guidance"] if cfg.guidance is None else cfg.guidance
     sampler = make_sampler(cfg.sampler, module, guidance)
@@ -161,6 +163,7 @@ def _measure_points(
         **describe(sampler, guidance),
         "nfe": solution.nfe,
         "network_rows_per_sample": solution.rows / size,
+        **block_cost(module, x0[0], cond, size),
         **source,
         "batch_size": size,  # their paths are measured together
         "conditions": None if cond is None else "of the test split",

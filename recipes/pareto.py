@@ -31,7 +31,7 @@ from flowkit.modules import FlowModule, load_run
 from flowkit.modules.runs import read_config
 from flowkit.nn.blockwise import Blockwise
 from flowkit.nn.drift import Drift, feature_drift
-from flowkit.nn.flops import part_flops, predicted_gain, sampling_cost
+from flowkit.nn.flops import network_flops, part_flops, predicted_gain
 from flowkit.recipes.sample import choose_labels, describe, draw, start, test_data, weights
 from flowkit.sampling import ODESampler, seeded_noise
 
@@ -56,7 +56,6 @@ class Point(NamedTuple):
             flow.feature_mode, flow.reach = self.mode, {}
             if self.drift is not None and self.tolerance is not None:
                 flow.refresh_beyond(self.drift.rates(), self.tolerance)
-            flow.usage.clear()
         return self.module
 
 
@@ -85,7 +84,7 @@ def pareto(cfg: DictConfig) -> list[Row]:
                 print("  ".join(f"{key} {_short(rows[-1][key])}" for key in SHOWN), flush=True)
     for row, seconds in zip(rows, wall_times(cfg, timed, measure.labels), strict=True):
         row["seconds"] = seconds
-    gains = measured_gains(rows, timed)
+    gains = measured_gains(rows)
     record = {"rows": rows, "gains": gains, "features": measure.name, "versions": versions()}
     (out / "pareto.json").write_text(json.dumps(record, indent=2) + "\n")
     write_table(rows, gains, out / "pareto.md")
@@ -186,15 +185,18 @@ def sample(cfg: DictConfig, point: Point, labels: Tensor | None) -> tuple[Tensor
     module = point.ready()
     x0, source = start(module, cfg, cfg.num_samples)
     samples, cost = draw(module, x0, labels, point.sampler, point.guidance)
-    flow, state = module.velocity, x0[0][:1].to(cfg.device)
-    cond = None if labels is None else labels[:1].to(cfg.device)
-    rows = round(cost["network_rows_per_sample"] * cfg.num_samples)
-    return samples, {
-        "nfe": cost["nfe"],
-        **sampling_cost(flow, state, cond, rows, cfg.num_samples),
-        "weights": weights(module),
-        "sampling": {**describe(point.sampler, point.guidance), **source},
-    }
+    flow = module.velocity
+    if not isinstance(flow, Blockwise):
+        one = network_flops(flow, x0[0], labels)
+        scale = cost["network_rows_per_sample"] / 1e9
+        cost["gflops"], cost["gflops_without_attention"] = one.total * scale, one.linear * scale
+    elif point.mode == "fra":
+        steps = round(cost["nfe"]) // flow.num_segments
+        parts = part_flops(flow, x0[0], labels)
+        cost |= {"steps_per_segment": steps, "predicted_gain": predicted_gain(parts, steps)}
+    del cost["seconds"]  # timed apart
+    sampling = {**describe(point.sampler, point.guidance), **source}
+    return samples, {**cost, "weights": weights(module), "sampling": sampling}
 
 
 def wall_times(cfg: DictConfig, timed: list[Point], labels: Tensor | None) -> list[float]:
@@ -214,26 +216,18 @@ def wall_times(cfg: DictConfig, timed: list[Point], labels: Tensor | None) -> li
     return [median(seconds) / size for seconds in spent]
 
 
-def measured_gains(rows: list[Row], timed: list[Point]) -> list[Row]:
+def measured_gains(rows: list[Row]) -> list[Row]:
     """How much less FRA takes than full features: predicted, and measured by FLOPs and by time."""
-    full = {(r["run"], r["nfe"]): r for r in rows if r["mode"] == "full"}
-    gains = []
-    for row, point in zip(rows, timed, strict=True):
+    full, gains = {(r["run"], r["nfe"]): r for r in rows if r["mode"] == "full"}, []
+    for row in rows:
         other = full.get((row["run"], row["nfe"]))
         if row["mode"] != "fra" or row["refresh"] is not None or other is None:
             continue
-        flow = point.module.velocity
-        shape = (1, *point.module.sample_shape)
-        device = next(flow.parameters()).device
-        state, cond = torch.zeros(shape, device=device), None
-        if read_config(point.run)["num_classes"] is not None:
-            cond = torch.zeros(1, dtype=torch.long, device=device)
-        steps = round(row["nfe"]) // flow.num_segments
         gains.append(
             {
                 "run": row["run"],
-                "steps_per_segment": steps,
-                "predicted": predicted_gain(part_flops(flow, state, cond), steps),
+                "steps_per_segment": row["steps_per_segment"],
+                "predicted": row["predicted_gain"],
                 "flops": other["gflops"] / row["gflops"],
                 "time": other["seconds"] / row["seconds"],
             }
@@ -285,31 +279,37 @@ def _short(value: Any) -> str:
 
 
 def _plot(rows: list[Row], file: Path) -> None:
-    """Fréchet distance over FLOPs and over time, a line for each run and mode."""
+    """Fréchet distance and class agreement over FLOPs and over time, a line for a run and mode."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator
 
-    lines: dict[tuple, list[tuple[float, float, float]]] = {}
+    lines: dict[tuple, list[list[float]]] = {}
+    qualities = [q for q in ("frechet_distance", "class_agreement") if rows[0][q] is not None]
     for (name, mode, refresh, _), group in grouped(rows).items():
-        means = (fmean(r[c] for r in group) for c in ("gflops", "seconds", "frechet_distance"))
-        lines.setdefault((name, mode, refresh), []).append(tuple(means))
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
+        means = [fmean(row[c] for row in group) for c in ("gflops", "seconds", *qualities)]
+        lines.setdefault((name, mode, refresh), []).append(means)
+    figure = Figure(figsize=(10, 0.5 + 3.5 * len(qualities)), layout="constrained")
+    panels = figure.subplots(len(qualities), 2, sharex="col", sharey="row", squeeze=False)
     for k, ((name, mode, refresh), line) in enumerate(lines.items()):
         label = f"{name}, {mode}" + ("" if refresh is None else f", refreshed at {refresh}")
-        gflops, seconds, distance = zip(*sorted(line), strict=True)
+        gflops, seconds, *values = zip(*sorted(line), strict=True)
         style = {"label": label, "color": f"C{k}", "ls": "-" if refresh is None else ":"}
-        for axes, cost in zip(panels, (gflops, [1e3 * s for s in seconds]), strict=True):
-            axes.plot(cost, distance, marker="o", ms=4, **style)
-    for axes, what in zip(panels, ("GFLOPs", "ms of wall time"), strict=True):
-        axes.set(xscale="log", yscale="log", xlabel=f"{what} a sample")
-        axes.grid(alpha=0.3)
-        for axis in (axes.xaxis, axes.yaxis):  # a few plain numbers, also over less than a decade
-            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axis.set_major_formatter("{x:g}")
-            axis.set_minor_formatter("")
-    panels[0].set_ylabel("Fréchet distance")
-    panels[0].legend(fontsize=8)
+        for row, value in zip(panels, values, strict=True):
+            row[0].plot(gflops, value, marker="o", ms=4, **style)
+            row[1].plot([1e3 * s for s in seconds], value, marker="o", ms=4, **style)
+    for row, quality in zip(panels, qualities, strict=True):
+        row[0].set_ylabel(quality.replace("_", " ").replace("frechet", "Fréchet"))
+        for axes in row:
+            axes.grid(alpha=0.3)
+            axes.set_xscale("log")
+    panels[0][0].set_yscale("log")
+    for axis in (panels[0][0].yaxis, *(axes.xaxis for axes in panels[-1])):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))  # a few plain numbers
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter("")
+    panels[-1][0].set_xlabel("GFLOPs a sample")
+    panels[-1][1].set_xlabel("ms of wall time a sample")
+    panels[0][0].legend(fontsize=8)
     figure.savefig(file, dpi=120)
 
 

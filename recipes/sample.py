@@ -3,6 +3,7 @@
 flowkit sample run=runs/quickstart                        every class in turn
 flowkit sample run=runs/quickstart labels=[3,8] num_samples=20 guidance=2
 flowkit sample run=runs/quickstart sampler=euler sampler.grid=8
+flowkit sample run=runs/blocks feature_mode=cached            of blocks: the trunk once a segment
 
 Samples start from noise, one seed each. Where the data of the run bring source samples, or
 conditions that are no labels, they start from those of the test split, and are at most as many.
@@ -30,6 +31,8 @@ from flowkit.metrics.pictures import save_picture
 from flowkit.modules import FlowModule, load_run
 from flowkit.modules.flow import labels_of
 from flowkit.modules.runs import build, read_config
+from flowkit.nn.blockwise import Blockwise
+from flowkit.nn.flops import solve_cost
 from flowkit.sampling import ODESampler, seeded_noise
 from flowkit.types import Batch, Cond, take
 
@@ -37,7 +40,7 @@ from flowkit.types import Batch, Cond, take
 def sample(cfg: DictConfig) -> Tensor:
     """Sample as configured; writes ``samples.pt``, ``samples.png`` and ``samples.json``."""
     run = Path(cfg.run)
-    trained, module = read_config(run), load_run(run).to(cfg.device)
+    trained, module = read_config(run), loaded(cfg)
     sampler = make_sampler(cfg.sampler, module, cfg.guidance)
     chosen = "all classes in turn" if cfg.labels is None else "the labels asked for, in turn"
     if trained.get("needs_data"):
@@ -67,6 +70,25 @@ def sample(cfg: DictConfig) -> Tensor:
     save_picture(samples, files[1])
     print(f"picture   {files[1]}\nsamples   {files[2]}")
     return samples
+
+
+def loaded(cfg: DictConfig) -> FlowModule:
+    """Load a run; a blockwise one samples in the feature mode asked for, or its own, and says so.
+
+    Raises:
+        ValueError: If a feature mode is asked of a run without blocks, or of one that lacks the
+            part for it.
+    """
+    module = load_run(cfg.run).to(cfg.device)
+    flow = module.velocity
+    if isinstance(flow, Blockwise):
+        flow.feature_mode = cfg.feature_mode or flow.feature_mode
+        print(f"features  {flow.feature_mode}")
+    elif cfg.feature_mode is not None:
+        raise ValueError(
+            f"feature_mode must be null for a run without blocks, got {cfg.feature_mode}"
+        )
+    return module
 
 
 # --- where samples start -----------------------------------------------------------------------
@@ -167,10 +189,14 @@ def draw(
     """Carry batches of source samples to data, with a progress bar.
 
     Returns:
-        The samples, and their cost: velocity evaluations and network rows per sample, seconds.
+        The samples, and their cost: velocity evaluations and network rows per sample, seconds, and
+        for a blockwise run see `block_cost`.
     """
-    parts, done, nfe, rows, began = [], 0, 0, 0, time.perf_counter()
-    for batch in tqdm(list(x0), desc="sampling", leave=False, disable=None):
+    batches, parts, done, nfe, rows = list(x0), [], 0, 0, 0
+    if isinstance(module.velocity, Blockwise):
+        module.velocity.usage.clear()
+    began = time.perf_counter()
+    for batch in tqdm(batches, desc="sampling", leave=False, disable=None):
         conditions = take(cond, slice(done, done + len(batch)))
         solution = module.solve(batch, sampler, conditions, guidance)
         parts.append(module.autoencoder.decode(solution.x).cpu())
@@ -180,7 +206,18 @@ def draw(
         "network_rows_per_sample": rows / done,
         "seconds": round(time.perf_counter() - began, 3),
     }
-    return torch.cat(parts), cost
+    return torch.cat(parts), {**cost, **block_cost(module, batches[0], cond, done)}
+
+
+def block_cost(module: FlowModule, x0: Tensor, cond: Cond, num_samples: int) -> dict[str, Any]:
+    """What the parts of a blockwise run did for so many samples; nothing for another run.
+
+    Returns:
+        Feature mode, calls of its parts and FLOPs per sample: see `flowkit.nn.flops.solve_cost`.
+    """
+    if not isinstance(module.velocity, Blockwise):
+        return {}
+    return solve_cost(module.velocity, x0, cond, num_samples)
 
 
 # --- records -----------------------------------------------------------------------------------

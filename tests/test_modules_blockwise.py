@@ -26,6 +26,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:.*LeafSpec.*:FutureWarning",
     "ignore:.*does not have many workers.*:UserWarning",
     "ignore:.*no `val_dataloader`.*:UserWarning",
+    "ignore:.*in eval mode at the start.*:UserWarning",
 )
 
 
@@ -181,6 +182,27 @@ def test_a_stack_is_trained_alone(tmp_path):
     }
     with pytest.raises(ValueError, match=r"segments must lie in \[0, 2\], got \[3\]"):
         BlockwiseFlowMatching(tiny(), segments=[3])
+
+
+def test_frozen_parts_drop_nothing_out():
+    """Otherwise the second stage would chase features of a trunk that no solve ever sees."""
+    flow = tiny(dropout=0.5)
+    module = BlockwiseFlowMatching(flow, stage="fra").train()
+    assert [part.training for part in (flow.trunk, flow.stacks[0], flow.feature_residual)] == [
+        False,
+        False,
+        True,
+    ]
+    for p in flow.trunk.parameters():
+        nn.init.normal_(p, std=0.3)
+    x, t = torch.randn(5, 2), torch.rand(5)
+    assert torch.equal(flow.features(x, t), flow.features(x, t))
+    assert not module.eval().flow.feature_residual.training
+    module = BlockwiseFlowMatching(tiny(dropout=0.5), segments=[1]).train()
+    assert [stack.training for stack in module.flow.stacks] == [False, True, False]
+    assert not module.flow.trunk.training
+    assert all(part.training for part in module.flow.stacks[1].modules())
+    assert BlockwiseFlowMatching(flow.requires_grad_(True)).train().flow.trunk.training
 
 
 # --- starting from other runs ----------------------------------------------------------------

@@ -149,6 +149,16 @@ class BlockwiseFlowMatching(FlowModule):
                 flow.stacks[m].requires_grad_(True)
         return chosen
 
+    def train(self, mode: bool = True) -> "BlockwiseFlowMatching":
+        """Set training mode, but for parts that are frozen: they drop nothing out."""
+        super().train(mode)
+        if self.stage == "fra" or self.segments is not None:
+            for part in self.flow.modules():
+                weights = list(part.parameters())
+                if weights and not any(p.requires_grad for p in weights):
+                    part.eval()  # with what it is made of
+        return self
+
     @property
     def flow(self) -> Blockwise:
         """The velocity."""
@@ -190,7 +200,7 @@ class BlockwiseFlowMatching(FlowModule):
         if isinstance(self.encoder, partial):
             self.__dict__["encoder"] = self.encoder()
         if isinstance(self.encoder, nn.Module):
-            self.encoder.to(images.device)
+            self.encoder.eval().to(images.device)
         with torch.no_grad():
             tokens = resize_tokens(cast(Encoder, self.encoder)(images), self.flow.trunk.sides)
         h = h if h.ndim == 3 else h[:, None]

@@ -109,7 +109,8 @@ class Blockwise(nn.Module):
         check_choice(mode, MODES, "feature_mode")
         for name, needed in (("trunk", mode != "full"), ("feature_residual", mode == "fra")):
             if needed and getattr(self, name) is None:
-                raise ValueError(f"{name} must be given for feature_mode {mode!r}, got None")
+                fix = "; the second stage of training makes one" if name != "trunk" else ""
+                raise ValueError(f"{name} must be given for feature_mode {mode!r}, got None{fix}")
         self._feature_mode = mode
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 from flowkit.checks import check_at_least
 from flowkit.nn.blockwise import Blockwise
 from flowkit.nn.parts import Usage
-from flowkit.types import Cond, Velocity
+from flowkit.types import Cond, Velocity, take
 
 
 class Flops(NamedTuple):
@@ -55,10 +55,10 @@ def part_flops(flow: Blockwise, x: Tensor, cond: Cond = None) -> dict[str, Flops
 
     Args:
         flow: In any ``feature_mode``; its counts of calls are left alone.
-        x: States ``(B, *)``, the first of which is used; on the flow's device.
+        x: States ``(B, *)``, the first of which is used.
         cond: Their conditions.
     """
-    x, t, cond = x[:1], torch.zeros(1, device=x.device), _first(cond)
+    x, t, cond = _first(flow, x, cond)
     parts, h = {}, None
     if flow.trunk is not None:
         parts["trunk"] = count_flops(flow.trunk.features, x, t, cond)
@@ -71,12 +71,6 @@ def part_flops(flow: Blockwise, x: Tensor, cond: Cond = None) -> dict[str, Flops
     return parts
 
 
-def _first(cond: Cond) -> Cond:
-    if isinstance(cond, Mapping):
-        return {name: value[:1] for name, value in cond.items()}
-    return None if cond is None else cond[:1]
-
-
 def used_flops(usage: Usage, parts: Mapping[str, Flops]) -> Flops:
     """What all the rows of some solves took: see `part_flops`."""
     rows = usage.rows
@@ -86,35 +80,42 @@ def used_flops(usage: Usage, parts: Mapping[str, Flops]) -> Flops:
     )
 
 
-def sampling_cost(
-    velocity: Velocity, x: Tensor, cond: Cond, rows: int, num_samples: int
-) -> dict[str, Any]:
-    """What a sampling run computed, for its record.
+def network_flops(velocity: Velocity, x: Tensor, cond: Cond = None) -> Flops:
+    """What one call of a velocity takes for one sample: see `part_flops` for the arguments."""
+    return count_flops(velocity, *_first(velocity, x, cond))
+
+
+def solve_cost(flow: Blockwise, x: Tensor, cond: Cond, num_samples: int) -> dict[str, Any]:
+    """What a flow's solves computed since its ``usage`` was cleared, for their record.
 
     Args:
-        velocity: What was sampled from; the ``usage`` of a `Blockwise` was cleared before.
-        x: A state ``(B, *)`` on its device, of which one row is used.
-        cond: Conditions of the states.
-        rows: Network rows in all; counted by a `Blockwise` itself.
+        flow: What was sampled from.
+        x: States ``(B, *)``, the first of which is used.
+        cond: Their conditions.
         num_samples: How many were drawn.
 
     Returns:
-        ``gflops`` and ``gflops_without_attention`` per sample, and of a `Blockwise` the ``calls``
-        of its parts in the whole run.
+        ``feature_mode``, the ``calls`` of each part in all, and ``gflops`` and
+        ``gflops_without_attention`` per sample.
     """
-    calls = {}
-    if isinstance(velocity, Blockwise):
-        flops = used_flops(velocity.usage, part_flops(velocity, x, cond))
-        calls = {"calls": dict(sorted(velocity.usage.calls.items()))}
-    else:
-        x, t = x[:1], torch.zeros(1, device=x.device)
-        one = count_flops(velocity, x, t, _first(cond))
-        flops = Flops(one.linear * rows, one.attention * rows)
+    flops = used_flops(flow.usage, part_flops(flow, x, cond))
     return {
+        "feature_mode": flow.feature_mode,
+        "calls": dict(sorted(flow.usage.calls.items())),
         "gflops": flops.total / num_samples / 1e9,
         "gflops_without_attention": flops.linear / num_samples / 1e9,
-        **calls,
     }
+
+
+def _first(velocity: Any, x: Tensor, cond: Cond) -> tuple[Tensor, Tensor, Cond]:
+    """The first sample, at time 0, on the velocity's device."""
+    weight = next(velocity.parameters(), x) if isinstance(velocity, torch.nn.Module) else x
+    cond = take(cond, slice(0, 1))
+    if isinstance(cond, Mapping):
+        cond = {name: value.to(weight.device) for name, value in cond.items()}
+    elif cond is not None:
+        cond = cond.to(weight.device)
+    return x[:1].to(weight.device), torch.zeros(1, device=weight.device), cond
 
 
 def step_prices(parts: Mapping[str, Flops], segment: int, mode: str = "fra") -> tuple[int, int]:

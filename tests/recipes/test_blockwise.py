@@ -1,18 +1,21 @@
 """The recipes of blockwise flow matching, from tokens to the table of cost and quality."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
+from omegaconf import OmegaConf
 
 from flowkit.modules import load_run
 from flowkit.modules.runs import read_config
 from flowkit.nn.alignment import StoredTokens
-from flowkit.recipes.blockwise import blockwise
+from flowkit.nn.flops import part_flops, predicted_gain, step_prices
+from flowkit.recipes.blockwise import blockwise, network
+from flowkit.recipes.evaluate import evaluate
 from flowkit.recipes.pareto import pareto
+from flowkit.recipes.sample import sample
 from flowkit.recipes.tokens import tokens
 from flowkit.recipes.train import resumed, train
 from flowkit.sampling import ODESampler
@@ -179,10 +182,73 @@ def test_a_plain_run_becomes_blocks_that_sample_bit_for_bit_the_same(folder, pla
         assert torch.equal(a, b)
 
 
-def test_a_plain_run_has_no_second_stage(folder, plain):
-    cfg = composed("blockwise", *SHORT, run=plain, run_dir=folder / "no")
-    with pytest.raises(ValueError, match="run must be of a blockwise network for stage fra"):
+@pytest.mark.parametrize("kind", ["plain", "blocks-False"])
+def test_a_run_without_a_trunk_has_no_second_stage(folder, plain, kind):
+    if kind != "plain":
+        options = [*SHORT, "stage=flow", "edges=2"]
+        blockwise(composed("blockwise", *options, run=plain, run_dir=folder / "without_trunk"))
+    run = plain if kind == "plain" else folder / "without_trunk"
+    cfg = composed("blockwise", *SHORT, run=run, run_dir=folder / "no")
+    with pytest.raises(ValueError, match="run must be of blocks with a trunk for stage fra"):
         blockwise(cfg)
+
+
+def test_a_trunk_that_is_trained_on_samples_with_its_own_features(folder, stage2):
+    run = folder / "trained_on"
+    blockwise(composed("blockwise", *SHORT, "stage=flow", run=stage2, run_dir=run))
+    assert load_run(run).velocity.feature_mode == "full"
+    run = folder / "stack_of_stage_two"
+    options = [*SHORT, "stage=flow", "segments=[0]"]
+    blockwise(composed("blockwise", *options, run=stage2, run_dir=run))
+    assert load_run(run).velocity.feature_mode == "fra"
+
+
+GRID = ["sampler=euler", "sampler.grid=6", "num_samples=10", "batch_size=4", "guidance=2"]
+
+
+def test_samples_say_their_feature_mode_and_what_they_took(folder, stage1, stage2, plain, capsys):
+    """10 samples in 3 batches, 6 steps in 3 segments; guided: two rows a sample."""
+    found = {}
+    for mode in ("null", "full", "cached", "fra"):
+        out = folder / "drawn" / mode
+        sample(composed("sample", *GRID, f"feature_mode={mode}", run=stage2, out=out))
+        found[mode] = json.loads((out / "samples.json").read_text())["sampling"]
+        assert f"features  {mode if mode != 'null' else 'fra'}\n" in capsys.readouterr().out
+    stacks = {f"stacks.{m}": 3 * 2 for m in range(3)}
+    assert found["full"]["calls"] == {**stacks, "trunk": 3 * 6}
+    assert found["cached"]["calls"] == {**stacks, "trunk": 3 * 3}
+    assert found["fra"]["calls"] == {**stacks, "trunk": 3 * 3, "feature_residual": 3 * 3}
+    assert {k: v for k, v in found["null"].items() if k != "seconds"} == {
+        k: v for k, v in found["fra"].items() if k != "seconds"
+    }
+    flow = load_run(stage2).velocity
+    parts = part_flops(flow, torch.zeros(1, 1, 8, 8), torch.tensor([0]))
+    full, fra = (found[mode]["gflops"] for mode in ("full", "fra"))
+    first, later = step_prices(parts, 0)
+    assert (full, fra) == pytest.approx((12 * first / 1e9, 6 * (first + later) / 1e9))
+    assert full / fra == pytest.approx(predicted_gain(parts, 2))
+    cfg = composed("evaluate", *GRID, "metric=pixels", "feature_mode=cached", run=stage2)
+    cfg.out = str(folder / "evaluated")
+    sampling = evaluate(cfg)["sampling"]
+    assert sampling["feature_mode"] == "cached"
+    assert sampling["calls"] == found["cached"]["calls"]
+    for run, rule in (
+        (stage1, "feature_residual must be given for feature_mode 'fra', got None; the second"),
+        (plain, "feature_mode must be null for a run without blocks, got fra"),
+    ):
+        with pytest.raises(ValueError, match=rule):
+            sample(composed("sample", *GRID, "feature_mode=fra", run=run, out=folder / "no"))
+
+
+def test_points_are_evaluated_with_what_they_took(tmp_path):
+    options = [*SHORT, "data=toy", "module=blockwise", "model.width=16", "model.edges=2"]
+    train(composed("train", *options, "model.trunk_depth=1", run_dir=tmp_path))
+    cfg = composed("evaluate", "sampler=euler", "sampler.grid=4", "num_samples=50", run=tmp_path)
+    cfg.feature_mode = "cached"
+    sampling = evaluate(cfg)["sampling"]
+    assert sampling["feature_mode"] == "cached"
+    assert sampling["calls"] == {"stacks.0": 2, "stacks.1": 2, "trunk": 2}
+    assert sampling["gflops"] > 0
 
 
 def test_quality_against_cost(folder, stage2, plain):
@@ -264,7 +330,7 @@ def test_rows_of_the_tables_have_equal_active_size(name, configure, tmp_path):
             active[row] = sum(counted.values())
             assert flow.num_segments == (1 if row.startswith("M1") else 6)
     assert active["M1"] == active["M6"]
-    assert active["M1-SFG"] == active["M6-SFG"] == active["M6-trunk"]
+    assert active["M1-SFG"] == active["M6-SFG"]
 
 
 def test_the_published_size_is_a_named_configuration(configure, tmp_path):
@@ -278,4 +344,18 @@ def test_the_published_size_is_a_named_configuration(configure, tmp_path):
     assert count == pytest.approx(963.4, rel=1e-3)
     assert flow == pytest.approx(955.3, rel=1e-3)
     assert (cfg.optimizer.lr, cfg.callback.ema.decay, cfg.batch_size) == (1e-4, 0.9999, 1536)
-    assert Path(CONF, "model", "blockwise_xl2.yaml").is_file()
+    # the second stage's, by the configuration that `flowkit blockwise` makes
+    stored = OmegaConf.to_container(cfg.module.velocity, resolve=True)
+    second = network(stored, OmegaConf.create({"stage": "fra", "residual_depth": 4}))
+    with torch.device("meta"):
+        flow = instantiate(second)
+        x, cond = torch.zeros(1, 4, 32, 32), torch.zeros(1, dtype=torch.long)
+    residual = sum(p.numel() for p in flow.feature_residual.parameters()) / 1e6
+    assert residual == pytest.approx(95.6, rel=1e-3)
+    parts = part_flops(flow, x, cond)
+    full, later = (
+        [sum(part) / 1e9 for part in zip(parts[name], parts["stacks.0"], strict=True)]
+        for name in ("trunk", "feature_residual")
+    )
+    assert (full[0], sum(full)) == pytest.approx((221.65, 229.20), rel=1e-3)
+    assert later[0] == pytest.approx(91.14, rel=1e-3)
