@@ -65,6 +65,5 @@ def test_six_stacks_beat_one_and_residuals_beat_caching():
     with torch.no_grad():
         draw = draw_segments(flow, held_out, generator=torch.Generator().manual_seed(2))
         ratio = residual_loss(flow, draw)["ratio"].item()
-    print(f"\nheld-out loss {losses[1]:.4f} of one stack, {losses[6]:.4f} of six; FRA {ratio:.3f}")
     assert losses[6] <= 0.97 * losses[1]
     assert ratio <= 0.30

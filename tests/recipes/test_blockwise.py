@@ -207,17 +207,18 @@ GRID = ["sampler=euler", "sampler.grid=6", "num_samples=10", "batch_size=4", "gu
 
 
 def test_samples_say_their_feature_mode_and_what_they_took(folder, stage1, stage2, plain, capsys):
-    """10 samples in 3 batches, 6 steps in 3 segments; guided: two rows a sample."""
+    """10 samples in 3 batches, 6 steps in 3 segments; guided: two calls, each with its features."""
     found = {}
     for mode in ("null", "full", "cached", "fra"):
         out = folder / "drawn" / mode
         sample(composed("sample", *GRID, f"feature_mode={mode}", run=stage2, out=out))
         found[mode] = json.loads((out / "samples.json").read_text())["sampling"]
         assert f"features  {mode if mode != 'null' else 'fra'}\n" in capsys.readouterr().out
-    stacks = {f"stacks.{m}": 3 * 2 for m in range(3)}
-    assert found["full"]["calls"] == {**stacks, "trunk": 3 * 6}
-    assert found["cached"]["calls"] == {**stacks, "trunk": 3 * 3}
-    assert found["fra"]["calls"] == {**stacks, "trunk": 3 * 3, "feature_residual": 3 * 3}
+    stacks = {f"stacks.{m}": 2 * 3 * 2 for m in range(3)}
+    reused = {**stacks, "trunk": 2 * 3 * 3}
+    assert found["full"]["calls"] == {**stacks, "trunk": 2 * 3 * 6}
+    assert found["cached"]["calls"] == reused
+    assert found["fra"]["calls"] == {**reused, "feature_residual": 2 * 3 * 3}
     assert {k: v for k, v in found["null"].items() if k != "seconds"} == {
         k: v for k, v in found["fra"].items() if k != "seconds"
     }
@@ -242,7 +243,8 @@ def test_samples_say_their_feature_mode_and_what_they_took(folder, stage1, stage
 
 def test_points_are_evaluated_with_what_they_took(tmp_path):
     options = [*SHORT, "data=toy", "module=blockwise", "model.width=16", "model.edges=2"]
-    train(composed("train", *options, "model.trunk_depth=1", run_dir=tmp_path))
+    options += ["model.trunk_depth=1", "sampler.grid=2"]
+    train(composed("train", *options, run_dir=tmp_path))
     cfg = composed("evaluate", "sampler=euler", "sampler.grid=4", "num_samples=50", run=tmp_path)
     cfg.feature_mode = "cached"
     sampling = evaluate(cfg)["sampling"]
