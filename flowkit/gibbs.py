@@ -215,7 +215,9 @@ class Gibbs(nn.Module):
                 )
             return None
         if labels is None:
-            of = f"{cond.dtype} {tuple(cond.shape)}" if isinstance(cond, Tensor) else type(cond)
+            of = None if cond is None else type(cond).__name__
+            if isinstance(cond, Tensor):
+                of = f"{cond.dtype} {tuple(cond.shape)}"
             raise TypeError(
                 f"cond must be labels (B,) where normalize='class', got {of}; "
                 "set normalize='batch' for other conditions or none"

@@ -566,7 +566,9 @@ def test_bad_settings(make, error, match):
 def test_bad_batches():
     x0, x1 = normals(8, 2)
     by_class = Gibbs(1.0, normalize="class")
-    with pytest.raises(TypeError, match=r"cond must be labels \(B,\) where normalize='class', got"):
+    with pytest.raises(
+        TypeError, match=r"cond must be labels \(B,\) where normalize='class', got None; set"
+    ):
         by_class.pair(x0, x1)
     with pytest.raises(TypeError, match=r"got torch.float32 \(8, 1\); set normalize='batch'"):
         by_class.pair(x0, x1, torch.rand(8, 1))
