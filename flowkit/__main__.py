@@ -42,10 +42,11 @@ def main() -> None:
 
 
 def check_folders(overrides: list[str]) -> None:
-    """Require that runs exist, before the slow imports of a recipe.
+    """Require that runs exist and new ones can be made, before the slow imports of a recipe.
 
     Raises:
         FileNotFoundError: If ``run`` or ``resume`` names nothing.
+        PermissionError: If ``hydra.run.dir`` can be neither written nor made.
     """
     for override in overrides:
         key, _, value = override.partition("=")
@@ -53,6 +54,10 @@ def check_folders(overrides: list[str]) -> None:
         plain = path not in ("", "null") and not set(path) & set(",[$")  # no list, no reference
         if key in ("run", "resume") and plain and not Path(path).exists():
             raise FileNotFoundError(f"{key} must be a run folder, got {path}; there is none")
+        if key == "hydra.run.dir" and plain:
+            made = next(p for p in (Path(path), *Path(path).absolute().parents) if p.exists())
+            if not (made.is_dir() and os.access(made, os.W_OK | os.X_OK)):
+                raise PermissionError(f"{key} must be a writable folder, got {path}")
 
 
 class ErrorInALine(ContextDecorator):

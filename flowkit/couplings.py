@@ -32,6 +32,7 @@ from flowkit.checks import check_at_least, check_finite, check_positive, check_s
 from flowkit.debiasing import Division, Potentials, RowSoftmax
 from flowkit.epsilon import EpsilonChoice, suggest_epsilon
 from flowkit.gibbs import Gibbs
+from flowkit.ranks import gathered, own, place
 from flowkit.types import Cond, Pairs
 
 __all__ = [
@@ -107,6 +108,9 @@ class MinibatchOT:
         cond_weight: At least 0, in units of the cost. Infinite: labels must agree, so the
             transport is exact within each class. ``None``: conditions are ignored, with a
             warning.
+        across_ranks: In a distributed training, transport the joint batch of all ranks (of one size
+            each) instead of each rank's own: every rank solves the larger problem and keeps its
+            part. Validation pairs within each rank.
 
     Raises:
         ValueError: For an unknown cost or a negative weight.
@@ -123,6 +127,7 @@ class MinibatchOT:
 
     cost: Cost = "sqeuclidean"
     cond_weight: float | None = None
+    across_ranks: bool = False
 
     def __post_init__(self) -> None:
         """Check the arguments."""
@@ -157,6 +162,7 @@ class Sinkhorn:
         cost: As of `MinibatchOT`.
         cond_weight: As of `MinibatchOT`.
         max_iters: Sinkhorn rounds; a plan that has not converged by then warns.
+        across_ranks: As of `MinibatchOT`.
 
     Raises:
         ValueError: For an unknown cost or a number out of its range.
@@ -173,6 +179,7 @@ class Sinkhorn:
     cost: Cost = "sqeuclidean"
     cond_weight: float | None = None
     max_iters: int = 1000
+    across_ranks: bool = False
 
     def __post_init__(self) -> None:
         """Check the arguments."""
@@ -211,6 +218,15 @@ def _transport(
 ) -> Pairs:
     """Pair by ``solve``: from a cost ``(n, n)`` to the row that goes with each column."""
     check_same_shape(x0, x1)
+    # Without gradients, as in validation, ranks need not be in step.
+    if coupling.across_ranks and torch.is_grad_enabled() and place()[1] > 1:
+        if isinstance(cond, Mapping):
+            joint_cond: Cond = {name: gathered(value) for name, value in cond.items()}
+        else:
+            joint_cond = None if cond is None else gathered(cond)
+        with torch.no_grad():
+            joint = _transport(coupling, gathered(x0), gathered(x1), joint_cond, solve)
+        return Pairs(own(joint.x0, len(x1)), x1, cond)
     weight, labels = coupling.cond_weight, _entries(cond, len(x1))
     if labels and weight is None:
         warnings.warn(

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import all_gather, get_rank, get_world_size, is_available, is_initialized
 
 from flowkit.checks import check_at_least
+from flowkit.ranks import gathered
 
 LogKernel = Callable[[Tensor, Tensor], Tensor]
 """From rows ``(N, d)`` and ``(M, d)`` to ``−c/ε (N, M)``."""
@@ -157,21 +157,6 @@ def draw(weight: Tensor, count: int, generator: torch.Generator | None) -> Tenso
     if generator is not None:
         weight = weight.to(generator.device)
     return weight.multinomial(count, replacement=True, generator=generator).to(device)
-
-
-def gathered(x: Tensor) -> Tensor:
-    """Concatenate ``x (B, *)`` over all ranks, whose batches must be of one size."""
-    if not (is_available() and is_initialized()) or get_world_size() == 1:
-        return x
-    x = x.contiguous()
-    parts = [torch.empty_like(x) for _ in range(get_world_size())]
-    all_gather(parts, x)
-    return torch.cat(parts)
-
-
-def own(x: Tensor, batch: int) -> Tensor:
-    """Return this rank's part of a tensor like `gathered` returns."""
-    return x[get_rank() * batch :][:batch]
 
 
 def _rows(x0: Tensor, x1: Tensor, f: Tensor, g: Tensor, labels: Tensor | None) -> Tensor:

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from flowkit.assignment import Cost, check_cost, paired, pairwise, points
 from flowkit.checks import check_at_least, check_choice, check_finite, check_same_shape
-from flowkit.debiasing import Division, Potentials, RowSoftmax, draw, gathered, own
+from flowkit.debiasing import Division, Potentials, RowSoftmax, draw
 from flowkit.epsilon import variance_components
+from flowkit.ranks import gathered, own
 from flowkit.types import Cond, Pairs, take
 
 Normalize = Literal["batch", "running", "class", "none"]

@@ -8,6 +8,7 @@ from torch import Tensor
 from flowkit.checks import check_same_shape, check_times, expand_like
 from flowkit.couplings import Coupling, Independent
 from flowkit.paths import Linear, Path
+from flowkit.ranks import mean_over_ranks
 from flowkit.times import Times, Uniform
 from flowkit.types import Batch, Cond, Pairs, Velocity
 
@@ -28,6 +29,9 @@ def flow_matching_loss(
     with the batch's own ``x0``; a coupling's log-weights multiply each pair's loss. In a batch
     with ``t0`` and ``t1`` the pairs are segments of a flow: times are drawn within [t0, t1], and
     velocities are per unit of the flow's time.
+
+    Under ``torch.distributed`` the mean of all ranks' losses is that of their joint batch: while
+    gradients are enabled, a mask is counted over all ranks.
 
     Source: Lipman et al., *Flow Matching for Generative Modeling*, 2022 (arXiv 2210.02747),
     equation 9; Tong et al. 2023 (arXiv 2302.00482), algorithm 1, for couplings.
@@ -110,4 +114,8 @@ def _mean_square(x: Tensor, weight: Tensor | None, mask: Tensor | None) -> Tenso
     """Mean of ``weight x²`` over the elements that ``mask`` counts."""
     squares = x.square() if weight is None else weight * x.square()
     # The same mean with and without weights, so that weights of 1 change no bit.
-    return squares.mean() if mask is None else squares.sum() / mask.expand(x.shape).sum()
+    if mask is None:
+        return squares.mean()
+    count = mask.expand(x.shape).sum()
+    # Ranks' losses are averaged: each is divided by the same count. Only training has them in step.
+    return squares.sum() / (mean_over_ranks(count) if torch.is_grad_enabled() else count)

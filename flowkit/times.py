@@ -8,9 +8,9 @@ from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
-from torch.distributed import get_rank, get_world_size, is_available, is_initialized
 
 from flowkit.checks import check_at_least, check_positive
+from flowkit.ranks import place
 
 Device = torch.device | str | None
 
@@ -110,9 +110,7 @@ class Stratified:
     ) -> Tensor:
         """Draw ``batch`` times, one a slice."""
         check_at_least(batch, 0, "batch")
-        rank, world = 0, 1
-        if is_available() and is_initialized():
-            rank, world = get_rank(), get_world_size()
+        rank, world = place()
         index = torch.randperm(batch, device=device, generator=generator) * world + rank
         offset = torch.rand(batch, device=device, generator=generator)
         t = (index.double() + offset) / (batch * world)

@@ -3,6 +3,9 @@
 flowkit evaluate run=runs/quickstart
 flowkit evaluate run=runs/quickstart sampler=euler sampler.grid=8 guidance=1.5
 flowkit evaluate run=runs/mine metric=inception metric.weights=weights-inception.pth
+flowkit evaluate run=runs/mine num_samples=50000 device=cuda devices=8
+
+Several processes share the images; stopped, the same command goes on where they were.
 """
 
 import os
@@ -13,6 +16,7 @@ from typing import Any, NamedTuple, cast
 import hydra
 import torch
 from hydra.utils import instantiate
+from lightning.fabric import Fabric
 from omegaconf import DictConfig
 from torch import Tensor
 
@@ -22,20 +26,22 @@ from flowkit.metrics import (
     Features,
     Pixels,
     PixelSVC,
+    StoredFeatures,
     image_metrics,
     inception,
     point_metrics,
+    to_uint8,
     train_classifier,
     versions,
 )
+from flowkit.metrics.evaluate import as_saved
 from flowkit.metrics.pictures import save_picture
 from flowkit.modules import FlowModule
 from flowkit.modules.flow import Guidance, brings_start, labels_of
 from flowkit.modules.runs import read_config
+from flowkit.recipes._parts import Columns, Parts, block_cost, draw_parts, hash_of, launch
 from flowkit.recipes.sample import (
-    block_cost,
     describe,
-    draw,
     given_source,
     loaded,
     make_sampler,
@@ -58,16 +64,24 @@ class Measured(NamedTuple):
 
 
 def evaluate(cfg: DictConfig) -> dict[str, Any]:
-    """Evaluate as configured; writes ``metrics.json`` and ``samples.png``."""
-    run = Path(cfg.run)
+    """Evaluate as configured; writes ``metrics.json`` and ``samples.png``.
+
+    Returns:
+        The record; an empty one on other processes than the first.
+    """
+    run, fabric = Path(cfg.run), launch(cfg)
     out = Path(cfg.out) if cfg.out else run
-    trained, module = read_config(run), loaded(cfg)
+    trained, module = read_config(run), loaded(cfg, fabric.device)
     data = test_data(trained)
     guidance = trained["guidance"] if cfg.guidance is None else cfg.guidance
     sampler = make_sampler(cfg.sampler, module, guidance)
     module.guided(guidance)  # before features are made, which may take minutes
-    measure = _measure_images if len(data.shape) == 3 else _measure_points
-    found: Measured = measure(cfg, module, data, sampler, guidance)
+    if len(data.shape) == 3:
+        found = _measure_images(cfg, module, data, sampler, guidance, fabric)
+    else:
+        found = _measure_points(cfg, module, data, sampler, guidance)
+    if found is None or not fabric.is_global_zero:
+        return {}
     record = {
         "metrics": found.metrics,
         "weights": weights(module),
@@ -84,14 +98,33 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
 
 
 def _measure_images(
-    cfg: DictConfig, module: FlowModule, data: SplitData, sampler: ODESampler, guidance: Guidance
-) -> Measured:
-    features: Features = instantiate(cfg.metric)(data)
+    cfg: DictConfig,
+    module: FlowModule,
+    data: SplitData,
+    sampler: ODESampler,
+    guidance: Guidance,
+    fabric: Fabric,
+) -> Measured | None:
+    with fabric.rank_zero_first():  # a classifier is trained once
+        features: Features = instantiate(cfg.metric)(data)
     test = data.test[:]
     rows, chosen = _rows_like(test, data, cfg.num_samples)
     given, cond = given_source(test, data), take(test.get("cond"), rows)
     x0, source = start(module, cfg, len(rows), None if given is None else given[rows])
-    samples, cost = draw(module, x0, cond, sampler, guidance)
+
+    def finish(samples: Tensor) -> Columns:
+        images = to_uint8(samples)
+        return {"images": images, "features": features(as_saved(images))}
+
+    used = {"weights": weights(module), **describe(sampler, guidance), **source}
+    seen_with = {"cond": hash_of(cond), "test": data.fingerprint("test"), "hash": features.hash}
+    seen_with["mode"] = cfg.feature_mode
+    folder = Path(cfg.out) if cfg.out else Path(cfg.run)
+    parts = Parts(folder, {**used, **seen_with}, fabric)
+    drawn, cost = draw_parts(module, x0, cond, sampler, guidance, finish, parts)
+    if not fabric.is_global_zero:
+        return None
+    samples = drawn["images"]
     labels = labels_of(Batch(x1=samples, cond=cond), data.num_classes)
     # As many training images as are generated, for the floor; up to 10 000 for the judge.
     order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(cfg.seed))
@@ -101,18 +134,20 @@ def _measure_images(
         train["x1"],
         test["x1"],
         samples,
-        features,
+        features if isinstance(features, Pixels) else StoredFeatures(features, _cache()),
         labels=labels,
         test_labels=labels_of(test, data.num_classes),
         judge=None if labels is None or seen is None else PixelSVC(train["x1"], seen),
         generator=torch.Generator().manual_seed(cfg.seed),
+        generated_features=drawn["features"],
     )
+    parts.remove()
     sampling = {**describe(sampler, guidance), **cost, **source}
     sampling["conditions"] = None if cond is None else chosen
     if labels is None:
-        return Measured(metrics, sampling, samples[:100])
+        return Measured(metrics, sampling, as_saved(samples[:100]))
     shown, columns = picture_rows(labels)
-    return Measured(metrics, sampling, samples[shown], columns)
+    return Measured(metrics, sampling, as_saved(samples[shown]), columns)
 
 
 def _rows_like(test: Batch, data: SplitData, num_samples: int) -> tuple[Tensor, str]:
@@ -156,7 +191,7 @@ def _measure_points(
         # The path's energy is a sum over the grid, which these solvers need not follow.
         sampler = replace(sampler, grid=100)
     cond = test.get("cond")
-    solution = module.solve(torch.cat(x0), sampler, cond, guidance, return_path=True)
+    solution = module.solve(torch.cat(list(x0)), sampler, cond, guidance, return_path=True)
     path = solution.path if solution.path is None else solution.path.cpu()
     metrics = point_metrics(test["x1"], solution.x.cpu(), path, sampler.times)
     sampling = {
@@ -165,7 +200,8 @@ def _measure_points(
         "network_rows_per_sample": solution.rows / size,
         **block_cost(module, x0[0], cond, size),
         **source,
-        "batch_size": size,  # their paths are measured together
+        "batch_size": size,  # their paths are measured together, by one process
+        "world_size": 1,
         "conditions": None if cond is None else "of the test split",
     }
     return Measured(metrics, sampling, solution.x.cpu())
@@ -215,7 +251,7 @@ def classifier_features(data: SplitData, seed: int) -> ConvClassifier:
         raise ValueError(
             "metric must be pixels or inception for data without class labels, got classifier"
         )
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "flowkit"
+    cache = _cache()
     file = cache / f"classifier-{data.fingerprint('train')[:16]}-{seed}.safetensors"
     if file.is_file():
         return ConvClassifier.load(file)
@@ -232,14 +268,18 @@ def classifier_features(data: SplitData, seed: int) -> ConvClassifier:
     return net
 
 
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "flowkit"
+
+
 def pixel_features(data: SplitData) -> Pixels:
     """Return flattened pixels as features."""
     return Pixels()
 
 
-def inception_features(data: SplitData, weights: str) -> Features:
+def inception_features(data: SplitData, weights: str, device: str = "cpu") -> Features:
     """Return the Inception features that FID is defined with."""
-    return inception(weights)
+    return inception(weights, device)
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="evaluate")

@@ -4,15 +4,17 @@ flowkit sample run=runs/quickstart                        every class in turn
 flowkit sample run=runs/quickstart labels=[3,8] num_samples=20 guidance=2
 flowkit sample run=runs/quickstart sampler=euler sampler.grid=8
 flowkit sample run=runs/blocks feature_mode=cached            of blocks: the trunk once a segment
+flowkit sample run=runs/quickstart num_samples=50000 device=cuda devices=8
 
 Samples start from noise, one seed each. Where the data of the run bring source samples, or
 conditions that are no labels, they start from those of the test split, and are at most as many.
 """
 
 import json
+import math
 import re
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,6 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
-from tqdm import tqdm
 
 from flowkit import grids
 from flowkit.data import SplitData
@@ -32,15 +33,19 @@ from flowkit.modules import FlowModule, load_run
 from flowkit.modules.flow import labels_of
 from flowkit.modules.runs import build, read_config
 from flowkit.nn.blockwise import Blockwise
-from flowkit.nn.flops import solve_cost
+from flowkit.recipes._parts import Parts, draw_parts, hash_of, launch
 from flowkit.sampling import ODESampler, seeded_noise
-from flowkit.types import Batch, Cond, take
+from flowkit.types import Batch, Cond
 
 
 def sample(cfg: DictConfig) -> Tensor:
-    """Sample as configured; writes ``samples.pt``, ``samples.png`` and ``samples.json``."""
-    run = Path(cfg.run)
-    trained, module = read_config(run), loaded(cfg)
+    """Sample as configured; writes ``samples.pt``, ``samples.png`` and ``samples.json``.
+
+    Returns:
+        The samples; none on other processes than the first.
+    """
+    run, fabric = Path(cfg.run), launch(cfg)
+    trained, module = read_config(run), loaded(cfg, fabric.device)
     sampler = make_sampler(cfg.sampler, module, cfg.guidance)
     chosen = "all classes in turn" if cfg.labels is None else "the labels asked for, in turn"
     if trained.get("needs_data"):
@@ -51,11 +56,16 @@ def sample(cfg: DictConfig) -> Tensor:
     else:
         cond = choose_labels(cfg.labels, cfg.num_samples, trained["num_classes"])
         x0, source = start(module, cfg, cfg.num_samples)
-    samples, cost = draw(module, x0, cond, sampler, cfg.guidance)
-
     folder = Path(cfg.out) if cfg.out else run / "drawn"
+    used = {"weights": weights(module), **describe(sampler, cfg.guidance), **source}
+    parts = Parts(folder, {**used, "cond": hash_of(cond), "mode": cfg.feature_mode}, fabric)
+    drawn, cost = draw_parts(module, x0, cond, sampler, cfg.guidance, parts=parts)
+    if not fabric.is_global_zero:
+        return torch.empty(0)
+
+    samples = drawn["samples"]
     record = {
-        "weights": weights(module),
+        "weights": used["weights"],
         "sampling": {
             **describe(sampler, cfg.guidance),
             **cost,
@@ -68,18 +78,19 @@ def sample(cfg: DictConfig) -> Tensor:
     write_record(record, files)
     torch.save({"samples": samples, "cond": cond}, files[2])
     save_picture(samples, files[1])
+    parts.remove()
     print(f"picture   {files[1]}\nsamples   {files[2]}")
     return samples
 
 
-def loaded(cfg: DictConfig) -> FlowModule:
+def loaded(cfg: DictConfig, device: torch.device) -> FlowModule:
     """Load a run; a blockwise one samples in the feature mode asked for, or its own, and says so.
 
     Raises:
         ValueError: If a feature mode is asked of a run without blocks, or of one that lacks the
             part for it.
     """
-    module = load_run(cfg.run).to(cfg.device)
+    module = load_run(cfg.run).to(device)
     flow = module.velocity
     if isinstance(flow, Blockwise):
         flow.feature_mode = cfg.feature_mode or flow.feature_mode
@@ -141,29 +152,46 @@ def given_source(batch: Batch, data: SplitData) -> Tensor | None:
 
 def start(
     module: FlowModule, cfg: DictConfig, num_samples: int, x0: Tensor | None = None
-) -> tuple[list[Tensor], dict[str, Any]]:
+) -> tuple[Sequence[Tensor], dict[str, Any]]:
     """Cut source samples into batches: those given, or noise of seeds ``cfg.seed, …``.
 
     Returns:
-        The batches, and a record of how they were made.
+        The batches, of one size but the last, and a record of how they were made.
 
     Raises:
         RuntimeError: If the run has not seen a batch.
     """
     if module.sample_shape is None:
         raise RuntimeError("run must have trained at least one step, got no sample shape")
-    record = {"num_samples": num_samples, "batch_size": cfg.batch_size, "world_size": 1}
+    record = {"num_samples": num_samples, "batch_size": cfg.batch_size}
     if x0 is not None:
         return list(x0.split(cfg.batch_size)), {**record, "source": "test split", "seeds": None}
     seeds = range(cfg.seed, cfg.seed + num_samples)
     batches = noise_batches(module.sample_shape, seeds, cfg.batch_size)
-    return list(batches), {**record, "source": "noise", "seeds": [seeds.start, seeds.stop]}
+    return batches, {**record, "source": "noise", "seeds": [seeds.start, seeds.stop]}
 
 
-def noise_batches(shape: tuple[int, ...], seeds: range, batch_size: int) -> Iterator[Tensor]:
+def noise_batches(shape: tuple[int, ...], seeds: range, batch_size: int) -> Sequence[Tensor]:
     """Noise of consecutive seeds, in batches; a seed's noise does not depend on the batches."""
-    for first in range(0, len(seeds), batch_size):
-        yield seeded_noise(shape, seeds[first : first + batch_size])
+    return _Noise(shape, seeds, batch_size)
+
+
+@dataclass(frozen=True)
+class _Noise(Sequence):
+    """Batches of noise, drawn when asked for."""
+
+    shape: tuple[int, ...]
+    seeds: range
+    batch_size: int
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.seeds) / self.batch_size)
+
+    def __getitem__(self, number):
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        first = number * self.batch_size
+        return seeded_noise(self.shape, self.seeds[first : first + self.batch_size])
 
 
 def make_sampler(cfg: DictConfig, module: FlowModule, guidance: float | None) -> ODESampler:
@@ -181,43 +209,14 @@ def make_sampler(cfg: DictConfig, module: FlowModule, guidance: float | None) ->
 
 def draw(
     module: FlowModule,
-    x0: Iterable[Tensor],
+    x0: Sequence[Tensor],
     cond: Cond,
     sampler: ODESampler,
     guidance: float | None,
 ) -> tuple[Tensor, dict[str, Any]]:
-    """Carry batches of source samples to data, with a progress bar.
-
-    Returns:
-        The samples, and their cost: velocity evaluations and network rows per sample, seconds, and
-        for a blockwise run see `block_cost`.
-    """
-    batches, parts, done, nfe, rows = list(x0), [], 0, 0, 0
-    if isinstance(module.velocity, Blockwise):
-        module.velocity.usage.clear()
-    began = time.perf_counter()
-    for batch in tqdm(batches, desc="sampling", leave=False, disable=None):
-        conditions = take(cond, slice(done, done + len(batch)))
-        solution = module.solve(batch, sampler, conditions, guidance)
-        parts.append(module.autoencoder.decode(solution.x).cpu())
-        done, nfe, rows = done + len(batch), nfe + solution.nfe * len(batch), rows + solution.rows
-    cost = {
-        "nfe": nfe / done,
-        "network_rows_per_sample": rows / done,
-        "seconds": round(time.perf_counter() - began, 3),
-    }
-    return torch.cat(parts), {**cost, **block_cost(module, batches[0], cond, done)}
-
-
-def block_cost(module: FlowModule, x0: Tensor, cond: Cond, num_samples: int) -> dict[str, Any]:
-    """What the parts of a blockwise run did for so many samples; nothing for another run.
-
-    Returns:
-        Feature mode, calls of its parts and FLOPs per sample: see `flowkit.nn.flops.solve_cost`.
-    """
-    if not isinstance(module.velocity, Blockwise):
-        return {}
-    return solve_cost(module.velocity, x0, cond, num_samples)
+    """Carry batches of source samples to data, with a progress bar; the short `draw_parts`."""
+    columns, cost = draw_parts(module, x0, cond, sampler, guidance)
+    return columns["samples"], cost
 
 
 # --- records -----------------------------------------------------------------------------------

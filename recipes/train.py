@@ -5,8 +5,10 @@ flowkit train experiment=fashion_mnist_cfm         a named experiment
 flowkit train data=folder data.root=photos data.image_size=32   your own images
 flowkit train resume=runs/2026-01-31_12-00-00      go on where a run stopped
 flowkit train resume=runs/mine trainer.max_steps=20000   ... or for longer
+flowkit train trainer=ddp                          on all devices of this machine
 """
 
+import os
 import warnings
 from pathlib import Path
 from typing import Any, cast
@@ -17,12 +19,14 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import instantiate
 from lightning import Trainer, seed_everything
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from flowkit.modules import FlowModule
 from flowkit.modules.callbacks import StepProgress
 from flowkit.modules.flow import brings_start
-from flowkit.modules.runs import CHECKPOINT, CONFIG, read_checkpoint, restore
+from flowkit.modules.runs import CHECKPOINT, CONFIG, newest_checkpoint, read_checkpoint, restore
+from flowkit.modules.sharding import shard_if_asked
 
 UNRESOLVED = "unresolved.yaml"  # the configuration with its references, for `resume` to change
 CHANGEABLE = ("trainer.", "callback.", "logger.", "optimizer.", "lr_scheduler.")
@@ -39,29 +43,32 @@ def train(cfg: DictConfig) -> FlowModule:
     """Train as configured; the run folder then holds all that `load_run` and recipes need."""
     composed = OmegaConf.to_yaml(cfg)  # now, since building parts resolves their references
     folder = Path(cfg.run_dir)
-    checkpoint = None if cfg.resume is None else find_checkpoint(Path(cfg.resume))
+    checkpoint = _requeued(folder) if cfg.resume is None else find_checkpoint(Path(cfg.resume))
     state = None if checkpoint is None else _unfinished(checkpoint, cfg.trainer.max_steps)
     _refuse_overwriting(folder, checkpoint)
     seed_everything(cfg.seed, workers=True, verbose=False)
     data = instantiate(cfg.data)
     data.prepare_data()
     data.setup()
-    print(f"data      {data.summary()}")
+    _say(f"data      {data.summary()}")
     module = _module(cfg, data)
     if checkpoint is not None and state is not None:
         restore(module, state, checkpoint)  # refuses another model, before anything is written
     del state
 
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG).write_text(OmegaConf.to_yaml(cfg, resolve=True))
-    (folder / UNRESOLVED).write_text(composed)
     callbacks = _parts(cfg.callback)
     if cfg.trainer.enable_progress_bar:
         callbacks.append(StepProgress())
     trainer: Trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=_parts(cfg.logger))
+    shard_if_asked(module, trainer)
+    if trainer.is_global_zero:
+        _write(folder, {CONFIG: OmegaConf.to_yaml(cfg, resolve=True), UNRESOLVED: composed})
     trainer.fit(module, data, ckpt_path=checkpoint, weights_only=checkpoint and True)
-    print(f"run       {folder}")
+    _say(f"run       {folder}")
     return module
+
+
+_say = rank_zero_only(print)
 
 
 def _module(cfg: DictConfig, data: Any) -> FlowModule:
@@ -80,7 +87,7 @@ def _module(cfg: DictConfig, data: Any) -> FlowModule:
     module.guided(cfg.guidance)  # refuses a scale that pictures would stumble on later
     parameters = sum(p.numel() for p in module.parameters())
     name = f"{type(module).__name__} of {type(module.velocity).__name__}"
-    print(f"model     {name}, {parameters:,} parameters")
+    _say(f"model     {name}, {parameters:,} parameters")
     return module
 
 
@@ -92,16 +99,33 @@ def _state_shape(data: Any, autoencoder: Any) -> list[int]:
     return list((x1 if "encoded_by" in batch else autoencoder.encode(x1)).shape[1:])
 
 
+def _write(folder: Path, files: dict[str, str]) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            (folder / name).write_text(text)
+    except OSError as error:
+        raise ValueError(
+            f"hydra.run.dir must be a writable folder, got {folder}: {error}"
+        ) from error
+
+
 def _parts(group: DictConfig | None) -> list:
     return [] if group is None else [instantiate(node) for node in group.values() if node]
 
 
 def find_checkpoint(resume: Path) -> Path:
     """Return the checkpoint of a run folder, or the one that ``resume`` itself is."""
-    file = resume / CHECKPOINT if resume.is_dir() else resume
-    if not file.is_file():
+    file = newest_checkpoint(resume) if resume.is_dir() else resume
+    if file is None or not file.is_file():
         raise FileNotFoundError(f"resume must be a run folder or a checkpoint, got {resume}")
     return file
+
+
+def _requeued(folder: Path) -> Path | None:
+    """What a job goes on from that a SLURM cluster has started again, in the same folder."""
+    started_again = int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0
+    return newest_checkpoint(folder) if started_again else None
 
 
 def _unfinished(checkpoint: Path, max_steps: int) -> dict[str, Any]:
@@ -118,7 +142,9 @@ def _unfinished(checkpoint: Path, max_steps: int) -> dict[str, Any]:
 
 def _refuse_overwriting(folder: Path, resumed: Path | None) -> None:
     trained = folder / CHECKPOINT
-    if trained.exists() and not (resumed is not None and resumed.samefile(trained)):
+    if trained.exists() and not (
+        resumed is not None and resumed.resolve().is_relative_to(folder.resolve())
+    ):
         raise FileExistsError(
             f"hydra.run.dir must hold no trained run, got {folder}; go on with it by "
             f"resume={folder}, delete it, or choose another folder"

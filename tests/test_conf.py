@@ -41,6 +41,8 @@ def test_option(option, configure, tmp_path):
     from flowkit import grids
 
     grids.save(grids.uniform(2), tmp_path / "grid.json")
+    if option == "trainer/slurm":
+        pytest.importorskip("hydra_plugins.hydra_submitit_launcher", exc_type=ImportError)
     group, name = option.split("/")
     overrides = [f"{group}={name}", f"run_dir={tmp_path}"]
     if option == "autoencoder/kl":

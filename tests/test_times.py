@@ -56,11 +56,9 @@ def test_stratified_order_is_random():
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_stratified_over_ranks_is_stratified_as_a_whole(monkeypatch, world):
-    monkeypatch.setattr(flowkit.times, "is_initialized", lambda: True)
-    monkeypatch.setattr(flowkit.times, "get_world_size", lambda: world)
     parts = []
     for rank in range(world):
-        monkeypatch.setattr(flowkit.times, "get_rank", lambda rank=rank: rank)
+        monkeypatch.setattr(flowkit.times, "place", lambda rank=rank: (rank, world))
         parts.append(Stratified()(8, generator=generator(rank)))
     slices = (torch.cat(parts).sort().values * 8 * world).floor()
     assert torch.equal(slices, torch.arange(8.0 * world))

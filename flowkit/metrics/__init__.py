@@ -15,6 +15,7 @@ from flowkit.metrics.kernel import KernelDistance, kid
 from flowkit.metrics.neighbors import PRDC, prdc
 from flowkit.metrics.provenance import tensor_hash, versions
 from flowkit.metrics.quantize import to_uint8
+from flowkit.metrics.stored import StoredFeatures
 from flowkit.metrics.straightness import normalized_path_energy, path_energy
 from flowkit.metrics.wasserstein import wasserstein2
 
@@ -27,6 +28,7 @@ __all__ = [
     "KernelDistance",
     "PixelSVC",
     "Pixels",
+    "StoredFeatures",
     "agreement",
     "bootstrap",
     "frechet_distance",

@@ -27,6 +27,7 @@ def image_metrics(
     test_labels: Tensor | None = None,
     judge: Judge | None = None,
     generator: torch.Generator | None = None,
+    generated_features: Tensor | None = None,
 ) -> dict[str, Any]:
     """Compare generated images with held-out real ones.
 
@@ -43,15 +44,16 @@ def image_metrics(
     Args:
         real_train: Training images ``(N, C, H, W)`` in [-1, 1], for the floor.
         real_test: Held-out images ``(M, C, H, W)``, the reference.
-        generated: Generated images ``(n, C, H, W)``; at least 4.
+        generated: Generated images ``(n, C, H, W)``, in [-1, 1] or 8-bit; at least 4.
         features: The feature space of all distances.
         labels: Classes ``(n,)`` that the generated images were asked to show.
         test_labels: Classes ``(M,)`` of the held-out images, for the judge's own accuracy.
         judge: An independent classifier; needs ``labels`` and ``test_labels``.
         generator: Draws the floor's images, subsets and resamples; on the CPU.
+        generated_features: Those of the 8-bit ``generated``, where they are known already.
 
     Returns:
-        A record of plain types, ready for JSON.
+        A record of plain types, ready for JSON. The reference's hash is that of its features.
 
     Raises:
         ValueError: If there are fewer than 4 images of a kind, or a judge without labels.
@@ -72,18 +74,18 @@ def image_metrics(
     if judge is not None and (labels is None or test_labels is None):
         raise ValueError("labels must be given with a judge, got None; test_labels too")
     chosen = torch.randperm(len(real_train), generator=generator)[: len(generated)]
-    train, test, fake = (
-        _as_saved(x) for x in (real_train[chosen.to(real_train.device)], real_test, generated)
-    )
+    train, test = as_saved(real_train[chosen.to(real_train.device)]), as_saved(real_test)
+    if generated_features is None:
+        generated_features = features(as_saved(generated))
     reference = features(test)
     record: dict[str, Any] = {
-        **_compare(features(fake), reference, generator),
+        **_compare(generated_features, reference, generator),
         "floor": _compare(features(train), reference, generator),
         "features": {"name": features.name, "hash": features.hash},
-        "reference": {"num_samples": len(test), "hash": tensor_hash(test)},
+        "reference": {"num_samples": len(test), "hash": tensor_hash(reference)},
     }
     if judge is not None and labels is not None and test_labels is not None:
-        hits = agreement(judge, fake, labels)
+        hits = agreement(judge, as_saved(generated), labels)
         record |= {
             "class_agreement": hits.double().mean().item(),
             "class_agreement_interval": _wilson(hits),
@@ -179,6 +181,6 @@ def _wilson(hits: Tensor) -> list[float]:
     return [float(interval.low), float(interval.high)]
 
 
-def _as_saved(images: Tensor) -> Tensor:
-    """Images as they come back from 8-bit files."""
-    return to_uint8(images).float() / 127.5 - 1
+def as_saved(images: Tensor) -> Tensor:
+    """Return images, in [-1, 1] or 8-bit, as they come back in [-1, 1] from 8-bit files."""
+    return (images if images.dtype == torch.uint8 else to_uint8(images)).float() / 127.5 - 1

@@ -216,17 +216,21 @@ class _Inception:
 
     name = "inception-v3"
 
-    def __init__(self, net: Callable[[Tensor], tuple[Tensor, ...]], hash: str):
-        self.net = net
-        self.hash = hash
+    def __init__(
+        self, net: Callable[[Tensor], tuple[Tensor, ...]], hash: str, device: torch.device | str
+    ):
+        self.net, self.hash, self.device = net, hash, device
 
     def __call__(self, images: Tensor) -> Tensor:
         """Features ``(B, 2048)`` of grey or colour images ``(B, 1 or 3, H, W)`` in [-1, 1]."""
         if images.ndim != 4 or images.shape[1] not in (1, 3):
             raise ValueError(f"images must have shape (B, 1 or 3, H, W), got {tuple(images.shape)}")
-        return _in_batches(
-            lambda batch: self.net(to_uint8(batch).expand(-1, 3, -1, -1))[0], images, 50
-        )
+
+        def features(batch: Tensor) -> Tensor:
+            pixels = to_uint8(batch).expand(-1, 3, -1, -1).to(self.device)
+            return self.net(pixels)[0].to(batch.device)
+
+        return _in_batches(features, images, 50)
 
 
 def inception(weights: str | Path, device: torch.device | str = "cpu") -> Features:
@@ -240,7 +244,7 @@ def inception(weights: str | Path, device: torch.device | str = "cpu") -> Featur
     Args:
         weights: File of torch-fidelity's weights (``weights-inception-2015-12-05-6726825d.pth``);
             read only if it holds tensors and nothing else.
-        device: Where the network runs; images must lie there.
+        device: Where the network runs; images and features may lie elsewhere.
 
     Returns:
         The features; ``hash`` is the SHA-256 of the file, which for the published weights begins
@@ -269,7 +273,7 @@ def inception(weights: str | Path, device: torch.device | str = "cpu") -> Featur
     )
     with file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    return _Inception(net.to(device).eval(), digest)
+    return _Inception(net.to(device).eval(), digest, device)
 
 
 def _block(channels: int, width: int) -> list[nn.Module]:

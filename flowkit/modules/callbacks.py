@@ -49,8 +49,11 @@ class SampleGrid(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Draw once a validation, on the first process."""
-        if batch_idx or trainer.sanity_checking or not trainer.is_global_zero:
+        """Draw once a validation; the first process saves.
+
+        All draw, since a network that is sharded needs them all.
+        """
+        if batch_idx or trainer.sanity_checking:
             return
         if not isinstance(pl_module, FlowModule) or pl_module.sample_shape is None:
             return
@@ -66,17 +69,23 @@ class SampleGrid(Callback):
         x0 = seeded_noise(pl_module.sample_shape, range(count)) if x0 is None else x0[:count]
         states = pl_module.solve(x0, self.sampler, cond, self.guidance).x
         samples = pl_module.autoencoder.decode(states)
-        save_picture(samples, self.folder / f"step-{trainer.global_step:06d}.png", columns)
+        if trainer.is_global_zero:
+            save_picture(samples, self.folder / f"step-{trainer.global_step:06d}.png", columns)
 
 
 class LastCheckpoint(Checkpoint):
     """Keep ``<folder>/last.ckpt``, written every few steps and at the last one.
 
-    The file is replaced in one move, so that it is whole at any moment.
+    The file is replaced in one move, and only by one that has reached the disk: whenever a process
+    or machine dies, it holds the last checkpoint that was finished. It then also replaces what
+    Lightning saved on a SLURM cluster's signal.
 
     Args:
         folder: Where the checkpoint lies.
         every_n_steps: Optimiser steps between checkpoints.
+
+    Raises:
+        RuntimeError: If it cannot be written; the one before is left as it was.
     """
 
     def __init__(self, folder: str | Path, every_n_steps: int):
@@ -93,9 +102,30 @@ class LastCheckpoint(Checkpoint):
             return
         self.saved_step = step
         partial, last = self.folder / "last.ckpt.partial", self.folder / "last.ckpt"
-        trainer.save_checkpoint(partial)
-        if trainer.is_global_zero:
-            os.replace(partial, last)
+        try:
+            trainer.save_checkpoint(partial)
+            if trainer.is_global_zero:
+                _flush(partial)
+                os.replace(partial, last)
+                _flush(self.folder)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            kept = "the last one is as it was" if last.is_file() else "there is none yet"
+            raise RuntimeError(
+                f"checkpoint must be written to a folder with room, got {self.folder} at step "
+                f"{step}: {error}; {kept}"
+            ) from error
+        for superseded in Path(trainer.default_root_dir).glob("hpc_ckpt_*.ckpt"):
+            superseded.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file, or the names in a folder, have reached the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 class StepProgress(TQDMProgressBar):

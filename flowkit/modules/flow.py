@@ -220,12 +220,14 @@ class FlowModule(LightningModule):
             raise RuntimeError(self._not_finite(batch, batch_idx, terms["loss"]))
         if self.terms_are_seen:
             for name, value in terms.items():
-                self.log(f"train/{name}", value.detach(), prog_bar=name == "loss")
+                self.log(f"train/{name}", value.detach(), prog_bar=name == "loss", sync_dist=True)
         return terms["loss"]
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """The loss under fixed noise, logged as ``val/…``."""
-        generator = torch.Generator(self.device).manual_seed(batch_idx)
+        # Ranks see other data, so under other noise.
+        seed = batch_idx * cast(Any, self.trainer).world_size + self.global_rank
+        generator = torch.Generator(self.device).manual_seed(seed)
         terms = self.loss(batch, generator)
         size = len(batch["x1"])
         self.log_dict(

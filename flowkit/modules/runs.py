@@ -36,6 +36,13 @@ def load_run(folder: str | Path, checkpoint: str | Path | None = None) -> FlowMo
     return module.eval().requires_grad_(False)
 
 
+def newest_checkpoint(folder: str | Path) -> Path | None:
+    """Return what a run goes on from: what Lightning saved when SLURM stopped it, or the last."""
+    saved = sorted(Path(folder).glob("hpc_ckpt_*.ckpt"), key=lambda file: file.stat().st_mtime_ns)
+    last = Path(folder) / CHECKPOINT
+    return saved[-1] if saved else last if last.is_file() else None
+
+
 def read_config(folder: str | Path) -> dict[str, Any]:
     """Read the resolved configuration of a run folder.
 
@@ -54,7 +61,7 @@ def restore(module: FlowModule, state: dict[str, Any], file: Path) -> None:
     Raises:
         RuntimeError: If it is of another model, naming the file.
     """
-    misfit = f"checkpoint must fit the configured module, got another model or format in {file}"
+    misfit = _MISFIT.format(file)
     try:
         module.on_load_checkpoint(state)
     except KeyError as error:  # other errors, of an autoencoder say, speak for themselves
@@ -67,19 +74,25 @@ def restore(module: FlowModule, state: dict[str, Any], file: Path) -> None:
     module.weights = {"kind": kind, "step": state["global_step"]}
 
 
+_MISFIT = "checkpoint must fit the configured module, got another model or format in {}"
+
+
 def read_checkpoint(file: Path) -> dict[str, Any]:
     """Read a checkpoint, weights only.
 
     Raises:
         FileNotFoundError: If there is none.
-        RuntimeError: If it cannot be read, naming the file.
+        RuntimeError: If it cannot be read or is of something else, naming the file.
     """
     if not file.is_file():
         raise FileNotFoundError(f"checkpoint must be a file, got {file}; has the run saved one?")
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
+        state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a dozen kinds for a damaged file
         raise RuntimeError(f"checkpoint must be readable, got {file}: {error}") from error
+    if not isinstance(state, dict) or not {"state_dict", "global_step"} <= state.keys():
+        raise RuntimeError(_MISFIT.format(file))
+    return state
 
 
 def build(node: Any) -> Any:

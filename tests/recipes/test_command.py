@@ -33,6 +33,12 @@ def test_a_mistyped_run_is_an_error_at_once_and_makes_no_folder(tmp_path):
 
 def test_what_names_no_single_folder_is_not_looked_for(tmp_path):
     check_folders([f"run={tmp_path}", f"run='{tmp_path}'", "resume=null", "seed=3"])
+    (tmp_path / "file").touch()
+    check_folders([f"hydra.run.dir={tmp_path}/new/run", "hydra.run.dir=new/run"])
+    with pytest.raises(
+        PermissionError, match=r"hydra.run.dir must be a writable folder, got .*file/r"
+    ):
+        check_folders([f"hydra.run.dir={tmp_path}/file/run"])
     check_folders(["run=[a,b]", "run=a,b", "run=${oc.env:RUN}", "problem.run=x"])
     with pytest.raises(
         FileNotFoundError, match="resume must be a run folder, got x; there is none"

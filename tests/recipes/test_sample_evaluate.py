@@ -12,7 +12,8 @@ from flowkit.data import Toy
 from flowkit.data.arrays import Arrays
 from flowkit.data.splits import SplitData
 from flowkit.metrics import Pixels, tensor_hash
-from flowkit.modules import load_run
+from flowkit.modules import FlowModule, load_run
+from flowkit.recipes._parts import Parts
 from flowkit.recipes.evaluate import evaluate, features_for, picture_rows, proportional_rows
 from flowkit.recipes.sample import choose_labels, sample
 from flowkit.recipes.train import train
@@ -82,6 +83,55 @@ def test_evaluation_is_a_record_and_repeats_exactly(tiny_run, configure, tmp_pat
     assert first["metrics"]["frechet_distance"] > first["metrics"]["floor"]["frechet_distance"]
     assert set(first) == {"metrics", "weights", "sampling", "data", "versions"}
     assert "fid" not in json.dumps(first).lower().replace("fidelity", "")
+
+
+@pytest.mark.parametrize("recipe", ["sample", "evaluate"])
+def test_a_stopped_drawing_goes_on_where_it_was(tiny_run, configure, tmp_path, monkeypatch, recipe):
+    """The plug is pulled in the third of five batches: the second call makes only three."""
+    solve, made = FlowModule.solve, []
+
+    def stumble(self, x0, *args, **kwargs):
+        if len(made) == 2:
+            raise ConnectionError("the plug was pulled")
+        made.append(len(x0))
+        return solve(self, x0, *args, **kwargs)
+
+    run = {"sample": sample, "evaluate": evaluate}[recipe]
+    options = [f"run={tiny_run}", "sampler.grid=2", "num_samples=40", "batch_size=8"]
+    options += ["metric=pixels"] if recipe == "evaluate" else []
+    whole = run(configure(recipe, *options, f"out={tmp_path}/whole"))
+    options.append(f"out={tmp_path}/parts")
+    monkeypatch.setattr(FlowModule, "solve", stumble)
+    with pytest.raises(ConnectionError):
+        run(configure(recipe, *options))
+    (parts,) = (tmp_path / "parts").iterdir()
+    assert [file.name for file in sorted(parts.iterdir())] == [
+        "000000.safetensors",
+        "000001.safetensors",
+    ]
+    made.extend([0])
+    again = run(configure(recipe, *options))
+    assert made == [8, 8, 0, 8, 8, 8]
+    if recipe == "sample":
+        assert torch.equal(again, whole)
+    else:
+        assert again["metrics"] == whole["metrics"]
+    assert not parts.exists()
+
+    # Other options begin anew.
+    made[2:] = [0]
+    run(configure(recipe, *options, "seed=1"))
+    assert made == [8, 8, 0, *[8] * 5]
+
+
+def test_a_damaged_part_is_named(tiny_run, configure, tmp_path, monkeypatch):
+    monkeypatch.setattr(Parts, "remove", lambda self: None)
+    options = [f"run={tiny_run}", "num_samples=4", "sampler.grid=1", f"out={tmp_path}"]
+    sample(configure("sample", *options))
+    (file,) = tmp_path.glob("parts-*/000000.safetensors")
+    file.write_bytes(file.read_bytes()[:50])
+    with pytest.raises(RuntimeError, match=r"part must be readable, got .*000000.safetensors"):
+        sample(configure("sample", *options))
 
 
 def test_weights_that_were_not_averaged_are_called_raw(configure, tmp_path):

@@ -1,0 +1,47 @@
+"""Features of real images, computed once."""
+
+import hashlib
+import os
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from flowkit.metrics.features import Features
+from flowkit.metrics.provenance import tensor_hash
+from flowkit.metrics.quantize import to_uint8
+
+
+class StoredFeatures:
+    """Features that are kept in a folder, under a hash of the network and of the 8-bit images.
+
+    Args:
+        features: What computes them where they are not there yet.
+        folder: Where they are kept; made when needed.
+
+    >>> import tempfile, torch
+    >>> from flowkit.metrics import Pixels
+    >>> features = StoredFeatures(Pixels(), tempfile.mkdtemp())
+    >>> features(torch.zeros(2, 1, 4, 4)).shape, len(list(features.folder.iterdir()))
+    (torch.Size([2, 16]), 1)
+    """
+
+    def __init__(self, features: Features, folder: str | Path):
+        self.features, self.folder = features, Path(folder)
+        self.name, self.hash = features.name, features.hash
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Features ``(B, F)`` of images ``(B, C, H, W)`` in [-1, 1]."""
+        content = f"{self.name} {self.hash} {tensor_hash(to_uint8(images))}"
+        key = hashlib.sha256(content.encode()).hexdigest()
+        file = self.folder / f"features-{key[:32]}.safetensors"
+        try:
+            return load_file(file)["features"].to(images.device)
+        except (FileNotFoundError, SafetensorError):
+            found = self.features(images)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(f".{os.getpid()}.partial")
+        save_file({"features": found.contiguous()}, partial)
+        os.replace(partial, file)
+        return found

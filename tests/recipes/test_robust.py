@@ -1,0 +1,177 @@
+"""Training runs that are stopped where it hurts go on as if they had not been."""
+
+import multiprocessing
+import os
+import resource
+import signal
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from flowkit.modules.runs import read_checkpoint
+from flowkit.recipes.train import resumed, train
+from tests.recipes.conftest import TINY
+from tests.recipes.test_train import _losses, _state
+
+OPTIONS = [*TINY, "trainer.log_every_n_steps=1", "trainer.max_steps=15"]
+OPTIONS += ["trainer.val_check_interval=5", "lr_scheduler=cosine"]
+
+
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class KillInWrite(Callback):
+    """Kills the process in the writing of its second checkpoint, or two steps after the first."""
+
+    def __init__(self, when):
+        self.when = when
+
+    def on_train_batch_end(self, trainer, *args):
+        if trainer.global_step == 7:
+            if self.when == "between checkpoints":
+                kill()
+            if self.when == "before the last move":
+                os.replace = lambda *args: kill()
+            if self.when == "within the file":
+                trainer.strategy.checkpoint_io.save_checkpoint = self.half
+
+    @staticmethod
+    def half(checkpoint, path, **kwargs):
+        torch.save(checkpoint, path)
+        os.truncate(path, os.path.getsize(path) // 2)
+        kill()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted run."""
+    from hydra import compose, initialize_config_dir
+
+    from tests.conftest import CONF
+
+    folder = tmp_path_factory.mktemp("whole")
+    with initialize_config_dir(CONF, version_base="1.3"):
+        cfg = compose("train", [*OPTIONS, f"run_dir={folder}"])
+    train(cfg)
+    return folder
+
+
+def assert_same(run, whole):
+    assert dict(_losses(run)) == dict(_losses(whole))
+    ours, expected = _state(run), _state(whole)
+    for part in ("state_dict", "current_model_state"):
+        for name, value in expected[part].items():
+            assert torch.equal(value, ours[part][name]), (part, name)
+    assert [file.name for file in (run / "checkpoints").iterdir()] == ["last.ckpt"]
+
+
+@pytest.mark.parametrize("when", ["between checkpoints", "within the file", "before the last move"])
+def test_a_killed_process_is_resumed_exactly(configure, tmp_path, whole, when):
+    """SIGKILL after step 7 or in the writing of step 10: the checkpoint of step 5 is whole."""
+    node = f"+callback.kill={{_target_: tests.recipes.test_robust.KillInWrite, when: '{when}'}}"
+    cfg = configure("train", *OPTIONS, f"run_dir={tmp_path}", node)
+    process = multiprocessing.get_context("fork").Process(target=train, args=(cfg,))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert _state(tmp_path)["global_step"] == 5
+    train(resumed(configure("train", f"resume={tmp_path}"), ["callback.kill=null"]))
+    assert_same(tmp_path, whole)
+
+
+class NoRoom(Callback):
+    """Lets no file grow beyond half a checkpoint, once there is one."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def on_train_batch_end(self, trainer, *args):
+        if trainer.global_step == 7:
+            limit = os.path.getsize(self.file) // 2
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+
+
+def test_a_full_disk_is_an_error_that_leaves_the_last_checkpoint(configure, tmp_path, whole):
+    file = tmp_path / "checkpoints" / "last.ckpt"
+    node = f"+callback.room={{_target_: tests.recipes.test_robust.NoRoom, file: {file}}}"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    message = r"checkpoint must be .* got .*checkpoints at step 10: .*; the last one is as it was"
+    try:
+        with pytest.raises(RuntimeError, match=message):
+            train(configure("train", *OPTIONS, f"run_dir={tmp_path}", node))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert _state(tmp_path)["global_step"] == 5
+    train(resumed(configure("train", f"resume={tmp_path}"), ["callback.room=null"]))
+    assert_same(tmp_path, whole)
+
+
+def test_a_folder_that_cannot_be_written_is_named(configure, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"run.dir must be a writable folder, got .*file/run"):
+        train(configure("train", *OPTIONS, f"run_dir={tmp_path / 'file' / 'run'}"))
+
+
+@pytest.mark.parametrize("content", [torch.zeros(3), {"weight": torch.zeros(3)}])
+def test_a_foreign_checkpoint_is_named(configure, tmp_path, content):
+    torch.save(content, tmp_path / "other.pt")
+    cfg = configure("train", *OPTIONS, f"resume={tmp_path / 'other.pt'}", f"run_dir={tmp_path}/run")
+    with pytest.raises(RuntimeError, match=r"checkpoint must fit .* format in .*other.pt"):
+        train(cfg)
+    assert not (tmp_path / "run").exists()
+
+
+class Touch:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return open, (self.file, "w")
+
+
+def test_checkpoints_run_no_code(tmp_path):
+    torch.save({"state_dict": Touch(str(tmp_path / "made"))}, tmp_path / "bad.ckpt")
+    with pytest.raises(RuntimeError, match=r"checkpoint must be readable, got .*bad.ckpt"):
+        read_checkpoint(tmp_path / "bad.ckpt")
+    assert not (tmp_path / "made").exists()
+
+
+class Stopped(Callback):
+    """Signals as a SLURM cluster does before a time limit, and ends the process a step later."""
+
+    def on_train_batch_end(self, trainer, *args):
+        if trainer.global_step == 7:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        if trainer.global_step == 8:
+            raise ConnectionError("the time is up")
+
+
+def test_a_requeued_job_goes_on_in_its_folder(configure, tmp_path, monkeypatch, whole):
+    """At the signal Lightning saves step 7 and requeues; the next start goes on from there."""
+    (tmp_path / "bin").mkdir()
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\n')
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    slurm = {"NTASKS": 1, "JOB_ID": 71, "JOB_NAME": "train", "NODELIST": "here"}
+    for name, value in {**slurm, "PROCID": 0, "LOCALID": 0, "NODEID": 0}.items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+
+    run = tmp_path / "run"
+    options = [*OPTIONS, f"run_dir={run}"]
+    stop = "+callback.stop={_target_: tests.recipes.test_robust.Stopped}"
+    with pytest.raises(ConnectionError):
+        train(configure("train", *options, stop))
+    assert (tmp_path / "asked").read_text() == "requeue 71\n"
+    (saved,) = run.glob("hpc_ckpt_*.ckpt")
+    assert read_checkpoint(saved)["global_step"] == 7
+    assert _state(run)["global_step"] == 5
+
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    train(configure("train", *options))
+    assert_same(run, whole)
+    assert not saved.exists()
