@@ -9,7 +9,7 @@ PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 .venv/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet -c constraints.txt torch==2.13.0
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev,hub,notebooks]'
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev,hub,notebooks,slurm]'
 	touch $@
 
 quickstart: .venv/.installed
@@ -28,6 +28,7 @@ check: .venv/.installed
 	$(PYTEST) -m "not slow"
 
 bench: .venv/.installed
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[bench]'
 	$(BIN)/python -m pytest tests/benchmarks --benchmark-only -s
 
 clean:

@@ -84,7 +84,7 @@ class Parts:
 
     def remove(self) -> None:
         """Delete the parts, once what they are for is done."""
-        shutil.rmtree(self.folder)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def draw_parts(

@@ -108,7 +108,7 @@ def _measure_images(
     with fabric.rank_zero_first():  # a classifier is trained once
         features: Features = instantiate(cfg.metric)(data)
     test = data.test[:]
-    rows, chosen = _rows_like(test, data, cfg.num_samples)
+    rows, chosen = rows_like(test, data, cfg.num_samples)
     given, cond = given_source(test, data), take(test.get("cond"), rows)
     x0, source = start(module, cfg, len(rows), None if given is None else given[rows])
 
@@ -134,7 +134,7 @@ def _measure_images(
         train["x1"],
         test["x1"],
         samples,
-        features if isinstance(features, Pixels) else StoredFeatures(features, _cache()),
+        features if isinstance(features, Pixels) else StoredFeatures(features, cache_folder()),
         labels=labels,
         test_labels=labels_of(test, data.num_classes),
         judge=None if labels is None or seen is None else PixelSVC(train["x1"], seen),
@@ -150,7 +150,7 @@ def _measure_images(
     return Measured(metrics, sampling, as_saved(samples[shown]), columns)
 
 
-def _rows_like(test: Batch, data: SplitData, num_samples: int) -> tuple[Tensor, str]:
+def rows_like(test: Batch, data: SplitData, num_samples: int) -> tuple[Tensor, str]:
     """Test samples whose start the generated ones share, and how they were chosen."""
     if brings_start(test, data):
         return torch.arange(min(num_samples, len(test["x1"]))), "of the test split"
@@ -251,7 +251,7 @@ def classifier_features(data: SplitData, seed: int) -> ConvClassifier:
         raise ValueError(
             "metric must be pixels or inception for data without class labels, got classifier"
         )
-    cache = _cache()
+    cache = cache_folder()
     file = cache / f"classifier-{data.fingerprint('train')[:16]}-{seed}.safetensors"
     if file.is_file():
         return ConvClassifier.load(file)
@@ -268,7 +268,7 @@ def classifier_features(data: SplitData, seed: int) -> ConvClassifier:
     return net
 
 
-def _cache() -> Path:
+def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "flowkit"
 
 

@@ -84,6 +84,8 @@ def _module(cfg: DictConfig, data: Any) -> FlowModule:
     if "mixed" in str(cfg.trainer.precision) and "fused" in cfg.optimizer:
         cfg.optimizer.fused = False  # Lightning clips no gradients of a fused one there
     module = instantiate(cfg.module, autoencoder=autoencoder)
+    if cfg.compile:
+        module.velocity.compile()  # in place, so that checkpoints do not know
     module.guided(cfg.guidance)  # refuses a scale that pictures would stumble on later
     parameters = sum(p.numel() for p in module.parameters())
     name = f"{type(module).__name__} of {type(module.velocity).__name__}"

@@ -7,7 +7,19 @@ from flowkit.data.idx import IDX
 from flowkit.data.latents import Latents
 from flowkit.data.masks import Masks
 from flowkit.data.pairs import Pairs
+from flowkit.data.shards import Shards
 from flowkit.data.splits import SplitData
 from flowkit.data.toy import Toy
 
-__all__ = ["IDX", "Digits", "Folder", "Hub", "Latents", "Masks", "Pairs", "SplitData", "Toy"]
+__all__ = [
+    "IDX",
+    "Digits",
+    "Folder",
+    "Hub",
+    "Latents",
+    "Masks",
+    "Pairs",
+    "Shards",
+    "SplitData",
+    "Toy",
+]

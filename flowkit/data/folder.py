@@ -51,7 +51,8 @@ def check_image_format(image_size: int, channels: int) -> None:
         raise ValueError(f"channels must be 1 (grey) or 3 (RGB), got {channels}")
 
 
-def _raise_broken(broken: Sequence[str]) -> None:
+def raise_broken(broken: Sequence[str]) -> None:
+    """Raise ``ValueError`` if there are broken files, naming the first of them."""
     if broken:
         shown = "; ".join(broken[:10]) + ("; …" if len(broken) > 10 else "")
         raise ValueError(
@@ -98,7 +99,7 @@ class Files:
                     images.append(square(image, self.image_size, self.channels))
             except (OSError, SyntaxError, ValueError) as error:
                 broken.append(f"{file} ({error})")
-        _raise_broken(broken)
+        raise_broken(broken)
         x1 = torch.empty(0, self.channels, self.image_size, self.image_size)
         if images:
             x1 = from_uint8(torch.stack(images))
@@ -221,4 +222,4 @@ class Folder(SplitData):
                     image.verify()
             except (OSError, SyntaxError, ValueError) as error:
                 broken.append(f"{self.root / name} ({error})")
-        _raise_broken(broken)
+        raise_broken(broken)

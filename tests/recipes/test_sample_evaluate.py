@@ -201,7 +201,8 @@ def test_a_perfect_model_of_unequal_classes_meets_the_floor(configure, tmp_path,
         cfg.data = {"_target_": "tests.recipes.test_sample_evaluate.Skewed"}
     train(cfg)
     monkeypatch.setattr(
-        "flowkit.recipes.evaluate.draw", lambda module, x0, cond, *_: (_shades(cond), {})
+        "flowkit.recipes.evaluate.draw_parts",
+        lambda module, x0, cond, sampler, guidance, finish, _: (finish(_shades(cond)), {}),
     )
     options = [f"run={tmp_path}", *EVALUATE, "num_samples=100"]
     metrics = evaluate(configure("evaluate", *options))["metrics"]

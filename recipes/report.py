@@ -1,0 +1,211 @@
+"""Tabulate and plot what a run's samples cost and are worth: solvers x grids x evaluations.
+
+flowkit report run=runs/quickstart
+flowkit report run=runs/quickstart solvers=[euler,heun] nfe=[4,8,16] num_samples=5000
+
+Quality is the Fréchet distance of images, or the W2 of points, to the test split; its floor is that
+of as many training samples. Seconds are of the sampling alone, of all processes together.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import hydra
+import torch
+from hydra.utils import instantiate
+from lightning.fabric import Fabric
+from omegaconf import DictConfig
+from torch import Tensor
+
+from flowkit import grids
+from flowkit.data import SplitData
+from flowkit.metrics import StoredFeatures, frechet_distance, to_uint8, versions, wasserstein2
+from flowkit.metrics.evaluate import as_saved
+from flowkit.modules import FlowModule, load_run
+from flowkit.modules.runs import read_config
+from flowkit.recipes._parts import Parts, draw_parts, hash_of, launch
+from flowkit.recipes.evaluate import cache_folder, rows_like
+from flowkit.recipes.sample import describe, given_source, start, test_data, weights
+from flowkit.sampling import ODESampler
+from flowkit.types import take
+
+Row = dict[str, Any]
+STEP = {"euler": 1, "ab2": 1, "midpoint": 2, "heun": 2, "rk4": 4}
+"""Evaluations of a step; ab2 needs one more to start."""
+
+
+class Measure(NamedTuple):
+    """How good samples are: the distance of what is seen of them to what is seen of the data."""
+
+    name: str
+    see: Callable[[Tensor], Tensor]
+    distance: Callable[[Tensor, Tensor], float]
+    reference: Tensor
+    floor: float
+    """The distance of as many training samples."""
+
+
+def report(cfg: DictConfig) -> list[Row]:
+    """Measure as configured; writes ``report.json``, ``report.md`` and ``report.png``.
+
+    Returns:
+        A row per cell: ``solver``, ``grid``, ``nfe``, ``steps``, ``distance`` and ``milliseconds``;
+        none on other processes than the first.
+    """
+    run, fabric = Path(cfg.run), launch(cfg)
+    out = Path(cfg.out) if cfg.out else run / "report"
+    trained, module = read_config(run), load_run(run).to(fabric.device)
+    guidance = trained["guidance"] if cfg.guidance is None else cfg.guidance
+    module.guided(guidance)
+    cells = list(_cells(cfg))
+    data = test_data(trained)
+    with fabric.rank_zero_first():
+        measure = _measure(cfg, data)
+    record = {
+        "weights": weights(module),
+        "sampling": {"guidance": guidance, "seed": cfg.seed, "num_samples": cfg.num_samples},
+        "measure": {"name": measure.name, "test": data.fingerprint("test"), "floor": measure.floor},
+        "versions": versions(),
+    }
+    kept = _kept(out / "report.json", record)
+    fabric.barrier()  # all have read what the first is about to write
+    rows: list[Row] = []
+    for solver, name, sampler in cells:
+        key = json.dumps(describe(sampler, guidance))
+        if key not in kept:
+            kept[key] = _cell(cfg, out, module, data, sampler, guidance, measure, fabric)
+        rows.append({"solver": solver, "grid": name, **kept[key], "key": key})
+        if fabric.is_global_zero:  # after every cell: a long table can be read as it grows
+            (out / "report.json").write_text(json.dumps({**record, "rows": rows}, indent=2) + "\n")
+    if not fabric.is_global_zero:
+        return []
+    table = _table(rows, measure)
+    (out / "report.md").write_text(table)
+    _plot(rows, measure, out / "report.png")
+    print(f"{table}\npicture   {out / 'report.png'}")
+    return rows
+
+
+def saved(num_steps: int, folder: str) -> Tensor | None:
+    """Return the grid of so many steps that `flowkit boss` wrote to a folder; None without one."""
+    file = Path(folder) / f"grid-{num_steps}.json"
+    return grids.load(file) if file.is_file() else None
+
+
+def _cells(cfg: DictConfig):
+    """Solver, name of the grid and sampler of every cell."""
+    made = {name: instantiate(node) for name, node in cfg.grids.items() if node}
+    for solver in cfg.solvers:
+        if solver not in STEP:
+            raise ValueError(f"solvers must be among {', '.join(STEP)}, got {solver}")
+        for name, make in made.items():
+            for nfe in cfg.nfe:
+                steps = nfe // STEP[solver] - (solver == "ab2")
+                if steps > 0 and (grid := make(steps)) is not None:
+                    yield solver, name, ODESampler(grid, solver)
+
+
+def _measure(cfg: DictConfig, data: SplitData) -> Measure:
+    test, count = data.test[:], cfg.num_samples
+    order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(cfg.seed))
+    train = data.train[order[:count]]["x1"]
+    if len(data.shape) == 3:
+        features = instantiate(cfg.metric)(data)
+        stored = StoredFeatures(features, cache_folder())
+        reference = stored(as_saved(test["x1"]))
+        floor = frechet_distance(stored(as_saved(train)), reference)
+        name = f"Fréchet distance ({features.name})"
+        see = lambda x: features(as_saved(to_uint8(x)))  # noqa: E731
+        return Measure(name, see, frechet_distance, reference, floor)
+    reference = test["x1"][:count]
+    floor = wasserstein2(train[: len(reference)], reference)
+    return Measure("W2", lambda x: x, wasserstein2, reference, floor)
+
+
+def _cell(
+    cfg: DictConfig,
+    out: Path,
+    module: FlowModule,
+    data: SplitData,
+    sampler: ODESampler,
+    guidance: Any,
+    measure: Measure,
+    fabric: Fabric,
+) -> Row:
+    test = data.test[:]
+    rows, _ = rows_like(test, data, cfg.num_samples)
+    given, cond = given_source(test, data), take(test.get("cond"), rows)
+    x0, source = start(module, cfg, len(rows), None if given is None else given[rows])
+    used = {"weights": weights(module), **describe(sampler, guidance), **source}
+    key = {**used, "cond": hash_of(cond), "measure": measure.name}
+    parts = Parts(out, key, fabric)
+    finish = lambda x: {"seen": measure.see(x)}  # noqa: E731
+    drawn, cost = draw_parts(module, x0, cond, sampler, guidance, finish, parts)
+    if not drawn:
+        return {}
+    distance = measure.distance(drawn["seen"], measure.reference)
+    parts.remove()
+    return {
+        "nfe": round(cost["nfe"]),
+        "steps": len(sampler.times) - 1,
+        "distance": distance,
+        "milliseconds": 1e3 * cost["seconds"] / len(rows),
+    }
+
+
+def _kept(file: Path, record: Mapping[str, Any]) -> dict[str, Row]:
+    """Rows of an earlier call that measured the same, by what they depend on."""
+    earlier = json.loads(file.read_text()) if file.is_file() else {}
+    if any(earlier.get(name) != value for name, value in record.items()):
+        return {}
+    names = ("nfe", "steps", "distance", "milliseconds")
+    return {row["key"]: {name: row[name] for name in names} for row in earlier["rows"]}
+
+
+def _table(rows: list[Row], measure: Measure) -> str:
+    header = ["solver", "grid", "steps", "NFE", measure.name, "ms a sample"]
+    lines = [header, ["---", "---", *["---:"] * 4]]
+    for row in rows:
+        numbers = [f"{row['distance']:.3f}", f"{row['milliseconds']:.2f}"]
+        lines.append([row["solver"], row["grid"], str(row["steps"]), str(row["nfe"]), *numbers])
+    text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return f"{text}\nAs many training samples: {measure.floor:.3f}\n"
+
+
+def _plot(rows: list[Row], measure: Measure, file: Path) -> None:
+    """Distance over evaluations, and over time; a colour a solver, a line style a grid."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    solvers, names = (list(dict.fromkeys(row[key] for row in rows)) for key in ("solver", "grid"))
+    styles = ["-", "--", ":", "-."]
+    labels = ("evaluations of the network", "milliseconds a sample")
+    for axes, key, label in zip(panels, ("nfe", "milliseconds"), labels, strict=True):
+        for k, solver in enumerate(solvers):
+            for j, name in enumerate(names):
+                mine = [row for row in rows if (row["solver"], row["grid"]) == (solver, name)]
+                line = {"color": f"C{k}", "linestyle": styles[j % 4], "marker": "o", "ms": 4}
+                values = [[row[name] for row in mine] for name in (key, "distance")]
+                axes.plot(*values, label=f"{solver}, {name}", **line)
+        axes.axhline(measure.floor, color="0.5", lw=1, label="training samples")
+        axes.set(xscale="log", yscale="log", xlabel=label)
+        axes.grid(alpha=0.3, which="both")
+    counts = sorted({row["nfe"] for row in rows})
+    panels[0].set_xticks(counts, map(str, counts))
+    panels[0].minorticks_off()
+    panels[0].set_ylabel(measure.name)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    figure.savefig(file, dpi=120)
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="report")
+def main(cfg: DictConfig) -> None:
+    """Entry point of ``flowkit report``."""
+    report(cfg)
+
+
+if __name__ == "__main__":
+    main()

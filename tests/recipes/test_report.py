@@ -1,0 +1,70 @@
+"""The table of cost and quality."""
+
+import json
+
+import pytest
+
+from flowkit import grids
+from flowkit.modules import FlowModule
+from flowkit.recipes.evaluate import evaluate
+from flowkit.recipes.report import report
+from flowkit.recipes.train import train
+from tests.recipes.conftest import TINY
+
+OPTIONS = ["metric=pixels", "num_samples=40", "solvers=[euler,heun,ab2]", "nfe=[1,4]"]
+
+
+def test_cells_are_those_of_evaluate_and_are_measured_once(
+    tiny_run, configure, tmp_path, monkeypatch, capsys
+):
+    options = [f"run={tiny_run}", f"out={tmp_path}", *OPTIONS]
+    rows = report(configure("report", *options))
+    # With one evaluation there is no Heun step and no ab2 step.
+    cells = [(row["solver"], row["grid"], row["steps"], row["nfe"]) for row in rows]
+    expected = {"euler": [(1, 1), (4, 4)], "heun": [(2, 4)], "ab2": [(3, 4)]}
+    assert cells == [
+        (solver, name, *cost)
+        for solver, costs in expected.items()
+        for name in ("uniform", "shifted")
+        for cost in costs
+    ]
+    sampler = ["sampler=heun", "sampler.grid=2", "metric=pixels", "num_samples=40"]
+    record = evaluate(configure("evaluate", f"run={tiny_run}", f"out={tmp_path}/one", *sampler))
+    heun = next(row for row in rows if row["solver"] == "heun")
+    assert heun["distance"] == pytest.approx(record["metrics"]["frechet_distance"])
+    floor = json.loads((tmp_path / "report.json").read_text())["measure"]["floor"]
+    assert floor == pytest.approx(record["metrics"]["floor"]["frechet_distance"], rel=0.5)
+    table = (tmp_path / "report.md").read_text()
+    assert table in capsys.readouterr().out
+    assert f"| heun | uniform | 2 | 4 | {heun['distance']:.3f} |" in table
+    assert (tmp_path / "report.png").is_file()
+    assert not list(tmp_path.glob("parts-*"))
+
+    # A second call measures what has been added, and nothing again.
+    solve, solved = FlowModule.solve, []
+
+    def count(self, x0, sampler, *args, **kwargs):
+        solved.append(sampler.method)
+        return solve(self, x0, sampler, *args, **kwargs)
+
+    monkeypatch.setattr(FlowModule, "solve", count)
+    again = report(configure("report", *options, "solvers=[euler,heun,ab2,rk4]"))
+    assert again[:-2] == rows
+    assert solved == ["rk4", "rk4"]
+    report(configure("report", *options, "seed=1"))
+    assert len(solved) == 2 + len(rows)
+
+
+def test_points_are_measured_by_w2_on_grids_of_a_folder(configure, tmp_path):
+    run = tmp_path / "run"
+    train(configure("train", *TINY, "data=toy", "data.size=500", f"run_dir={run}"))
+    grids.save(grids.power(4, 2.0), tmp_path / "grid-4.json")
+    node = f"{{_target_: flowkit.recipes.report.saved, _partial_: true, folder: {tmp_path}}}"
+    options = [f"run={run}", *OPTIONS[1:], f"+grids.boss={node}", "grids.shifted=null"]
+    rows = report(configure("report", *options))
+    found = [(row["solver"], row["nfe"]) for row in rows if row["grid"] == "boss"]
+    assert found == [("euler", 4)]
+    assert {row["grid"] for row in rows} == {"uniform", "boss"}
+    assert all(row["distance"] > 0 for row in rows)
+    with pytest.raises(ValueError, match=r"solvers must be among euler, ab2, .*, got dopri5"):
+        report(configure("report", *options, "solvers=[dopri5]"))
