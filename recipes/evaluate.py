@@ -269,6 +269,7 @@ def classifier_features(data: SplitData, seed: int) -> ConvClassifier:
 
 
 def cache_folder() -> Path:
+    """Where classifiers and features of real images are kept."""
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "flowkit"
 
 

@@ -144,9 +144,8 @@ def _unfinished(checkpoint: Path, max_steps: int) -> dict[str, Any]:
 
 def _refuse_overwriting(folder: Path, resumed: Path | None) -> None:
     trained = folder / CHECKPOINT
-    if trained.exists() and not (
-        resumed is not None and resumed.resolve().is_relative_to(folder.resolve())
-    ):
+    own = resumed is not None and resumed.resolve().is_relative_to(folder.resolve())
+    if trained.exists() and not own:
         raise FileExistsError(
             f"hydra.run.dir must hold no trained run, got {folder}; go on with it by "
             f"resume={folder}, delete it, or choose another folder"

@@ -57,9 +57,10 @@ def test_channels_last_changes_round_off_only():
         torch.manual_seed(0)
         net = stir(unet2d((1, 8, 8), num_classes=5, width=8, channels_last=last))
         found.append(output_and_gradients(net))
+    # Gradients of biases that a norm takes out are round-off alone.
+    scale = max(value.abs().max().item() for value in found[0].values())
     for name, value in found[0].items():
-        scale = value.abs().max().item()
-        assert_close(found[1][name], value, rtol=1e-4, atol=1e-5 * scale)
+        assert_close(found[1][name], value, rtol=1e-4, atol=1e-6 * scale)
 
 
 def test_fused_adamw_makes_the_same_steps():
