@@ -171,7 +171,7 @@ def _plot(metrics: dict[str, Any], file: Path) -> None:
     left.set(xlabel="probability of the predicted class", ylabel="accuracy", aspect="equal")
     left.legend()
     right.plot(selective["coverage"], selective["accuracy"], marker=".")
-    right.set(xlabel="share of images labelled, most confident first", ylabel="accuracy")
+    right.set(xlabel="share of images that are labelled", ylabel="accuracy")
     figure.savefig(file, dpi=120)
 
 

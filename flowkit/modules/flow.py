@@ -2,7 +2,8 @@
 
 import hashlib
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
 
@@ -158,7 +159,6 @@ class FlowModule(LightningModule):
         noise = seeded_noise(self.sample_shape, seeds)
         return self.autoencoder.decode(self.solve(noise, sampler, cond, guidance).x)
 
-    @torch.no_grad()
     def solve(
         self,
         x0: Tensor,
@@ -176,12 +176,8 @@ class FlowModule(LightningModule):
         """
         sampler = sampler or ODESampler(25, "heun")
         field, cond = self.guided(guidance), self._to_device(cond)
-        training = self.training
-        self.eval()
-        try:
+        with evaluating(self):
             return sampler.solve(field, x0.to(self.device), cond, return_path=return_path)
-        finally:
-            self.train(training)
 
     def guided(self, guidance: Guidance) -> Velocity:
         """Return the module's velocity under guidance; see `sample`.
@@ -308,6 +304,18 @@ class FlowModule(LightningModule):
             f"loss must be finite, {where}; the data are finite: lower the learning rate or clip "
             "gradients, and resume from the last checkpoint"
         )
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Put a module in ``eval`` mode, without gradients, and back."""
+    training = module.training
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        module.train(training)
 
 
 def labels_of(batch: Batch, num_classes: int | None) -> Tensor | None:

@@ -1,8 +1,7 @@
 """Symmetrical flow matching: one network for generation, classification and segmentation."""
 
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -25,7 +24,14 @@ from flowkit.labelstates import (
     seeds_of,
     seeds_or_drawn,
 )
-from flowkit.modules.flow import ADAMW, FlowModule, Guidance, MakeOptimizer, MakeScheduler
+from flowkit.modules.flow import (
+    ADAMW,
+    FlowModule,
+    Guidance,
+    MakeOptimizer,
+    MakeScheduler,
+    evaluating,
+)
 from flowkit.sampling import Callback, ODESampler, Solution, seeded_noise
 from flowkit.types import Batch, Cond, Velocity
 
@@ -177,7 +183,7 @@ class SymmetricalFlowMatching(FlowModule):
         """
         sampler, x0 = sampler or ODESampler(25, "heun"), x0.to(self.device)
         options: dict[str, Any] = {"return_path": return_path, "callback": callback}
-        with _evaluating(self):
+        with evaluating(self):
             if self.joint.two_times:
                 return sampler.solve(self.guided(guidance), x0, self._to_device(cond), **options)
             y, hidden = self._condition(cond)
@@ -250,7 +256,7 @@ class SymmetricalFlowMatching(FlowModule):
         seeds = seeds_or_drawn(seeds, num_samples)
         x = seeded_noise(known_shape(self.sample_shape), seeds, self.device)
         y = label_noise(known_shape(self.label_shape), seeds, device=self.device)[:, 0]
-        with _evaluating(self):
+        with evaluating(self):
             x, y = self.joint.solve_pairs(sampler or ODESampler(25, "heun"), x, y)
         return LabelledImages(self.autoencoder.decode(x), self.states.labels(y))
 
@@ -300,7 +306,7 @@ class SymmetricalFlowMatching(FlowModule):
 
     def solve_labels(self, images: Tensor, noise: Tensor, sampler: ODESampler) -> Solution:
         """Carry label noise ``(B, *label_shape)`` to the label states of images, from 1 to 0."""
-        with _evaluating(self):
+        with evaluating(self):
             x, y = self.states.latents(images.to(self.device)), noise.to(self.device)
             return self.joint.solve_codes(sampler, x, y)
 
@@ -336,14 +342,3 @@ class SymmetricalFlowMatching(FlowModule):
         shape = checkpoint["flowkit"]["label_shape"]
         self.label_shape = None if shape is None else tuple(shape)
         super().on_load_checkpoint(checkpoint)
-
-
-@contextmanager
-def _evaluating(module: FlowModule) -> Iterator[None]:
-    training = module.training
-    module.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        module.train(training)
