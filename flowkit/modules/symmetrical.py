@@ -219,7 +219,8 @@ class SymmetricalFlowMatching(FlowModule):
         """Draw a region of images anew under changed labels, and keep the rest.
 
         After every step, what lies outside is put back on the straight path from its noise to the
-        given image; at the end it is as given, exactly (but for a latent flow's autoencoder).
+        given image; at the end it is as given, exactly (but for a latent flow's autoencoder). This
+        is a projection, not a draw given the rest: what is new may fit what was kept imperfectly.
 
         Args:
             images: Images ``(B, C, H, W)``.
