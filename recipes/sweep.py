@@ -21,6 +21,12 @@ from tqdm import tqdm
 from flowkit.recipes.evaluate import evaluate
 from flowkit.recipes.sample import weights
 
+# What real images reach: the column, and what it is of.
+REAL = {
+    "frechet_distance": ("floor", "training images"),
+    "class_agreement": ("class_agreement_of_real", "test images"),
+}
+
 
 def sweep(cfg: DictConfig) -> list[dict[str, Any]]:
     """Evaluate as configured; writes ``sweep.csv`` and ``sweep.png``.
@@ -31,7 +37,7 @@ def sweep(cfg: DictConfig) -> list[dict[str, Any]]:
     run = Path(cfg.run)
     out = Path(cfg.out) if cfg.out else run / "sweep"
     found, rows = weights(run), []
-    bar = tqdm(list(cfg.scales), desc="scales", disable=None)
+    bar = tqdm(sorted(cfg.scales), desc="scales", disable=None)
     for scale in bar:
         bar.set_postfix_str(f"guidance {scale}")
         one = cast(DictConfig, OmegaConf.masked_copy(cfg, [k for k in cfg if k != "scales"]))
@@ -54,10 +60,13 @@ def _evaluate(cfg: DictConfig, found: dict[str, Any]) -> dict[str, float]:
             evaluate(cfg)
         record.write_text(json.dumps(wanted, indent=2) + "\n")
     measured = json.loads((folder / "metrics.json").read_text())
-    numbers = {k: v for k, v in measured["metrics"].items() if type(v) in (int, float)}
-    floor = measured["metrics"].get("floor", {}).get("frechet_distance")
-    rows = measured["sampling"]["network_rows_per_sample"]
-    return {**numbers, "floor": floor, "network_rows_per_sample": rows}
+    metrics = measured["metrics"]
+    return {
+        **{k: v for k, v in metrics.items() if type(v) in (int, float)},
+        "floor": metrics.get("floor", {}).get("frechet_distance"),
+        "class_agreement_of_real": metrics.get("judge", {}).get("test_accuracy"),
+        "network_rows_per_sample": measured["sampling"]["network_rows_per_sample"],
+    }
 
 
 def _shown(rows: list[dict[str, Any]]) -> list[str]:
@@ -81,8 +90,9 @@ def _write(rows: list[dict[str, Any]], out: Path) -> None:
     figure = Figure(figsize=(3.2 * len(names), 2.8), layout="constrained")
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
         axes.plot([row["guidance"] for row in rows], [row[name] for row in rows], "o-")
-        if name == "frechet_distance":
-            axes.axhline(rows[0]["floor"], color="0.6", lw=1, label="training images")
+        column, label = REAL.get(name, (None, None))
+        if column is not None:
+            axes.axhline(rows[0][column], color="0.6", lw=1, label=label)
             axes.legend(fontsize=8)
         axes.set(title=name.replace("_", " "), xlabel="guidance")
         axes.grid(alpha=0.3)

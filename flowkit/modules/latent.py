@@ -193,7 +193,7 @@ def describe_latents(latents: Tensor, expected: dict[str, float]) -> str:
     text = (
         f"latents   {tuple(latents.shape[1:])} have mean {expected['mean']:z.2f} and std "
         f"{expected['std']:.2f}: a zero network's loss is {expected['zero']:.2f}, one that knows "
-        f"but their mean and std ends at {expected['gaussian']:.2f} (explained "
+        f"only their mean and std ends at {expected['gaussian']:.2f} (explained "
         f"{expected['explained']:.2f}); a healthy run falls below that"
     )
     if not 0.5 <= expected["std"] <= 2:

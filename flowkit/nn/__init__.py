@@ -3,6 +3,7 @@
 from flowkit.nn.blockwise import Blockwise
 from flowkit.nn.blockwise_dit import BlockwiseDiT
 from flowkit.nn.blockwise_mlp import BlockwiseMLP
+from flowkit.nn.companions import Inpainting, SemanticMap
 from flowkit.nn.diffusers import DiffusersVelocity, unet2d
 from flowkit.nn.dit import DiT
 from flowkit.nn.mlp import MLP, ResidualMLP
@@ -14,6 +15,8 @@ __all__ = [
     "BlockwiseMLP",
     "DiT",
     "DiffusersVelocity",
+    "Inpainting",
     "ResidualMLP",
+    "SemanticMap",
     "unet2d",
 ]
