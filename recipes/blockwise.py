@@ -80,9 +80,8 @@ def edges(cfg: DictConfig) -> list[float]:
     run, data = load_run(cfg.run), instantiate(cfg.data)
     data.prepare_data()
     data.setup()
-    batch = data.val[:2000]
-    batch = {**batch, "x1": run.autoencoder.encode(batch["x1"])}
     path, generator = instantiate(cfg.path), torch.Generator().manual_seed(cfg.seed)
+    batch = run.encode(data.val[:2000], generator)
     times, loss = loss_by_time(run.velocity, batch, path=path, generator=generator)
     ends = equal_burden(times, loss, len(edges_of(cfg.edges)) - 1).tolist()
     print(f"edges     {[round(end, 4) for end in ends]}")

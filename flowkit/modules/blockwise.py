@@ -95,7 +95,10 @@ class BlockwiseFlowMatching(FlowModule):
     ):
         super().__init__(velocity, autoencoder, drop_cond, optimizer, lr_scheduler)
         if not isinstance(velocity, Blockwise):
-            raise TypeError(f"velocity must be a Blockwise, got {type(velocity).__name__}")
+            raise TypeError(
+                f"velocity must be a Blockwise, got {type(velocity).__name__}; "
+                "Blockwise(None, flowkit.nn.parts.copies(network, M), M) makes blocks of a network"
+            )
         check_choice(stage, ("flow", "fra"), "stage")
         check_choice(target, ("velocity", "chord"), "target")
         check_choice(compare, ("features", "velocity"), "compare")
