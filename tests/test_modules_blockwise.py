@@ -139,6 +139,12 @@ def test_perceptrons_align_one_token():
     assert "align" in module.loss({"x1": torch.randn(6, 1, 8, 8)})
 
 
+def test_cached_latents_are_no_images():
+    module = BlockwiseFlowMatching(tiny_dit(), Tokens())
+    with pytest.raises(ValueError, match="batch must hold the images that the encoder looks at"):
+        module.loss({"x1": torch.randn(6, 1, 8, 8), "encoded_by": "identity"})
+
+
 # --- stage 2, and stacks alone ---------------------------------------------------------------
 
 

@@ -187,6 +187,11 @@ class BlockwiseFlowMatching(FlowModule):
         terms, h = blockwise_loss(self.flow, draw)
         if self.encoder is None or not self._align_weight():
             return terms
+        if "encoded_by" in batch:
+            raise ValueError(
+                "batch must hold the images that the encoder looks at, got cached latents; train on "
+                "images with an autoencoder, or without an encoder"
+            )
         if draw.pairs.x1 is not batch["x1"]:
             raise ValueError(
                 f"coupling must keep x1 in place for an encoder, got {type(self.coupling).__name__}"
