@@ -189,8 +189,8 @@ class BlockwiseFlowMatching(FlowModule):
             return terms
         if "encoded_by" in batch:
             raise ValueError(
-                "batch must hold the images that the encoder looks at, got cached latents; train on "
-                "images with an autoencoder, or without an encoder"
+                "batch must hold the images that the encoder looks at, got cached latents; train "
+                "on images with an autoencoder, or without an encoder"
             )
         if draw.pairs.x1 is not batch["x1"]:
             raise ValueError(
