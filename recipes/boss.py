@@ -22,20 +22,19 @@ from flowkit.boss import (
     OptimizedGrid,
     converged_costs,
     optimize_grid,
-    score_grids,
     search_rows,
 )
 from flowkit.data.arrays import from_uint8
 from flowkit.metrics import Features, frechet_distance, to_uint8, versions
 from flowkit.modules import FlowModule, load_run
 from flowkit.modules.runs import read_config
+from flowkit.recipes._grids import Row, markdown, plot
 from flowkit.recipes.sample import choose_labels, draw, given_source, test_data, weights
 from flowkit.sampling import ODESampler, seeded_noise
 from flowkit.types import Cond, Velocity
 
 FRESH = 1_000_000  # where the noises of the comparison start
 ACCURATE_STEPS = 25  # of RK4: what grids and adaptive solves are compared with
-Row = dict[str, Any]
 Draw = Callable[[int, int], tuple[Tensor, Cond]]
 """``draw(first, count)``: source samples of those numbers, and their conditions."""
 
@@ -151,9 +150,9 @@ def _write(
             grids.save(result.grid, out / "grid.json", **record)
         else:
             grids.save(result.grid, out / f"grid-{budget}.json", **own, **made)
-    table, best = _markdown(made["comparison"]), found[num_steps]
+    table, best = markdown(made["comparison"]), found[num_steps]
     (out / "table.md").write_text(table)
-    _plot(best.grids, best.winner, made["comparison"], out / "grid.png")
+    plot(best.grids, best.winner, made["comparison"], out / "grid.png")
     print(f"{table}\nbest      {best.winner}, {num_steps} steps\ngrid      {out / 'grid.json'}")
     print(f"picture   {out / 'grid.png'}")
     return record
@@ -179,30 +178,34 @@ def _compare(
     cfg: DictConfig, velocity: Velocity, found: dict[int, OptimizedGrid], x0: Tensor, cond: Cond
 ) -> tuple[list[Row], dict[str, Any]]:
     """Errors on fresh noise to an accurate solution: of all grids, and of adaptive solves."""
-    accurate = ODESampler(ACCURATE_STEPS, "rk4")
-    candidates = {
-        (name, budget): grid
+    table: list[Row] = [
+        {"grid": name, "steps": budget, "recommended": name == result.winner}
         for budget, result in found.items()
-        for name, grid in result.grids.items()
-    }
-    every = {str(key): grid for key, grid in candidates.items()}
-    every["fine"] = grids.uniform(cfg.fine_steps)
-    errors = score_grids(velocity, x0, every, cond, method=cfg.method, reference=accurate)
-    per_step, table = 1 if cfg.method == "euler" else 2, []
-    for name, budget in candidates:
-        row = {"grid": name, "steps": budget, "nfe": per_step * budget}
-        row["error"] = errors[str((name, budget))]
-        table.append({**row, "recommended": name == found[budget].winner})
+        for name in result.grids
+    ]
+    table += [
+        {"grid": "adaptive", "steps": None, "recommended": False, "tolerance": tolerance}
+        for tolerance in cfg.adaptive
+    ]
     with torch.no_grad():
-        target = accurate(velocity, x0, cond)
-        for tolerance in cfg.adaptive:
-            sampler = ODESampler(1, "dopri5", rtol=tolerance, atol=tolerance)
+        target = ODESampler(ACCURATE_STEPS, "rk4")(velocity, x0, cond)
+
+        def measure(sampler: ODESampler) -> dict[str, Any]:
             solution = sampler.solve(velocity, x0, cond)
             error = (solution.x - target).double().square().mean().sqrt().item()
-            row = {"grid": "adaptive", "steps": None, "nfe": solution.nfe, "error": error}
-            table.append({**row, "recommended": False})
-    reference = {"method": "rk4", "steps": ACCURATE_STEPS, "error_of_the_fine_grid": errors["fine"]}
-    return table, reference
+            return {"nfe": solution.nfe, "error": error}
+
+        for row in tqdm(table, desc="errors", leave=False, disable=None):
+            row.update(measure(_sampler(row, found, cfg.method)))
+        fine = measure(ODESampler(cfg.fine_steps, cfg.method))["error"]
+    return table, {"method": "rk4", "steps": ACCURATE_STEPS, "error_of_the_fine_grid": fine}
+
+
+def _sampler(row: Row, found: dict[int, OptimizedGrid], method: str) -> ODESampler:
+    """The sampler of a row of the table."""
+    if row["steps"] is None:
+        return ODESampler(1, "dopri5", rtol=row["tolerance"], atol=row["tolerance"])
+    return ODESampler(found[row["steps"]].grids[row["grid"]], method)
 
 
 def _add_distances(
@@ -214,17 +217,16 @@ def _add_distances(
     draw_starts: Draw,
     table: list[Row],
 ) -> None:
-    """Fréchet distances of samples on every grid to held-out data, into the table."""
+    """Fréchet distances of samples by every row of the table to held-out data, into it."""
     data = test_data(trained)
     features: Features = instantiate(cfg.metric)(data)
     real = features(from_uint8(to_uint8(data.test[:]["x1"])))
     x0, cond = draw_starts(FRESH, cfg.num_samples)
-    rows = [row for row in table if row["steps"] is not None]
-    for row in tqdm(rows, desc="Fréchet distances", leave=False, disable=None):
-        sampler = ODESampler(found[row["steps"]].grids[row["grid"]], cfg.method)
-        samples, _ = draw(module, x0.split(cfg.batch_size), cond, sampler, guidance)
+    for row in tqdm(table, desc="Fréchet distances", leave=False, disable=None):
+        sampler = _sampler(row, found, cfg.method)
+        samples, cost = draw(module, x0.split(cfg.batch_size), cond, sampler, guidance)
         row["frechet_distance"] = frechet_distance(features(from_uint8(to_uint8(samples))), real)
-        row["features"] = features.name
+        row["frechet_nfe"], row["features"] = cost["nfe"], features.name
 
 
 def _describe(interval: BellmanInterval) -> dict[str, Any]:
@@ -233,55 +235,6 @@ def _describe(interval: BellmanInterval) -> dict[str, Any]:
         "value_interval": list(interval.value_interval),
         "knots_interval": interval.knots_interval.tolist(),
     }
-
-
-def _markdown(table: list[Row]) -> str:
-    """One line per grid and number of evaluations; the recommended grid in bold."""
-    distances = any("frechet_distance" in row for row in table)
-    lines = [["NFE", "grid", "end-point error", "of uniform"]]
-    if distances:
-        lines[0].append("Fréchet distance")
-    lines.append(["---:", "---", "---:", "---:", "---:"][: len(lines[0])])
-    uniform = {row["nfe"]: row["error"] for row in table if row["grid"] == "uniform"}
-    for row in table:
-        name = f"**{row['grid']}**" if row["recommended"] else row["grid"]
-        ratio = f"{row['error'] / uniform[row['nfe']]:.3f}" if row["nfe"] in uniform else ""
-        line = [str(row["nfe"]), name, f"{row['error']:.4f}", ratio]
-        if distances:
-            line.append(f"{row['frechet_distance']:.2f}" if "frechet_distance" in row else "")
-        lines.append(line)
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def _plot(candidates: dict[str, Tensor], winner: str, table: list[Row], file: Path) -> None:
-    """Step sizes of the grids to choose from, and what each costs and gives."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import NullLocator
-
-    columns = {"error": "end-point error (RMS per element)"}
-    if any("frechet_distance" in row for row in table):
-        columns["frechet_distance"] = "Fréchet distance"
-    figure = Figure(figsize=(4.6 * (1 + len(columns)), 3.6), layout="constrained")
-    steps, *panels = figure.subplots(1, 1 + len(columns))
-    colours = {"uniform": "C7", "bellman": "C0", "endpoint": "C3", "adaptive": "C2"}
-    for name, grid in candidates.items():
-        label = f"{name} (recommended)" if name == winner else name
-        steps.stairs(grid.diff().tolist(), grid.tolist(), color=colours[name], label=label, lw=1.8)
-    steps.set(xlabel="t", ylabel="step size", title=f"{len(grid) - 1} steps", ylim=(0, None))
-    for axes, (key, label) in zip(panels, columns.items(), strict=True):
-        for name, colour in colours.items():
-            rows = sorted((r["nfe"], r[key]) for r in table if r["grid"] == name and key in r)
-            if rows:
-                style = "o" if name == "adaptive" else "o-"
-                axes.loglog(*zip(*rows, strict=True), style, color=colour, label=name, ms=4, lw=1.2)
-        ticks = sorted({row["nfe"] for row in table if row["steps"] is not None})
-        axes.set_xticks(ticks, [str(n) for n in ticks])
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.set(xlabel="evaluations (NFE)", title=label)
-        axes.grid(alpha=0.3)
-    for axes in (steps, *panels):
-        axes.legend(fontsize=8)
-    figure.savefig(file, dpi=110)
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="boss")

@@ -1,0 +1,58 @@
+"""What `flowkit boss` shows: a table and a picture of grids."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+Row = dict[str, Any]
+
+
+def markdown(table: list[Row]) -> str:
+    """One line per grid and number of evaluations; the recommended grid in bold."""
+    distances = any("frechet_distance" in row for row in table)
+    lines = [["NFE", "grid", "end-point error", "of uniform"]]
+    if distances:
+        lines[0].append("Fréchet distance")
+    lines.append(["---:", "---", "---:", "---:", "---:"][: len(lines[0])])
+    uniform = {row["nfe"]: row["error"] for row in table if row["grid"] == "uniform"}
+    for row in table:
+        name = f"**{row['grid']}**" if row["recommended"] else row["grid"]
+        ratio = f"{row['error'] / uniform[row['nfe']]:.3f}" if row["nfe"] in uniform else ""
+        line = [str(row["nfe"]), name, f"{row['error']:.4f}", ratio]
+        if distances:
+            line.append(f"{row['frechet_distance']:.2f}" if "frechet_distance" in row else "")
+        lines.append(line)
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def plot(candidates: dict[str, Tensor], winner: str, table: list[Row], file: Path) -> None:
+    """Step sizes of the grids to choose from, and what each costs and gives."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator
+
+    columns = {"error": "end-point error (RMS per element)"}
+    if any("frechet_distance" in row for row in table):
+        columns["frechet_distance"] = "Fréchet distance"
+    figure = Figure(figsize=(4.6 * (1 + len(columns)), 3.6), layout="constrained")
+    steps, *panels = figure.subplots(1, 1 + len(columns))
+    colours = {"uniform": "C7", "bellman": "C0", "endpoint": "C3", "adaptive": "C2"}
+    for name, grid in candidates.items():
+        label = f"{name} (recommended)" if name == winner else name
+        steps.stairs(grid.diff().tolist(), grid.tolist(), color=colours[name], label=label, lw=1.8)
+    steps.set(xlabel="t", ylabel="step size", title=f"{len(grid) - 1} steps", ylim=(0, None))
+    for axes, (key, label) in zip(panels, columns.items(), strict=True):
+        nfe = "frechet_nfe" if key == "frechet_distance" else "nfe"
+        for name, colour in colours.items():
+            rows = sorted((r[nfe], r[key]) for r in table if r["grid"] == name and key in r)
+            if rows:
+                style = "o" if name == "adaptive" else "o-"
+                axes.loglog(*zip(*rows, strict=True), style, color=colour, label=name, ms=4, lw=1.2)
+        ticks = sorted({row["nfe"] for row in table if row["steps"] is not None})
+        axes.set_xticks(ticks, [str(n) for n in ticks])
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set(xlabel="evaluations (NFE)", title=label)
+        axes.grid(alpha=0.3)
+    for axes in (steps, *panels):
+        axes.legend(fontsize=8)
+    figure.savefig(file, dpi=110)
