@@ -49,6 +49,8 @@ class Batch(TypedDict):
     """Broadcastable to ``x1``: 1 counts, 0 (padding) carries no loss."""
     encoded_by: NotRequired[str]
     """``x1`` are latents already: the hash of the autoencoder that they are of."""
+    taught_by: NotRequired[str]
+    """``x0 -> x1`` was made by a teacher: the hash of its weights."""
     x0: NotRequired[Tensor]
     """Given source samples ``(B, *)``: no noise is drawn."""
     t0: NotRequired[Tensor]

@@ -5,7 +5,7 @@ flowkit boss run=runs/digits num_steps=8 metric=classifier       Fréchet distan
 flowkit sample run=runs/digits sampler=from_file sampler.grid.file=runs/digits/boss/grid.json
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +24,19 @@ from flowkit.boss import (
     optimize_grid,
     search_rows,
 )
+from flowkit.costs import check_num_steps
 from flowkit.data.arrays import from_uint8
 from flowkit.metrics import Features, frechet_distance, to_uint8, versions
 from flowkit.modules import FlowModule, load_run
 from flowkit.modules.runs import read_config
 from flowkit.recipes._grids import Row, markdown, plot
-from flowkit.recipes.sample import choose_labels, draw, given_source, test_data, weights
-from flowkit.sampling import ODESampler, seeded_noise
-from flowkit.types import Cond, Velocity
+from flowkit.recipes._starts import FRESH, Starts
+from flowkit.recipes.evaluate import rows_like
+from flowkit.recipes.sample import draw, given_source, start, test_data, weights
+from flowkit.sampling import ODESampler
+from flowkit.types import Cond, Velocity, take
 
-FRESH = 1_000_000  # where the noises of the comparison start
 ACCURATE_STEPS = 25  # of RK4: what grids and adaptive solves are compared with
-Draw = Callable[[int, int], tuple[Tensor, Cond]]
-"""``draw(first, count)``: source samples of those numbers, and their conditions."""
 
 
 def boss(cfg: DictConfig) -> dict[str, Any]:
@@ -52,18 +52,22 @@ def boss(cfg: DictConfig) -> dict[str, Any]:
     trained, module = read_config(run), load_run(run).to(cfg.device)
     guidance = trained["guidance"] if cfg.guidance is None else cfg.guidance
     guidance = None if guidance == 1 else guidance
-    velocity, draw_starts = module.guided(guidance), _starts(cfg, module, trained)
+    velocity, starts = module.guided(guidance), Starts(module, trained, cfg.seed, cfg.device)
     budgets = sorted({*cfg.budgets, cfg.num_steps})
+    for budget in budgets:
+        check_num_steps(budget, grids.uniform(cfg.fine_steps))
+    distance = None if cfg.metric is None else _distance(cfg, module, trained, guidance)
     _announce(cfg, budgets, guided=guidance is not None)
-    found, interval, costs_noises = _search(cfg, velocity, draw_starts, budgets)
-    table, reference = _compare(cfg, velocity, found, *draw_starts(FRESH, cfg.fresh_noises))
-    if cfg.metric is not None:
-        _add_distances(cfg, module, trained, guidance, found, draw_starts, table)
+    found, interval, costs_noises = _search(cfg, velocity, starts, budgets)
+    table, reference = _compare(cfg, velocity, found, *starts(FRESH, cfg.fresh_noises))
+    if distance is not None:
+        for row in tqdm(table, desc="Fréchet distances", leave=False, disable=None):
+            row.update(distance(_sampler(row, found, cfg.method)))
     made = {
         "model_hash": weights(module)["hash"],
         "method": cfg.method,
         "guidance": guidance,
-        "condition": "none" if draw_starts(0, 1)[1] is None else "all in turn",
+        "condition": "none" if starts(0, 1)[1] is None else "all in turn",
         "fine_steps": cfg.fine_steps,
         "seed": cfg.seed,
         "num_noises": {
@@ -78,43 +82,15 @@ def boss(cfg: DictConfig) -> dict[str, Any]:
     return _write(out, cfg.num_steps, found, made, _describe(interval))
 
 
-def _starts(cfg: DictConfig, module: FlowModule, trained: dict[str, Any]) -> Draw:
-    """Noise and classes in turn, or what the data of the run bring: training, then test split."""
-    if module.sample_shape is None:
-        raise RuntimeError("run must have trained at least one step, got no sample shape")
-    shape = module.sample_shape
-    data = test_data(trained) if trained.get("needs_data") else None
-
-    def starts(first: int, count: int) -> tuple[Tensor, Cond]:
-        seeds = range(cfg.seed + first, cfg.seed + first + count)
-        x0 = None
-        if data is None:
-            labels = choose_labels(None, first % FRESH + count, trained["num_classes"])
-            cond = None if labels is None else labels[first % FRESH :].to(cfg.device)
-        else:
-            split = data.train if first < FRESH else data.test
-            batch = split[[(first + k) % len(split) for k in range(count)]]
-            x0, cond = given_source(batch, data), _on(batch.get("cond"), cfg.device)
-        return (seeded_noise(shape, seeds) if x0 is None else x0).to(cfg.device), cond
-
-    return starts
-
-
-def _on(cond: Cond, device: str) -> Cond:
-    if isinstance(cond, Mapping):
-        return {name: value.to(device) for name, value in cond.items()}
-    return None if cond is None else cond.to(device)
-
-
 def _search(
-    cfg: DictConfig, velocity: Velocity, draw_starts: Draw, budgets: list[int]
+    cfg: DictConfig, velocity: Velocity, starts: Starts, budgets: list[int]
 ) -> tuple[dict[int, OptimizedGrid], BellmanInterval, int]:
     """The grids of all budgets, the Bellman grid's interval, and the noises of the costs."""
     fine = grids.uniform(cfg.fine_steps)
     costs, interval = converged_costs(
         velocity,
         # other noises than those of the search, whose scores are to be of unseen ones
-        lambda first, count: draw_starts(cfg.search_noises + first, count),
+        lambda first, count: starts(cfg.search_noises + first, count),
         fine,
         cfg.num_steps,
         method=cfg.method,
@@ -123,7 +99,7 @@ def _search(
         limit=cfg.limit,
         generator=torch.Generator().manual_seed(cfg.seed),
     )
-    x0, cond = draw_starts(0, cfg.search_noises)
+    x0, cond = starts(0, cfg.search_noises)
     options = {"method": cfg.method, "fine_steps": fine, "costs": costs.mean(0)}
     found = {
         budget: optimize_grid(velocity, x0, budget, cond, **options)
@@ -163,12 +139,17 @@ def _announce(cfg: DictConfig, budgets: list[int], guided: bool) -> None:
     options = {"method": cfg.method, "fine_steps": cfg.fine_steps}
     by_budget = [search_rows(cfg.search_noises, budget, **options) for budget in budgets]
     per_noise = search_rows(3, cfg.num_steps, **options)["costs"] // 2
-    factor = 2 if guided else 1
+    factor, per_step = 2 if guided else 1, 1 if cfg.method == "euler" else 2
+    steps = per_step * 3 * sum(budgets)
+    accurate = per_step * cfg.fine_steps + 4 * ACCURATE_STEPS
     rows = {
         f"costs ({per_noise:,} x {cfg.start:,} to {cfg.limit:,} noises)": per_noise * cfg.limit,
         f"end-point search ({len(budgets)} budgets)": sum(r["endpoint"] for r in by_budget),
         "scores": sum(r["scores"] for r in by_budget),
+        "errors on fresh noise, but adaptive ones": cfg.fresh_noises * (steps + accurate),
     }
+    if cfg.metric is not None:
+        rows["samples to measure, but adaptive ones"] = cfg.num_samples * steps
     print(f"network rows, at most{' (two per guided evaluation)' if guided else ''}:")
     for name, count in rows.items():
         print(f"  {name:<44} {factor * count:>14,}")
@@ -208,25 +189,35 @@ def _sampler(row: Row, found: dict[int, OptimizedGrid], method: str) -> ODESampl
     return ODESampler(found[row["steps"]].grids[row["grid"]], method)
 
 
-def _add_distances(
-    cfg: DictConfig,
-    module: FlowModule,
-    trained: dict[str, Any],
-    guidance: float | None,
-    found: dict[int, OptimizedGrid],
-    draw_starts: Draw,
-    table: list[Row],
-) -> None:
-    """Fréchet distances of samples by every row of the table to held-out data, into it."""
+def _distance(
+    cfg: DictConfig, module: FlowModule, trained: dict[str, Any], guidance: float | None
+) -> Callable[[ODESampler], dict[str, Any]]:
+    """A function that measures samples like ``flowkit evaluate``: their Fréchet distance and NFE.
+
+    Raises:
+        ValueError: If the run is not one of images.
+    """
     data = test_data(trained)
+    if len(data.shape) != 3:
+        raise ValueError(f"metric must be null for a run of no images, got data of {data.shape}")
     features: Features = instantiate(cfg.metric)(data)
-    real = features(from_uint8(to_uint8(data.test[:]["x1"])))
-    x0, cond = draw_starts(FRESH, cfg.num_samples)
-    for row in tqdm(table, desc="Fréchet distances", leave=False, disable=None):
-        sampler = _sampler(row, found, cfg.method)
-        samples, cost = draw(module, x0.split(cfg.batch_size), cond, sampler, guidance)
-        row["frechet_distance"] = frechet_distance(features(from_uint8(to_uint8(samples))), real)
-        row["frechet_nfe"], row["features"] = cost["nfe"], features.name
+    test = data.test[:]
+    real = features(from_uint8(to_uint8(test["x1"])))
+    rows, _ = rows_like(test, data, cfg.num_samples)
+    given, cond = given_source(test, data), take(test.get("cond"), rows)
+    x0, _ = start(module, cfg, len(rows), None if given is None else given[rows])
+
+    def measure(sampler: ODESampler) -> dict[str, Any]:
+        samples, cost = draw(module, x0, cond, sampler, guidance)
+        distance = frechet_distance(features(from_uint8(to_uint8(samples))), real)
+        return {
+            "frechet_distance": distance,
+            "frechet_nfe": cost["nfe"],
+            "num_samples": len(rows),
+            "features": features.name,
+        }
+
+    return measure
 
 
 def _describe(interval: BellmanInterval) -> dict[str, Any]:

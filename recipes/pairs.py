@@ -4,15 +4,16 @@ flowkit pairs run=runs/digits out=pairs/reflow                             pairs
 flowkit pairs run=runs/digits out=pairs/boss grid=runs/digits/boss/grid.json    segments
 flowkit pairs run=runs/digits out=pairs/both grid=[4,8]                    of several grids
 
-Train on them with the network options of the run:
+Then train on them, and sample on the grid they were made for, a copy of which lies beside them:
 
 flowkit train module=straightening module.start=runs/digits data=pairs data.root=pairs/boss
+flowkit sample run=... sampler=from_file sampler.grid.file=pairs/boss/grid-8.json
 """
 
 import json
 import os
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import hydra
 import torch
@@ -22,33 +23,69 @@ from tqdm import tqdm
 
 from flowkit import grids
 from flowkit.boss import segments
-from flowkit.data.pairs import FORMAT, FORMAT_VERSION, RECORD
+from flowkit.data.pairs import FORMAT, FORMAT_VERSION, RECORD, to_columns
 from flowkit.metrics import versions
 from flowkit.modules import load_run
 from flowkit.modules.runs import read_config
-from flowkit.recipes.sample import choose_labels, weights
-from flowkit.sampling import seeded_noise
+from flowkit.recipes._starts import Starts
+from flowkit.recipes.sample import weights
+from flowkit.types import Cond, Velocity
 
 
 def pairs(cfg: DictConfig) -> Path:
-    """Solve as configured; writes ``pairs-*.safetensors`` and ``pairs.json`` into a folder."""
+    """Solve as configured; writes ``pairs-*.safetensors`` and ``pairs.json`` into a folder.
+
+    The grids of segments go to ``grid-<steps>.json``.
+    """
     from safetensors.torch import save_file
 
     run, out = Path(cfg.run), Path(cfg.out)
     module, trained = load_run(run).to(cfg.device), read_config(run)
     guidance = trained["guidance"] if cfg.guidance is None else cfg.guidance
     guidance = None if guidance == 1 else guidance
-    found = {"model_hash": weights(module)["hash"], "guidance": guidance}
-    wanted = read_grids(cfg.grid, found)
-    starts = range(0, cfg.num_noises, cfg.shard_size)
+    velocity = module.guided(guidance)
+    starts = Starts(module, trained, cfg.seed, cfg.device)
+    made_with = {"model_hash": weights(module)["hash"], "guidance": guidance}
+    wanted = read_grids(cfg.grid, {**made_with, "method": "euler"})
     record = {
+        **_record(cfg, made_with, wanted),
+        "num_classes": trained["num_classes"],
+        "x0_is_noise": starts.are_noise,
+        "encoded_by": getattr(module.autoencoder, "hash", None),
+        "source": trained["data"],
+    }
+    _begin(out, record, wanted)
+    bar = tqdm(total=cfg.num_noises, desc="noises", disable=None)
+    for k, name in enumerate(record["shards"]):
+        start = k * cfg.shard_size
+        stop = min(start + cfg.shard_size, cfg.num_noises)
+        if (out / name).is_file():
+            bar.update(stop - start)
+            continue
+        parts = []
+        for first in range(start, stop, cfg.batch_size):
+            x0, cond = starts(first, min(cfg.batch_size, stop - first))
+            parts.append(make(velocity, x0, cfg.fine_steps, wanted, cond))
+            bar.update(len(x0))
+        shard = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+        save_file(shard, out / f"{name}.partial")
+        os.replace(out / f"{name}.partial", out / name)
+    bar.close()
+    print(f"pairs     {out}, {cfg.num_noises * record['rows_per_noise']:,} rows")
+    return out
+
+
+def _record(cfg: DictConfig, made_with: dict[str, Any], wanted: list[Tensor]) -> dict[str, Any]:
+    """What the files hold, and how it was made."""
+    return {
         "format": FORMAT,
         "version": FORMAT_VERSION,
-        "shards": [f"pairs-{k:05}.safetensors" for k in range(len(starts))],
+        "shards": [
+            f"pairs-{k:05}.safetensors" for k in range(-(-cfg.num_noises // cfg.shard_size))
+        ],
         "rows_per_noise": sum(len(grid) - 1 for grid in wanted) or 1,
-        "num_classes": trained["num_classes"],
         "provenance": {
-            **found,
+            **made_with,
             "grids": [grid.tolist() for grid in wanted],
             "method": "euler",
             "fine_steps": cfg.fine_steps,
@@ -57,63 +94,58 @@ def pairs(cfg: DictConfig) -> Path:
             "versions": versions(),
         },
     }
-    _begin(out, record)
-    labels = choose_labels(None, cfg.num_noises, trained["num_classes"])
-    velocity = module.guided(guidance)
-    bar = tqdm(total=cfg.num_noises, desc="noises", disable=None)
-    for name, start in zip(record["shards"], starts, strict=True):
-        stop = min(start + cfg.shard_size, cfg.num_noises)
-        if not (out / name).is_file():
-            parts = []
-            for first in range(start, stop, cfg.batch_size):
-                rows = slice(first, min(first + cfg.batch_size, stop))
-                seeds = range(cfg.seed + rows.start, cfg.seed + rows.stop)
-                x0 = seeded_noise(cast(tuple, module.sample_shape), seeds, cfg.device)
-                cond = None if labels is None else labels[rows].to(cfg.device)
-                parts.append(make(velocity, x0, cfg.fine_steps, wanted, cond))
-                bar.update(len(x0))
-            shard = {k: torch.cat([part[k] for part in parts]) for k in parts[0]}
-            save_file(shard, out / f"{name}.partial")
-            os.replace(out / f"{name}.partial", out / name)
-    print(f"pairs     {out}, {cfg.num_noises * record['rows_per_noise']:,} rows")
-    return out
 
 
 def make(
-    velocity: Any, x0: Tensor, fine_steps: int, wanted: list[Tensor], cond: Tensor | None
+    velocity: Velocity, x0: Tensor, fine_steps: int, wanted: list[Tensor], cond: Cond
 ) -> dict[str, Tensor]:
     """Segments of all grids, those of one noise together; or pairs, if there are no grids."""
     made = [segments(velocity, x0, fine_steps, grid, cond) for grid in wanted or [1]]
+    parts = [to_columns(batch) for batch in made]
     columns = {}
-    for key in made[0]:
+    for key in parts[0]:
         if wanted or key not in ("t0", "t1"):
-            by_noise = [cast(Any, part)[key].unflatten(0, (len(x0), -1)) for part in made]
+            by_noise = [part[key].unflatten(0, (len(x0), -1)) for part in parts]
             columns[key] = torch.cat(by_noise, 1).flatten(0, 1).cpu().contiguous()
     return columns
 
 
-def read_grids(grid: Any, found: dict[str, Any]) -> list[Tensor]:
-    """Grids of a file, a number of steps, or a list of them; files of another model warn."""
+def read_grids(grid: Any, used: dict[str, Any]) -> list[Tensor]:
+    """Grids of a file, a number of steps, or a list of them; files of another model warn.
+
+    Raises:
+        ValueError: If two have the same number of steps.
+    """
     if grid is None:
         return []
     items = list(grid) if isinstance(grid, ListConfig) else [grid]
-    return [grids.uniform(g) if isinstance(g, int) else grids.load(g, found) for g in items]
+    wanted = [grids.uniform(g) if isinstance(g, int) else grids.load(g, used) for g in items]
+    steps = [len(times) - 1 for times in wanted]
+    if len(set(steps)) < len(steps):
+        raise ValueError(f"grid must hold grids of different numbers of steps, got {steps}")
+    return wanted
 
 
-def _begin(out: Path, record: dict[str, Any]) -> None:
-    """Write the record, unless the folder holds one: it must then be of the same pairs."""
+def _begin(out: Path, record: dict[str, Any], wanted: list[Tensor]) -> None:
+    """Write the record and the grids, unless the folder holds them: then of the same pairs."""
     file = out / RECORD
-    if not file.is_file():
-        out.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(record, indent=2) + "\n")
+    if file.is_file():
+        there = json.loads(file.read_text())
+        for name, value in {**record, **record["provenance"]}.items():
+            stored = {**there, **there.get("provenance", {})}.get(name)
+            if name not in ("provenance", "versions") and stored != value:
+                raise ValueError(
+                    f"out must be a new folder or hold the same pairs, got {out} with another "
+                    f"{name}"
+                )
         return
-    there = json.loads(file.read_text())
-    for name, value in {**record, **record["provenance"]}.items():
-        stored = {**there, **there.get("provenance", {})}.get(name)
-        if name not in ("provenance", "versions") and stored != value:
-            raise ValueError(
-                f"out must be a new folder or hold the same pairs, got {out} with another {name}"
-            )
+    out.mkdir(parents=True, exist_ok=True)
+    for grid in wanted:
+        # for the students: what model they are is not known yet, but none wants guidance
+        own = {"objective": "straightening", "method": "euler", "guidance": None}
+        taught_by = record["provenance"]["model_hash"]
+        grids.save(grid, out / f"grid-{len(grid) - 1}.json", **own, taught_by=taught_by)
+    file.write_text(json.dumps(record, indent=2) + "\n")
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="pairs")

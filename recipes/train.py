@@ -25,7 +25,14 @@ from omegaconf import DictConfig, OmegaConf
 from flowkit.modules import FlowModule
 from flowkit.modules.callbacks import StepProgress
 from flowkit.modules.flow import brings_start
-from flowkit.modules.runs import CHECKPOINT, CONFIG, newest_checkpoint, read_checkpoint, restore
+from flowkit.modules.runs import (
+    CHECKPOINT,
+    CONFIG,
+    newest_checkpoint,
+    read_checkpoint,
+    read_config,
+    restore,
+)
 from flowkit.modules.sharding import shard_if_asked
 
 UNRESOLVED = "unresolved.yaml"  # the configuration with its references, for `resume` to change
@@ -41,6 +48,7 @@ OmegaConf.register_new_resolver(
 
 def train(cfg: DictConfig) -> FlowModule:
     """Train as configured; the run folder then holds all that `load_run` and recipes need."""
+    _follow_start(cfg)
     composed = OmegaConf.to_yaml(cfg)  # now, since building parts resolves their references
     folder = Path(cfg.run_dir)
     checkpoint = _requeued(folder) if cfg.resume is None else find_checkpoint(Path(cfg.resume))
@@ -69,6 +77,13 @@ def train(cfg: DictConfig) -> FlowModule:
 
 
 _say = rank_zero_only(print)
+
+
+def _follow_start(cfg: DictConfig) -> None:
+    """A student is the network of the run that it starts from, and of its states."""
+    if (start := cfg.module.get("start")) is not None:
+        taught = read_config(start)["module"]
+        cfg.model, cfg.autoencoder = taught["velocity"], taught["autoencoder"]
 
 
 def _module(cfg: DictConfig, data: Any) -> FlowModule:

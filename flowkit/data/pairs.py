@@ -2,19 +2,69 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
-from flowkit.data.arrays import Arrays, Split
+from flowkit.data.arrays import Arrays, Index, Split
 from flowkit.data.splits import SplitData, partition
-from flowkit.data.stream import InOrder, Stream
 from flowkit.types import Batch
 
 FORMAT, FORMAT_VERSION, RECORD = "flowkit-pairs", 1, "pairs.json"
+NAMED = "cond."  # before the names of named conditions
+FIELDS = (
+    ("shards", list),
+    ("rows_per_noise", int),
+    ("num_classes", int | None),
+    ("x0_is_noise", bool),
+    ("encoded_by", str | None),
+    ("source", dict),
+    ("provenance", dict),
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Taught:
+    """A split of pairs or segments, each batch with the hashes of who made them.
+
+    Args:
+        arrays: The columns of `to_columns`.
+        made_by: What else a batch holds: ``taught_by``, and ``encoded_by`` for latents.
+    """
+
+    arrays: Arrays
+    made_by: Mapping[str, str]
+
+    def __len__(self) -> int:
+        """Return the number of pairs or segments."""
+        return len(self.arrays)
+
+    def __getitem__(self, index: Index) -> Batch:
+        """Return those at some positions as one batch."""
+        columns = cast(dict[str, Any], self.arrays[index])
+        named = {k: columns.pop(k) for k in list(columns) if k.startswith(NAMED)}
+        if named:
+            columns["cond"] = {k.removeprefix(NAMED): v for k, v in named.items()}
+        return cast(Batch, {**columns, **self.made_by})
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 of all columns."""
+        return self.arrays.fingerprint()
+
+
+def to_columns(batch: Batch) -> dict[str, Tensor]:
+    """Return the tensors of a batch by name, those of named conditions as ``cond.<name>``.
+
+    >>> list(to_columns({"x1": torch.zeros(1, 2), "cond": {"label": torch.tensor([3])}}))
+    ['x1', 'cond.label']
+    """
+    columns: dict[str, Any] = dict(batch)
+    if isinstance(columns.get("cond"), Mapping):
+        columns |= {NAMED + name: value for name, value in columns.pop("cond").items()}
+    return columns
 
 
 class Pairs(SplitData):
@@ -23,25 +73,28 @@ class Pairs(SplitData):
     Segments hold ``t0`` and ``t1 (B,)`` as well. Those of one noise stay together when the
     validation part is cut off. They are states of the flow, so latents where it runs on latents.
 
-    What a trained student is to be measured against are not these, but the real data that the
-    teacher was trained on: with ``real`` the splits are its, and only the loaders hold pairs.
+    There is no test split: what a trained student is to be measured against are the data that its
+    teacher was trained on. ``flowkit evaluate`` finds them by ``source``.
 
     Args:
         root: The folder.
-        real: The data module that the teacher was trained on.
         val_fraction: The share of noises for validation.
         split_seed: The seed of that choice.
         batch_size: Pairs per process and step.
         seed: The seed of the training stream.
         num_workers: Processes that read ahead.
-    """
 
-    x0_is_noise = True
+    Attributes:
+        source: The configuration of the teacher's data.
+
+    Raises:
+        FileNotFoundError: On ``setup``, if the folder or a shard is missing.
+        ValueError: On ``setup``, if a file is damaged or of another format version.
+    """
 
     def __init__(
         self,
         root: str | Path,
-        real: SplitData | None = None,
         val_fraction: float = 0.05,
         split_seed: int = 0,
         batch_size: int = 128,
@@ -49,65 +102,52 @@ class Pairs(SplitData):
         num_workers: int = 0,
     ) -> None:
         super().__init__(batch_size=batch_size, seed=seed, num_workers=num_workers)
-        self.root, self.real = Path(root), real
+        self.root = Path(root)
         self.val_fraction, self.split_seed = val_fraction, split_seed
-        self._pairs: dict[str, Arrays] = {}
-
-    def prepare_data(self) -> None:
-        """Prepare the real data."""
-        if self.real is not None:
-            self.real.prepare_data()
 
     def load(self) -> Mapping[str, Split]:
-        """Read all shards; return the real data's splits, or those of the pairs without a test."""
+        """Read all shards."""
         record, columns = read_pairs(self.root)
-        self.num_classes = record["num_classes"]
+        self.num_classes, self.x0_is_noise = record["num_classes"], record["x0_is_noise"]
+        self.source = record["source"]
+        hashes = {
+            "taught_by": record["provenance"]["model_hash"],
+            "encoded_by": record["encoded_by"],
+        }
+        made_by = {name: value for name, value in hashes.items() if value is not None}
         per_noise = record["rows_per_noise"]
-        noises = len(columns["x1"]) // per_noise
+        noises, splits = len(columns["x1"]) // per_noise, {}
         for name, part in zip(
             ("train", "val"), partition(noises, [self.val_fraction], self.split_seed), strict=True
         ):
             rows = (part[:, None] * per_noise + torch.arange(per_noise)).flatten()
-            self._pairs[name] = Arrays({k: v[rows] for k, v in columns.items()}, str(self.root))
-        if self.real is None:
-            return self._pairs
-        self.real.setup()
-        self.class_names = self.real.class_names
-        return {name: self.real.split(name) for name in ("train", "val", "test")}
+            arrays = Arrays({k: v[rows] for k, v in columns.items()}, str(self.root))
+            splits[name] = Taught(arrays, made_by)
+        return splits
 
     def split(self, name: str) -> Split:
-        """Return a whole split, of the real data if they are given.
+        """Return a whole split.
 
         Raises:
-            RuntimeError: Before ``setup``, or if ``test`` is asked for without real data.
+            RuntimeError: Before ``setup``, or if ``test`` is asked for.
             ValueError: If ``name`` is not train, val or test.
         """
-        if name == "test" and self.real is None:
+        if name == "test":
             raise RuntimeError(
-                "real must be the data that the teacher was trained on, for a student to be "
-                "measured against, got None; train with +data@data.real=digits or another"
+                "split must be train or val of pairs, got test; a student is measured against the "
+                "data of its teacher"
             )
         return super().split(name)
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of one state."""
-        return tuple(self._pairs["val"].columns["x1"].shape[1:])
-
     def summary(self) -> str:
         """Say in a line what was found."""
-        kind = "segments" if "t0" in self._pairs["train"].columns else "pairs"
-        counts = ", ".join(f"{len(part):,} {name}" for name, part in self._pairs.items())
-        real = "no real data" if self.real is None else f"beside {self.real.summary()}"
-        return f"Pairs: {counts} {kind} of shape {self.shape}, {real}"
-
-    def stream(self, rank: int = 0, world_size: int = 1) -> Stream:
-        """Return the training pairs of one rank, indexed by step."""
-        return Stream(self._pairs["train"], self.batch_size, self.seed, rank, world_size)
-
-    def val_dataloader(self) -> DataLoader[Batch]:
-        """Return a loader over the held-out pairs."""
-        return self._loader(InOrder(self._pairs["val"], self.batch_size, *self._rank()))
+        counts = ", ".join(f"{len(self.split(name)):,} {name}" for name in ("train", "val"))
+        first = self.val[:1]
+        kind = "segments" if "t0" in first else "pairs"
+        classes = f"{self.num_classes} classes" if self.num_classes else "no classes"
+        if self.num_classes is None and "cond" in first:
+            classes += " but other conditions"
+        return f"Pairs: {counts} {kind} of shape {self.shape}, {classes}"
 
 
 def read_pairs(root: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -122,12 +162,7 @@ def read_pairs(root: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     file = root / RECORD
     if not file.is_file():
         raise FileNotFoundError(f"root must be a folder written by `flowkit pairs`, got {root}")
-    record = json.loads(file.read_text())
-    if record.get("format") != FORMAT or record.get("version") != FORMAT_VERSION:
-        raise ValueError(
-            f"version of {file} must be {FORMAT_VERSION}, got {record.get('version')!r}; "
-            "make the pairs again with this flowkit"
-        )
+    record = _read_record(file)
     shards = []
     for name in record["shards"]:
         if not (root / name).is_file():
@@ -141,3 +176,24 @@ def read_pairs(root: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             raise ValueError(f"shard must be readable, got {root / name}: {error}") from error
     columns = {key: torch.cat([shard[key] for shard in shards]) for key in shards[0]}
     return record, cast(dict[str, Tensor], columns)
+
+
+def _read_record(file: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(file.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"pairs must be described by JSON, got {file}: {error}") from error
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        raise ValueError(f"format of {file} must be {FORMAT!r}; make the pairs again")
+    if record.get("version") != FORMAT_VERSION:
+        raise ValueError(
+            f"version of {file} must be {FORMAT_VERSION}, got {record.get('version')!r}; "
+            "make the pairs again with this flowkit"
+        )
+    for name, kind in FIELDS:
+        if name not in record or not isinstance(record[name], kind):
+            kind = getattr(kind, "__name__", kind)
+            raise ValueError(
+                f"{name} in {file} must be a {kind}, got {record.get(name)!r}; make the pairs again"
+            )
+    return record

@@ -24,10 +24,11 @@ class Straightening(FlowModule):
 
         v(x0, t0) ≈ (x1 − x0) / (t1 − t0),
 
-    so that Euler's steps on the segments' grid follow the teacher. In a batch of pairs of noise
+    so that Euler's steps on the segments' grid follow the teacher. In a batch of pairs of source
     and sample, without times, it is the chord at random times between: reflow. Batches come from
-    ``flowkit pairs`` (``data=pairs``), or are made from the batch's conditions by the teacher as
-    training goes, which takes its ``fine_steps`` evaluations each step.
+    ``flowkit pairs`` (``data=pairs``). In other batches the teacher replaces the data as training
+    goes by what it makes of their source samples, or of noise, and of their conditions, which
+    takes its ``fine_steps`` evaluations each step.
 
     Student and teacher start from the averaged weights of a run. The teacher may be guided; the
     student is then trained to need no guidance.
@@ -89,17 +90,24 @@ class Straightening(FlowModule):
         """Take the teacher and its weights.
 
         Raises:
-            ValueError: If it is another network.
+            ValueError: If its flow is not that of its network alone, or the network another.
         """
-        student, weights = cast(nn.Module, self.velocity), cast(nn.Module, teacher.velocity)
-        own, given = student.state_dict(), weights.state_dict()
+        if teacher.guided(None) is not teacher.velocity:
+            raise ValueError(
+                "start must be a run whose network is the velocity of its states, got "
+                f"{type(teacher).__name__}"
+            )
+        taught = isinstance(teacher, Straightening)
+        source = teacher.merged() if taught else cast(nn.Module, teacher.velocity)
+        student, given = cast(nn.Module, self.velocity), source.state_dict()
+        own = student.state_dict()
         taken = {k: own[k] if "lora_" in k else given.get(_plain(k)) for k in own}
         wrong = {_plain(k) for k, v in taken.items() if v is None or v.shape != own[k].shape}
         wrong |= set(given) - set(map(_plain, own))
         if wrong:
             raise ValueError(
                 f"velocity must be the network of the run {self.start}, got another in "
-                f"{', '.join(sorted(wrong)[:3])}; choose the same model options"
+                f"{', '.join(sorted(wrong)[:3])}"
             )
         student.load_state_dict(cast(dict[str, Tensor], taken))
         self.sample_shape = teacher.sample_shape
@@ -110,25 +118,32 @@ class Straightening(FlowModule):
         return merge_lora(cast(nn.Module, self.velocity))
 
     def loss(self, batch: Batch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """Return the regression loss of a batch and the share of energy explained."""
-        if "x0" not in batch:
-            batch = self._teach(batch, generator)
-        if self.sample_shape is None:
-            self.sample_shape = tuple(batch["x1"].shape[1:])
-        times = _at_start if "t0" in batch else self.times
-        return flow_matching_loss(self.velocity, batch, times=times, generator=generator)
+        """Return the regression loss of a batch and the share of energy explained.
 
-    def _teach(self, batch: Batch, generator: torch.Generator | None) -> Batch:
-        """Segments, or pairs, of fresh noise under the batch's conditions."""
-        if self.teacher is None or self.sample_shape is None:
+        Raises:
+            RuntimeError: If the batch has no ``x0`` and there is no teacher.
+            ValueError: If latents are of another autoencoder.
+        """
+        made = "taught_by" in batch or "t0" in batch
+        if self.teacher is not None and not made:
+            batch = self._teach(self.teacher.to(self.device), batch, generator)
+        elif "x0" in batch:
+            ours = getattr(self.autoencoder, "hash", None)
+            batch = self.encode(cast(Batch, {"encoded_by": ours, **batch}))  # states as they are
+        else:
             raise RuntimeError(
                 "start must be a run, whose velocity teaches, for batches without x0, got None; "
                 "or train on data=pairs"
             )
-        teacher = self.teacher.to(self.device)
-        x0 = torch.randn(
-            (len(batch["x1"]), *self.sample_shape), device=self.device, generator=generator
-        )
+        times = _at_start if "t0" in batch else self.times
+        return flow_matching_loss(self.velocity, batch, times=times, generator=generator)
+
+    def _teach(self, teacher: FlowModule, batch: Batch, generator: torch.Generator | None) -> Batch:
+        """Segments, or pairs, from the batch's source samples or fresh noise."""
+        x0 = batch.get("x0")
+        if x0 is None:
+            size = (len(batch["x1"]), *cast(tuple, teacher.sample_shape))
+            x0 = torch.randn(size, device=self.device, generator=generator)
         velocity, grid = teacher.guided(self.guidance), 1 if self.grid is None else self.grid
         made = segments(velocity, x0, self.fine_steps, grid, batch.get("cond"))
         if self.grid is None:

@@ -11,7 +11,7 @@ from flowkit import boss as library
 from flowkit import grids
 from flowkit.data import Digits, Toy
 from flowkit.data.pairs import Pairs, read_pairs
-from flowkit.modules import load_run
+from flowkit.modules import Straightening, load_run
 from flowkit.recipes.boss import boss
 from flowkit.recipes.evaluate import evaluate
 from flowkit.recipes.pairs import pairs
@@ -77,17 +77,47 @@ def test_the_comparison_is_of_the_guided_field_on_fresh_noise(searched, tiny_run
     recommended = [row["grid"] for row in record["comparison"] if row["recommended"]]
     assert len(recommended) == 2
     assert recommended[1] == record["objective"]
-    assert all("frechet_distance" in row for row in record["comparison"] if row["steps"])
     assert 0 < record["reference"]["error_of_the_fine_grid"] < min(made.values())
+
+
+def test_distances_are_those_of_an_evaluation(searched, tiny_run, configure, tmp_path):
+    """Of all grids and of adaptive solves."""
+    out, record = searched
+    rows = [row for row in record["comparison"] if row["grid"] in ("uniform", "adaptive")][1:]
+    samplers = [
+        ["sampler=euler", "sampler.grid=3"],
+        ["sampler=dopri5", "sampler.rtol=0.1", "sampler.atol=0.1"],
+    ]
+    options = [f"run={tiny_run}", "guidance=2", "metric=pixels", "num_samples=20"]
+    for row, sampler in zip(rows, samplers, strict=True):
+        found = evaluate(configure("evaluate", *options, *sampler, f"out={tmp_path}"))
+        assert row["frechet_distance"] == pytest.approx(
+            found["metrics"]["frechet_distance"], rel=1e-9
+        )
+        assert row["frechet_nfe"] == found["sampling"]["nfe"]
+        assert (row["features"], row["num_samples"]) == ("pixels", 20)
+    table = (out / "table.md").read_text()
+    assert all(f" {row['frechet_distance']:.2f} |" in table for row in record["comparison"])
+
+
+def test_points_have_no_distances_between_features(configure, tmp_path):
+    train(configure("train", *TINY, "data=toy", "data.size=200", f"run_dir={tmp_path}"))
+    with pytest.raises(ValueError, match=r"metric must be null for a run of no images, got data"):
+        boss(configure("boss", f"run={tmp_path}", *SEARCH, "metric=pixels"))
 
 
 def test_the_rows_are_announced(tiny_run, configure, tmp_path, capsys):
     boss(configure("boss", f"run={tiny_run}", f"out={tmp_path}", *SEARCH))
     said = capsys.readouterr().out
     assert said.startswith("network rows, at most:\n  costs (12 x 16 to 32 noises)")
-    stated = [int(line.split()[-1].replace(",", "")) for line in said.splitlines()[1:4]]
+    stated = [int(line.split()[-1].replace(",", "")) for line in said.splitlines()[1:5]]
     each = [library.search_rows(24, budget, fine_steps=12) for budget in (2, 3)]
-    assert stated == [12 * 32, sum(e["endpoint"] for e in each), sum(e["scores"] for e in each)]
+    assert stated == [
+        12 * 32,
+        sum(e["endpoint"] for e in each),
+        sum(e["scores"] for e in each),
+        20 * (3 * (2 + 3) + 12 + 100),
+    ]
     assert "| 3 | " in said
 
 
@@ -126,11 +156,9 @@ def test_a_grid_made_for_something_else_is_warned_about(
         sample(configure("sample", f"run={tiny_run}", f"out={tmp_path}", *options))
 
 
-def test_source_samples_of_the_data_are_searched_with(configure, tmp_path):
-    toy = ["data=toy", "data.source=8gaussians", "data.target=moons", "data.size=200"]
-    train(configure("train", *TINY, *toy, f"run_dir={tmp_path}"))
-    record = boss(configure("boss", f"run={tmp_path}", *SEARCH))
-    module, data = load_run(tmp_path), Toy("8gaussians", "moons", size=200)
+def test_source_samples_of_the_data_are_searched_with(source_run, configure, tmp_path):
+    record = boss(configure("boss", f"run={source_run}", f"out={tmp_path}", *SEARCH))
+    module, data = load_run(source_run), Toy("8gaussians", "moons", size=200)
     data.setup()
     start = [(1_000_000 + k) % 200 for k in range(20)]
     three = {name: torch.tensor(grid) for name, grid in record["grids"].items()}
@@ -142,10 +170,12 @@ def test_source_samples_of_the_data_are_searched_with(configure, tmp_path):
     assert record["condition"] == "none"
 
 
-def test_a_budget_out_of_range_is_refused(tiny_run, configure, tmp_path):
-    options = [*SEARCH, "num_steps=13"]
-    with pytest.raises(ValueError, match=r"num_steps must lie in \[1, 12\] for a grid of 13 times"):
+@pytest.mark.parametrize("option", ["num_steps=13", "budgets=[2,13]"])
+def test_a_budget_out_of_range_is_refused_first(tiny_run, configure, tmp_path, capsys, option):
+    options = [*SEARCH, option]
+    with pytest.raises(ValueError, match=r"num_steps must lie in \[1, 12\] .* 13 times, got 13"):
         boss(configure("boss", f"run={tiny_run}", f"out={tmp_path}", *options))
+    assert capsys.readouterr().out == ""
 
 
 # --- pairs ---------------------------------------------------------------------------------------
@@ -171,7 +201,9 @@ def test_pairs_are_what_the_teacher_makes(searched, tiny_run, configure, tmp_pat
     made = [library.segments(module.guided(2.0), x0, 10, g, cond) for g in wanted]
     _, columns = read_pairs(tmp_path / "p")
     times = set() if grid == "null" else {"t0", "t1"}
-    assert set(columns) == set(data.train[:]) == {"x0", "x1", "cond"} | times
+    assert set(columns) == {"x0", "x1", "cond"} | times
+    assert set(data.train[:]) == {*columns, "taught_by", "encoded_by"}
+    assert data.train[:]["taught_by"] == weights(tiny_run)["hash"]
     for key, column in columns.items():
         by_noise = torch.cat([part[key].unflatten(0, (50, -1)) for part in made], 1)
         torch.testing.assert_close(column, by_noise.flatten(0, 1), rtol=1e-4, atol=1e-4)
@@ -182,7 +214,7 @@ def test_pairs_are_what_the_teacher_makes(searched, tiny_run, configure, tmp_pat
         assert torch.equal(first["x1"][:3], first["x0"][1:])
     # the training stream and the validation loader hold pairs
     batch = next(iter(data.train_dataloader()))
-    assert set(batch) == set(columns)
+    assert set(batch) == {*columns, "taught_by", "encoded_by"}
     assert len(next(iter(data.val_dataloader()))["x1"]) == min(16, 5 * per_noise)
 
 
@@ -202,13 +234,14 @@ def test_half_finished_pairs_are_gone_on_with(tiny_run, configure, tmp_path):
         pairs(configure("pairs", *make, "guidance=3"))
 
 
-def test_pairs_are_not_measured_against(tiny_run, configure, tmp_path):
+def test_pairs_have_no_test_split(tiny_run, configure, tmp_path):
     pairs(configure("pairs", f"run={tiny_run}", f"out={tmp_path}/p", *PAIRS))
     data = Pairs(tmp_path / "p")
     data.setup()
-    assert data.summary() == "Pairs: 48 train, 2 val pairs of shape (1, 8, 8), no real data"
-    with pytest.raises(RuntimeError, match=r"real must be the data .* \+data@data.real=digits"):
-        data.split("test")
+    assert data.summary() == "Pairs: 48 train, 2 val pairs of shape (1, 8, 8), 10 classes"
+    with pytest.raises(RuntimeError, match="split must be train or val of pairs, got test; a stud"):
+        _ = data.test
+    assert data.source["_target_"] == "flowkit.data.Digits"
 
 
 def test_pairs_by_a_grid_of_another_model_warn(searched, tiny_run, configure, tmp_path):
@@ -225,20 +258,44 @@ def test_bad_folders_are_refused_by_name(tiny_run, configure, tmp_path):
     shard.write_bytes(shard.read_bytes()[:100])
     with pytest.raises(ValueError, match=r"shard must be readable, got .*pairs-00002.safetensors"):
         Pairs(tmp_path / "p").setup()
-    record = tmp_path / "p" / "pairs.json"
-    record.write_text(record.read_text().replace('"version": 1', '"version": 7'))
-    with pytest.raises(ValueError, match=r"version of .*pairs.json must be 1, got 7"):
-        Pairs(tmp_path / "p").setup()
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("version", 7, "version of .*pairs.json must be 1, got 7"),
+        ("format", "x", "format of .*pairs.json must be 'flowkit-pairs'"),
+        ("rows_per_noise", "two", "rows_per_noise in .*pairs.json must be a int, got 'two'"),
+        ("source", None, "source in .*pairs.json must be a dict, got None"),
+    ],
+)
+def test_a_record_that_does_not_fit_is_refused_by_field(
+    tiny_run, configure, tmp_path, name, change, message
+):
+    pairs(configure("pairs", f"run={tiny_run}", f"out={tmp_path}", *PAIRS, "num_noises=4"))
+    record = json.loads((tmp_path / "pairs.json").read_text())
+    (tmp_path / "pairs.json").write_text(json.dumps({**record, name: change}))
+    with pytest.raises(ValueError, match=message):
+        Pairs(tmp_path).setup()
+    (tmp_path / "pairs.json").write_text("{")
+    with pytest.raises(ValueError, match=r"pairs must be described by JSON, got .*pairs.json"):
+        Pairs(tmp_path).setup()
+
+
+def test_two_grids_of_a_number_of_steps_are_refused(tiny_run, configure, tmp_path):
+    with pytest.raises(ValueError, match=r"grids of different numbers of steps, got \[4, 4\]"):
+        pairs(configure("pairs", f"run={tiny_run}", f"out={tmp_path}", "grid=[4,4]", *PAIRS))
 
 
 @pytest.mark.parametrize("lora_rank", [0, 2])
 def test_a_run_is_straightened_and_measured(tiny_run, configure, tmp_path, lora_rank):
-    root = tmp_path / "p"
-    pairs(configure("pairs", f"run={tiny_run}", f"out={root}", "grid=2", *PAIRS))
-    run = tmp_path / "run"
+    """The student is the teacher's network, whatever model says, and needs no other options."""
+    root, run = tmp_path / "p", tmp_path / "run"
+    pairs(configure("pairs", f"run={tiny_run}", f"out={root}", "grid=[2,3]", *PAIRS))
     options = ["module=straightening", f"module.start={tiny_run}", f"module.lora_rank={lora_rank}"]
-    data = ["data=pairs", f"data.root={root}", "+data@data.real=digits"]
-    cfg = configure("train", *TINY, *options, *data, f"run_dir={run}", "optimizer.lr=3e-4")
+    data = ["data=pairs", f"data.root={root}", "model=dit"]
+    short = [option for option in TINY if not option.startswith("model.")]
+    cfg = configure("train", *short, *options, *data, f"run_dir={run}", "optimizer.lr=3e-4")
     trained = train(cfg)
     # the run stands on its own: neither the teacher nor the pairs are needed to load it
     moved = tmp_path / "elsewhere"
@@ -249,20 +306,38 @@ def test_a_run_is_straightened_and_measured(tiny_run, configure, tmp_path, lora_
     teacher = load_run(tiny_run)
     near, far = module(x, t, cond) - teacher(x, t, cond), teacher(x, t, cond)
     assert 0 < near.norm() < far.norm()
+    merged = module.merged()
+    assert list(merged.state_dict()) == list(teacher.velocity.state_dict())
+    torch.testing.assert_close(merged(x, t, cond), module(x, t, cond), rtol=1e-6, atol=1e-6)
     shutil.move(moved, root)
-    record = evaluate(
-        configure(
-            "evaluate",
-            f"run={run}",
-            "metric=pixels",
-            "num_samples=20",
-            "sampler=euler",
-            "sampler.grid=2",
-        )
-    )
+    # its own grids are warned about neither here nor anywhere, and it is measured by real data
+    grid = ["sampler=from_file", f"sampler.grid.file={root}/grid-3.json"]
+    options = [f"run={run}", "metric=pixels", "num_samples=20", *grid]
+    record = evaluate(configure("evaluate", *options))
     real = Digits()
     real.setup()
     assert record["data"]["test"] == real.fingerprint("test")
+    with pytest.warns(UserWarning, match=r"grid-3.json should be used with method 'euler'"):
+        evaluate(configure("evaluate", *options, "sampler.method=heun"))
+
+
+def test_students_teach_students(tiny_run, configure, tmp_path):
+    """Of a low-rank student the merged network is taken, and its real data are found."""
+    options = ["module=straightening", f"module.start={tiny_run}", "module.grid=2"]
+    more = ["module.fine_steps=4", "module.lora_rank=2", "trainer.max_steps=4"]
+    train(configure("train", *TINY, *options, *more, f"run_dir={tmp_path}/first"))
+    first = load_run(tmp_path / "first")
+    pairs(configure("pairs", f"run={tmp_path}/first", f"out={tmp_path}/p", *PAIRS, "guidance=1"))
+    second = Straightening(load_run(tiny_run).velocity)
+    second.begin(first)
+    x, t, cond = torch.randn(3, 1, 8, 8), torch.rand(3), torch.tensor([0, 4, 9])
+    torch.testing.assert_close(second(x, t, cond), first(x, t, cond), rtol=1e-5, atol=1e-6)
+    options = ["module=straightening", f"module.start={tmp_path}/first", "trainer.max_steps=2"]
+    data = ["data=pairs", f"data.root={tmp_path}/p"]
+    train(configure("train", *TINY, *options, *data, f"run_dir={tmp_path}/second"))
+    options = ["metric=pixels", "num_samples=20", "sampler.grid=2"]
+    record = evaluate(configure("evaluate", f"run={tmp_path}/second", *options))
+    assert record["data"]["name"] == "Digits"
 
 
 def test_a_teacher_teaches_as_training_goes(tiny_run, configure, tmp_path):
@@ -272,8 +347,57 @@ def test_a_teacher_teaches_as_training_goes(tiny_run, configure, tmp_path):
     assert load_run(tmp_path).sample(2, ODESampler([0, 0.3, 1.0]), torch.tensor([1, 2])).std() > 0.1
 
 
+@pytest.fixture(scope="module")
+def source_run(tmp_path_factory):
+    """A flow from eight Gaussians to moons: samples start from the data's own source."""
+    from hydra import compose, initialize_config_dir
+
+    from tests.conftest import CONF
+
+    folder = tmp_path_factory.mktemp("source")
+    options = ["data=toy", "data.source=8gaussians", "data.target=moons", "data.size=200"]
+    with initialize_config_dir(CONF, version_base="1.3"):
+        cfg = compose("train", overrides=[*TINY, *options, f"run_dir={folder}"])
+    train(cfg)
+    return folder
+
+
+def test_pairs_start_from_the_source_samples_of_the_data(source_run, configure, tmp_path):
+    """And so do the student's samples."""
+    options = ["num_noises=40", "shard_size=20", "batch_size=8", "fine_steps=10", "grid=2"]
+    pairs(configure("pairs", f"run={source_run}", f"out={tmp_path}/p", *options))
+    source = Toy("8gaussians", "moons", size=200)
+    source.setup()
+    x0 = source.train[:40]["x0"]
+    made = library.segments(load_run(source_run).velocity, x0, 10, 2)
+    record, columns = read_pairs(tmp_path / "p")
+    assert record["x0_is_noise"] is False
+    for key in ("x0", "x1", "t0", "t1"):
+        torch.testing.assert_close(columns[key], made[key], rtol=1e-4, atol=1e-4)
+    student = ["module=straightening", f"module.start={source_run}"]
+    data = ["data=pairs", f"data.root={tmp_path}/p"]
+    train(configure("train", *TINY, *student, *data, f"run_dir={tmp_path}/run"))
+    drawn = sample(configure("sample", f"run={tmp_path}/run", "num_samples=5", "sampler.grid=2"))
+    module = load_run(tmp_path / "run")
+    expected = module.solve(source.test[:5]["x0"], ODESampler(2, "heun")).x
+    torch.testing.assert_close(drawn, expected)
+
+
+def test_a_teacher_starts_from_the_source_samples_of_the_data(source_run, configure, tmp_path):
+    """They are not mistaken for pairs that a teacher made."""
+    options = ["module=straightening", f"module.start={source_run}", "module.fine_steps=5"]
+    toy = ["data=toy", "data.source=8gaussians", "data.target=moons", "data.size=200"]
+    cfg = configure("train", *TINY, *options, *toy, f"run_dir={tmp_path}", "trainer.max_steps=2")
+    module = train(cfg)
+    source = Toy("8gaussians", "moons", size=200)
+    source.setup()
+    batch = source.val[:8]
+    chords = module.loss(batch, torch.Generator().manual_seed(0))["loss"]
+    x1 = ODESampler(5)(load_run(source_run).velocity, batch["x0"])
+    made = {"x0": batch["x0"], "x1": x1, "taught_by": "it"}
+    expected = module.loss(made, torch.Generator().manual_seed(0))["loss"]
+    torch.testing.assert_close(chords, expected)
+
+
 def test_the_option_pairs_builds(configure):
-    cfg = configure("train", "data=pairs", "data.root=x", "+data@data.real=digits")
-    data = instantiate(cfg.data)
-    assert isinstance(data, Pairs)
-    assert isinstance(data.real, Digits)
+    assert isinstance(instantiate(configure("train", "data=pairs", "data.root=x").data), Pairs)
