@@ -99,15 +99,19 @@ def _record(cfg: DictConfig, made_with: dict[str, Any], wanted: list[Tensor]) ->
 def make(
     velocity: Velocity, x0: Tensor, fine_steps: int, wanted: list[Tensor], cond: Cond
 ) -> dict[str, Tensor]:
-    """Segments of all grids, those of one noise together; or pairs, if there are no grids."""
-    made = [segments(velocity, x0, fine_steps, grid, cond) for grid in wanted or [1]]
-    parts = [to_columns(batch) for batch in made]
-    columns = {}
-    for key in parts[0]:
+    """Segments of all grids by one solve, those of one noise together; or pairs, without grids."""
+    times = torch.cat([torch.tensor([0.0, 1.0], dtype=torch.float64), *wanted]).unique()
+    columns = to_columns(segments(velocity, x0, fine_steps, times, cond))
+    places = [torch.searchsorted(times, grid) for grid in wanted or [times[[0, -1]]]]
+    starts = torch.cat([knots[:-1] for knots in places])
+    ends = torch.cat([knots[1:] - 1 for knots in places])  # the last of the pieces of a segment
+    kept = {}
+    for key, column in columns.items():
         if wanted or key not in ("t0", "t1"):
-            by_noise = [part[key].unflatten(0, (len(x0), -1)) for part in parts]
-            columns[key] = torch.cat(by_noise, 1).flatten(0, 1).cpu().contiguous()
-    return columns
+            by_noise = column.unflatten(0, (len(x0), -1))
+            rows = by_noise[:, ends if key in ("x1", "t1") else starts]
+            kept[key] = rows.flatten(0, 1).cpu().contiguous()
+    return kept
 
 
 def read_grids(grid: Any, used: dict[str, Any]) -> list[Tensor]:
