@@ -48,7 +48,8 @@ def allocate_steps(
         fine_steps: Steps of the reference in each segment, and the most that one can get.
 
     Raises:
-        ValueError: If the budget does not pay one step in each segment.
+        ValueError: If prices are not one pair for each segment, or the budget does not pay one
+            step in each.
 
     >>> from flowkit.nn.blockwise_mlp import BlockwiseMLP
     >>> flow = BlockwiseMLP((2,), edges=2, width=16)
@@ -57,6 +58,10 @@ def allocate_steps(
     """
     check_at_least(fine_steps, 1, "fine_steps")
     fine = grids.blockwise(flow.edges, fine_steps)
+    if len(prices) != len(flow.edges) - 1:
+        raise ValueError(
+            f"prices must hold one pair per segment, {len(flow.edges) - 1}, got {len(prices)}"
+        )
     costs = step_costs(flow, x0, fine, cond)
     frontier = [(0.0, 0.0, ())]  # (price, error, grids) of the segments so far, none dominated
     for m, (first, later) in enumerate(prices):

@@ -155,10 +155,15 @@ def converged_costs(
 
     Returns:
         Costs ``(groups, n, n)`` of ``start/16`` noises each, and their interval.
+
+    Raises:
+        ValueError: If ``start`` is no multiple of 16, or as for `step_costs` and `bellman_grid`.
     """
     fine = as_grid(fine_grid, "fine_grid")
     check_num_steps(num_steps, fine)
     check_at_least(start, 16, "start")
+    if start % 16:
+        raise ValueError(f"start must be a multiple of 16, got {start}")
     size = start // 16
     costs, groups = torch.empty(0, len(fine), len(fine), dtype=torch.float64), 16
     while True:

@@ -215,11 +215,9 @@ def anchors(
     states[0] = x0
 
     def keep(step: int, t: float, x: Tensor) -> None:
+        if not bool(torch.isfinite(x).all()):
+            raise ValueError(f"states of the reference must be finite, got others at t = {t:.6g}")
         if step in rows:
-            if not bool(torch.isfinite(x).all()):
-                raise ValueError(
-                    f"states of the reference must be finite, got others at t = {t:.6g}"
-                )
             states[rows[step]] = x
 
     reference.solve(velocity, x0, cond, callback=keep)

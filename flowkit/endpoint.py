@@ -1,5 +1,6 @@
 """The grid whose error at the end is least."""
 
+import math
 from itertools import product
 from typing import cast
 
@@ -63,7 +64,7 @@ def endpoint_grid(
     if num_steps in (1, last):  # nothing to choose
         return fine[:: last // num_steps]
     reference = reference or ODESampler(fine, method)
-    target = reference(velocity, x0, cond)
+    target = anchors(velocity, x0, fine[[0, -1]], cond, reference)[-1]
     search = _Search(velocity, x0, cond, fine, method, target)
     even = [round(k * last / num_steps) for k in range(num_steps + 1)]
     if search.error(even) <= round_off(target):
@@ -155,4 +156,6 @@ class _Search:
 
 
 def _mean_square(x: Tensor) -> float:
-    return torch.linalg.vector_norm(x, dtype=torch.float64).item() ** 2 / x.numel()
+    """A mean that orders: what diverged is infinitely far."""
+    found = torch.linalg.vector_norm(x, dtype=torch.float64).item() ** 2 / x.numel()
+    return found if math.isfinite(found) else math.inf

@@ -61,6 +61,11 @@ def test_dear_steps_are_taken_less_often():
     assert dear[1] < even[1]
 
 
+def test_every_segment_has_a_price():
+    with pytest.raises(ValueError, match="prices must hold one pair per segment, 3, got 2"):
+        allocate_steps(flow([0.0, 0.3, 0.5, 1.0]), torch.randn(8, 2), [(3.0, 1.0)] * 2, 60)
+
+
 def test_a_budget_must_pay_a_step_each():
     with pytest.raises(ValueError, match=r"budget must pay a step in each segment, 7.0, got 6"):
         allocate_steps(flow([0.0, 0.5, 1.0]), torch.randn(8, 2), [(3.0, 1.0), (4.0, 1.0)], 6)
