@@ -12,6 +12,7 @@ Cond = Tensor | Mapping[str, Tensor] | None
 def take(cond: Cond, rows: slice | Tensor) -> Cond:
     """Return the conditions of some samples.
 
+    >>> import torch
     >>> take({"label": torch.arange(3)}, slice(1, 3))
     {'label': tensor([1, 2])}
     """
