@@ -29,7 +29,7 @@ def markdown(table: list[Row]) -> str:
 def plot(candidates: dict[str, Tensor], winner: str, table: list[Row], file: Path) -> None:
     """Step sizes of the grids to choose from, and what each costs and gives."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import NullLocator
+    from matplotlib.ticker import LogFormatter, NullLocator
 
     columns = {"error": "end-point error (RMS per element)"}
     if any("frechet_distance" in row for row in table):
@@ -39,8 +39,11 @@ def plot(candidates: dict[str, Tensor], winner: str, table: list[Row], file: Pat
     colours = {"uniform": "C7", "bellman": "C0", "endpoint": "C3", "adaptive": "C2"}
     for name, grid in candidates.items():
         label = f"{name} (recommended)" if name == winner else name
-        steps.stairs(grid.diff().tolist(), grid.tolist(), color=colours[name], label=label, lw=1.8)
-    steps.set(xlabel="t", ylabel="step size", title=f"{len(grid) - 1} steps", ylim=(0, None))
+        style = {"color": colours[name], "label": label, "lw": 1.8, "baseline": None}
+        steps.stairs(grid.diff().tolist(), grid.tolist(), **style)
+    steps.set(
+        xlabel="t", ylabel="step size", title=f"step sizes of {len(grid) - 1} steps", ylim=(0, None)
+    )
     for axes, (key, label) in zip(panels, columns.items(), strict=True):
         nfe = "frechet_nfe" if key == "frechet_distance" else "nfe"
         for name, colour in colours.items():
@@ -48,9 +51,14 @@ def plot(candidates: dict[str, Tensor], winner: str, table: list[Row], file: Pat
             if rows:
                 style = "o" if name == "adaptive" else "o-"
                 axes.loglog(*zip(*rows, strict=True), style, color=colour, label=name, ms=4, lw=1.2)
-        ticks = sorted({row["nfe"] for row in table if row["steps"] is not None})
+        ticks: list[int] = []
+        for count in sorted({row["nfe"] for row in table}):  # those that labels have room for
+            if not ticks or count >= 1.2 * ticks[-1]:
+                ticks.append(count)
         axes.set_xticks(ticks, [str(n) for n in ticks])
         axes.xaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(LogFormatter())
+        axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
         axes.set(xlabel="evaluations (NFE)", title=label)
         axes.grid(alpha=0.3)
     for axes in (steps, *panels):

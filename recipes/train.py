@@ -93,7 +93,7 @@ def _module(cfg: DictConfig, data: Any) -> FlowModule:
     cfg.image_shape = list(getattr(data, "image_shape", data.shape))
     cfg.needs_data = brings_start(data.train[:1], data)
     drop_cond = cfg.module.get("drop_cond")
-    null = None if drop_cond is None else drop_cond.get("null")
+    null = {} if drop_cond is None else drop_cond.get("null")
     if null is None or (OmegaConf.is_dict(null) and None in null.values()):
         cfg.module.drop_cond = None  # no labels, no null label
     if "mixed" in str(cfg.trainer.precision) and "fused" in cfg.optimizer:
