@@ -27,5 +27,16 @@ def test_points_are_drawn_where_they_are(tmp_path):
     dark = np.asarray(Image.open(file).convert("L")) < 200
     rows, columns = np.where(dark)
     assert np.ptp(columns) > 1.6 * np.ptp(rows) * 0.9  # equal axes: twice as wide as high
-    with pytest.raises(ValueError, match=r"samples must be images .* got shape \(3, 5\)"):
-        save_picture(torch.zeros(3, 5), tmp_path / "x.png")
+    higher = save_picture(
+        torch.cat([spread * torch.tensor([2.0, 1.0]), spread], 1), tmp_path / "4.png"
+    )
+    assert higher.read_bytes() == file.read_bytes()
+
+
+def test_other_samples_have_a_picture_too(tmp_path):
+    line = np.asarray(Image.open(save_picture(torch.rand(50, 1), tmp_path / "line.png")))
+    assert (line.min(axis=2) < 200).mean() > 0.1  # the bars
+    images = torch.rand(2, 5, 4, 4) * 2 - 1
+    five = save_picture(images, tmp_path / "five.png")
+    mean = save_picture(images.mean(1, keepdim=True), tmp_path / "mean.png")
+    assert five.read_bytes() == mean.read_bytes()

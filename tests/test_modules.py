@@ -11,12 +11,14 @@ from omegaconf import OmegaConf
 from torch import nn
 from torch.utils.data import DataLoader
 
+import flowkit
+from flowkit.data import Digits
 from flowkit.exact import GaussianFlow
 from flowkit.guidance import DropCond
 from flowkit.losses import flow_matching_loss
 from flowkit.modules import ConditionalFlowMatching, load_run
 from flowkit.modules.runs import build
-from flowkit.nn import MLP, ResidualMLP
+from flowkit.nn import MLP, DiT, ResidualMLP
 from flowkit.sampling import ODESampler
 
 
@@ -234,3 +236,24 @@ def test_an_autoencoder_that_names_no_hash_is_known_by_its_weights():
     modules[1].autoencoder.load_state_dict(modules[0].autoencoder.state_dict())
     modules[1].on_load_checkpoint(checkpoint)
     assert modules[1].sample_shape == (1,)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda **typo: ODESampler(4, **typo),
+        lambda **typo: ODESampler(4).solve(GaussianFlow(0.0, 1.0), torch.zeros(1, 2), **typo),
+        lambda **typo: flowkit.Linear(**typo),
+        lambda **typo: flowkit.MinibatchOT(**typo),
+        lambda **typo: flowkit.ClassifierFree(GaussianFlow(0.0, 1.0), 2.0, 0, **typo),
+        lambda **typo: flowkit.flow_matching_loss(GaussianFlow(0.0, 1.0), {}, **typo),
+        lambda **typo: flowkit.log_likelihood(ODESampler(4), None, torch.zeros(1, 2), **typo),
+        lambda **typo: MLP((2,), **typo),
+        lambda **typo: DiT.from_name("DiT-S/2", (4, 8, 8), **typo),
+        lambda **typo: ConditionalFlowMatching(MLP((2,)), **typo),
+        lambda **typo: Digits(**typo),
+    ],
+)
+def test_no_misspelt_keyword_is_swallowed(call):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'sede'"):
+        call(sede=0)

@@ -9,16 +9,16 @@ from flowkit.metrics.quantize import to_uint8
 
 
 def save_picture(samples: Tensor, file: str | Path, columns: int = 10, zoom: int = 8) -> Path:
-    """Save images ``(N, C, H, W)`` in [-1, 1] as one grid, or points ``(N, 2)`` as a scatter plot.
+    """Save images ``(N, C, H, W)`` in [-1, 1] as one grid, or points ``(N, *)`` as a plot.
+
+    Images of neither 1 nor 3 channels are shown by their mean over channels, points by their first
+    two coordinates, numbers by a histogram.
 
     Args:
-        samples: Images of 1 or 3 channels, or points in the plane.
+        samples: Images or points.
         file: A PNG file; its folder is made.
         columns: Images in a row.
         zoom: Small images are enlarged by whole pixels up to this factor.
-
-    Raises:
-        ValueError: If samples are neither.
 
     >>> import tempfile
     >>> save_picture(torch.zeros(3, 1, 8, 8), tempfile.mkdtemp() + "/a.png", columns=3).name
@@ -26,15 +26,11 @@ def save_picture(samples: Tensor, file: str | Path, columns: int = 10, zoom: int
     """
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
-    if samples.ndim == 4 and samples.shape[1] in (1, 3):
-        _save_images(samples, file, columns, zoom)
-    elif samples.ndim == 2 and samples.shape[1] == 2:
-        _save_points(samples, file)
+    if samples.ndim == 4:
+        shown = samples if samples.shape[1] in (1, 3) else samples.mean(1, keepdim=True)
+        _save_images(shown, file, columns, zoom)
     else:
-        raise ValueError(
-            "samples must be images (N, 1 or 3, H, W) or points (N, 2), "
-            f"got shape {tuple(samples.shape)}"
-        )
+        _save_points(samples.flatten(1), file)
     return file
 
 
@@ -60,7 +56,10 @@ def _save_points(samples: Tensor, file: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4, 4), layout="constrained")
-    axes = figure.add_subplot(aspect="equal")
-    x, y = samples.detach().cpu().unbind(1)
-    axes.scatter(x, y, s=3, alpha=0.5, linewidths=0)
+    axes, coordinates = figure.add_subplot(), samples.detach().cpu().mT
+    if len(coordinates) == 1:
+        axes.hist(coordinates[0], bins=50)
+    else:
+        axes.set_aspect("equal")
+        axes.scatter(*coordinates[:2], s=3, alpha=0.5, linewidths=0)
     figure.savefig(file, dpi=120)

@@ -9,9 +9,11 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from omegaconf.errors import OmegaConfBaseException
 
+from flowkit.metrics.pictures import save_picture
 from flowkit.modules import load_run
 from flowkit.modules.runs import read_checkpoint
 from flowkit.recipes.train import resumed, train
+from flowkit.sampling import ODESampler, seeded_noise
 from tests.recipes.conftest import TINY
 
 
@@ -176,6 +178,18 @@ def test_what_cannot_go_on_is_left_untouched(tiny_run, configure, tmp_path):
     with pytest.raises(RuntimeError, match=r"checkpoint must be readable, got .*last.ckpt"):
         train(resumed(cfg, ["trainer.max_steps=40"]))
     assert _contents(run) == before
+
+
+def test_pictures_of_training_are_of_the_averaged_weights(tiny_run, tmp_path):
+    def picture(module):
+        x0 = seeded_noise(module.sample_shape, range(10))
+        samples = module.solve(x0, ODESampler(2, "heun"), torch.arange(10)).x
+        return save_picture(samples, tmp_path / "samples.png").read_bytes()
+
+    module = load_run(tiny_run)
+    assert picture(module) == (tiny_run / "samples" / "step-000020.png").read_bytes()
+    module.load_state_dict(_state(tiny_run)["current_model_state"])
+    assert picture(module) != (tiny_run / "samples" / "step-000020.png").read_bytes()
 
 
 def test_training_starts_with_what_was_found(configure, tmp_path, capsys):
