@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 from lightning.fabric import Fabric
+from lightning.fabric.utilities import rank_zero_only
 from omegaconf import DictConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -26,6 +27,7 @@ from flowkit.sampling import ODESampler
 from flowkit.types import Cond, take
 
 Columns = dict[str, Tensor]
+say = rank_zero_only(print)  # once, whatever the number of processes
 
 
 def launch(cfg: DictConfig) -> Fabric:

@@ -39,7 +39,7 @@ from flowkit.metrics.pictures import save_picture
 from flowkit.modules import FlowModule
 from flowkit.modules.flow import Guidance, brings_start, labels_of
 from flowkit.modules.runs import read_config
-from flowkit.recipes._parts import Columns, Parts, block_cost, draw_parts, hash_of, launch
+from flowkit.recipes._parts import Columns, Parts, block_cost, draw_parts, hash_of, launch, say
 from flowkit.recipes.sample import (
     describe,
     given_source,
@@ -240,7 +240,7 @@ def features_for(data: SplitData, seed: int) -> Features:
     """Return `classifier_features` or, for data without class labels, `pixel_features`."""
     if labels_of(data.train[:1], data.num_classes) is not None:
         return classifier_features(data, seed)
-    print("features  pixels, since the data have no class labels")
+    say("features  pixels, since the data have no class labels")
     return pixel_features(data)
 
 

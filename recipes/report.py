@@ -177,6 +177,7 @@ def _table(rows: list[Row], measure: Measure) -> str:
 def _plot(rows: list[Row], measure: Measure, file: Path) -> None:
     """Distance over evaluations, and over time; a colour a solver, a line style a grid."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
@@ -192,7 +193,11 @@ def _plot(rows: list[Row], measure: Measure, file: Path) -> None:
                 axes.plot(*values, label=f"{solver}, {name}", **line)
         axes.axhline(measure.floor, color="0.5", lw=1, label="training samples")
         axes.set(xscale="log", yscale="log", xlabel=label)
-        axes.grid(alpha=0.3, which="both")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter(NullFormatter())
+        axes.grid(alpha=0.3)
     counts = sorted({row["nfe"] for row in rows})
     panels[0].set_xticks(counts, map(str, counts))
     panels[0].minorticks_off()

@@ -33,7 +33,7 @@ from flowkit.modules import FlowModule, load_run
 from flowkit.modules.flow import labels_of
 from flowkit.modules.runs import build, read_config
 from flowkit.nn.blockwise import Blockwise
-from flowkit.recipes._parts import Parts, draw_parts, hash_of, launch
+from flowkit.recipes._parts import Parts, draw_parts, hash_of, launch, say
 from flowkit.sampling import ODESampler, seeded_noise
 from flowkit.types import Batch, Cond
 
@@ -94,7 +94,7 @@ def loaded(cfg: DictConfig, device: torch.device) -> FlowModule:
     flow = module.velocity
     if isinstance(flow, Blockwise):
         flow.feature_mode = cfg.feature_mode or flow.feature_mode
-        print(f"features  {flow.feature_mode}")
+        say(f"features  {flow.feature_mode}")
     elif cfg.feature_mode is not None:
         raise ValueError(
             f"feature_mode must be null for a run without blocks, got {cfg.feature_mode}"

@@ -19,7 +19,6 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import instantiate
 from lightning import Trainer, seed_everything
-from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from flowkit.modules import FlowModule
@@ -34,6 +33,7 @@ from flowkit.modules.runs import (
     restore,
 )
 from flowkit.modules.sharding import shard_if_asked
+from flowkit.recipes._parts import say
 
 UNRESOLVED = "unresolved.yaml"  # the configuration with its references, for `resume` to change
 CHANGEABLE = ("trainer.", "callback.", "logger.", "optimizer.", "lr_scheduler.")
@@ -58,7 +58,7 @@ def train(cfg: DictConfig) -> FlowModule:
     data = instantiate(cfg.data)
     data.prepare_data()
     data.setup()
-    _say(f"data      {data.summary()}")
+    say(f"data      {data.summary()}")
     module = _module(cfg, data)
     if checkpoint is not None and state is not None:
         restore(module, state, checkpoint)  # refuses another model, before anything is written
@@ -72,11 +72,8 @@ def train(cfg: DictConfig) -> FlowModule:
     if trainer.is_global_zero:
         _write(folder, {CONFIG: OmegaConf.to_yaml(cfg, resolve=True), UNRESOLVED: composed})
     trainer.fit(module, data, ckpt_path=checkpoint, weights_only=checkpoint and True)
-    _say(f"run       {folder}")
+    say(f"run       {folder}")
     return module
-
-
-_say = rank_zero_only(print)
 
 
 def _follow_start(cfg: DictConfig) -> None:
@@ -104,7 +101,7 @@ def _module(cfg: DictConfig, data: Any) -> FlowModule:
     module.guided(cfg.guidance)  # refuses a scale that pictures would stumble on later
     parameters = sum(p.numel() for p in module.parameters())
     name = f"{type(module).__name__} of {type(module.velocity).__name__}"
-    _say(f"model     {name}, {parameters:,} parameters")
+    say(f"model     {name}, {parameters:,} parameters")
     return module
 
 

@@ -124,6 +124,14 @@ def test_a_stopped_drawing_goes_on_where_it_was(tiny_run, configure, tmp_path, m
     assert made == [8, 8, 0, *[8] * 5]
 
 
+def test_several_processes_need_a_kind_of_device(tiny_run, configure):
+    cfg = configure("sample", f"run={tiny_run}", "device=cuda:1", "devices=2")
+    with pytest.raises(
+        ValueError, match="device must be a kind of device with devices=2, got cuda:1"
+    ):
+        sample(cfg)
+
+
 def test_a_damaged_part_is_named(tiny_run, configure, tmp_path, monkeypatch):
     monkeypatch.setattr(Parts, "remove", lambda self: None)
     options = [f"run={tiny_run}", "num_samples=4", "sampler.grid=1", f"out={tmp_path}"]
