@@ -122,6 +122,7 @@ def test_latents_of_flowopt_stay_in_float32(tiny_run):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # torch's own, of names it still uses
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_a_compiled_network_trains_as_it_is(configure, tmp_path):
     """Losses of 20 steps, two validations and their pictures among them, agree within 1e-4."""
