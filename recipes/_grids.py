@@ -37,13 +37,13 @@ def plot(candidates: dict[str, Tensor], winner: str, table: list[Row], file: Pat
     figure = Figure(figsize=(4.6 * (1 + len(columns)), 3.6), layout="constrained")
     steps, *panels = figure.subplots(1, 1 + len(columns))
     colours = {"uniform": "C7", "bellman": "C0", "endpoint": "C3", "adaptive": "C2"}
+    longest = max(grid.diff().max().item() for grid in candidates.values())
     for name, grid in candidates.items():
         label = f"{name} (recommended)" if name == winner else name
         style = {"color": colours[name], "label": label, "lw": 1.8, "baseline": None}
         steps.stairs(grid.diff().tolist(), grid.tolist(), **style)
-    steps.set(
-        xlabel="t", ylabel="step size", title=f"step sizes of {len(grid) - 1} steps", ylim=(0, None)
-    )
+    title = f"step sizes of {len(grid) - 1} steps"
+    steps.set(xlabel="t", ylabel="step size", title=title, ylim=(0, 1.4 * longest))
     for axes, (key, label) in zip(panels, columns.items(), strict=True):
         nfe = "frechet_nfe" if key == "frechet_distance" else "nfe"
         for name, colour in colours.items():

@@ -7,10 +7,12 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from flowkit import boss
+from flowkit.autoencoders import KLAutoencoder
 from flowkit.exact import GaussianFlow
 from flowkit.modules.conditional import ConditionalFlowMatching
 from flowkit.modules.straightening import Straightening
 from flowkit.nn import MLP, unet2d
+from flowkit.nn.kl import autoencoder_kl
 from flowkit.nn.lora import add_lora, merge_lora
 from flowkit.sampling import ODESampler
 
@@ -132,6 +134,25 @@ def test_another_network_is_refused(teacher):
     module = Straightening(student_net(width=8), start="runs/a")
     with pytest.raises(ValueError, match="velocity must be the network of the run runs/a, got ano"):
         module.setup("fit")
+
+
+def test_a_flow_that_is_more_than_its_network_is_refused(teacher):
+    teacher.guided = lambda guidance: lambda x, t, cond: -x
+    with pytest.raises(ValueError, match="run whose network is the velocity of its states, got Co"):
+        Straightening(student_net()).begin(teacher)
+
+
+def test_states_are_never_encoded_again():
+    autoencoder = KLAutoencoder(autoencoder_kl((1, 8, 8), width=4, multipliers=(1, 2)))
+    shape = autoencoder.encode(torch.zeros(1, 1, 8, 8)).shape[1:]
+    module = Straightening(lambda x, t, cond: torch.zeros_like(x), autoencoder=autoencoder)
+    x0, x1 = torch.randn(2, 6, *shape)
+    expected = (x1 - x0).square().mean()
+    for owner in ({}, {"encoded_by": autoencoder.hash}):
+        loss = module.loss({"x0": x0, "x1": x1, **owner})["loss"]
+        torch.testing.assert_close(loss, expected)
+    with pytest.raises(ValueError, match="autoencoder must be the one that the latents were enc"):
+        module.loss({"x0": x0, "x1": x1, "encoded_by": "another"})
 
 
 @pytest.mark.parametrize("grid", [None, 3])
