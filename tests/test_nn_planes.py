@@ -8,7 +8,7 @@ from flowkit.codecs import OneHot
 from flowkit.joint import JointFlow
 from flowkit.modules.symmetrical import SymmetricalFlowMatching
 from flowkit.nn import ResidualMLP, unet2d
-from flowkit.nn.planes import CodesAsNumbers, TwoTimes
+from flowkit.nn.planes import CodesAsNumbers, NoisePath, TwoTimes
 
 
 class Echo(nn.Module):
@@ -42,6 +42,37 @@ def test_a_second_time_is_a_plane():
     x = torch.randn(2, 2, 8, 8)
     a, b = (net(x, torch.tensor([[0.3, s]] * 2)) for s in (0.1, 0.9))
     assert (a - b).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("times", [torch.rand(4), torch.rand(4, 2)])
+def test_the_path_of_noise_is_a_gain_of_each_channel_that_depends_on_time(times):
+    net, x = NoisePath(Echo(), channels=3), torch.randn(4, 3, 2, 5)
+    assert torch.equal(net(x, times), 2 * x)  # none at the start
+    nn.init.normal_(net.gain[-1].weight)
+    assert torch.equal(net.net.t, times)
+    gain = (net(x, times) - 2 * x) / x
+    torch.testing.assert_close(gain, gain[:, :, :1, :1].expand_as(gain), atol=1e-3, rtol=1e-3)
+    each = gain[:, :, 0, 0]
+    assert torch.pdist(each).min() > 1e-4
+    assert torch.pdist(each.T).min() > 1e-4
+
+
+def test_a_narrow_network_with_a_path_returns_all_of_the_noise():
+    """A bottleneck of 2 numbers, 20 of noise: v = x − E[y₀ | x₁] in one step of Euler."""
+    torch.manual_seed(0)
+    narrow = ResidualMLP((20,), width=2, depth=1)
+    errors = []
+    for net in (narrow, NoisePath(ResidualMLP((20,), width=2, depth=1), channels=20)):
+        optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
+        for _ in range(200):
+            x, t = torch.randn(128, 20), torch.ones(128)
+            optimizer.zero_grad()
+            loss = (net(x, t) - (x - 1)).square().mean()
+            loss.backward()
+            optimizer.step()
+        errors.append(loss.item())
+    assert errors[0] > 0.7
+    assert errors[1] < 0.01
 
 
 @pytest.mark.parametrize("kind", ["perceptron", "unet"])

@@ -1,4 +1,4 @@
-"""Networks around constant planes: codes or a second time beside images."""
+"""What makes networks of images fit states of image and code: planes, and a path for the noise."""
 
 import math
 from collections.abc import Sequence
@@ -67,3 +67,35 @@ class TwoTimes(nn.Module):
         check_state(x, t, tuple(x.shape[1:]), num_times=2)
         plane = (2 * t[:, 1] - 1).to(x).reshape(-1, 1, 1, 1).expand(-1, 1, *x.shape[2:])
         return self.net(torch.cat([x, plane], 1), t[:, 0], cond)[:, :-1]
+
+
+class NoisePath(nn.Module):
+    """A network with a linear path from its state to its answer.
+
+    ``v(x, t) = net(x, t) + gain(t) x``, one learnt gain per channel, 0 at the start.
+
+    Velocities hold the noise of every number of a state. A network that is narrower than that
+    cannot carry it through: its images are speckled, and so are its labels.
+
+    Args:
+        net: A velocity on ``(B, channels, *)``.
+        channels: Of a state, codes included.
+
+    >>> from flowkit.nn import unet2d
+    >>> net = NoisePath(TwoTimes(unet2d((13, 8, 8), width=8)), channels=12)
+    >>> net(torch.zeros(2, 12, 8, 8), torch.rand(2, 2)).shape
+    torch.Size([2, 12, 8, 8])
+    """
+
+    def __init__(self, net: nn.Module, channels: int):
+        super().__init__()
+        self.net = net
+        self.gain = nn.Sequential(nn.Linear(2, 64), nn.SiLU(), nn.Linear(64, channels))
+        for parameter in self.gain[-1].parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
+        """Velocity ``(B, channels, *)`` at ``x`` and times ``t``, ``(B,)`` or ``(B, 2)``."""
+        times = t if t.ndim == 2 else torch.stack([t, t], 1)
+        gain = self.gain(4 * times - 2)
+        return self.net(x, t, cond) + gain.reshape(*gain.shape, *(1,) * (x.ndim - 2)) * x
