@@ -281,7 +281,7 @@ def _short(value: Any) -> str:
 def _plot(rows: list[Row], file: Path) -> None:
     """Fréchet distance and class agreement over FLOPs and over time, a line for a run and mode."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator
+    from matplotlib.ticker import LogLocator, MaxNLocator
 
     lines: dict[tuple, list[list[float]]] = {}
     qualities = [q for q in ("frechet_distance", "class_agreement") if rows[0][q] is not None]
@@ -303,9 +303,11 @@ def _plot(rows: list[Row], file: Path) -> None:
             axes.grid(alpha=0.3)
             axes.set_xscale("log")
     panels[0][0].set_yscale("log")
+    panels[0][0].yaxis.set_major_locator(MaxNLocator(6))
+    for axes in panels[-1]:
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     for axis in (panels[0][0].yaxis, *(axes.xaxis for axes in panels[-1])):
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))  # a few plain numbers
-        axis.set_major_formatter("{x:g}")
+        axis.set_major_formatter("{x:g}")  # a few plain numbers
         axis.set_minor_formatter("")
     panels[-1][0].set_xlabel("GFLOPs a sample")
     panels[-1][1].set_xlabel("ms of wall time a sample")
