@@ -77,8 +77,12 @@ def train(cfg: DictConfig) -> FlowModule:
 
 
 def _follow_start(cfg: DictConfig) -> None:
-    """A student is the network of the run that it starts from, and of its states."""
-    if (start := cfg.module.get("start")) is not None:
+    """A student is the network of the run that it starts from, and of its states.
+
+    Blocks that start from a run may differ from it: by a feature residual, or from a plain network.
+    """
+    student = cfg.module._target_.endswith(".Straightening")
+    if student and (start := cfg.module.get("start")) is not None:
         taught = read_config(start)["module"]
         cfg.model, cfg.autoencoder = taught["velocity"], taught["autoencoder"]
 
