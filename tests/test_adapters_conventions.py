@@ -45,7 +45,7 @@ def marginal_velocity(path, x, t):
     return da * MEAN + slope * (x - a * MEAN)
 
 
-@pytest.mark.parametrize("path", PATHS, ids=str)
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: type(path).__name__)
 def test_exact_predictions_give_the_exact_velocity(path):
     x, t = torch.randn(50, 3).double(), torch.rand(50).double() * 0.98 + 0.01
     noise, clean = predictions(path)
