@@ -50,7 +50,7 @@ def endpoint_grid(
             takes the method itself on the fine grid.
 
     Raises:
-        ValueError: If ``num_steps`` is out of range.
+        ValueError: If ``num_steps`` is out of range, or states of the reference are not finite.
 
     >>> from flowkit.exact import GaussianFlow
     >>> grid = endpoint_grid(GaussianFlow(2.0, 0.1), torch.randn(64, 1), 50, num_steps=4)

@@ -3,8 +3,9 @@
 flowkit sweep run=runs/latent
 flowkit sweep run=runs/latent scales=[1,2,4] sampler=dopri5 num_samples=5000
 
-All options of `flowkit evaluate` are options here. Each scale is an evaluation like any other, in a
-folder of its own; finished ones are kept while weights and options are the same.
+All options of `flowkit evaluate` but `devices` and `num_nodes` are options here, since one process
+measures. Each scale is an evaluation like any other, in a folder of its own; finished ones are kept
+while weights and options are the same.
 """
 
 import csv
@@ -37,12 +38,14 @@ def sweep(cfg: DictConfig) -> list[dict[str, Any]]:
     run = Path(cfg.run)
     out = Path(cfg.out) if cfg.out else run / "sweep"
     found, rows = weights(run), []
+    options = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
+    del options["scales"]
+    options |= {"devices": 1, "num_nodes": 1}
     bar = tqdm(sorted(cfg.scales), desc="scales", disable=None)
     for scale in bar:
         bar.set_postfix_str(f"guidance {scale}")
-        one = cast(DictConfig, OmegaConf.masked_copy(cfg, [k for k in cfg if k != "scales"]))
-        one.guidance, one.out = scale, str(out / f"guidance-{scale}")
-        rows.append({"guidance": scale, **_evaluate(one, found)})
+        one = {"guidance": scale, "out": str(out / f"guidance-{scale}")}
+        rows.append({"guidance": scale, **_evaluate({**options, **one}, found)})
         _write(rows, out)  # after every scale, so that a long sweep can be read while it grows
     for row in rows:
         print("  ".join(f"{name} {_short(row[name])}" for name in _shown(rows)))
@@ -50,14 +53,14 @@ def sweep(cfg: DictConfig) -> list[dict[str, Any]]:
     return rows
 
 
-def _evaluate(cfg: DictConfig, found: dict[str, Any]) -> dict[str, float]:
+def _evaluate(options: dict[str, Any], found: dict[str, Any]) -> dict[str, float]:
     """The numbers of one scale, measured unless they have been."""
-    folder = Path(cfg.out)
+    folder = Path(options["out"])
     record = folder / "sweep.json"
-    wanted = {"weights": found, "options": OmegaConf.to_container(cfg, resolve=True)}
+    wanted = {"weights": found, "options": options}
     if not record.is_file() or json.loads(record.read_text()) != wanted:
         with redirect_stdout(io.StringIO()):
-            evaluate(cfg)
+            evaluate(OmegaConf.create(options))
         record.write_text(json.dumps(wanted, indent=2) + "\n")
     measured = json.loads((folder / "metrics.json").read_text())
     metrics = measured["metrics"]

@@ -135,6 +135,7 @@ def test_images_without_labels(tmp_path):
             r"samples must have an image, got none for /2 in ",
         ),
         ({"1.png": png(1), "1.cls": b"cat"}, r"shards must be tar files with labels, got .*a\.tar"),
+        ({"1.png": png(1), "1.cls": b"-1"}, r"a\.tar: label must be at least 0, got -1"),
         (
             {"1.png": png(1), "1.cls": b"3", "2.png": png(1)},
             r"must all have labels or none, ",

@@ -183,8 +183,11 @@ def _read_record(file: Path) -> dict[str, Any]:
         record = json.loads(file.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"pairs must be described by JSON, got {file}: {error}") from error
-    if not isinstance(record, dict) or record.get("format") != FORMAT:
-        raise ValueError(f"format of {file} must be {FORMAT!r}; make the pairs again")
+    found = record.get("format") if isinstance(record, dict) else type(record).__name__
+    if found != FORMAT:
+        raise ValueError(
+            f"format of {file} must be {FORMAT!r}, got {found!r}; make the pairs again"
+        )
     if record.get("version") != FORMAT_VERSION:
         raise ValueError(
             f"version of {file} must be {FORMAT_VERSION}, got {record.get('version')!r}; "

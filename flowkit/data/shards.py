@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import os
 import tarfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -191,7 +192,7 @@ def read_index(root: Path, files: Sequence[Path]) -> dict[str, Tensor]:
     names = ("shard", "offset", "size", "label")[: 3 if None in labels else 4]
     columns = {name: torch.tensor([s[k] for s in samples]) for k, name in enumerate(names)}
     with suppress(OSError, SafetensorError):
-        partial = index.with_suffix(".partial")
+        partial = index.with_suffix(f".{os.getpid()}.partial")  # other ranks write theirs
         save_file(columns, partial, metadata={"files": digest})
         partial.replace(index)
     return columns
@@ -211,6 +212,7 @@ def _samples(file: Path) -> list[tuple[int, int, int | None]]:
                     images[key] = (member.offset_data, member.size)
                 elif kind == "cls" and (content := tar.extractfile(member)) is not None:
                     labels[key] = int(content.read())
+                    check_at_least(labels[key], 0, "label")
     except (tarfile.TarError, ValueError, OSError) as error:
         raise ValueError(f"shards must be tar files with labels, got {file}: {error}") from error
     if lonely := sorted(set(labels) - set(images)):

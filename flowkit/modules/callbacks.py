@@ -108,6 +108,8 @@ class LastCheckpoint(Checkpoint):
                 _flush(partial)
                 os.replace(partial, last)
                 _flush(self.folder)
+                for superseded in Path(trainer.default_root_dir).glob("hpc_ckpt_*.ckpt"):
+                    superseded.unlink(missing_ok=True)
         except OSError as error:
             partial.unlink(missing_ok=True)
             kept = "the last one is as it was" if last.is_file() else "there is none yet"
@@ -115,8 +117,6 @@ class LastCheckpoint(Checkpoint):
                 f"checkpoint must be written to a folder with room, got {self.folder} at step "
                 f"{step}: {error}; {kept}"
             ) from error
-        for superseded in Path(trainer.default_root_dir).glob("hpc_ckpt_*.ckpt"):
-            superseded.unlink(missing_ok=True)
 
 
 def _flush(path: Path) -> None:

@@ -51,6 +51,8 @@ class FlowModule(LightningModule):
         lr_scheduler: Makes a learning-rate scheduler, stepped every training step.
     """
 
+    autoencoder: Autoencoder
+
     sample_shape: tuple[int, ...] | None = None
     """Shape of one state, learnt from the first batch passed to `loss`."""
 
@@ -77,8 +79,6 @@ class FlowModule(LightningModule):
         self.__dict__["autoencoder"] = autoencoder
         self.make_optimizer, self.make_scheduler = optimizer, lr_scheduler
         self.noise_seed: int | None = None
-
-    autoencoder: Autoencoder
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "FlowModule":
         if isinstance(self.autoencoder, nn.Module):

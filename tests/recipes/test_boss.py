@@ -268,7 +268,7 @@ def test_bad_folders_are_refused_by_name(tiny_run, configure, tmp_path):
     ("name", "change", "message"),
     [
         ("version", 7, "version of .*pairs.json must be 1, got 7"),
-        ("format", "x", "format of .*pairs.json must be 'flowkit-pairs'"),
+        ("format", "x", "format of .*pairs.json must be 'flowkit-pairs', got 'x'"),
         ("rows_per_noise", "two", "rows_per_noise in .*pairs.json must be a int, got 'two'"),
         ("source", None, "source in .*pairs.json must be a dict, got None"),
     ],
