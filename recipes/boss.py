@@ -31,10 +31,10 @@ from flowkit.modules import FlowModule, load_run
 from flowkit.modules.runs import read_config
 from flowkit.recipes._grids import Row, markdown, plot
 from flowkit.recipes._starts import FRESH, Starts
-from flowkit.recipes.evaluate import rows_like
-from flowkit.recipes.sample import draw, given_source, start, test_data, weights
+from flowkit.recipes.evaluate import like_test
+from flowkit.recipes.sample import draw, test_data, weights
 from flowkit.sampling import ODESampler
-from flowkit.types import Cond, Velocity, take
+from flowkit.types import Cond, Velocity
 
 ACCURATE_STEPS = 25  # of RK4: what grids and adaptive solves are compared with
 
@@ -203,9 +203,7 @@ def _distance(
     features: Features = instantiate(cfg.metric)(data)
     test = data.test[:]
     real = features(from_uint8(to_uint8(test["x1"])))
-    rows, _ = rows_like(test, data, cfg.num_samples)
-    given, cond = given_source(test, data), take(test.get("cond"), rows)
-    x0, _ = start(module, cfg, len(rows), None if given is None else given[rows])
+    x0, cond, source, _ = like_test(cfg, module, test, data)
 
     def measure(sampler: ODESampler) -> dict[str, Any]:
         samples, cost = draw(module, x0, cond, sampler, guidance)
@@ -213,7 +211,7 @@ def _distance(
         return {
             "frechet_distance": distance,
             "frechet_nfe": cost["nfe"],
-            "num_samples": len(rows),
+            "num_samples": source["num_samples"],
             "features": features.name,
         }
 

@@ -9,6 +9,7 @@ Several processes share the images; stopped, the same command goes on where they
 """
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -51,7 +52,7 @@ from flowkit.recipes.sample import (
     write_record,
 )
 from flowkit.sampling import ADAPTIVE, ODESampler
-from flowkit.types import Batch, take
+from flowkit.types import Batch, Cond, take
 
 
 class Measured(NamedTuple):
@@ -108,19 +109,16 @@ def _measure_images(
     with fabric.rank_zero_first():  # a classifier is trained once
         features: Features = instantiate(cfg.metric)(data)
     test = data.test[:]
-    rows, chosen = rows_like(test, data, cfg.num_samples)
-    given, cond = given_source(test, data), take(test.get("cond"), rows)
-    x0, source = start(module, cfg, len(rows), None if given is None else given[rows])
+    x0, cond, source, chosen = like_test(cfg, module, test, data)
 
     def finish(samples: Tensor) -> Columns:
         images = to_uint8(samples)
         return {"images": images, "features": features(as_saved(images))}
 
     used = {"weights": weights(module), **describe(sampler, guidance), **source}
-    seen_with = {"cond": hash_of(cond), "test": data.fingerprint("test"), "hash": features.hash}
-    seen_with["mode"] = cfg.feature_mode
-    folder = Path(cfg.out) if cfg.out else Path(cfg.run)
-    parts = Parts(folder, {**used, **seen_with}, fabric)
+    used |= {"cond": hash_of(cond), "mode": cfg.feature_mode, "features": features.hash}
+    used["test"] = data.fingerprint("test")  # of which given source samples are
+    parts = Parts(Path(cfg.out or cfg.run), used, fabric)
     drawn, cost = draw_parts(module, x0, cond, sampler, guidance, finish, parts)
     if not fabric.is_global_zero:
         return None
@@ -128,7 +126,7 @@ def _measure_images(
     labels = labels_of(Batch(x1=samples, cond=cond), data.num_classes)
     # As many training images as are generated, for the floor; up to 10 000 for the judge.
     order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(cfg.seed))
-    train = data.train[order[: max(len(rows), 10_000)]]
+    train = data.train[order[: max(source["num_samples"], 10_000)]]
     seen = labels_of(train, data.num_classes)
     metrics = image_metrics(
         train["x1"],
@@ -150,7 +148,22 @@ def _measure_images(
     return Measured(metrics, sampling, as_saved(samples[shown]), columns)
 
 
-def rows_like(test: Batch, data: SplitData, num_samples: int) -> tuple[Tensor, str]:
+def like_test(
+    cfg: DictConfig, module: FlowModule, test: Batch, data: SplitData
+) -> tuple[Sequence[Tensor], Cond, dict[str, Any], str]:
+    """What samples start from that are to be compared with the test split.
+
+    Returns:
+        Batches of source samples, the conditions of all, a record of the former and one of the
+        latter.
+    """
+    rows, chosen = _rows_like(test, data, cfg.num_samples)
+    given = given_source(test, data)
+    x0, source = start(module, cfg, len(rows), None if given is None else given[rows])
+    return x0, take(test.get("cond"), rows), source, chosen
+
+
+def _rows_like(test: Batch, data: SplitData, num_samples: int) -> tuple[Tensor, str]:
     """Test samples whose start the generated ones share, and how they were chosen."""
     if brings_start(test, data):
         return torch.arange(min(num_samples, len(test["x1"]))), "of the test split"

@@ -8,14 +8,13 @@ of as many training samples. Seconds are of the sampling alone, of all processes
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import hydra
 import torch
 from hydra.utils import instantiate
-from lightning.fabric import Fabric
 from omegaconf import DictConfig
 from torch import Tensor
 
@@ -23,13 +22,12 @@ from flowkit import grids
 from flowkit.data import SplitData
 from flowkit.metrics import StoredFeatures, frechet_distance, to_uint8, versions, wasserstein2
 from flowkit.metrics.evaluate import as_saved
-from flowkit.modules import FlowModule, load_run
+from flowkit.modules import load_run
 from flowkit.modules.runs import read_config
 from flowkit.recipes._parts import Parts, draw_parts, hash_of, launch
-from flowkit.recipes.evaluate import cache_folder, rows_like
-from flowkit.recipes.sample import describe, given_source, start, test_data, weights
+from flowkit.recipes.evaluate import cache_folder, like_test
+from flowkit.recipes.sample import describe, test_data, weights
 from flowkit.sampling import ODESampler
-from flowkit.types import take
 
 Row = dict[str, Any]
 STEP = {"euler": 1, "ab2": 1, "midpoint": 2, "heun": 2, "rk4": 4}
@@ -40,6 +38,8 @@ class Measure(NamedTuple):
     """How good samples are: the distance of what is seen of them to what is seen of the data."""
 
     name: str
+    hash: str | None
+    """Of the features."""
     see: Callable[[Tensor], Tensor]
     distance: Callable[[Tensor, Tensor], float]
     reference: Tensor
@@ -61,21 +61,36 @@ def report(cfg: DictConfig) -> list[Row]:
     module.guided(guidance)
     cells = list(_cells(cfg))
     data = test_data(trained)
+    test = data.test[:]
     with fabric.rank_zero_first():
-        measure = _measure(cfg, data)
+        measure = _measure(cfg, data, test["x1"])
+    x0, cond, source, _ = like_test(cfg, module, test, data)
     record = {
         "weights": weights(module),
         "sampling": {"guidance": guidance, "seed": cfg.seed, "num_samples": cfg.num_samples},
-        "measure": {"name": measure.name, "test": data.fingerprint("test"), "floor": measure.floor},
+        "measure": {
+            "name": measure.name,
+            "features": measure.hash,
+            "test": data.fingerprint("test"),
+            "floor": measure.floor,
+        },
         "versions": versions(),
     }
+    used = {"weights": record["weights"], **source, "cond": hash_of(cond), "features": measure.hash}
+    used["test"] = record["measure"]["test"]
+    finish = lambda x: {"seen": measure.see(x)}  # noqa: E731
     kept = _kept(out / "report.json", record)
     fabric.barrier()  # all have read what the first is about to write
     rows: list[Row] = []
     for solver, name, sampler in cells:
         key = json.dumps(describe(sampler, guidance))
         if key not in kept:
-            kept[key] = _cell(cfg, out, module, data, sampler, guidance, measure, fabric)
+            parts = Parts(out, {**used, **describe(sampler, guidance)}, fabric)
+            drawn, cost = draw_parts(module, x0, cond, sampler, guidance, finish, parts)
+            kept[key] = {}
+            if fabric.is_global_zero:
+                kept[key] = _measured(measure, drawn["seen"], cost, sampler)
+                parts.remove()
         rows.append({"solver": solver, "grid": name, **kept[key], "key": key})
         if fabric.is_global_zero:  # after every cell: a long table can be read as it grows
             (out / "report.json").write_text(json.dumps({**record, "rows": rows}, indent=2) + "\n")
@@ -94,7 +109,7 @@ def saved(num_steps: int, folder: str) -> Tensor | None:
     return grids.load(file) if file.is_file() else None
 
 
-def _cells(cfg: DictConfig):
+def _cells(cfg: DictConfig) -> Iterator[tuple[str, str, ODESampler]]:
     """Solver, name of the grid and sampler of every cell."""
     made = {name: instantiate(node) for name, node in cfg.grids.items() if node}
     for solver in cfg.solvers:
@@ -107,51 +122,32 @@ def _cells(cfg: DictConfig):
                     yield solver, name, ODESampler(grid, solver)
 
 
-def _measure(cfg: DictConfig, data: SplitData) -> Measure:
-    test, count = data.test[:], cfg.num_samples
+def _measure(cfg: DictConfig, data: SplitData, test: Tensor) -> Measure:
+    count = cfg.num_samples
     order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(cfg.seed))
     train = data.train[order[:count]]["x1"]
     if len(data.shape) == 3:
         features = instantiate(cfg.metric)(data)
         stored = StoredFeatures(features, cache_folder())
-        reference = stored(as_saved(test["x1"]))
+        reference = stored(as_saved(test))
         floor = frechet_distance(stored(as_saved(train)), reference)
         name = f"Fréchet distance ({features.name})"
         see = lambda x: features(as_saved(to_uint8(x)))  # noqa: E731
-        return Measure(name, see, frechet_distance, reference, floor)
-    reference = test["x1"][:count]
+        return Measure(name, features.hash, see, frechet_distance, reference, floor)
+    reference = test[:count]
     floor = wasserstein2(train[: len(reference)], reference)
-    return Measure("W2", lambda x: x, wasserstein2, reference, floor)
+    return Measure("W2", None, lambda x: x, wasserstein2, reference, floor)
 
 
-def _cell(
-    cfg: DictConfig,
-    out: Path,
-    module: FlowModule,
-    data: SplitData,
-    sampler: ODESampler,
-    guidance: Any,
-    measure: Measure,
-    fabric: Fabric,
-) -> Row:
-    test = data.test[:]
-    rows, _ = rows_like(test, data, cfg.num_samples)
-    given, cond = given_source(test, data), take(test.get("cond"), rows)
-    x0, source = start(module, cfg, len(rows), None if given is None else given[rows])
-    used = {"weights": weights(module), **describe(sampler, guidance), **source}
-    key = {**used, "cond": hash_of(cond), "measure": measure.name}
-    parts = Parts(out, key, fabric)
-    finish = lambda x: {"seen": measure.see(x)}  # noqa: E731
-    drawn, cost = draw_parts(module, x0, cond, sampler, guidance, finish, parts)
-    if not drawn:
-        return {}
-    distance = measure.distance(drawn["seen"], measure.reference)
-    parts.remove()
+def _measured(
+    measure: Measure, seen: Tensor, cost: dict[str, Any], sampler: ODESampler
+) -> dict[str, Any]:
+    """The numbers of a cell."""
     return {
         "nfe": round(cost["nfe"]),
         "steps": len(sampler.times) - 1,
-        "distance": distance,
-        "milliseconds": 1e3 * cost["seconds"] / len(rows),
+        "distance": measure.distance(seen, measure.reference),
+        "milliseconds": 1e3 * cost["seconds"] / len(seen),
     }
 
 
