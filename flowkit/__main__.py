@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import runpy
 import sys
 import traceback
@@ -38,7 +39,19 @@ def main() -> None:
     with ErrorInALine():
         check_folders(sys.argv[1:])
         _errors_to_us()
-        runpy.run_module(f"flowkit.recipes.{name}", run_name="__main__", alter_sys=True)
+        asked = {"-h", "--help"} & set(sys.argv[1:])
+        try:
+            runpy.run_module(f"flowkit.recipes.{name}", run_name="__main__", alter_sys=True)
+        finally:  # Hydra ends the process once it has helped
+            if asked:
+                print(f"== What they mean ==\n\n{_explained(name)}")
+
+
+def _explained(name: str) -> str:
+    """A recipe's options with their comments, as its configuration file has them."""
+    text = (Path(flowkit.recipes.__path__[0]).parent / "conf" / f"{name}.yaml").read_text()
+    defaults, rest = text.index("defaults:"), text.index("\n\n")
+    return f"{text[:defaults]}{text[rest + 1 :].partition(chr(10) + 'hydra:')[0]}".strip()
 
 
 def check_folders(overrides: list[str]) -> None:
@@ -85,11 +98,27 @@ def _for_the_user(error: BaseException) -> str | None:
     """The message of a check of ours, or of Hydra's on a configuration; None for a bug."""
     if _is_hydras(error):
         cause = error.__cause__  # ours, if Hydra was building a part of ours
-        return (_for_the_user(cause) if cause and not _is_hydras(cause) else None) or str(error)
+        return (_for_the_user(cause) if cause and not _is_hydras(cause) else None) or _plain(error)
     origin = traceback.extract_tb(error.__traceback__)[-1]
     ours = (Path(flowkit.__file__).parent, Path(flowkit.recipes.__path__[0]))
     raised_here = any(folder in Path(origin.filename).parents for folder in ours)
     return str(error) if raised_here and (origin.line or "").startswith("raise ") else None
+
+
+def _plain(error: BaseException) -> str:
+    """What Hydra says, in a line where it is a slip on the command line."""
+    text = str(error)
+    if missing := re.match(r".*Missing mandatory value: (\S+)", text, re.DOTALL):
+        return f"{missing[1]} must be given, as {missing[1]}=..."
+    if unknown := re.match(r"Could not override '(.+?)'\.", text):
+        return f"{unknown[0][:-1]}: there is no such option; see --help"
+    if choice := re.match(
+        r"(?:In '.*?': )?(Could not find '.+?')\s+Available options in '.*?':(.*?)(?=\nConfig|$)",
+        text,
+        re.DOTALL,
+    ):
+        return f"{choice[1]}; there are {', '.join(choice[2].split())}"
+    return text
 
 
 def _is_hydras(error: BaseException) -> bool:

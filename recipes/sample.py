@@ -115,6 +115,10 @@ def choose_labels(labels: Any, num_samples: int, num_classes: int | None) -> Ten
         if labels is not None:
             raise ValueError(f"labels must be null for a run without classes, got {labels}")
         return None
+    if labels is not None and not (
+        isinstance(labels, Sequence) and all(isinstance(label, int) for label in labels)
+    ):
+        raise ValueError(f"labels must be a list of classes, such as [0,1], got {labels}")
     wanted = torch.tensor(range(num_classes) if labels is None else list(labels))
     if wanted.numel() == 0 or wanted.min() < 0 or wanted.max() >= num_classes:
         raise ValueError(f"labels must lie in [0, {num_classes - 1}], got {wanted.tolist()}")

@@ -6,10 +6,10 @@ import subprocess
 import sys
 
 import pytest
-from hydra.errors import InstantiationException
+from hydra.errors import HydraException, InstantiationException
 from omegaconf import OmegaConf
 
-from flowkit.__main__ import ErrorInALine, check_folders
+from flowkit.__main__ import ErrorInALine, _explained, check_folders, recipes
 from flowkit.checks import check_at_least
 
 
@@ -77,7 +77,7 @@ def test_only_checks_are_a_line_and_bugs_keep_their_traceback(monkeypatch):
     with pytest.raises(SystemExit, match=r"^error: Error in call to target$"):
         build(lambda: int("no number"))
 
-    with pytest.raises(SystemExit, match=r"^error: Missing mandatory value: run"), ErrorInALine():
+    with pytest.raises(SystemExit, match=r"^error: run must be given, as run=...$"), ErrorInALine():
         OmegaConf.create({"run": "???"}).run  # noqa: B018
 
     # Raised by others, by this file's "user code", or by no check of ours: a bug.
@@ -87,6 +87,46 @@ def test_only_checks_are_a_line_and_bugs_keep_their_traceback(monkeypatch):
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     with pytest.raises(ValueError, match="depth must be"), ErrorInALine():
         check_at_least(0, 1, "depth")
+
+
+@pytest.mark.parametrize(
+    ("said", "line"),
+    [
+        (
+            "Could not override 'sede'.\nTo append to your config use +sede=3",
+            "Could not override 'sede': there is no such option; see --help",
+        ),
+        (
+            "In 'sample': Could not find 'sampler/eular'\n\nAvailable options in 'sampler':\n"
+            "\teuler\n\theun\nConfig search path:\n\tprovider=hydra, path=pkg://hydra.conf",
+            "Could not find 'sampler/eular'; there are euler, heun",
+        ),
+        (
+            "MissingMandatoryValue while resolving interpolation: Missing mandatory value: run\n"
+            "    full_key: hydra.run.dir",
+            "run must be given, as run=...",
+        ),
+        ("anything else\nof two lines", "anything else\nof two lines"),
+    ],
+)
+def test_slips_on_the_command_line_are_one_line_that_says_what_to_do(said, line):
+    with pytest.raises(SystemExit) as caught, ErrorInALine():
+        raise HydraException(said)
+    assert str(caught.value) == f"error: {line}"
+
+
+def test_help_ends_with_what_the_options_mean(tmp_path):
+    result = _run(tmp_path, "sample", "--help")
+    assert result.returncode == 0
+    explained = result.stdout.partition("== What they mean ==")[2]
+    assert "labels: null # e.g. [3,8]; null cycles through all classes" in explained
+    assert "defaults:" not in explained
+    assert "hydra:" not in explained
+
+
+def test_every_recipe_can_explain_its_options():
+    for name in recipes():
+        assert _explained(name).startswith(f"# flowkit {name}: "), name
 
 
 def _raise(error):

@@ -63,6 +63,9 @@ def test_labels_out_of_range_are_refused():
         choose_labels([3, 10], 4, 10)
     with pytest.raises(ValueError, match="labels must be null for a run without classes"):
         choose_labels([3], 4, None)
+    for labels in ("three", [1.5], 3):
+        with pytest.raises(ValueError, match="labels must be a list of classes, such as"):
+            choose_labels(labels, 4, 10)
 
 
 def test_evaluation_is_a_record_and_repeats_exactly(tiny_run, configure, tmp_path):
