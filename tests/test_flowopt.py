@@ -714,4 +714,5 @@ def test_an_admissible_step_does_not_warn():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for eta in (0.5, 2.0, 4.0):
-            FlowOpt(ODESampler(10), eta, 40, backtrack=False)(CENTRED, data().float())
+            edit = FlowOpt(ODESampler(10), eta, 40, backtrack=False)(CENTRED, data().float())
+            assert (edit.residuals[-1] < 1e-3).all()  # it is admissible

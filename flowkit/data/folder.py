@@ -1,8 +1,9 @@
 """A folder of image files."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,6 +62,30 @@ def raise_broken(broken: Sequence[str]) -> None:
         )
 
 
+def decoded(files: Iterable[tuple[str, Callable[[], Any]]], size: int, channels: int) -> Tensor:
+    """Decode files into one batch ``(N, channels, size, size)`` in [-1, 1], squared by ``square``.
+
+    Args:
+        files: Of each file a name for errors, and a function that gives what Pillow opens.
+        size: Side of the images in pixels.
+        channels: 1 (grey) or 3 (RGB).
+
+    Raises:
+        ValueError: If files do not decode; the first of them are named.
+    """
+    from PIL import Image
+
+    images, broken = [], []
+    for name, content in files:
+        try:
+            with Image.open(content()) as image:
+                images.append(square(image, size, channels))
+        except (OSError, SyntaxError, ValueError) as error:
+            broken.append(f"{name} ({error})")
+    raise_broken(broken)
+    return from_uint8(torch.stack(images)) if images else torch.empty(0, channels, size, size)
+
+
 @dataclass(frozen=True, eq=False)
 class Files:
     """A split whose samples are image files, decoded when a batch asks for them.
@@ -89,20 +114,10 @@ class Files:
         Raises:
             ValueError: If files do not decode; all of this batch are named.
         """
-        from PIL import Image
-
         rows = positions(index, len(self))
-        images, broken = [], []
-        for file in (self.root / self.names[int(row)] for row in rows):
-            try:
-                with Image.open(file) as image:
-                    images.append(square(image, self.image_size, self.channels))
-            except (OSError, SyntaxError, ValueError) as error:
-                broken.append(f"{file} ({error})")
-        raise_broken(broken)
-        x1 = torch.empty(0, self.channels, self.image_size, self.image_size)
-        if images:
-            x1 = from_uint8(torch.stack(images))
+        files = [self.root / self.names[int(row)] for row in rows]
+        opened = ((str(file), partial(Path, file)) for file in files)
+        x1 = decoded(opened, self.image_size, self.channels)
         return Batch(x1=x1) if self.labels is None else Batch(x1=x1, cond=self.labels[rows])
 
     def fingerprint(self) -> str:

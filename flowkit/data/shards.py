@@ -4,7 +4,7 @@ import hashlib
 import io
 import os
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flowkit.checks import check_at_least
-from flowkit.data.arrays import Index, from_uint8, positions
-from flowkit.data.folder import SUFFIXES, check_image_format, raise_broken, square
+from flowkit.data.arrays import Index, positions
+from flowkit.data.folder import SUFFIXES, check_image_format, decoded
 from flowkit.data.splits import SplitData, partition
 from flowkit.data.stream import keyed_generator
 from flowkit.types import Batch
@@ -56,29 +56,25 @@ class Tars:
         Raises:
             ValueError: If images do not decode; all of this batch are named.
         """
-        from PIL import Image
-
         rows = self.rows[positions(index, len(self))]
         columns = [self.columns[name][rows].tolist() for name in ("shard", "offset", "size")]
-        images: list[Tensor] = [torch.empty(0)] * len(rows)
-        broken = []
-        # File by file, in the order of their bytes.
-        for shard, offset, size, number in sorted(zip(*columns, range(len(rows)), strict=True)):
-            try:
-                with self.files[shard].open("rb") as file:
-                    file.seek(offset)
-                    content = file.read(size)
-                with Image.open(io.BytesIO(content)) as image:
-                    images[number] = square(image, self.image_size, self.channels)
-            except (OSError, SyntaxError, ValueError) as error:
-                broken.append(f"{self.files[shard]} at byte {offset} ({error})")
-        raise_broken(broken)
-        x1 = torch.empty(0, self.channels, self.image_size, self.image_size)
-        if images:
-            x1 = from_uint8(torch.stack(images))
+        places = list(zip(*columns, strict=True))
+        order = sorted(range(len(rows)), key=places.__getitem__)  # file by file, as bytes lie there
+        files = (self._file(*places[k]) for k in order)
+        images = decoded(files, self.image_size, self.channels)
+        x1 = torch.empty_like(images)
+        x1[order] = images
         if "label" not in self.columns:
             return Batch(x1=x1)
         return Batch(x1=x1, cond=self.columns["label"][rows])
+
+    def _file(self, shard: int, offset: int, size: int) -> tuple[str, Callable[[], io.BytesIO]]:
+        def content() -> io.BytesIO:
+            with self.files[shard].open("rb") as file:
+                file.seek(offset)
+                return io.BytesIO(file.read(size))
+
+        return f"{self.files[shard]} at byte {offset}", content
 
     def order(self, seed: int, epoch: int) -> Tensor:
         """Return the order ``(len,)`` of an epoch of training: every sample once.
