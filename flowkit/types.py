@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import NamedTuple, NotRequired, Protocol, TypedDict, runtime_checkable
 
+import torch
 from torch import Tensor
 
 Cond = Tensor | Mapping[str, Tensor] | None
@@ -12,13 +13,23 @@ Cond = Tensor | Mapping[str, Tensor] | None
 def take(cond: Cond, rows: slice | Tensor) -> Cond:
     """Return the conditions of some samples.
 
-    >>> import torch
     >>> take({"label": torch.arange(3)}, slice(1, 3))
     {'label': tensor([1, 2])}
     """
     if isinstance(cond, Mapping):
         return {name: value[rows] for name, value in cond.items()}
     return None if cond is None else cond[rows]
+
+
+def to_device(cond: Cond, device: torch.device | str) -> Cond:
+    """Return a condition on a device.
+
+    >>> to_device({"label": torch.arange(2)}, "cpu")
+    {'label': tensor([0, 1])}
+    """
+    if isinstance(cond, Mapping):
+        return {name: value.to(device) for name, value in cond.items()}
+    return None if cond is None else cond.to(device)
 
 
 @runtime_checkable

@@ -1,6 +1,5 @@
 """Where a run's trajectories start: what grids are sought with and pairs are made of."""
 
-from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -8,7 +7,7 @@ from torch import Tensor
 from flowkit.modules import FlowModule
 from flowkit.recipes.sample import choose_labels, given_source, test_data
 from flowkit.sampling import seeded_noise
-from flowkit.types import Cond
+from flowkit.types import Cond, to_device
 
 FRESH = 1_000_000  # where the starts begin that nothing is chosen or trained with
 
@@ -52,10 +51,4 @@ class Starts:
             x0, cond = given_source(batch, self.data), batch.get("cond")
         if x0 is None:
             x0 = seeded_noise(self.shape, range(self.seed + first, self.seed + first + count))
-        return x0.to(self.device), _on(cond, self.device)
-
-
-def _on(cond: Cond, device: str) -> Cond:
-    if isinstance(cond, Mapping):
-        return {name: value.to(device) for name, value in cond.items()}
-    return None if cond is None else cond.to(device)
+        return x0.to(self.device), to_device(cond, self.device)

@@ -22,11 +22,10 @@ from flowkit import grids
 from flowkit.data import SplitData
 from flowkit.metrics import StoredFeatures, frechet_distance, to_uint8, versions, wasserstein2
 from flowkit.metrics.evaluate import as_saved
-from flowkit.modules import load_run
 from flowkit.modules.runs import read_config
 from flowkit.recipes._parts import Parts, draw_parts, hash_of, launch
 from flowkit.recipes.evaluate import cache_folder, like_test
-from flowkit.recipes.sample import describe, test_data, weights
+from flowkit.recipes.sample import describe, loaded, test_data, weights
 from flowkit.sampling import ODESampler
 
 Row = dict[str, Any]
@@ -56,7 +55,7 @@ def report(cfg: DictConfig) -> list[Row]:
     """
     run, fabric = Path(cfg.run), launch(cfg)
     out = Path(cfg.out) if cfg.out else run / "report"
-    trained, module = read_config(run), load_run(run).to(fabric.device)
+    trained, module = read_config(run), loaded(cfg, fabric.device)
     guidance = trained["guidance"] if cfg.guidance is None else cfg.guidance
     module.guided(guidance)
     cells = list(_cells(cfg))
@@ -67,7 +66,12 @@ def report(cfg: DictConfig) -> list[Row]:
     x0, cond, source, _ = like_test(cfg, module, test, data)
     record = {
         "weights": weights(module),
-        "sampling": {"guidance": guidance, "seed": cfg.seed, "num_samples": cfg.num_samples},
+        "sampling": {
+            "guidance": guidance,
+            "feature_mode": getattr(module.velocity, "feature_mode", None),
+            "seed": cfg.seed,
+            "num_samples": cfg.num_samples,
+        },
         "measure": {
             "name": measure.name,
             "features": measure.hash,
@@ -76,8 +80,7 @@ def report(cfg: DictConfig) -> list[Row]:
         },
         "versions": versions(),
     }
-    used = {"weights": record["weights"], **source, "cond": hash_of(cond), "features": measure.hash}
-    used["test"] = record["measure"]["test"]
+    used = {**record, **source, "cond": hash_of(cond)}
     finish = lambda x: {"seen": measure.see(x)}  # noqa: E731
     kept = _kept(out / "report.json", record)
     fabric.barrier()  # all have read what the first is about to write

@@ -23,7 +23,7 @@ from flowkit.autoencoders import (
 from flowkit.checks import check_at_least
 from flowkit.guidance import ClassifierFree, DropCond
 from flowkit.sampling import ODESampler, Solution, seeded_noise
-from flowkit.types import Batch, Cond, Velocity
+from flowkit.types import Batch, Cond, Velocity, to_device
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
 MakeScheduler = Callable[[Optimizer], LRScheduler]
@@ -175,7 +175,7 @@ class FlowModule(LightningModule):
         than the data (labels, say) overrides it, from and to the data's part of a state.
         """
         sampler = sampler or ODESampler(25, "heun")
-        field, cond = self.guided(guidance), self._to_device(cond)
+        field, cond = self.guided(guidance), to_device(cond, self.device)
         with evaluating(self):
             return sampler.solve(field, x0.to(self.device), cond, return_path=return_path)
 
@@ -288,11 +288,6 @@ class FlowModule(LightningModule):
             resumed.load_state_dict(fresh.state_dict())
         for group, new in zip(optimizers[0].param_groups, configured.param_groups, strict=True):
             group.update({key: value for key, value in new.items() if key != "params"})
-
-    def _to_device(self, cond: Cond) -> Cond:
-        if isinstance(cond, Tensor):
-            return cond.to(self.device)
-        return None if cond is None else {k: v.to(self.device) for k, v in cond.items()}
 
     def _not_finite(self, batch: Batch, batch_idx: int, loss: Tensor) -> str:
         where = f"got {loss.item()} at step {self.global_step}, batch {batch_idx}"

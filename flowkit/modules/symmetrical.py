@@ -33,7 +33,7 @@ from flowkit.modules.flow import (
     evaluating,
 )
 from flowkit.sampling import Callback, ODESampler, Solution, seeded_noise
-from flowkit.types import Batch, Cond, Velocity
+from flowkit.types import Batch, Cond, Velocity, to_device
 
 Sampler = ODESampler | None
 
@@ -185,7 +185,9 @@ class SymmetricalFlowMatching(FlowModule):
         options: dict[str, Any] = {"return_path": return_path, "callback": callback}
         with evaluating(self):
             if self.joint.two_times:
-                return sampler.solve(self.guided(guidance), x0, self._to_device(cond), **options)
+                return sampler.solve(
+                    self.guided(guidance), x0, to_device(cond, self.device), **options
+                )
             y, hidden = self._condition(cond)
             y, known = y.expand(len(x0), *y.shape[1:]), ~hidden.expand(len(x0))
             scale = self._scale(guidance)
@@ -313,7 +315,9 @@ class SymmetricalFlowMatching(FlowModule):
 
     def _condition(self, labels: Cond) -> tuple[Tensor, Tensor]:
         """States of labels, zeros where there are none, and where that is."""
-        y, hidden = self.states.condition(self._to_device(labels), known_shape(self.label_shape))
+        y, hidden = self.states.condition(
+            to_device(labels, self.device), known_shape(self.label_shape)
+        )
         if self.label_dropout == 0 and bool(hidden.any()):
             raise ValueError(
                 "cond must hold labels for a module trained without label_dropout, "

@@ -9,7 +9,7 @@ from torch import Tensor
 from flowkit.checks import check_at_least
 from flowkit.nn.blockwise import Blockwise
 from flowkit.nn.parts import Usage
-from flowkit.types import Cond, Velocity, take
+from flowkit.types import Cond, Velocity, take, to_device
 
 
 class Flops(NamedTuple):
@@ -110,11 +110,7 @@ def solve_cost(flow: Blockwise, x: Tensor, cond: Cond, num_samples: int) -> dict
 def _first(velocity: Any, x: Tensor, cond: Cond) -> tuple[Tensor, Tensor, Cond]:
     """The first sample, at time 0, on the velocity's device."""
     weight = next(velocity.parameters(), x) if isinstance(velocity, torch.nn.Module) else x
-    cond = take(cond, slice(0, 1))
-    if isinstance(cond, Mapping):
-        cond = {name: value.to(weight.device) for name, value in cond.items()}
-    elif cond is not None:
-        cond = cond.to(weight.device)
+    cond = to_device(take(cond, slice(0, 1)), weight.device)
     return x[:1].to(weight.device), torch.zeros(1, device=weight.device), cond
 
 

@@ -68,3 +68,8 @@ def test_points_are_measured_by_w2_on_grids_of_a_folder(configure, tmp_path):
     assert all(row["distance"] > 0 for row in rows)
     with pytest.raises(ValueError, match=r"solvers must be among euler, ab2, .*, got dopri5"):
         report(configure("report", *options, "solvers=[dopri5]"))
+
+
+def test_a_feature_mode_is_of_blockwise_runs_alone(tiny_run, configure):
+    with pytest.raises(ValueError, match="feature_mode must be null for a run without blocks"):
+        report(configure("report", f"run={tiny_run}", "feature_mode=cached"))
