@@ -8,6 +8,7 @@ import sys
 import traceback
 from contextlib import ContextDecorator
 from pathlib import Path
+from textwrap import fill
 from types import TracebackType
 
 import flowkit.recipes
@@ -35,23 +36,41 @@ def main() -> None:
         print("\n`flowkit <recipe> --help` lists a recipe's options and their choices.")
         raise SystemExit(name not in (None, "-h", "--help"))
     del sys.argv[1]
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(explained(name))
+        return
     sys.path.insert(0, os.getcwd())  # a user's own classes are importable as _target_
     with ErrorInALine():
         check_folders(sys.argv[1:])
         _errors_to_us()
-        asked = {"-h", "--help"} & set(sys.argv[1:])
-        try:
-            runpy.run_module(f"flowkit.recipes.{name}", run_name="__main__", alter_sys=True)
-        finally:  # Hydra ends the process once it has helped
-            if asked:
-                print(f"== What they mean ==\n\n{_explained(name)}")
+        runpy.run_module(f"flowkit.recipes.{name}", run_name="__main__", alter_sys=True)
 
 
-def _explained(name: str) -> str:
-    """A recipe's options with their comments, as its configuration file has them."""
-    text = (Path(flowkit.recipes.__path__[0]).parent / "conf" / f"{name}.yaml").read_text()
-    defaults, rest = text.index("defaults:"), text.index("\n\n")
-    return f"{text[:defaults]}{text[rest + 1 :].partition(chr(10) + 'hydra:')[0]}".strip()
+def explained(name: str) -> str:
+    """A recipe's help: its docstring, the groups to choose from, its options with their comments.
+
+    Hydra's own lists the groups of all recipes, and no comments.
+    """
+    from omegaconf import OmegaConf
+
+    folder = Path(flowkit.recipes.__path__[0])
+    conf = folder.parent / "conf"
+    text = (conf / f"{name}.yaml").read_text()
+    choices = []
+    for entry in OmegaConf.create(text).defaults:
+        key, chosen = next(iter(entry.items())) if not isinstance(entry, str) else (entry, None)
+        group = key.removeprefix("override ").lstrip("/")
+        names = sorted(file.stem for file in (conf / group.partition("@")[0]).glob("*.yaml"))
+        if names:
+            line = f"{group}={'null' if chosen is None else chosen}  # {', '.join(names)}"
+            choices.append(fill(line, 100, subsequent_indent="    ", break_on_hyphens=False))
+    options = text[text.index("\n\n") :].partition("\nhydra:")[0].strip()
+    about = ast.get_docstring(ast.parse((folder / f"{name}.py").read_text())) or ""
+    listed = "\n".join(["Choices, one of each group:", "", *choices, ""]) if choices else ""
+    return (
+        f"{about}\n\n{listed}\nOptions:\n\n{options}\n\n"
+        f"`flowkit {name} --cfg job` prints the whole configuration, choices filled in."
+    )
 
 
 def check_folders(overrides: list[str]) -> None:

@@ -4,13 +4,15 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hydra.errors import HydraException, InstantiationException
 from omegaconf import OmegaConf
 
-from flowkit.__main__ import ErrorInALine, _explained, check_folders, recipes
+from flowkit.__main__ import ErrorInALine, check_folders, explained, recipes
 from flowkit.checks import check_at_least
+from tests.conftest import CONF
 
 
 def _run(folder, *command, **environment):
@@ -115,18 +117,22 @@ def test_slips_on_the_command_line_are_one_line_that_says_what_to_do(said, line)
     assert str(caught.value) == f"error: {line}"
 
 
-def test_help_ends_with_what_the_options_mean(tmp_path):
-    result = _run(tmp_path, "sample", "--help")
+def test_help_names_the_choices_and_explains_the_options(tmp_path):
+    result = _run(tmp_path, "sample", "sampler=euler", "--help")
     assert result.returncode == 0
-    explained = result.stdout.partition("== What they mean ==")[2]
-    assert "labels: null # e.g. [3,8]; null cycles through all classes" in explained
-    assert "defaults:" not in explained
-    assert "hydra:" not in explained
+    assert "flowkit sample run=runs/quickstart labels=[3,8]" in result.stdout
+    assert "sampler=heun  # ab2, blockwise, bosh3" in result.stdout
+    assert "labels: null # e.g. [3,8]; null cycles through all classes" in result.stdout
+    assert "hydra" not in result.stdout
 
 
-def test_every_recipe_can_explain_its_options():
-    for name in recipes():
-        assert _explained(name).startswith(f"# flowkit {name}: "), name
+@pytest.mark.parametrize("name", recipes())
+def test_every_recipe_explains_itself(name):
+    text = explained(name)
+    assert text.startswith(recipes()[name])
+    groups = {line.partition("=")[0] for line in text.splitlines() if "  # " in line}
+    assert not groups & {"_self_", "train", "hydra/job_logging"}
+    assert ("sampler" in groups) == ("sampler: " in Path(CONF, f"{name}.yaml").read_text())
 
 
 def _raise(error):
