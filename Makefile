@@ -29,6 +29,8 @@ check: .venv/.installed
 
 bench: .venv/.installed
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[bench]'
+	@# A dependency of torchcfm that nothing here needs: built for another torch, it breaks imports.
+	$(BIN)/pip uninstall --quiet --yes torchvision
 	$(BIN)/python -m pytest tests/benchmarks --benchmark-only -s
 
 clean:
