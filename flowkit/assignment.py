@@ -113,7 +113,8 @@ def assign(cost: Tensor) -> Tensor:
     # More samples mean smaller gaps between competitors and more search to save: one colder
     # problem for each doubling, and only the minima of columns for few, found by timing.
     if len(cost) > 64:
-        matrix = _reduced(cost, int(math.log2(len(cost))) - 4)
+        num_iters = 4 if len(cost) <= 256 else 5
+        matrix = _reduced(cost, int(math.log2(len(cost))) - 4, num_iters)
     else:
         matrix = cost.detach().cpu().numpy()
         matrix = np.subtract(matrix, matrix.min(0, initial=np.inf), dtype=np.float64)
@@ -121,9 +122,7 @@ def assign(cost: Tensor) -> Tensor:
     return torch.from_numpy(columns.argsort()).to(cost.device)  # the row of each column
 
 
-def potentials(
-    cost: np.ndarray, num_stages: int, num_iters: int = 5
-) -> tuple[np.ndarray, np.ndarray]:
+def potentials(cost: np.ndarray, num_stages: int, num_iters: int) -> tuple[np.ndarray, np.ndarray]:
     """Estimate dual potentials ``f, g (B,)`` with ``f_i + g_j ≲ cost_ij``, tight on the optimum.
 
     Annealed Sinkhorn: at temperatures falling by a factor 4, the kernel
@@ -204,7 +203,7 @@ def entropic_plan(cost: Tensor, reg: float, max_iters: int, tol: float = 1e-6) -
     plan, log = sinkhorn(
         rows,
         columns,
-        _reduced(cost, num_stages),
+        _reduced(cost, num_stages, num_iters=5),
         reg,
         method="sinkhorn_log",
         numItermax=max_iters,
@@ -221,10 +220,10 @@ def entropic_plan(cost: Tensor, reg: float, max_iters: int, tol: float = 1e-6) -
     return torch.from_numpy(plan)
 
 
-def _reduced(cost: Tensor, num_stages: int) -> np.ndarray:
+def _reduced(cost: Tensor, num_stages: int, num_iters: int) -> np.ndarray:
     """Return the cost less its estimated potentials, in float64: it has the same plans."""
     matrix = cost.detach().cpu().numpy()
-    f, g = potentials(matrix.astype(np.float32, copy=False), num_stages)
+    f, g = potentials(matrix.astype(np.float32, copy=False), num_stages, num_iters)
     reduced = np.subtract(matrix, f[:, None], dtype=np.float64)
     reduced -= g
     return reduced

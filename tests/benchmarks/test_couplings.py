@@ -1,14 +1,15 @@
 """How long exact pairing takes, relative to the plan sampler of the `torchcfm` package.
 
 Both in processor time of one thread, so that other work on the machine disturbs them less. Measured
-against torchcfm 1.0.7 (2 CPU cores shared with other work), at batch 64, 128, 256, 512, 1024, 2048:
+against torchcfm 1.0.7 on 2 CPU cores, at batch 64, 128, 256, 512, 1024, 2048:
 
-    2 dimensions      0.46-0.56  0.49-0.60  0.45  0.39  0.32  0.28
-    784 dimensions    0.48       0.47       0.34  0.23  0.18  0.25
-    3072 dimensions   0.47       0.48-0.51  0.46  0.40  0.35  0.41
+    2 dimensions      0.46  0.50  0.42  0.35  0.31  0.38
+    784 dimensions    0.48  0.46  0.35  0.27  0.20  0.25
+    3072 dimensions   0.49  0.50  0.45  0.40  0.33  0.37
 
-Few points in the plane miss the half in some runs: of their half a millisecond, the search takes
-half, and the overhead of a dozen calls the rest.
+The smallest batches are at the bound, and miss it in some runs (by up to 0.1 where other work shares
+the cores): in the plane half of their half a millisecond goes to the search and the rest to a dozen
+calls, in 3072 dimensions two thirds to one product of matrices.
 """
 
 import time

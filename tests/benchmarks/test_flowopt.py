@@ -44,8 +44,8 @@ def _only_new_objects():
     ("name", "batch", "rounds", "limit"),
     [
         # Not bounded: a call takes 0.15 ms where nothing else runs, so that the tensor operations
-        # of any loop around it, 2 % in one written out by hand, are seen; measured 1.04-1.05, and
-        # 1.06 accelerated, on a loaded machine.
+        # of any loop around it, 2 % in one written out by hand, are seen; measured 1.04-1.09, and
+        # 1.06-1.12 accelerated.
         ("perceptron, 1x8x8", 1, 41, None),
         ("perceptron, 1x8x8", 32, 21, 1.05),
         ("unet, 1x28x28", 1, 9, 1.05),

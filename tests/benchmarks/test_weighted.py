@@ -1,29 +1,29 @@
 """What a training step costs with every coupling, by batch size, in one process.
 
-Milliseconds of one thread (2 CPU cores shared with other work), and the share of weights in a step
+Milliseconds of one thread (of 2 CPU cores without other work), and the share of weights in a step
 with independent pairs. The aim is at most 2 % at any batch where exact transport costs more than
 the network: met on digits (1.6 million parameters; from batch 2048), missed in the plane, where
 one of 8.7 thousand parameters makes a step hardly more than its calls (from batch 256).
 
 8 Gaussians to moons
  batch  indep.   Gibbs    rows  divis. potent.  Sinkh.   exact  weights
-    64     1.9     2.6     2.8     3.6     4.0    20.9     3.5   14.14%
-   128     2.4     2.6     3.5     4.6     5.5    17.5     3.5   13.03%
-   256     2.4     2.7     5.0     6.8     7.1    47.4     6.1   11.27%
-   512     2.5     2.4    10.9    11.3     9.8            15.4   10.80%
-  1024     4.8     5.1    57.1    28.7    26.3            62.3    7.34%
-  2048     7.0     7.2     167    56.8    53.8             497    5.22%
-  4096     9.3     9.5     730    97.5     110            1999    3.77%
+    64    0.85    1.00    1.23    1.69    1.63    8.57    1.38   12.75%
+   128    0.79    0.82    1.35    2.01    1.73    6.11    1.65   12.33%
+   256    0.90    0.96    2.74    3.87    3.70    13.7    3.12   10.38%
+   512    1.27    1.29    8.33    6.95    6.61            9.43    8.29%
+  1024    1.82    1.96    28.2    12.2    12.3            34.2    5.90%
+  2048    3.36    3.50     106    24.3    24.0             199    5.66%
+  4096    6.28    6.23     507    46.9    45.6            1217    4.03%
 
 digits
  batch  indep.   Gibbs    rows  divis. potent.  Sinkh.   exact  weights
-    64    18.9    19.0    19.1    20.0    20.6    29.3    19.9    2.31%
-   128    28.0    30.0    30.2    28.9    30.1    41.3    29.8    1.89%
-   256    45.6    45.8    47.2    49.3    49.9    81.7    48.7    1.06%
-   512    82.5    79.1    88.1    87.0    85.6            88.0    0.50%
-  1024     151     152     183     164     165             190    0.32%
-  2048     288     289     433     314     316             587    0.22%
-  4096     589     586    1238     638     640            2003    0.15%
+    64    13.5    13.6    13.9    14.4    14.4    17.0    14.1    1.94%
+   128    21.2    21.0    21.9    22.7    22.6    26.1    21.7    1.42%
+   256    35.8    36.0    38.3    38.7    38.3    48.5    37.5    0.95%
+   512    68.1    66.8    74.6    72.7    72.2            73.1    0.56%
+  1024     128     127     153     140     173             172    0.32%
+  2048     264     253     365     289     282             428    0.19%
+  4096     503     520    1015     551     543            1768    0.12%
 """
 
 import statistics
