@@ -98,8 +98,6 @@ def edges_of(value: int | Sequence[float]) -> list[float]:
 @hydra.main(version_base="1.3", config_path="../conf", config_name="blockwise")
 def main(cfg: DictConfig) -> None:
     """Entry point of ``flowkit blockwise``."""
-    # Lightning's own use of an old name of torch's; nothing that a user could do about it.
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*in eval mode at the start.*")  # what is frozen
     blockwise(cfg)
 

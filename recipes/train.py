@@ -48,6 +48,8 @@ OmegaConf.register_new_resolver(
 
 def train(cfg: DictConfig) -> FlowModule:
     """Train as configured; the run folder then holds all that `load_run` and recipes need."""
+    # Lightning's own use of an old name of torch's; nothing that a user could do about it.
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
     _follow_start(cfg)
     composed = OmegaConf.to_yaml(cfg)  # now, since building parts resolves their references
     folder = Path(cfg.run_dir)
@@ -199,8 +201,6 @@ def resumed(cfg: DictConfig, overrides: list[str]) -> DictConfig:
 @hydra.main(version_base="1.3", config_path="../conf", config_name="train")
 def main(cfg: DictConfig) -> None:
     """Entry point of ``flowkit train``."""
-    # Lightning's own use of an old name of torch's; nothing that a user could do about it.
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
     if cfg.resume is not None and Path(cfg.resume).is_dir():
         cfg = resumed(cfg, list(HydraConfig.get().overrides.task))
     train(cfg)
