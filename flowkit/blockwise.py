@@ -62,7 +62,7 @@ def blockwise_loss(flow: Blockwise, draw: SegmentDraw) -> tuple[dict[str, Tensor
     v = flow.velocity(draw.x_t, draw.t, draw.cond, h, draw.segment)
     check_same_shape(v, draw.u, ("velocity(x, t, cond, h)", "x"))
     loss, energy = (
-        segment_mean(_row_means(x, draw.pairs.log_weight, draw.mask), draw.segment)
+        _segment_squares(x, draw.segment, draw.pairs.log_weight, draw.mask)
         for x in (v - draw.u, draw.u)
     )
     terms = {"loss": loss.mean, "explained": 1 - loss.mean.detach() / energy.mean}
@@ -79,7 +79,8 @@ def residual_loss(
     """Stage 2: the mean over segments of ``‖F(x_s, s) + c(t) R(x_t, t) − F(x_t, t)‖²``.
 
     ``x_s``, at the segment's start ``s``, and ``x_t`` are of the same pair, with the same dropped
-    condition. Only the feature residual ``R`` gets gradients.
+    condition. Only the feature residual ``R`` gets gradients. Pairs' weights count; a mask does
+    not, since features have other elements.
 
     Args:
         flow: With a trunk and a feature residual.
@@ -108,7 +109,7 @@ def residual_loss(
         with torch.no_grad():
             target = flow.velocity(x_t, t, cond, target, segment)
         error = flow.velocity(x_t, t, cond, estimate, segment) - target
-    loss = segment_mean(_row_means(error), segment)
+    loss = _segment_squares(error, segment, pairs.log_weight)
     return {"loss": loss.mean, "ratio": ratio} | _by_segment(loss)
 
 
@@ -203,20 +204,25 @@ def _restricted(flow: Blockwise, segment: Tensor, times: Times, generator) -> Te
     raise ValueError(f"times must reach every segment, got {times}, which missed {missed}")
 
 
-def segment_mean(values: Tensor, segment: Tensor) -> SegmentMean:
+def segment_mean(values: Tensor, segment: Tensor, counts: Tensor | None = None) -> SegmentMean:
     """Mean over segments of the mean of each one's values.
 
     Args:
         values: ``(B,)``.
         segment: Of each, ``(B,)``.
+        counts: How much each counts ``(B,)``, where values are sums; 1 by default. A segment that
+            nothing counts in has mean 0.
 
     >>> segment = torch.arange(10) % 6
     >>> segment_mean(segment.float(), segment).mean  # 2.1 over the batch
     tensor(2.5000)
     """
-    present, owner, counts = segment.unique(return_inverse=True, return_counts=True)
-    sums = values.new_zeros(len(present)).index_add(0, owner, values)
-    means = sums / counts
+    present, owner = segment.unique(return_inverse=True)
+    counts = torch.ones_like(values) if counts is None else counts
+    sums, sizes = (
+        values.new_zeros(len(present)).index_add(0, owner, x.to(values)) for x in (values, counts)
+    )
+    means = sums / torch.where(sizes > 0, sizes, 1)
     return SegmentMean(means.mean(), means, present)
 
 
@@ -225,15 +231,19 @@ def _by_segment(loss: SegmentMean) -> dict[str, Tensor]:
     return {f"segment_{m}": value for m, value in values}
 
 
-def _row_means(x: Tensor, log_weight: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-    """Mean square ``(B,)`` of each row's elements, weighted, of those that the mask counts."""
-    squares = x.square()
+def _segment_squares(
+    x: Tensor, segment: Tensor, log_weight: Tensor | None = None, mask: Tensor | None = None
+) -> SegmentMean:
+    """Mean squares of each segment's elements, weighted, of those that the mask counts."""
+    squares, counts = x.square(), None
     if mask is None:
         rows = squares.flatten(1).mean(1)
     else:
-        counted = mask.expand(x.shape).flatten(1)
-        rows = (squares.flatten(1) * counted).sum(1) / counted.sum(1).clamp_min(1)
-    return rows if log_weight is None else rows * log_weight.exp().to(rows)
+        rows = (squares * mask).flatten(1).sum(1)
+        counts = mask.expand(x.shape).flatten(1).sum(1)
+    if log_weight is not None:
+        rows = rows * log_weight.exp().to(rows)
+    return segment_mean(rows, segment, counts)
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,14 @@ def as_grid(grid: Tensor | Sequence[float] | int, name: str = "grid") -> Tensor:
     return times
 
 
+def check_whole(times: Tensor) -> None:
+    """Require the times of a sampler that goes all the way between noise and data."""
+    if times[0] != 0 or times[-1] != 1:
+        raise ValueError(
+            f"sampler.grid must run from 0 to 1, got {times[0].item()} to {times[-1].item()}"
+        )
+
+
 def check_at_least(value: float, minimum: float, name: str) -> None:
     """Require a number ``value >= minimum``."""
     if not (value >= minimum):

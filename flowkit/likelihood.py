@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flowkit.checks import check_at_least, check_choice
+from flowkit.checks import check_at_least, check_choice, check_whole
 from flowkit.sampling import ADAPTIVE, ODESampler
 from flowkit.types import Cond, Velocity
 
@@ -70,10 +70,7 @@ def log_likelihood(
     check_choice(divergence, ("hutchinson", "exact"), "divergence")
     check_at_least(probes, 1, "probes")
     times = sampler.times
-    if times[0] != 0 or times[-1] != 1:
-        raise ValueError(
-            f"sampler.grid must run from 0 to 1, got {times[0].item()} to {times[-1].item()}"
-        )
+    check_whole(times)
     if sampler.method in ADAPTIVE:
         coarse = replace(sampler, rtol=10 * sampler.rtol, atol=10 * sampler.atol)
     else:

@@ -175,7 +175,7 @@ def seeded_noise(
 
     Args:
         shape: Shape of one sample.
-        seeds: One integer per sample.
+        seeds: One integer per sample; torch's generator on the CPU takes them modulo 2³².
         device: Where to put the result.
 
     >>> a, b = seeded_noise((2,), [3, 4]), seeded_noise((2,), [4])

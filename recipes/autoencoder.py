@@ -30,7 +30,7 @@ from flowkit.metrics.pictures import save_picture
 from flowkit.modules.autoencoding import Autoencoding, FeatureError
 from flowkit.modules.callbacks import LastCheckpoint, StepProgress
 from flowkit.modules.runs import CHECKPOINT, CONFIG
-from flowkit.recipes.train import UNRESOLVED, find_checkpoint, resumed
+from flowkit.recipes.train import UNRESOLVED, find_checkpoint, resumed, unfinished
 
 
 def autoencoder(cfg: DictConfig) -> KLAutoencoder:
@@ -38,6 +38,8 @@ def autoencoder(cfg: DictConfig) -> KLAutoencoder:
     began, folder = time.perf_counter(), Path(cfg.run_dir)
     composed = OmegaConf.to_yaml(cfg)  # now, since building parts resolves their references
     checkpoint = None if cfg.resume is None else find_checkpoint(Path(cfg.resume))
+    if checkpoint is not None:
+        unfinished(checkpoint, cfg.trainer.max_steps)
     _refuse_overwriting(folder, checkpoint)
     seed_everything(cfg.seed, workers=True, verbose=False)
     data = instantiate(cfg.data)

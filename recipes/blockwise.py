@@ -46,7 +46,8 @@ def network(stored: dict[str, Any], cfg: DictConfig) -> dict[str, Any]:
     """The run's network, with a feature residual in the second stage, or blocks of a plain one.
 
     Raises:
-        ValueError: If the second stage is asked of a network without a trunk.
+        ValueError: If the second stage is asked of a network without a trunk, or edges of one that
+            has them.
     """
     if cfg.stage == "fra" and (
         "edges" not in stored or ("trunk" in stored and not stored["trunk"])
@@ -56,8 +57,14 @@ def network(stored: dict[str, Any], cfg: DictConfig) -> dict[str, Any]:
             "stage=flow makes blocks of a plain network, or trains them on"
         )
     if "edges" in stored:
+        if cfg.equal_burden or cfg.edges is not None:
+            raise ValueError(
+                f"edges must be left to the run, which has blocks already, got edges={cfg.edges} "
+                f"equal_burden={cfg.equal_burden}; start from a plain run to choose them"
+            )
         if cfg.stage != "fra":  # a trunk that is trained on leaves its feature residual behind
-            return stored if cfg.segments else {**stored, "feature_mode": "full"}
+            left = {"residual_depth": None, "feature_mode": "full"}
+            return stored if cfg.segments else {**stored, **left}
         residual = stored.get("residual_depth") or cfg.residual_depth
         return {**stored, "residual_depth": residual, "feature_mode": "fra"}
     ends = edges(cfg)
@@ -75,15 +82,19 @@ def network(stored: dict[str, Any], cfg: DictConfig) -> dict[str, Any]:
 
 def edges(cfg: DictConfig) -> list[float]:
     """Ends of the segments, as given or of equal burden."""
+    given = edges_of(6 if cfg.edges is None else cfg.edges)
     if not cfg.equal_burden:
-        return edges_of(cfg.edges)
+        return given
     run, data = load_run(cfg.run), instantiate(cfg.data)
     data.prepare_data()
     data.setup()
-    path, generator = instantiate(cfg.path), torch.Generator().manual_seed(cfg.seed)
+    path, coupling = instantiate(cfg.path), instantiate(cfg.coupling)
+    generator = torch.Generator().manual_seed(cfg.seed)
     batch = run.encode(data.val[:2000], generator)
-    times, loss = loss_by_time(run.velocity, batch, path=path, generator=generator)
-    ends = equal_burden(times, loss, len(edges_of(cfg.edges)) - 1).tolist()
+    times, loss = loss_by_time(
+        run.velocity, batch, path=path, coupling=coupling, generator=generator
+    )
+    ends = equal_burden(times, loss, len(given) - 1).tolist()
     print(f"edges     {[round(end, 4) for end in ends]}")
     return ends
 

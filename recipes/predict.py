@@ -64,6 +64,8 @@ def predict(cfg: DictConfig) -> dict[str, Any]:
     }
     files = [out / "predicted.json", out / "predicted.pt", out / "predicted.png"]
     write_record(record, files)
+    if cfg.probabilities is False:
+        found.pop("probabilities", None)
     torch.save(found, files[1])
     metrics = record["metrics"]
     for name, value in {**metrics, **metrics.get("selective", {})}.items():
@@ -103,7 +105,7 @@ def label(
         The predictions, and their cost: evaluations and network rows per image, seconds in all.
     """
     of_pixels = len(module.label_shape or ()) > 1
-    keep = not of_pixels if cfg.probabilities is None else cfg.probabilities
+    keep = cfg.probabilities or not of_pixels  # those of images are measured in any case
     parts: dict[str, list[Tensor]] = {}
     began = time.perf_counter()
     for first in tqdm(range(0, len(split), cfg.batch_size), "labels", leave=False, disable=None):

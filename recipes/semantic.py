@@ -38,9 +38,11 @@ def semantic(cfg: DictConfig) -> dict[str, Any]:
     images, maps = test["x1"], test["cond"]
     x0, source = start(module, cfg, len(maps))
     samples, cost = draw(module, x0, maps, sampler, guidance)
+    generator = torch.Generator(module.device).manual_seed(cfg.seed)
     with torch.no_grad():
-        parts = [module.encode({"x1": part})["x1"] for part in images.split(cfg.batch_size)]
-        decoded = torch.cat([module.autoencoder.decode(part) for part in parts])
+        parts = images.to(module.device).split(cfg.batch_size)
+        parts = [module.encode({"x1": part}, generator)["x1"] for part in parts]
+        decoded = torch.cat([module.autoencoder.decode(part).cpu() for part in parts])
     metrics = {
         "iou": mask_iou(samples, maps, data.rule),
         "iou_of_reconstructions": mask_iou(decoded, maps, data.rule),

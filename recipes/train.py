@@ -54,7 +54,7 @@ def train(cfg: DictConfig) -> FlowModule:
     composed = OmegaConf.to_yaml(cfg)  # now, since building parts resolves their references
     folder = Path(cfg.run_dir)
     checkpoint = _requeued(folder) if cfg.resume is None else find_checkpoint(Path(cfg.resume))
-    state = None if checkpoint is None else _unfinished(checkpoint, cfg.trainer.max_steps)
+    state = None if checkpoint is None else unfinished(checkpoint, cfg.trainer.max_steps)
     _refuse_overwriting(folder, checkpoint)
     seed_everything(cfg.seed, workers=True, verbose=False)
     data = instantiate(cfg.data)
@@ -148,7 +148,7 @@ def _requeued(folder: Path) -> Path | None:
     return newest_checkpoint(folder) if started_again else None
 
 
-def _unfinished(checkpoint: Path, max_steps: int) -> dict[str, Any]:
+def unfinished(checkpoint: Path, max_steps: int) -> dict[str, Any]:
     """Read a checkpoint that has steps left to make."""
     state = read_checkpoint(checkpoint)
     step = state["global_step"]

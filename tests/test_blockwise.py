@@ -161,6 +161,14 @@ def test_pairs_conditions_masks_and_weights_enter_as_in_the_plain_loss():
     v = flow(draw.x_t, draw.t, draw.cond)
     rows = (v - draw.u)[:, 0].square()
     torch.testing.assert_close(masked["loss"], segment_mean(rows, draw.segment).mean)
+    # a row without any counted element counts for nothing, as in the plain loss
+    one = BlockwiseMLP((2,), edges=1, width=8, num_classes=3)
+    torch.nn.init.normal_(one.trunk.outputs.weight)
+    mask = torch.rand(8, 2) * (torch.arange(8) < 4)[:, None]
+    draw = draw_segments(one, {**batch, "mask": mask})
+    error = one(draw.x_t, draw.t, draw.cond) - draw.u
+    by_hand = (error.square() * mask).sum() / mask.sum()
+    torch.testing.assert_close(blockwise_loss(one, draw)[0]["loss"], by_hand)
     # weights multiply rows
     draw = draw_segments(flow, batch, coupling=Gibbs(1.0, normalize="class"))
     rows = (flow(draw.x_t, draw.t, draw.cond) - draw.u).square().mean(1)

@@ -19,6 +19,7 @@ from flowkit.data.latents import Latents
 from flowkit.data.splits import SplitData
 from flowkit.data.stream import stream_positions
 from flowkit.nn.kl import autoencoder_kl
+from flowkit.sampling import seeded_noise
 
 SIZES = {"train": 23, "val": 7, "test": 5}
 
@@ -129,14 +130,17 @@ def test_images_without_conditions(autoencoder, tmp_path):
 
 
 def test_named_conditions_keep_their_names(autoencoder, tmp_path):
-    images = pictures(cond=None)
+    images = pictures(cond=None, flip=True)
     for split in SIZES:
         columns = dict(images.split(split).columns)
         images._splits[split] = _Named(columns["x1"])
     encoded(images, autoencoder, tmp_path)
-    cond = cached(tmp_path).train[[3, 1]]["cond"]
-    assert cond["a"].tolist() == [3, 1]
-    assert cond["b"].shape == (2, 2)
+    train = cached(tmp_path).train
+    assert train[[3, 1]]["cond"]["a"].tolist() == [3, 1]
+    # what is not as large as the image is no map to mirror with it
+    words = train[:]["cond"]["b"]
+    assert len(words) == 46
+    assert (words == torch.arange(6.0).view(3, 2)).all()
 
 
 class _Named:
@@ -148,7 +152,8 @@ class _Named:
 
     def __getitem__(self, rows):
         count = torch.arange(len(self))[rows]
-        return {"x1": self.x1[rows], "cond": {"a": count, "b": torch.zeros(len(count), 2)}}
+        words = torch.arange(6.0).expand(len(count), 6).unflatten(1, (3, 2))
+        return {"x1": self.x1[rows], "cond": {"a": count, "b": words}}
 
     def fingerprint(self):
         return "named"
@@ -163,6 +168,11 @@ def test_training_draws_anew_and_elsewhere_a_row_is_one_draw(autoencoder, tmp_pa
     rows = list(range(7))
     assert torch.equal(data.val[rows]["x1"], data.val[:]["x1"])
     assert torch.equal(data.val[[6, 2]]["x1"], data.val[:]["x1"][[6, 2]])
+    mean, std = moments(data.val, torch.arange(7))
+    own = ((data.val[:]["x1"] - mean) / std).flatten(1)
+    samples = seeded_noise(data.val.shape, range(7)).flatten(1)
+    correlation = torch.corrcoef(torch.cat([own, samples])).fill_diagonal_(0)
+    assert correlation.abs().max() < 0.9, "no row shares its noise with a sample"
 
     stream = data.stream()
     draws = torch.cat([stream[k]["x1"] for k in range(40)])

@@ -164,7 +164,8 @@ def test_stage_two_trains_the_residual_alone(tmp_path):
     assert all(n.startswith("feature_residual.") for n in trained_parameters(module))
     batches = points(1, 256) * 150
     assert module.loss(batches[0])["ratio"] == 1
-    fit(module, batches, tmp_path)
+    with pytest.warns(UserWarning, match="stage fra trains on a trunk as it is, without start"):
+        fit(module, batches, tmp_path)
     assert module.loss(batches[0])["ratio"] < 0.5
     for name, value in flow.state_dict().items():
         assert torch.equal(value, before[name]) != name.startswith("feature_residual."), name
@@ -330,6 +331,13 @@ def test_sampling_by_the_module_follows_the_feature_mode():
         results[mode] = module.sample(5, sampler, cond, range(5), guidance=2.0)
     assert flow.usage.calls["trunk"] == 2 * (12 + 3 + 3)
     assert not torch.equal(results["full"], results["fra"])
+    # given to a sampler, the module is its blocks
+    flow.feature_mode = "cached"
+    x0, before = torch.randn(5, 2), flow.usage.calls["trunk"]
+    with torch.no_grad():
+        direct = sampler(module.eval(), x0, cond)
+    assert flow.usage.calls["trunk"] == before + 3
+    assert torch.equal(direct, module.solve(x0, sampler, cond).x)
     with pytest.warns(UserWarning, match="grid must hold the edges between segments"):
         module.sample(5, ODESampler(25, "heun"), cond, range(5))
 

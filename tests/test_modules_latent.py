@@ -338,6 +338,8 @@ def test_fillings_are_those_of_their_seeds_and_of_their_image():
     opened = module.inpaint(x, mask, 1, ODESampler(2), seeds=[1, 2])
     null = module.inpaint(x, mask, 1, ODESampler(2), torch.tensor([4, 4]), [1, 2])
     assert torch.equal(opened, null)
+    with pytest.raises(ValueError, match=r"labels must be given for guidance .* guidance 2"):
+        module.inpaint(x, mask, 1, ODESampler(2), seeds=[1, 2], guidance=2.0)
 
 
 def test_inpainting_through_an_autoencoder():
@@ -384,6 +386,11 @@ def test_diagnosis_warns_of_a_scale_that_was_never_set():
         text = describe_latents(z, expected_losses(z))
         assert ("set the autoencoder's scale" in text) == told
     assert "latents   (4, 2, 2) have mean 0.00 and std 0.10: a zero network's loss is 1.01" in text
+
+
+def test_losses_are_foretold_for_straight_independent_pairs_alone():
+    text = describe_latents(torch.randn(9, 4, 2, 2), {"mean": 0.0, "std": 1.0})
+    assert text == "latents   (4, 2, 2) have mean 0.00 and std 1.00"
 
 
 @pytest.mark.filterwarnings("ignore:.*:UserWarning", "ignore:.*LeafSpec.*:FutureWarning")

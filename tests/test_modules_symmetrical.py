@@ -450,6 +450,18 @@ def test_bad_arguments_are_refused():
         Ordinal(1)
 
 
+def test_labels_and_pairs_need_the_whole_way():
+    module, x, part = _images(), torch.randn(2, 1, 8, 8), ODESampler([0.5, 1.0])
+    region = torch.ones(2, 8, 8, dtype=torch.bool)
+    for call in (
+        lambda: module.classify(x, part),
+        lambda: module.sample_pairs(2, part),
+        lambda: module.edit(x, torch.zeros(2).long(), region, part),
+    ):
+        with pytest.raises(ValueError, match=r"sampler.grid must run from 0 to 1, got 0.5 to 1.0"):
+            call()
+
+
 def test_bad_batches_are_refused():
     module, x = _images(), torch.randn(4, 1, 8, 8)
     with pytest.raises(TypeError, match="cond must be a tensor of labels, got NoneType"):

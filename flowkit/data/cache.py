@@ -182,8 +182,9 @@ def _encode(
         images = batch["x1"].to(autoencoder.mean.device)
         parts.append({**_moments(autoencoder, images), **conds})
         if mirror:
-            # A map of labels is mirrored with its image.
-            turned = {k: v.flip(-1) if v.ndim > 2 else v for k, v in conds.items()}
+            # A map, of labels or other, is mirrored with its image.
+            size = images.shape[-2:]
+            turned = {k: v.flip(-1) if v.shape[-2:] == size else v for k, v in conds.items()}
             mirrored.append({**_moments(autoencoder, images.flip(-1)), **turned})
         done(len(images))
     parts += mirrored

@@ -17,8 +17,9 @@ from flowkit.data.stream import Stream, keyed_generator, stream_positions
 from flowkit.sampling import seeded_noise
 from flowkit.types import Batch, Cond
 
-# Apart from the seeds of samples, so that no latent shares its noise with one.
-_FIRST_SEED = 2**40
+# Apart from the seeds of samples, so that no latent shares its noise with one; in the 32 bits that
+# count, see `flowkit.sampling.seeded_noise`.
+_FIRST_SEED = 2**31
 
 
 @dataclass(frozen=True, eq=False)

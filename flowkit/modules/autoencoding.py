@@ -5,18 +5,17 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from lightning import LightningModule
 from torch import Tensor, nn
 
 from flowkit.autoencoders import pad_to_multiple
 from flowkit.checks import check_at_least
-from flowkit.modules.flow import ADAMW, MakeOptimizer, MakeScheduler
+from flowkit.modules.resume import ADAMW, ExactResume, MakeOptimizer, MakeScheduler
 from flowkit.types import Batch
 
 Perceptual = Callable[[Tensor, Tensor], Tensor]
 
 
-class Autoencoding(LightningModule):
+class Autoencoding(ExactResume):
     """Train an ``AutoencoderKL``: absolute error, divergence and, if given, a perceptual term.
 
     Per pixel and channel the loss is ``|x̂ − x| + kl_weight · KL / n + perceptual_weight · P``,
@@ -49,7 +48,7 @@ class Autoencoding(LightningModule):
         optimizer: MakeOptimizer = ADAMW,
         lr_scheduler: MakeScheduler | None = None,
     ):
-        super().__init__()
+        super().__init__(optimizer, lr_scheduler)
         check_at_least(kl_weight, 0, "kl_weight")
         check_at_least(perceptual_weight, 0, "perceptual_weight")
         self.vae, self.kl_weight = vae, kl_weight
@@ -58,7 +57,6 @@ class Autoencoding(LightningModule):
             perceptual.eval().requires_grad_(False)
         # In the dictionary: it moves with this module, but is neither trained nor stored.
         self.__dict__["perceptual"] = perceptual
-        self.make_optimizer, self.make_scheduler = optimizer, lr_scheduler
 
     perceptual: Perceptual | None
 
@@ -104,14 +102,6 @@ class Autoencoding(LightningModule):
             batch_size=len(batch["x1"]),
             sync_dist=True,
         )
-
-    def configure_optimizers(self) -> Any:
-        """Lightning's hook: the optimiser over all trainable parameters."""
-        optimizer = self.make_optimizer([p for p in self.parameters() if p.requires_grad])
-        if self.make_scheduler is None:
-            return optimizer
-        scheduler = {"scheduler": self.make_scheduler(optimizer), "interval": "step"}
-        return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
 
 class FeatureError(nn.Module):

@@ -15,14 +15,15 @@ from flowkit.blockwise import blockwise_loss, draw_segments, residual_loss
 from flowkit.checks import check_at_least, check_choice
 from flowkit.couplings import Coupling, Independent
 from flowkit.guidance import DropCond
-from flowkit.modules.flow import ADAMW, FlowModule, MakeOptimizer, MakeScheduler
+from flowkit.modules.flow import FlowModule
+from flowkit.modules.resume import ADAMW, MakeOptimizer, MakeScheduler
 from flowkit.modules.runs import CHECKPOINT, read_checkpoint
 from flowkit.nn.alignment import Projector, alignment_loss, resize_tokens
 from flowkit.nn.blockwise import Blockwise
 from flowkit.nn.parts import PlainStack
 from flowkit.paths import Linear, Path
 from flowkit.times import Times, Uniform
-from flowkit.types import Batch
+from flowkit.types import Batch, Cond, Velocity
 
 Encoder = Callable[[Tensor], Tensor]
 
@@ -128,7 +129,7 @@ class BlockwiseFlowMatching(FlowModule):
                     "encoder_width must be given for an encoder without width, got None"
                 )
             self.projector = Projector(velocity.trunk.width, width, projector_width)
-        self.turn = 0
+        self.turn, self._resumed = 0, False
         self._idle = set(self._trained_stacks())
 
     def _train_only(self, segments: Sequence[int] | None) -> list[int] | None:
@@ -166,6 +167,10 @@ class BlockwiseFlowMatching(FlowModule):
     def flow(self) -> Blockwise:
         """The velocity."""
         return cast(Blockwise, self.velocity)
+
+    def bind(self, cond: Cond = None, grid: Tensor | None = None) -> Velocity:
+        """Return the velocity of one solve: to a sampler the module is as good as its blocks."""
+        return self.flow.bind(cond, grid)
 
     def loss(self, batch: Batch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Return the stage's loss of a batch, and its parts by segment."""
@@ -217,7 +222,16 @@ class BlockwiseFlowMatching(FlowModule):
     # --- what a fit starts from ------------------------------------------------------------
 
     def on_fit_start(self) -> None:
-        """Take the weights of ``start``, unless a checkpoint of this training brought its own."""
+        """Take the weights of ``start``, unless a checkpoint of this training brought its own.
+
+        A feature residual without either is warned about, since it may follow a random trunk.
+        """
+        if self.stage == "fra" and self.start is None and not self._resumed:
+            warnings.warn(
+                "stage fra trains on a trunk as it is, without start; `flowkit blockwise run=...` "
+                "starts from a trained one",
+                stacklevel=2,
+            )
         if self.start is not None:
             self.take_weights(read_checkpoint(FilePath(self.start) / CHECKPOINT)["state_dict"])
 
@@ -296,3 +310,4 @@ class BlockwiseFlowMatching(FlowModule):
         """Restore it; the weights that the fit once started from are not wanted any more."""
         super().on_load_checkpoint(checkpoint)
         self.turn, self.start = checkpoint["flowkit"]["turn"], None
+        self._resumed = True

@@ -105,4 +105,4 @@ def condition_grid(
         drawn = drawn.unflatten(0, (-1, samples))
     else:
         raise ValueError("module must have masks, or batches maps (B, H, W) as cond, got neither")
-    return torch.cat([given[:, None], real[:, None], drawn], 1).flatten(0, 1).cpu()
+    return torch.cat([given[:, None], real[:, None], drawn.to(real)], 1).flatten(0, 1).cpu()

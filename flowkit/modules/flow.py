@@ -1,17 +1,11 @@
 """What every flow-matching method shares as a Lightning module; nothing of a method itself."""
 
-import hashlib
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, cast
 
 import torch
-from lightning import LightningModule
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from flowkit.autoencoders import (
     Autoencoder,
@@ -22,22 +16,18 @@ from flowkit.autoencoders import (
 )
 from flowkit.checks import check_at_least
 from flowkit.guidance import ClassifierFree, DropCond
+from flowkit.modules.resume import ADAMW, ExactResume, MakeOptimizer, MakeScheduler
 from flowkit.sampling import ODESampler, Solution, seeded_noise
 from flowkit.types import Batch, Cond, Velocity, to_device
 
-MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
-MakeScheduler = Callable[[Optimizer], LRScheduler]
 Guidance = float | Callable[[Velocity], Velocity] | None
 
-ADAMW = partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.0)
 
-
-class FlowModule(LightningModule):
+class FlowModule(ExactResume):
     """A velocity, its optimiser and sampling from it. A method adds `loss`.
 
-    Every training step's randomness (noise, times, dropped conditions, dropout) is a function of
-    the seed at the start of the fit, the number of batches seen and the rank, so that a resumed
-    run goes on exactly as an uninterrupted one. Validation draws the same noise every time.
+    A resumed run goes on exactly as an uninterrupted one, see
+    `flowkit.modules.resume.ExactResume`. Validation draws the same noise every time.
     Weights are averaged by Lightning's ``EMAWeightAveraging`` callback: checkpoints then hold the
     averaged weights, and validation and samples made during it use them.
 
@@ -67,7 +57,7 @@ class FlowModule(LightningModule):
         optimizer: MakeOptimizer = ADAMW,
         lr_scheduler: MakeScheduler | None = None,
     ):
-        super().__init__()
+        super().__init__(optimizer, lr_scheduler)
         if not callable(velocity):
             raise TypeError(
                 f"velocity must be callable as velocity(x, t, cond), got {type(velocity).__name__}"
@@ -77,8 +67,6 @@ class FlowModule(LightningModule):
             autoencoder.eval().requires_grad_(False)
         # In the dictionary: it moves with this module, but is neither trained, averaged nor stored.
         self.__dict__["autoencoder"] = autoencoder
-        self.make_optimizer, self.make_scheduler = optimizer, lr_scheduler
-        self.noise_seed: int | None = None
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "FlowModule":
         if isinstance(self.autoencoder, nn.Module):
@@ -230,64 +218,21 @@ class FlowModule(LightningModule):
             {f"val/{name}": value for name, value in terms.items()}, batch_size=size, sync_dist=True
         )
 
-    def configure_optimizers(self) -> Any:
-        """Lightning's hook: the optimiser over all trainable parameters."""
-        optimizer = self.make_optimizer([p for p in self.parameters() if p.requires_grad])
-        if self.make_scheduler is None:
-            return optimizer
-        scheduler = {"scheduler": self.make_scheduler(optimizer), "interval": "step"}
-        return {"optimizer": optimizer, "lr_scheduler": scheduler}
-
-    def on_train_start(self) -> None:
-        """Take the seed of the fit, unless a checkpoint brought its own.
-
-        Hyperparameters and learning-rate schedule are those configured now, not a checkpoint's.
-        """
-        if self.noise_seed is None:
-            self.noise_seed = torch.initial_seed()
-        trainer = cast(Any, self.trainer)
-        if trainer.global_step:
-            self._follow_configuration(trainer.optimizers, trainer.lr_scheduler_configs)
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Seed the step by (seed, batches seen, rank)."""
-        seen = cast(Any, self.trainer).fit_loop.epoch_loop.batch_progress.total.processed
-        key = f"{self.noise_seed} {seen} {self.global_rank}".encode()
-        seed = int.from_bytes(hashlib.sha256(key).digest()[:8], "little") >> 1
-        # Not torch.manual_seed, which looks for every kind of device at every call.
-        torch.default_generator.manual_seed(seed)
-        if self.device.type == "cuda":
-            torch.cuda.manual_seed(seed)
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store what is not a weight."""
-        checkpoint["flowkit"] = {
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["flowkit"] |= {
             "sample_shape": None if self.sample_shape is None else list(self.sample_shape),
-            "noise_seed": self.noise_seed,
             "autoencoder": identity(self.autoencoder),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore it, refusing another autoencoder."""
+        super().on_load_checkpoint(checkpoint)
         stored = checkpoint["flowkit"]
         check_identity(stored["autoencoder"], self.autoencoder, "the flow")
         shape = stored["sample_shape"]
         self.sample_shape = None if shape is None else tuple(shape)
-        self.noise_seed = stored["noise_seed"]
-
-    def _follow_configuration(self, optimizers: Sequence[Optimizer], schedules: Sequence) -> None:
-        """Bring a fresh schedule to the step reached, and the resumed optimiser to its values."""
-        configured = self.configure_optimizers()
-        if isinstance(configured, dict):
-            fresh, resumed = configured["lr_scheduler"]["scheduler"], schedules[0].scheduler
-            configured = configured["optimizer"]
-            with warnings.catch_warnings():  # of a schedule that is ahead of its optimiser
-                warnings.simplefilter("ignore", UserWarning)
-                for _ in range(resumed.last_epoch):
-                    fresh.step()
-            resumed.load_state_dict(fresh.state_dict())
-        for group, new in zip(optimizers[0].param_groups, configured.param_groups, strict=True):
-            group.update({key: value for key, value in new.items() if key != "params"})
 
     def _not_finite(self, batch: Batch, batch_idx: int, loss: Tensor) -> str:
         where = f"got {loss.item()} at step {self.global_step}, batch {batch_idx}"

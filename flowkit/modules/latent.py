@@ -13,7 +13,8 @@ from flowkit.checks import check_at_least
 from flowkit.couplings import Coupling, Independent
 from flowkit.guidance import DropCond
 from flowkit.losses import flow_matching_loss
-from flowkit.modules.flow import ADAMW, FlowModule, Guidance, MakeOptimizer, MakeScheduler
+from flowkit.modules.flow import FlowModule, Guidance
+from flowkit.modules.resume import ADAMW, MakeOptimizer, MakeScheduler
 from flowkit.paths import Linear, Path
 from flowkit.sampling import ODESampler
 from flowkit.times import Times, Uniform
@@ -32,7 +33,8 @@ class LatentFlowMatching(FlowModule):
     reconstruction gap ``Δ`` and the Lipschitz constants ``L`` of the decoder and ``L̂`` of the
     velocity. So measure the gap (``flowkit autoencoder`` does) apart from the flow.
 
-    At the start of a fit the log says what losses to expect, see `expected_losses`.
+    At the start of a fit the log says how latents lie and, for the default path and coupling, what
+    losses to expect, see `expected_losses`.
 
     Source: Dao, Phung, Nguyen, Tran, *Flow Matching in Latent Space*, 2023 (arXiv 2307.08698),
     whose time runs the other way; its ``σ_min = 1e-5`` is ``path=Linear(1e-5)``.
@@ -119,9 +121,14 @@ class LatentFlowMatching(FlowModule):
             ``(B, num_samples, C, H, W)``.
 
         Raises:
-            ValueError: If the mask does not fit, or numbers of seeds and labels do not.
+            ValueError: If the mask does not fit, or numbers of seeds and labels do not, or guidance
+                has no labels to lead to.
         """
         check_at_least(num_samples, 1, "num_samples")
+        if labels is None and guidance not in (None, 1):
+            raise ValueError(
+                f"labels must be given for guidance towards them, got none and guidance {guidance}"
+            )
         images, mask = images.to(self.device), mask.to(self.device)
         cond = inpainting.inpainting_cond(self.autoencoder, images, mask)
         null = None if self.drop_cond is None else self.drop_cond.null
@@ -156,13 +163,17 @@ class LatentFlowMatching(FlowModule):
             return
         self._told = True
         expected = expected_losses(latents)
+        if self.path != Linear() or not isinstance(self.coupling, Independent):
+            expected = {name: expected[name] for name in ("mean", "std")}
         self.print(describe_latents(latents, expected))
         for logger in self.loggers:
             logger.log_metrics({f"latents/{k}": v for k, v in expected.items()}, step=0)
 
 
 def expected_losses(latents: Tensor) -> dict[str, float]:
-    """What a flow-matching loss on latents ``(B, c, *)`` means, for standard normal noise.
+    """What a flow-matching loss on latents ``(B, c, *)`` means.
+
+    It is that of independent standard normal noise on straight paths; see `flowkit.paths.Linear`.
 
     A zero network's loss is the target's energy, ``zero = 1 + E[z²]``. One that knows mean and
     std ``s`` of each channel and nothing else reaches ``gaussian = π/2 · mean s``, which is the
@@ -192,10 +203,14 @@ def describe_latents(latents: Tensor, expected: dict[str, float]) -> str:
     """Put `expected_losses` into words."""
     text = (
         f"latents   {tuple(latents.shape[1:])} have mean {expected['mean']:z.2f} and std "
-        f"{expected['std']:.2f}: a zero network's loss is {expected['zero']:.2f}, one that knows "
-        f"only their mean and std ends at {expected['gaussian']:.2f} (explained "
-        f"{expected['explained']:.2f}); a healthy run falls below that"
+        f"{expected['std']:.2f}"
     )
+    if "zero" in expected:
+        text += (
+            f": a zero network's loss is {expected['zero']:.2f}, one that knows only their mean "
+            f"and std ends at {expected['gaussian']:.2f} (explained {expected['explained']:.2f}); "
+            "a healthy run falls below that"
+        )
     if not 0.5 <= expected["std"] <= 2:
         text += "; the std is far from 1: set the autoencoder's scale by fit_scale"
     return text

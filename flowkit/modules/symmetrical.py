@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flowkit.autoencoders import Autoencoder, Identity
-from flowkit.checks import check_at_least, check_between, check_choice
+from flowkit.checks import check_at_least, check_between, check_choice, check_whole
 from flowkit.codecs import Codec
 from flowkit.guidance import ClassifierFree
 from flowkit.joint import ImageVelocity, JointFlow, put_back
@@ -238,6 +238,8 @@ class SymmetricalFlowMatching(FlowModule):
                 f"region must be of the images' size {tuple(images.shape[2:])}, "
                 f"got {tuple(region.shape[1:])}"
             )
+        if sampler is not None:
+            check_whole(sampler.times)
         x1 = self.states.latents(images.to(self.device))
         x0 = seeded_noise(x1.shape[1:], seeds_or_drawn(seeds, len(images)), self.device)
         keep = put_back(x0, x1, region.to(self.device))
@@ -256,11 +258,13 @@ class SymmetricalFlowMatching(FlowModule):
             raise RuntimeError(
                 "times must be 'two-time' to sample pairs, got 'symmetric'; give labels to generate"
             )
+        sampler = sampler or ODESampler(25, "heun")
+        check_whole(sampler.times)
         seeds = seeds_or_drawn(seeds, num_samples)
         x = seeded_noise(known_shape(self.sample_shape), seeds, self.device)
         y = label_noise(known_shape(self.label_shape), seeds, device=self.device)[:, 0]
         with evaluating(self):
-            x, y = self.joint.solve_pairs(sampler or ODESampler(25, "heun"), x, y)
+            x, y = self.joint.solve_pairs(sampler, x, y)
         return LabelledImages(self.autoencoder.decode(x), self.states.labels(y))
 
     def classify(
@@ -299,6 +303,7 @@ class SymmetricalFlowMatching(FlowModule):
         """
         check_at_least(draws, 1, "draws")
         sampler = sampler or ODESampler(1)
+        check_whole(sampler.times)
         one_step = len(sampler.times) == 2 and sampler.method == "euler"
         if not (one_step or self.joint.two_times):
             warnings.warn(MORE_STEPS, stacklevel=2)

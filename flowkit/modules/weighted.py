@@ -9,7 +9,8 @@ from flowkit.couplings import Gibbs
 from flowkit.gibbs import Debias, Normalize
 from flowkit.guidance import DropCond
 from flowkit.losses import flow_matching_loss
-from flowkit.modules.flow import ADAMW, FlowModule, MakeOptimizer, MakeScheduler
+from flowkit.modules.flow import FlowModule
+from flowkit.modules.resume import ADAMW, MakeOptimizer, MakeScheduler
 from flowkit.paths import Linear, Path
 from flowkit.times import Times, Uniform
 from flowkit.types import Batch, Velocity

@@ -7,9 +7,9 @@ against torchcfm 1.0.7 on 2 CPU cores, at batch 64, 128, 256, 512, 1024, 2048:
     784 dimensions    0.48  0.46  0.35  0.27  0.20  0.25
     3072 dimensions   0.49  0.50  0.45  0.40  0.33  0.37
 
-The smallest batches are at the bound, and miss it in some runs (by up to 0.1 where other work shares
-the cores): in the plane half of their half a millisecond goes to the search and the rest to a dozen
-calls, in 3072 dimensions two thirds to one product of matrices.
+The smallest batches are at the bound, and miss it in some runs (by up to 0.1 where other work
+shares the cores): in the plane half of their half a millisecond goes to the search and the rest to
+a dozen calls, in 3072 dimensions two thirds to one product of matrices.
 """
 
 import time

@@ -335,6 +335,18 @@ def test_rows_of_the_tables_have_equal_active_size(name, configure, tmp_path):
     assert active["M1-SFG"] == active["M6-SFG"]
 
 
+def test_training_all_blocks_on_leaves_the_feature_residual_and_the_edges():
+    stored = {"_target_": "x", "edges": 3, "residual_depth": 1, "feature_mode": "fra"}
+    options = {"stage": "flow", "segments": None, "edges": None, "equal_burden": False}
+    left = network(stored, OmegaConf.create(options))
+    assert left == {**stored, "residual_depth": None, "feature_mode": "full"}
+    one = network(stored, OmegaConf.create({**options, "segments": [1]}))
+    assert one == stored  # the trunk stays, and what follows it
+    for given in ({"edges": 4}, {"equal_burden": True}):
+        with pytest.raises(ValueError, match="edges must be left to the run, which has blocks"):
+            network(stored, OmegaConf.create({**options, **given}))
+
+
 def test_the_published_size_is_a_named_configuration(configure, tmp_path):
     """Parameters with and without the projector, within 0.1 %; FLOPs: with the network."""
     cfg = configure("train", "experiment=imagenet_blockwise_xl2", f"run_dir={tmp_path}")
@@ -348,7 +360,8 @@ def test_the_published_size_is_a_named_configuration(configure, tmp_path):
     assert (cfg.optimizer.lr, cfg.callback.ema.decay, cfg.batch_size) == (1e-4, 0.9999, 1536)
     # the second stage's, by the configuration that `flowkit blockwise` makes
     stored = OmegaConf.to_container(cfg.module.velocity, resolve=True)
-    second = network(stored, OmegaConf.create({"stage": "fra", "residual_depth": 4}))
+    options = {"stage": "fra", "residual_depth": 4, "edges": None, "equal_burden": False}
+    second = network(stored, OmegaConf.create(options))
     with torch.device("meta"):
         flow = instantiate(second)
         x, cond = torch.zeros(1, 4, 32, 32), torch.zeros(1, dtype=torch.long)

@@ -118,6 +118,28 @@ def test_autoencoder_goes_on_from_its_checkpoint(network, tmp_path):
     assert KLAutoencoder.from_pretrained(folder).hash != KLAutoencoder.from_pretrained(network).hash
 
 
+def test_a_resumed_autoencoder_is_the_uninterrupted_one(network, tmp_path):
+    """The same posterior noise and learning rates, of a schedule that is stretched."""
+    whole = _autoencoder(tmp_path / "whole", "lr_scheduler=null", "trainer.max_steps=6")
+    half = _autoencoder(tmp_path / "half", "lr_scheduler=null", "trainer.max_steps=4")
+    rest = _autoencoder(
+        tmp_path / "rest", "lr_scheduler=null", "trainer.max_steps=6", f"resume={half}"
+    )
+    assert _state(rest) == _state(whole)
+    stretched = _autoencoder(tmp_path / "on", "trainer.max_steps=8", f"resume={network}")
+    schedule = torch.load(stretched / "checkpoints/last.ckpt", weights_only=True)["lr_schedulers"]
+    assert schedule[0]["T_max"] == 8
+    assert schedule[0]["_last_lr"][0] < 1e-9
+    with pytest.raises(ValueError, match=r"trainer.max_steps must exceed the steps already made"):
+        _autoencoder(tmp_path / "end", "trainer.max_steps=4", f"resume={network}")
+
+
+def _state(folder):
+    file = folder / "checkpoints/last.ckpt"
+    state = torch.load(file, weights_only=True)["state_dict"]
+    return {name: value.tolist() for name, value in state.items()}
+
+
 def test_autoencoder_is_not_overwritten(network):
     with pytest.raises(FileExistsError, match=r"hydra.run.dir must hold no autoencoder, got"):
         _autoencoder(network)

@@ -57,6 +57,11 @@ def test_predictions_are_the_modules_own_on_the_whole_test_split(class_run, conf
     assert (record["sampling"]["nfe"], record["sampling"]["network_rows_per_image"]) == (1, 1)
     assert json.loads((tmp_path / "predicted.json").read_text()) == record
     assert (tmp_path / "predicted.png").is_file()
+    # left out where they are not wanted, but measured
+    options = [f"run={class_run}", f"out={tmp_path / 'few'}", "probabilities=false"]
+    few = predict(configure("predict", *options))
+    assert "probabilities" not in torch.load(tmp_path / "few/predicted.pt", weights_only=True)
+    assert few["metrics"] == pytest.approx(record["metrics"], rel=1e-4)
 
 
 def test_the_same_command_gives_the_same_numbers(class_run, configure, tmp_path):
