@@ -120,11 +120,9 @@ def test_autoencoder_goes_on_from_its_checkpoint(network, tmp_path):
 
 def test_a_resumed_autoencoder_is_the_uninterrupted_one(network, tmp_path):
     """The same posterior noise and learning rates, of a schedule that is stretched."""
-    whole = _autoencoder(tmp_path / "whole", "lr_scheduler=null", "trainer.max_steps=6")
-    half = _autoencoder(tmp_path / "half", "lr_scheduler=null", "trainer.max_steps=4")
-    rest = _autoencoder(
-        tmp_path / "rest", "lr_scheduler=null", "trainer.max_steps=6", f"resume={half}"
-    )
+    whole = _autoencoder(tmp_path / "whole", "trainer.max_steps=6")
+    half = _autoencoder(tmp_path / "half", "trainer.max_steps=4", "lr_scheduler.T_max=6")
+    rest = _autoencoder(tmp_path / "rest", "trainer.max_steps=6", f"resume={half}")
     assert _state(rest) == _state(whole)
     stretched = _autoencoder(tmp_path / "on", "trainer.max_steps=8", f"resume={network}")
     schedule = torch.load(stretched / "checkpoints/last.ckpt", weights_only=True)["lr_schedulers"]
