@@ -25,6 +25,7 @@ from hydra import compose
 from omegaconf import DictConfig, open_dict
 from tqdm import tqdm
 
+from flowkit.checks import check_at_least
 from flowkit.recipes.evaluate import evaluate
 from flowkit.recipes.train import train
 
@@ -39,6 +40,8 @@ def compare(cfg: DictConfig) -> list[Row]:
         and the ``seconds`` of training.
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for name in ("seeds", "problems", "couplings"):
+        check_at_least(len(cfg[name]), 1, f"number of {name}")
     out, rows = Path(cfg.out), []
     # Seeds change last, so that a table that is stopped is complete in those it has.
     cells = list(product(cfg.seeds, cfg.problems, cfg.couplings))
@@ -98,7 +101,9 @@ def write_table(rows: list[Row], out: Path, metrics: Iterable[str] | None = None
     Raises:
         ValueError: If a metric is not among the numbers.
     """
-    known = [key for key in rows[0] if key not in ("problem", "coupling", "seed")]
+    # Points and images have other numbers; a cell without one stays empty.
+    keys = dict.fromkeys(key for row in rows for key in row)
+    known = [key for key in keys if key not in ("problem", "coupling", "seed")]
     columns = known if metrics is None else list(metrics)
     if unknown := [name for name in columns if name not in known]:
         raise ValueError(f"metrics must be among {', '.join(known)}, got {', '.join(unknown)}")
@@ -109,7 +114,11 @@ def write_table(rows: list[Row], out: Path, metrics: Iterable[str] | None = None
     for (problem, coupling), group in groups.items():
         record, cells = {"problem": problem, "coupling": coupling, "seeds": len(group)}, []
         for name in columns:
-            values = [row[name] for row in group]
+            values = [row[name] for row in group if name in row]
+            if not values:
+                record[f"{name}_mean"] = record[f"{name}_std"] = None
+                cells.append("")
+                continue
             record[f"{name}_mean"] = mean = fmean(values)
             # The deviation of the population from its sample; of one seed there is none.
             record[f"{name}_std"] = std = stdev(values) if len(values) > 1 else None
@@ -142,12 +151,12 @@ def _plot(rows: list[Row], columns: list[str], file: Path) -> None:
             shown = []
             for k, coupling in enumerate(couplings):
                 mine = [r for r in rows if (r["problem"], r["coupling"]) == (problem, coupling)]
-                values = [r[name] for r in mine]
+                values = [r[name] for r in mine if name in r]
                 axes.plot(values, [k] * len(values), "o", color="C0", alpha=0.5, ms=4)
                 if values:
                     axes.plot(fmean(values), k, "|", color="C1", ms=13, mew=2.5)
                 shown += values
-            if min(shown) > 0 and max(shown) > 8 * min(shown):
+            if shown and min(shown) > 0 and max(shown) > 8 * min(shown):
                 axes.set_xscale("log")
                 subs = (1, 2, 5) if max(shown) < 100 * min(shown) else (1,)
                 axes.xaxis.set_major_locator(LogLocator(subs=subs))

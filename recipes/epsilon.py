@@ -14,6 +14,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from flowkit.assignment import cost_matrix
+from flowkit.checks import check_at_least
 from flowkit.couplings import EpsilonChoice, suggest_epsilon
 from flowkit.data import SplitData
 from flowkit.epsilon import variance_components
@@ -26,6 +27,7 @@ def epsilon(cfg: DictConfig) -> EpsilonChoice:
     data.setup()
     generator = torch.Generator().manual_seed(cfg.seed)
     order = torch.randperm(len(data.train), generator=generator)[: cfg.num_samples]
+    check_at_least(len(order), 2, "num_samples")
     batch = data.train[order]
     x1 = instantiate(cfg.autoencoder).encode(batch["x1"])
     x0 = batch.get("x0")
@@ -42,7 +44,8 @@ def epsilon(cfg: DictConfig) -> EpsilonChoice:
     record = {
         "epsilon": choice.epsilon,
         "interaction": share,
-        **{key: cfg[key] for key in ("cost", "target", "value", "num_samples", "seed")},
+        **{key: cfg[key] for key in ("cost", "target", "value", "seed")},
+        "num_samples": len(x1),
         "data": {"name": type(data).__name__, "train": data.fingerprint("train")},
         **curves,
     }

@@ -26,6 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from flowkit import grids
+from flowkit.checks import check_at_least
 from flowkit.data import SplitData
 from flowkit.metrics import tensor_hash, versions
 from flowkit.metrics.pictures import save_picture
@@ -71,6 +72,8 @@ def sample(cfg: DictConfig) -> Tensor:
             **cost,
             **source,
             "conditions": None if cond is None else chosen,
+            "labels": None if cfg.labels is None else list(cfg.labels),
+            "cond": hash_of(cond),
         },
         "versions": versions(),
     }
@@ -164,7 +167,10 @@ def start(
 
     Raises:
         RuntimeError: If the run has not seen a batch.
+        ValueError: If a number of samples is not positive.
     """
+    for name, number in (("num_samples", num_samples), ("batch_size", cfg.batch_size)):
+        check_at_least(number, 1, name)
     if module.sample_shape is None:
         raise RuntimeError("run must have trained at least one step, got no sample shape")
     record = {"num_samples": num_samples, "batch_size": cfg.batch_size}
@@ -201,7 +207,7 @@ class _Noise(Sequence):
 def make_sampler(cfg: DictConfig, module: FlowModule, guidance: float | None) -> ODESampler:
     """Build a sampler; a grid from a file that was made for something else is warned about."""
     sampler = instantiate(cfg)
-    if file := OmegaConf.select(cfg, "grid.file"):
+    if OmegaConf.is_dict(cfg.grid) and (file := cfg.grid.get("file")):
         used = {
             "model_hash": weights(module)["hash"],
             "method": sampler.method,

@@ -19,6 +19,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import instantiate
 from lightning import Trainer, seed_everything
+from lightning.pytorch.callbacks import WeightAveraging
 from omegaconf import DictConfig, OmegaConf
 
 from flowkit.modules import FlowModule
@@ -32,7 +33,7 @@ from flowkit.modules.runs import (
     read_config,
     restore,
 )
-from flowkit.modules.sharding import shard_if_asked
+from flowkit.modules.sharding import even_validation, shard_if_asked
 from flowkit.recipes._parts import say
 
 UNRESOLVED = "unresolved.yaml"  # the configuration with its references, for `resume` to change
@@ -64,13 +65,20 @@ def train(cfg: DictConfig) -> FlowModule:
     module = _module(cfg, data)
     if checkpoint is not None and state is not None:
         restore(module, state, checkpoint)  # refuses another model, before anything is written
+    averaged = state is not None and "current_model_state" in state
     del state
 
     callbacks = _parts(cfg.callback)
+    if averaged and not any(isinstance(callback, WeightAveraging) for callback in callbacks):
+        raise ValueError(
+            "callback.ema must stay for a run that averages its weights, got none; the weights "
+            "themselves would be lost"
+        )
     if cfg.trainer.enable_progress_bar:
         callbacks.append(StepProgress())
     trainer: Trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=_parts(cfg.logger))
     shard_if_asked(module, trainer)
+    even_validation(trainer, data)
     if trainer.is_global_zero:
         _write(folder, {CONFIG: OmegaConf.to_yaml(cfg, resolve=True), UNRESOLVED: composed})
     trainer.fit(module, data, ckpt_path=checkpoint, weights_only=checkpoint and True)
@@ -99,6 +107,8 @@ def _module(cfg: DictConfig, data: Any) -> FlowModule:
     null = {} if drop_cond is None else drop_cond.get("null")
     if null is None or (OmegaConf.is_dict(null) and None in null.values()):
         cfg.module.drop_cond = None  # no labels, no null label
+    if data.coupling is not None and "coupling" in cfg.module:
+        cfg.module.coupling = {"_target_": "flowkit.couplings.Independent"}  # the loader pairs
     if "mixed" in str(cfg.trainer.precision) and "fused" in cfg.optimizer:
         cfg.optimizer.fused = False  # Lightning clips no gradients of a fused one there
     module = instantiate(cfg.module, autoencoder=autoencoder)
@@ -183,6 +193,11 @@ def resumed(cfg: DictConfig, overrides: list[str]) -> DictConfig:
     if not (folder / UNRESOLVED).is_file():
         raise FileNotFoundError(f"resume must be a run folder with {UNRESOLVED}, got {folder}")
     stored = cast(DictConfig, OmegaConf.load(folder / UNRESOLVED))
+    if missing := set(cfg) - set(stored):
+        raise ValueError(
+            f"resume must be a run of the same recipe, got {folder}, which knows no "
+            f"{', '.join(sorted(missing))}"
+        )
     OmegaConf.set_struct(stored, True)
     for override in OverridesParser.create().parse_overrides(overrides):
         key = override.key_or_group

@@ -71,6 +71,10 @@ def test_damaged_files_are_named(tmp_path):
     file.write_bytes(b"\x00\x00\x0d" + whole[3:])
     with pytest.raises(ValueError, match=r"t10k-images.* must be an IDX file of unsigned bytes"):
         IDX(tmp_path).setup()
+    for content in (gzip.compress(whole)[:-9], whole):
+        (tmp_path / "x.gz").write_bytes(content)
+        with pytest.raises(ValueError, match=r"x\.gz must be a whole gzip file, got"):
+            read_idx(tmp_path / "x.gz")
     file.write_bytes(b"")
     with pytest.raises(ValueError, match=r"t10k-images.* must be an IDX file of unsigned bytes"):
         IDX(tmp_path).setup()

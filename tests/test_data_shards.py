@@ -112,6 +112,10 @@ def test_the_index_is_written_once_and_follows_the_files(root, monkeypatch):
     again = opened(root)
     assert again.num_classes == 3
     assert again.fingerprint("train") != first
+    # made anew, of the same size
+    write(root / "part-9.tar", {"x.png": png(200), "x.cls": b"5"})
+    assert opened(root).num_classes == 6
+    write(root / "part-9.tar", {"x.png": png(200), "x.cls": b"2"})
     (root / INDEX).write_bytes(b"damaged")
     assert opened(root).fingerprint("train") == again.fingerprint("train")
 

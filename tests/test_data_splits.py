@@ -51,6 +51,8 @@ def test_fractions_out_of_range_are_refused(fractions):
 def test_too_few_samples_are_refused():
     with pytest.raises(ValueError, match="number of samples must be at least 3, got 2"):
         partition(2, [0.1, 0.1], 0)
+    with pytest.raises(ValueError, match="fractions of the splits must leave samples for training"):
+        partition(20, [0.5, 0.49], 0)
 
 
 class Numbers(SplitData):

@@ -3,6 +3,7 @@
 import gzip
 import math
 import struct
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,10 @@ def read_idx(file: str | Path) -> Tensor:
     file = Path(file)
     data = file.read_bytes()
     if file.suffix == ".gz":
-        data = gzip.decompress(data)
+        try:
+            data = gzip.decompress(data)
+        except (EOFError, OSError, zlib.error) as error:
+            raise ValueError(f"{file} must be a whole gzip file, got {error}") from error
     if data[:3] != b"\x00\x00\x08" or len(data) < 4 + 4 * data[3]:
         raise ValueError(f"{file} must be an IDX file of unsigned bytes, got header {data[:4]!r}")
     start = 4 + 4 * data[3]

@@ -90,11 +90,13 @@ class Tars:
         return shuffled[group[shuffled].argsort(stable=True)]
 
     def fingerprint(self) -> str:
-        """Return a SHA-256 of the format, the files' names and sizes, and the split's rows."""
+        """Return a SHA-256 of the format, the files' names and sizes, and the split's samples."""
         digest = hashlib.sha256(f"{self.image_size} {self.channels}\n".encode())
         for file in self.files:
             digest.update(f"{file.name} {file.stat().st_size}\n".encode())
         digest.update(self.rows.numpy().tobytes())
+        for name in sorted(self.columns):
+            digest.update(self.columns[name][self.rows].numpy().tobytes())
         return digest.hexdigest()
 
 
@@ -175,7 +177,9 @@ def read_index(root: Path, files: Sequence[Path]) -> dict[str, Tensor]:
     Returns:
         ``shard``, ``offset``, ``size`` and perhaps ``label`` ``(N,)``, see `Tars`.
     """
-    found = "\n".join(f"{file.name} {file.stat().st_size}" for file in files)
+    # With the time of writing: a file made anew may be as large as before.
+    states = [(file.name, file.stat()) for file in files]
+    found = "\n".join(f"{name} {state.st_size} {state.st_mtime_ns}" for name, state in states)
     digest, index = hashlib.sha256(found.encode()).hexdigest(), root / INDEX
     with suppress(FileNotFoundError, SafetensorError), safe_open(index, framework="pt") as stored:
         if (stored.metadata() or {}).get("files") == digest:

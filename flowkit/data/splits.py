@@ -52,6 +52,10 @@ def partition(
         places = ((torch.arange(count, dtype=torch.float64) + 0.5) * len(left) / count).long()
         owner[left[places]] = part
         left = left[owner[left] == 0]
+    if not len(left):
+        raise ValueError(
+            f"fractions of the splits must leave samples for training, got {fractions} of {size}"
+        )
     return [shuffled[owner[shuffled] == part] for part in range(len(fractions) + 1)]
 
 

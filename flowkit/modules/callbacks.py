@@ -93,6 +93,10 @@ class LastCheckpoint(Checkpoint):
         self.folder, self.every_n_steps = Path(folder), every_n_steps
         self.saved_step = 0
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The step of a resumed run is saved; it must not be again amid gradients of the next."""
+        self.saved_step = trainer.global_step
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:

@@ -26,11 +26,15 @@ def load_run(folder: str | Path, checkpoint: str | Path | None = None) -> FlowMo
 
     Raises:
         FileNotFoundError: If the folder is not a run or has no checkpoint yet.
+        ValueError: If the run is of something else than a flow.
         RuntimeError: If the checkpoint is damaged or of another model, naming the file.
         ImportError: If a class of the configuration cannot be imported from here.
     """
     folder = Path(folder)
-    module = build(read_config(folder)["module"])
+    config = read_config(folder)
+    if "module" not in config:
+        raise ValueError(f"run must be a flow that `flowkit train` wrote, got {folder}")
+    module = build(config["module"])
     file = folder / CHECKPOINT if checkpoint is None else Path(checkpoint)
     restore(module, read_checkpoint(file), file)
     return module.eval().requires_grad_(False)

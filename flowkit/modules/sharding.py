@@ -1,5 +1,6 @@
 """Networks that are too large for one device: parameters sharded over all of them (FSDP2)."""
 
+import math
 from collections.abc import Iterator
 from functools import partial
 from typing import Any, cast
@@ -9,6 +10,7 @@ from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 
+from flowkit.data.splits import SplitData
 from flowkit.modules.flow import FlowModule
 
 
@@ -50,6 +52,19 @@ def shard_if_asked(module: FlowModule, trainer: Trainer) -> None:
         )
     # On the instance, since Lightning treats every class that overrides the hook as sharded.
     module.configure_model = partial(_shard, module)  # type: ignore[method-assign]
+
+
+def even_validation(trainer: Trainer, data: SplitData) -> None:
+    """Have all ranks validate on equally many batches, if the trainer shards the network.
+
+    Each call of a sharded network needs every rank: one that had a batch more would wait for ever.
+    """
+    if not isinstance(trainer.strategy, FullySharded):
+        return
+    fewest = math.ceil(len(data.val) // trainer.world_size / data.batch_size)
+    limit = trainer.limit_val_batches
+    even = int(limit * fewest) if isinstance(limit, float) else min(limit, fewest)
+    trainer.limit_val_batches = even
 
 
 def _shard(module: FlowModule) -> None:

@@ -137,6 +137,19 @@ def test_metrics_choose_the_columns(tmp_path):
         write_table(ROWS, tmp_path, ["energy", "speed"])
 
 
+def test_numbers_of_some_cells_only_leave_the_others_empty(tmp_path):
+    image = {"problem": "q", "coupling": "a", "seed": 0, "distance": 2.0}
+    write_table([*ROWS, image], tmp_path, ["w2", "distance"])
+    lines = (tmp_path / "table.md").read_text().splitlines()
+    assert lines[2:] == [
+        "| p | a | 2 | 1.500 ± 0.707 |  |",
+        "| p | b | 1 | 4.000 |  |",
+        "| q | a | 1 |  | 2.000 |",
+    ]
+    with (tmp_path / "table.csv").open() as file:
+        assert [row["distance_mean"] for row in csv.DictReader(file)] == ["", "", "2.0"]
+
+
 @pytest.mark.filterwarnings("ignore:MinibatchOT ignores cond")
 @pytest.mark.parametrize("experiment", ["toy_table", "toy_table_conditional"])
 def test_every_cell_of_a_preset_trains_what_it_says(experiment, configured, tmp_path):

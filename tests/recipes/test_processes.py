@@ -3,6 +3,7 @@
 import os
 import warnings
 from functools import partial
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -18,7 +19,7 @@ from torch.utils.data import DataLoader
 from flowkit.couplings import MinibatchOT, Sinkhorn
 from flowkit.losses import flow_matching_loss
 from flowkit.modules import ConditionalFlowMatching
-from flowkit.modules.sharding import FullySharded, shard_if_asked
+from flowkit.modules.sharding import FullySharded, even_validation, shard_if_asked
 from flowkit.nn import DiT, ResidualMLP
 from flowkit.ranks import place
 from flowkit.recipes.evaluate import evaluate
@@ -243,3 +244,11 @@ def test_evaluation_is_that_of_one_process(found):
     assert ours == expected
     assert second["recipes"]["record"] == {}
     assert first["recipes"]["left"] == alone["recipes"]["left"] == []
+
+
+@pytest.mark.parametrize(("limit", "even"), [(1.0, 1), (5, 1), (0, 0)])
+def test_sharded_ranks_validate_on_equally_many_batches(limit, even):
+    """Of 181 rows in batches of 90 the first of two ranks has two, the other one."""
+    trainer = SimpleNamespace(strategy=FullySharded(), world_size=2, limit_val_batches=limit)
+    even_validation(trainer, SimpleNamespace(val=range(181), batch_size=90))
+    assert trainer.limit_val_batches == even

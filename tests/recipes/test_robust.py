@@ -4,11 +4,13 @@ import multiprocessing
 import os
 import resource
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from flowkit.modules.callbacks import LastCheckpoint
 from flowkit.modules.runs import read_checkpoint
 from flowkit.recipes.train import resumed, train
 from tests.recipes.conftest import TINY
@@ -79,6 +81,15 @@ def test_a_killed_process_is_resumed_exactly(configure, tmp_path, whole, when):
     assert _state(tmp_path)["global_step"] == 5
     train(resumed(configure("train", f"resume={tmp_path}"), ["callback.kill=null"]))
     assert_same(tmp_path, whole)
+
+
+def test_a_resumed_step_is_not_saved_again_amid_gradients_of_the_next(tmp_path):
+    saved = []
+    trainer = SimpleNamespace(global_step=4, max_steps=8, save_checkpoint=saved.append)
+    callback = LastCheckpoint(tmp_path, 2)
+    callback.on_train_start(trainer, None)
+    callback.on_train_batch_end(trainer, None, None, None, 0)
+    assert not saved
 
 
 class NoRoom(Callback):

@@ -1,6 +1,7 @@
 """Samples and measurements of a run."""
 
 import json
+import time
 
 import hypothesis.strategies as st
 import pytest
@@ -13,10 +14,11 @@ from flowkit.data.arrays import Arrays
 from flowkit.data.splits import SplitData
 from flowkit.metrics import Pixels, tensor_hash
 from flowkit.modules import FlowModule, load_run
-from flowkit.recipes._parts import Parts
+from flowkit.recipes._parts import Parts, draw_parts
 from flowkit.recipes.evaluate import evaluate, features_for, picture_rows, proportional_rows
 from flowkit.recipes.sample import choose_labels, sample
 from flowkit.recipes.train import train
+from flowkit.sampling import ODESampler
 from tests.recipes.conftest import TINY
 
 EVALUATE = ["num_samples=40", "sampler.grid=2", "metric=pixels"]
@@ -56,6 +58,26 @@ def test_sample_writes_what_it_drew(tiny_run, configure, tmp_path):
     assert record["weights"] == {"kind": "averaged", "step": 20, "hash": held}
     expected = load_run(tiny_run).sample(5, cond=stored["cond"], seeds=range(5))
     torch.testing.assert_close(drawn, expected)
+    # other labels are another drawing, beside which this one is kept; a grid may be given as times
+    options = [f"run={tiny_run}", f"out={tmp_path}", "num_samples=5", "sampler.grid=[0,0.3,1]"]
+    sample(configure("sample", *options, "labels=[3]"))
+    sample(configure("sample", *options, "labels=[8]"))
+    kept = [json.loads(file.read_text())["sampling"] for file in tmp_path.glob("samples*.json")]
+    assert sorted(map(str, (drawing["labels"] for drawing in kept))) == ["[3, 8]", "[3]", "[8]"]
+    for name in ("num_samples", "batch_size"):
+        with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+            sample(configure("sample", *options, f"{name}=0"))
+
+
+def test_seconds_are_of_sampling_alone(tiny_run):
+    module, x0 = load_run(tiny_run), [torch.randn(2, 1, 8, 8)]
+
+    def slow(samples):
+        time.sleep(0.5)
+        return {"samples": samples}
+
+    cond = torch.tensor([0, 1])
+    assert draw_parts(module, x0, cond, ODESampler(2), None, slow)[1]["seconds"] < 0.4
 
 
 def test_labels_out_of_range_are_refused():

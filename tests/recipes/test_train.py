@@ -166,6 +166,11 @@ def test_what_cannot_go_on_is_left_untouched(tiny_run, configure, tmp_path):
         train(configure("train", *TINY, f"run_dir={run}"))
     assert _contents(run) == before
 
+    # Without averaging, the averaged weights would take the place of the trained ones.
+    with pytest.raises(ValueError, match=r"callback\.ema must stay for a run that averages"):
+        train(resumed(cfg, ["trainer.max_steps=40", "callback.ema=null"]))
+    assert _contents(run) == before
+
     # Another model is refused before the folder is made.
     checkpoint, other = run / "checkpoints" / "last.ckpt", tmp_path / "other"
     options = [*TINY, f"resume={checkpoint}", f"run_dir={other}", "trainer.max_steps=30"]
