@@ -78,7 +78,7 @@ def train(cfg: DictConfig) -> FlowModule:
         callbacks.append(StepProgress())
     trainer: Trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=_parts(cfg.logger))
     shard_if_asked(module, trainer)
-    even_validation(trainer, data)
+    even_validation(trainer, len(data.val), data.batch_size)
     if trainer.is_global_zero:
         _write(folder, {CONFIG: OmegaConf.to_yaml(cfg, resolve=True), UNRESOLVED: composed})
     trainer.fit(module, data, ckpt_path=checkpoint, weights_only=checkpoint and True)

@@ -10,7 +10,6 @@ from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 
-from flowkit.data.splits import SplitData
 from flowkit.modules.flow import FlowModule
 
 
@@ -54,14 +53,14 @@ def shard_if_asked(module: FlowModule, trainer: Trainer) -> None:
     module.configure_model = partial(_shard, module)  # type: ignore[method-assign]
 
 
-def even_validation(trainer: Trainer, data: SplitData) -> None:
+def even_validation(trainer: Trainer, num_samples: int, batch_size: int) -> None:
     """Have all ranks validate on equally many batches, if the trainer shards the network.
 
     Each call of a sharded network needs every rank: one that had a batch more would wait for ever.
     """
     if not isinstance(trainer.strategy, FullySharded):
         return
-    fewest = math.ceil(len(data.val) // trainer.world_size / data.batch_size)
+    fewest = math.ceil(num_samples // trainer.world_size / batch_size)
     limit = trainer.limit_val_batches
     even = int(limit * fewest) if isinstance(limit, float) else min(limit, fewest)
     trainer.limit_val_batches = even

@@ -250,5 +250,5 @@ def test_evaluation_is_that_of_one_process(found):
 def test_sharded_ranks_validate_on_equally_many_batches(limit, even):
     """Of 181 rows in batches of 90 the first of two ranks has two, the other one."""
     trainer = SimpleNamespace(strategy=FullySharded(), world_size=2, limit_val_batches=limit)
-    even_validation(trainer, SimpleNamespace(val=range(181), batch_size=90))
+    even_validation(trainer, 181, 90)
     assert trainer.limit_val_batches == even
