@@ -78,7 +78,7 @@ def check_folders(overrides: list[str]) -> None:
 
     Raises:
         FileNotFoundError: If ``run`` or ``resume`` names nothing.
-        PermissionError: If ``hydra.run.dir`` can be neither written nor made.
+        PermissionError: If ``hydra.run.dir`` or ``out`` can be neither written nor made.
     """
     for override in overrides:
         key, _, value = override.partition("=")
@@ -86,7 +86,7 @@ def check_folders(overrides: list[str]) -> None:
         plain = path not in ("", "null") and not set(path) & set(",[$")  # no list, no reference
         if key in ("run", "resume") and plain and not Path(path).exists():
             raise FileNotFoundError(f"{key} must be a run folder, got {path}; there is none")
-        if key == "hydra.run.dir" and plain:
+        if key in ("hydra.run.dir", "out") and plain:
             made = next(p for p in (Path(path), *Path(path).absolute().parents) if p.exists())
             if not (made.is_dir() and os.access(made, os.W_OK | os.X_OK)):
                 raise PermissionError(f"{key} must be a writable folder, got {path}")

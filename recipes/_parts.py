@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from flowkit.checks import check_at_least
 from flowkit.metrics import tensor_hash
 from flowkit.modules import FlowModule
 from flowkit.nn.blockwise import Blockwise
@@ -30,16 +32,34 @@ Columns = dict[str, Tensor]
 say = rank_zero_only(print)  # once, whatever the number of processes
 
 
+def quiet() -> None:
+    """Leave out what Lightning warns about in its own code: a user can do nothing about it."""
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
+
+
 def launch(cfg: DictConfig) -> Fabric:
     """Start ``devices`` processes on each of ``num_nodes`` machines, of which this is the first.
 
     Under torchrun or SLURM they have been started already. One process is left alone.
+
+    Raises:
+        ValueError: If this machine has no such device.
     """
-    device, several = torch.device(cfg.device), cfg.devices * cfg.num_nodes > 1
-    if several and device.index is not None:
+    check_at_least(cfg.devices, 1, "devices")
+    check_at_least(cfg.num_nodes, 1, "num_nodes")
+    several = cfg.devices * cfg.num_nodes > 1
+    try:
+        device = torch.device(cfg.device)
+        if several and device.index is not None:
+            raise ValueError(
+                f"device must be a kind of device with devices={cfg.devices}, got {cfg.device}"
+            )
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
         raise ValueError(
-            f"device must be a kind of device with devices={cfg.devices}, got {cfg.device}"
-        )
+            f"device must be one of this machine's, such as cpu, got {cfg.device}: {reason}"
+        ) from error
     fabric = Fabric(
         accelerator=device.type,
         devices=cfg.devices if device.index is None else [device.index],

@@ -10,7 +10,6 @@ The folder is read by diffusers' ``AutoencoderKL.from_pretrained`` and by ``flow
 
 import json
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +29,13 @@ from flowkit.metrics.pictures import save_picture
 from flowkit.modules.autoencoding import Autoencoding, FeatureError
 from flowkit.modules.callbacks import LastCheckpoint, StepProgress
 from flowkit.modules.runs import CHECKPOINT, CONFIG
+from flowkit.recipes._parts import quiet
 from flowkit.recipes.train import UNRESOLVED, find_checkpoint, resumed, unfinished
 
 
 def autoencoder(cfg: DictConfig) -> KLAutoencoder:
     """Train as configured; writes the network with its scale, ``metrics.json`` and a picture."""
+    quiet()
     began, folder = time.perf_counter(), Path(cfg.run_dir)
     composed = OmegaConf.to_yaml(cfg)  # now, since building parts resolves their references
     checkpoint = None if cfg.resume is None else find_checkpoint(Path(cfg.resume))
@@ -167,8 +168,6 @@ def classifier_error(data: SplitData, metric: Any) -> FeatureError:
 @hydra.main(version_base="1.3", config_path="../conf", config_name="autoencoder")
 def main(cfg: DictConfig) -> None:
     """Entry point of ``flowkit autoencoder``."""
-    # Lightning's own use of an old name of torch's; nothing that a user could do about it.
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
     if cfg.resume is not None and Path(cfg.resume).is_dir():
         cfg = resumed(cfg, list(HydraConfig.get().overrides.task))
     autoencoder(cfg)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import hydra
 import torch
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from flowkit import grids
@@ -58,7 +58,14 @@ def report(cfg: DictConfig) -> list[Row]:
     trained, module = read_config(run), loaded(cfg, fabric.device)
     guidance = trained["guidance"] if cfg.guidance is None else cfg.guidance
     module.guided(guidance)
+    if not OmegaConf.is_list(cfg.nfe):
+        raise TypeError(f"nfe must be a list of numbers, such as [4, 8], got {cfg.nfe}")
     cells = list(_cells(cfg))
+    if not cells:
+        raise ValueError(
+            f"nfe must hold a number that a solver can spend, got {list(cfg.nfe)} for "
+            f"{', '.join(cfg.solvers)}"
+        )
     data = test_data(trained)
     test = data.test[:]
     with fabric.rank_zero_first():

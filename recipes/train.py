@@ -9,7 +9,6 @@ flowkit train trainer=ddp                          on all devices of this machin
 """
 
 import os
-import warnings
 from pathlib import Path
 from typing import Any, cast
 
@@ -34,7 +33,7 @@ from flowkit.modules.runs import (
     restore,
 )
 from flowkit.modules.sharding import even_validation, shard_if_asked
-from flowkit.recipes._parts import say
+from flowkit.recipes._parts import quiet, say
 
 UNRESOLVED = "unresolved.yaml"  # the configuration with its references, for `resume` to change
 CHANGEABLE = ("trainer.", "callback.", "logger.", "optimizer.", "lr_scheduler.")
@@ -49,8 +48,7 @@ OmegaConf.register_new_resolver(
 
 def train(cfg: DictConfig) -> FlowModule:
     """Train as configured; the run folder then holds all that `load_run` and recipes need."""
-    # Lightning's own use of an old name of torch's; nothing that a user could do about it.
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
+    quiet()
     _follow_start(cfg)
     composed = OmegaConf.to_yaml(cfg)  # now, since building parts resolves their references
     folder = Path(cfg.run_dir)

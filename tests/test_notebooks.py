@@ -32,6 +32,8 @@ def test_notebook_runs(file, tmp_path, monkeypatch):
         resources={"metadata": {"path": str(tmp_path)}},
     )
     client.execute()  # raises with the cell and its traceback
+    code = [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
 
 
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)

@@ -76,6 +76,8 @@ class SampleGrid(Callback):
 class LastCheckpoint(Checkpoint):
     """Keep ``<folder>/last.ckpt``, written every few steps and at the last one.
 
+    The last one may come early, by ``trainer.max_time`` say.
+
     The file is replaced in one move, and only by one that has reached the disk: whenever a process
     or machine dies, it holds the last checkpoint that was finished. It then also replaces what
     Lightning saved on a SLURM cluster's signal.
@@ -102,7 +104,8 @@ class LastCheckpoint(Checkpoint):
     ) -> None:
         """Save if a step has come that asks for it."""
         step = trainer.global_step
-        if step == self.saved_step or (step % self.every_n_steps and step != trainer.max_steps):
+        last_one = step == trainer.max_steps or trainer.should_stop
+        if step == self.saved_step or (step % self.every_n_steps and not last_one):
             return
         self.saved_step = step
         partial, last = self.folder / "last.ckpt.partial", self.folder / "last.ckpt"

@@ -171,9 +171,14 @@ class FlowModule(ExactResume):
         """Return the module's velocity under guidance; see `sample`.
 
         Raises:
+            TypeError: If guidance is neither a number nor a function.
             ValueError: If a scale other than 1 is asked of a module trained without dropped
                 conditions.
         """
+        if not (guidance is None or callable(guidance) or isinstance(guidance, int | float)):
+            raise TypeError(
+                f"guidance must be a number, a function of the velocity or None, got {guidance!r}"
+            )
         if guidance is None or guidance == 1:
             return self.velocity
         if callable(guidance):

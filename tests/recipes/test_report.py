@@ -73,3 +73,22 @@ def test_points_are_measured_by_w2_on_grids_of_a_folder(configure, tmp_path):
 def test_a_feature_mode_is_of_blockwise_runs_alone(tiny_run, configure):
     with pytest.raises(ValueError, match="feature_mode must be null for a run without blocks"):
         report(configure("report", f"run={tiny_run}", "feature_mode=cached"))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        (["nfe=4"], TypeError, r"nfe must be a list of numbers, such as \[4, 8\], got 4"),
+        (
+            ["solvers=[heun]", "nfe=[1]"],
+            ValueError,
+            r"nfe must hold a number .* got \[1\] for heun",
+        ),
+        (["guidance=abc"], TypeError, "guidance must be a number, .* got 'abc'"),
+        (["device=foo"], ValueError, "device must be one of this machine's, such as cpu, got foo"),
+        (["devices=0"], ValueError, "devices must be at least 1, got 0"),
+    ],
+)
+def test_slips_are_named_before_anything_is_drawn(tiny_run, configure, options, error, message):
+    with pytest.raises(error, match=message):
+        report(configure("report", f"run={tiny_run}", *OPTIONS, *options))

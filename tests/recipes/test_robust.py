@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from flowkit.modules.callbacks import LastCheckpoint
-from flowkit.modules.runs import read_checkpoint
+from flowkit.modules.runs import load_run, read_checkpoint
 from flowkit.recipes.train import resumed, train
 from tests.recipes.conftest import TINY
 from tests.recipes.test_train import _losses, _state
@@ -85,11 +85,22 @@ def test_a_killed_process_is_resumed_exactly(configure, tmp_path, whole, when):
 
 def test_a_resumed_step_is_not_saved_again_amid_gradients_of_the_next(tmp_path):
     saved = []
-    trainer = SimpleNamespace(global_step=4, max_steps=8, save_checkpoint=saved.append)
+    trainer = SimpleNamespace(
+        global_step=4, max_steps=8, should_stop=False, save_checkpoint=saved.append
+    )
     callback = LastCheckpoint(tmp_path, 2)
     callback.on_train_start(trainer, None)
     callback.on_train_batch_end(trainer, None, None, None, 0)
     assert not saved
+
+
+def test_a_training_that_ends_by_the_clock_can_go_on(configure, tmp_path):
+    options = [*TINY, "trainer.max_steps=1000000", "trainer.val_check_interval=1000000"]
+    options += [f"run_dir={tmp_path}", "+trainer.max_time='00:00:00:02'"]
+    train(configure("train", *options))
+    state = read_checkpoint(tmp_path / "checkpoints" / "last.ckpt")
+    assert state["global_step"] > 0
+    assert load_run(tmp_path).weights["step"] == state["global_step"]
 
 
 class NoRoom(Callback):
