@@ -31,6 +31,7 @@ def allocate_steps(
     cond: Cond = None,
     *,
     fine_steps: int = 16,
+    costs: Tensor | None = None,
 ) -> Allocation:
     """Return the Euler grid of least error that costs no more than the budget.
 
@@ -46,10 +47,12 @@ def allocate_steps(
         budget: In the same unit.
         cond: Conditions of the noise.
         fine_steps: Steps of the reference in each segment, and the most that one can get.
+        costs: What `flowkit.boss.step_costs` found on ``grids.blockwise(flow.edges, fine_steps)``,
+            of the flow under guidance or to be used for several budgets; None finds them.
 
     Raises:
-        ValueError: If prices are not one pair for each segment, or the budget does not pay one
-            step in each.
+        ValueError: If prices are not one pair for each segment, the budget does not pay one step
+            in each, or costs are of another grid.
 
     >>> from flowkit.nn.blockwise_mlp import BlockwiseMLP
     >>> flow = BlockwiseMLP((2,), edges=2, width=16)
@@ -62,7 +65,13 @@ def allocate_steps(
         raise ValueError(
             f"prices must hold one pair per segment, {len(flow.edges) - 1}, got {len(prices)}"
         )
-    costs = step_costs(flow, x0, fine, cond)
+    if costs is None:
+        costs = step_costs(flow, x0, fine, cond)
+    elif costs.shape != (len(fine), len(fine)):
+        raise ValueError(
+            f"costs must be of the {len(fine)} times of grids.blockwise(edges, {fine_steps}), "
+            f"got shape {tuple(costs.shape)}"
+        )
     frontier = [(0.0, 0.0, ())]  # (price, error, grids) of the segments so far, none dominated
     for m, (first, later) in enumerate(prices):
         part = slice(m * fine_steps, (m + 1) * fine_steps + 1)

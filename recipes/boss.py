@@ -30,9 +30,9 @@ from flowkit.metrics import Features, frechet_distance, to_uint8, versions
 from flowkit.modules import FlowModule, load_run
 from flowkit.modules.runs import read_config
 from flowkit.recipes._grids import Row, markdown, plot
-from flowkit.recipes._starts import FRESH, Starts
+from flowkit.recipes._starts import FRESH, Starts, test_data
 from flowkit.recipes.evaluate import like_test
-from flowkit.recipes.sample import draw, test_data, weights
+from flowkit.recipes.sample import draw, weights
 from flowkit.sampling import ODESampler
 from flowkit.types import Cond, Velocity
 

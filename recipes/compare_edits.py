@@ -27,7 +27,8 @@ from flowkit.metrics.pictures import save_picture
 from flowkit.modules.flow import labels_of
 from flowkit.paths import Linear
 from flowkit.recipes._models import RunFlow
-from flowkit.recipes.sample import test_data, weights, write_record
+from flowkit.recipes._starts import test_data
+from flowkit.recipes.sample import weights, write_record
 from flowkit.sampling import ODESampler, seeded_noise
 
 Row = dict[str, Any]

@@ -25,16 +25,9 @@ from flowkit.metrics.labels import segmentation_metrics
 from flowkit.metrics.pictures import save_picture
 from flowkit.modules.runs import read_config
 from flowkit.modules.symmetrical import SymmetricalFlowMatching
+from flowkit.recipes._starts import choose_labels, noise_batches, test_data
 from flowkit.recipes.predict import colored, symmetrical
-from flowkit.recipes.sample import (
-    choose_labels,
-    describe,
-    draw,
-    noise_batches,
-    test_data,
-    weights,
-    write_record,
-)
+from flowkit.recipes.sample import describe, draw, weights, write_record
 from flowkit.sampling import ODESampler
 
 

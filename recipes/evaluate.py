@@ -40,17 +40,10 @@ from flowkit.metrics.pictures import save_picture
 from flowkit.modules import FlowModule
 from flowkit.modules.flow import Guidance, brings_start, labels_of
 from flowkit.modules.runs import read_config
+from flowkit.recipes._features import loaded
 from flowkit.recipes._parts import Columns, Parts, block_cost, draw_parts, hash_of, launch, say
-from flowkit.recipes.sample import (
-    describe,
-    given_source,
-    loaded,
-    make_sampler,
-    start,
-    test_data,
-    weights,
-    write_record,
-)
+from flowkit.recipes._starts import given_source, start, test_data
+from flowkit.recipes.sample import describe, make_sampler, weights, write_record
 from flowkit.sampling import ADAPTIVE, ODESampler
 from flowkit.types import Batch, Cond, take
 
@@ -72,9 +65,10 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     """
     run, fabric = Path(cfg.run), launch(cfg)
     out = Path(cfg.out) if cfg.out else run
-    trained, module = read_config(run), loaded(cfg, fabric.device)
-    data = test_data(trained)
+    trained = read_config(run)
     guidance = trained["guidance"] if cfg.guidance is None else cfg.guidance
+    module = loaded(cfg, fabric.device, guidance)
+    data = test_data(trained)
     sampler = make_sampler(cfg.sampler, module, guidance)
     module.guided(guidance)  # before features are made, which may take minutes
     if len(data.shape) == 3:
@@ -116,7 +110,8 @@ def _measure_images(
         return {"images": images, "features": features(as_saved(images))}
 
     used = {"weights": weights(module), **describe(sampler, guidance), **source}
-    used |= {"cond": hash_of(cond), "mode": cfg.feature_mode, "features": features.hash}
+    used |= {"mode": [cfg.feature_mode, cfg.tolerance], "features": features.hash}
+    used["cond"] = hash_of(cond)
     used["test"] = data.fingerprint("test")  # of which given source samples are
     parts = Parts(Path(cfg.out or cfg.run), used, fabric)
     drawn, cost = draw_parts(module, x0, cond, sampler, guidance, finish, parts)

@@ -21,7 +21,8 @@ from flowkit.modules import load_run
 from flowkit.modules.flow import labels_of
 from flowkit.modules.latent import LatentFlowMatching
 from flowkit.modules.runs import read_config
-from flowkit.recipes.sample import describe, test_data, weights, write_record
+from flowkit.recipes._starts import test_data
+from flowkit.recipes.sample import describe, weights, write_record
 
 
 def inpaint(cfg: DictConfig) -> Tensor:

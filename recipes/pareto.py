@@ -4,16 +4,18 @@ flowkit pareto 'runs={FRA: runs/stage2}'                  full, cached and FRA f
 flowkit pareto 'runs={M1: "runs/one/*", M6: "runs/six/*"}' modes=[full]
 
 A plain run has one mode. Every point is Euler sampling with the same noise; a run of several blocks
-has the same number of steps in each. Runs under one name are seeds, of which the table gives mean
-and standard deviation. Wall time is the median over repetitions in which all points take turns.
+has the same number of steps in each, and with allocate=true also those of the same cost that err
+least. Runs under one name are seeds, of which the table gives mean and standard deviation. Wall time
+is the median over repetitions in which all points take turns.
 """
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from glob import glob
 from pathlib import Path
-from statistics import fmean, median, stdev
+from statistics import median
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import hydra
@@ -24,18 +26,20 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flowkit import grids
+from flowkit.allocation import allocate_steps
 from flowkit.blockwise import loss_by_time
+from flowkit.boss import step_costs
 from flowkit.data import SplitData
 from flowkit.metrics import Features, PixelSVC, frechet_distance, to_uint8, versions
 from flowkit.modules import FlowModule, load_run
 from flowkit.modules.runs import read_config
 from flowkit.nn.blockwise import Blockwise
-from flowkit.nn.drift import Drift, feature_drift
-from flowkit.nn.flops import network_flops, part_flops, predicted_gain
-from flowkit.recipes.sample import choose_labels, describe, draw, start, test_data, weights
+from flowkit.nn.flops import network_flops, part_flops, predicted_gain, step_prices
+from flowkit.recipes._features import measure_drift
+from flowkit.recipes._pareto import Row, plot, short, write_table
+from flowkit.recipes._starts import Starts, choose_labels, start, test_data
+from flowkit.recipes.sample import describe, draw, weights
 from flowkit.sampling import ODESampler, seeded_noise
-
-Row = dict[str, Any]
 
 
 class Point(NamedTuple):
@@ -46,16 +50,14 @@ class Point(NamedTuple):
     mode: str
     sampler: ODESampler
     guidance: float | None
-    tolerance: float | None = None  # of the predicted drift of features
-    drift: Drift | None = None
+    variant: str | None = None  # of the same mode and number of steps
+    reach: Mapping[str, tuple[float, ...]] = MappingProxyType({})  # how far features are reused
 
     def ready(self) -> FlowModule:
         """The module, set to this way of sampling."""
         flow = self.module.velocity
         if isinstance(flow, Blockwise):
-            flow.feature_mode, flow.reach = self.mode, {}
-            if self.drift is not None and self.tolerance is not None:
-                flow.refresh_beyond(self.drift.rates(), self.tolerance)
+            flow.feature_mode, flow.reach = self.mode, dict(self.reach)
         return self.module
 
 
@@ -75,20 +77,20 @@ def pareto(cfg: DictConfig) -> list[Row]:
         for run in runs:
             module = load_run(run).to(cfg.device)
             held_out = measure.held_out_loss(module)
-            for point in points(cfg, run, module):
+            for point in points(cfg, name, run, module):
                 samples, cost = sample(cfg, point, measure.labels)
                 row = {"name": name, "run": str(run), "mode": point.mode}
-                row |= {"refresh": point.tolerance, "held_out_loss": held_out, **cost}
+                row |= {"variant": point.variant, "held_out_loss": held_out, **cost}
                 rows.append({**row, **measure(samples)})
                 timed.append(point)
-                print("  ".join(f"{key} {_short(rows[-1][key])}" for key in SHOWN), flush=True)
+                print("  ".join(f"{key} {short(rows[-1][key])}" for key in SHOWN), flush=True)
     for row, seconds in zip(rows, wall_times(cfg, timed, measure.labels), strict=True):
         row["seconds"] = seconds
     gains = measured_gains(rows)
     record = {"rows": rows, "gains": gains, "features": measure.name, "versions": versions()}
     (out / "pareto.json").write_text(json.dumps(record, indent=2) + "\n")
     write_table(rows, gains, out / "pareto.md")
-    _plot(rows, out / "pareto.png")
+    plot(rows, out / "pareto.png")
     print(f"\n{(out / 'pareto.md').read_text()}\npicture   {out / 'pareto.png'}")
     return rows
 
@@ -106,7 +108,7 @@ def folders(chosen: str | Sequence[str]) -> list[Path]:
     return found
 
 
-SHOWN = ("name", "mode", "refresh", "nfe", "gflops", "frechet_distance", "class_agreement")
+SHOWN = ("name", "mode", "variant", "nfe", "gflops", "frechet_distance", "class_agreement")
 
 
 class Measure:
@@ -145,8 +147,8 @@ class Measure:
         return loss.mean().item()
 
 
-def points(cfg: DictConfig, run: Path, module: FlowModule) -> Iterator[Point]:
-    """Ways to sample a run; with a feature residual its drift is measured, and written, first."""
+def points(cfg: DictConfig, name: str, run: Path, module: FlowModule) -> Iterator[Point]:
+    """Ways to sample a run; with a trunk the drift of its features is measured, and written."""
     flow, guidance = module.velocity, read_config(run).get("guidance")
     guidance = guidance if cfg.guidance is None else cfg.guidance
     if not isinstance(flow, Blockwise):
@@ -155,32 +157,63 @@ def points(cfg: DictConfig, run: Path, module: FlowModule) -> Iterator[Point]:
         return
     known = {"full": True, "cached": flow.trunk, "fra": flow.feature_residual}
     modes = [mode for mode in cfg.modes if known[mode] is not None]
-    drift = None if modes == ["full"] else measure_drift(cfg, run, module)
+    point = Point(run, module, "full", ODESampler(1), guidance)
+    rates = {} if modes == ["full"] else drift_rates(cfg, name, point)
+    allocate = Allocator(cfg, name, point) if cfg.allocate else None
     for nfe in cfg.nfe:
-        if nfe % flow.num_segments:
+        steps, rest = divmod(nfe, flow.num_segments)
+        if rest:
             continue
-        sampler = ODESampler(grids.blockwise(flow.edges, nfe // flow.num_segments))
+        even = ODESampler(grids.blockwise(flow.edges, steps))
         for mode in modes:
-            yield Point(run, module, mode, sampler, guidance)
-            if mode != "full" and nfe > flow.num_segments:
+            point = Point(run, module, mode, even, guidance)
+            yield point
+            if steps == 1:
+                continue
+            if allocate is not None:
+                yield point._replace(sampler=allocate(mode, steps), variant="allocated steps")
+            if mode != "full":
                 for tolerance in cfg.tolerances:
-                    yield Point(run, module, mode, sampler, guidance, tolerance, drift)
+                    flow.refresh_beyond(rates, tolerance)
+                    yield point._replace(variant=f"refreshed at {tolerance:g}", reach=flow.reach)
 
 
-def measure_drift(cfg: DictConfig, run: Path, module: FlowModule) -> Drift:
-    """Drift of reused features over 8 steps a segment, printed and kept beside the table.
-
-    Along paths without guidance: with it features may drift faster.
-    """
-    x0 = seeded_noise(module.sample_shape, range(cfg.seed, cfg.seed + 128), cfg.device)
-    cond = choose_labels(None, 128, read_config(run)["num_classes"])
-    cond = None if cond is None else cond.to(cfg.device)
-    flow = module.velocity
-    drift = feature_drift(flow, x0, grids.blockwise(flow.edges, 8), cond)
-    file = Path(cfg.out) / f"drift-{run.name}.txt"
+def drift_rates(cfg: DictConfig, name: str, point: Point) -> dict[str, list[float]]:
+    """Rates of the drift of reused features, which is printed and kept beside the table."""
+    drift = measure_drift(point.module, read_config(point.run), point.guidance, cfg.seed)
+    file = Path(cfg.out) / f"drift-{name}-{point.run.name}.txt"
     file.write_text(drift.table() + "\n")
     print(f"drift     {file}\n{drift.table()}")
-    return drift
+    return drift.rates()
+
+
+class Allocator:
+    """``allocate(mode, steps)``: a sampler with more steps in the segments that need them.
+
+    It costs no more than that many in every segment; its grid is kept beside the table.
+    """
+
+    def __init__(self, cfg: DictConfig, name: str, point: Point):
+        self.flow: Any = point.module.velocity
+        self.stem = f"{Path(cfg.out) / 'grid'}-{name}-{point.run.name}"
+        self.fine_steps = 2 * max(cfg.nfe) // self.flow.num_segments
+        # other noises than those that are sampled
+        starts = Starts(point.module, read_config(point.run), cfg.seed, cfg.device)
+        self.x0, cond = starts(cfg.num_samples, 64)
+        self.parts = part_flops(self.flow, self.x0, cond)
+        fine = grids.blockwise(self.flow.edges, self.fine_steps)
+        self.costs = step_costs(point.module.guided(point.guidance), self.x0, fine, cond)
+        self.made = {"model_hash": weights(point.module)["hash"], "method": "euler"}
+        self.made["guidance"] = None if point.guidance == 1 else point.guidance
+
+    def __call__(self, mode: str, steps: int) -> ODESampler:
+        prices = [step_prices(self.parts, m, mode) for m in range(self.flow.num_segments)]
+        budget = sum(first + (steps - 1) * later for first, later in prices)
+        options = {"fine_steps": self.fine_steps, "costs": self.costs}
+        found = allocate_steps(self.flow, self.x0, prices, budget, **options)
+        print(f"steps     {found.steps} for {steps} in each segment with {mode} features")
+        grids.save(found.grid, f"{self.stem}-{mode}-{steps}.json", **self.made, steps=found.steps)
+        return ODESampler(found.grid)
 
 
 def sample(cfg: DictConfig, point: Point, labels: Tensor | None) -> tuple[Tensor, Row]:
@@ -224,7 +257,7 @@ def measured_gains(rows: list[Row]) -> list[Row]:
     full, gains = {(r["run"], r["nfe"]): r for r in rows if r["mode"] == "full"}, []
     for row in rows:
         other = full.get((row["run"], row["nfe"]))
-        if row["mode"] != "fra" or row["refresh"] is not None or other is None:
+        if row["mode"] != "fra" or row["variant"] is not None or other is None:
             continue
         gains.append(
             {
@@ -236,86 +269,6 @@ def measured_gains(rows: list[Row]) -> list[Row]:
             }
         )
     return gains
-
-
-# --- tables and picture ------------------------------------------------------------------------
-
-
-def grouped(rows: list[Row]) -> dict[tuple, list[Row]]:
-    """Rows that differ in their seeds alone."""
-    groups: dict[tuple, list[Row]] = {}
-    for row in rows:
-        key = (row["name"], row["mode"], row["refresh"], row["nfe"])
-        groups.setdefault(key, []).append(row)
-    return groups
-
-
-def write_table(rows: list[Row], gains: list[Row], file: Path) -> None:
-    """Write means and deviations over seeds, and the gains."""
-    columns = ("held_out_loss", "gflops", "seconds", "frechet_distance", "class_agreement")
-    header = ["name", "features", "NFE", "seeds", *(c.replace("_", " ") for c in columns)]
-    lines = [header, ["---"] * 2 + ["---:"] * (len(header) - 2)]
-    for (name, mode, refresh, nfe), group in grouped(rows).items():
-        label = mode if refresh is None else f"{mode}, refreshed at {refresh}"
-        cells = [_mean([row[c] for row in group]) for c in columns]
-        lines.append([name, label, f"{nfe:g}", str(len(group)), *cells])
-    text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    if gains:
-        text += "\nFRA against full features, times less:\n\n"
-        text += "| run | steps a segment | predicted FLOPs | counted FLOPs | wall time |\n"
-        text += "| --- | ---: | ---: | ---: | ---: |\n"
-        for g in gains:
-            numbers = " | ".join(f"{g[key]:.2f}" for key in ("predicted", "flops", "time"))
-            text += f"| {g['run']} | {g['steps_per_segment']} | {numbers} |\n"
-    file.write_text(text)
-
-
-def _mean(values: list[float | None]) -> str:
-    if any(value is None for value in values):
-        return ""
-    mean = _short(fmean(values))
-    return mean if len(values) == 1 else f"{mean} ± {_short(stdev(values))}"
-
-
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _plot(rows: list[Row], file: Path) -> None:
-    """Fréchet distance and class agreement over FLOPs and over time, a line for a run and mode."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, MaxNLocator
-
-    lines: dict[tuple, list[list[float]]] = {}
-    qualities = [q for q in ("frechet_distance", "class_agreement") if rows[0][q] is not None]
-    for (name, mode, refresh, _), group in grouped(rows).items():
-        means = [fmean(row[c] for row in group) for c in ("gflops", "seconds", *qualities)]
-        lines.setdefault((name, mode, refresh), []).append(means)
-    figure = Figure(figsize=(10, 0.5 + 3.5 * len(qualities)), layout="constrained")
-    panels = figure.subplots(len(qualities), 2, sharex="col", sharey="row", squeeze=False)
-    for k, ((name, mode, refresh), line) in enumerate(lines.items()):
-        label = f"{name}, {mode}" + ("" if refresh is None else f", refreshed at {refresh}")
-        gflops, seconds, *values = zip(*sorted(line), strict=True)
-        style = {"label": label, "color": f"C{k}", "ls": "-" if refresh is None else ":"}
-        for row, value in zip(panels, values, strict=True):
-            row[0].plot(gflops, value, marker="o", ms=4, **style)
-            row[1].plot([1e3 * s for s in seconds], value, marker="o", ms=4, **style)
-    for row, quality in zip(panels, qualities, strict=True):
-        row[0].set_ylabel(quality.replace("_", " ").replace("frechet", "Fréchet"))
-        for axes in row:
-            axes.grid(alpha=0.3)
-            axes.set_xscale("log")
-    panels[0][0].set_yscale("log")
-    panels[0][0].yaxis.set_major_locator(MaxNLocator(6))
-    for axes in panels[-1]:
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    for axis in (panels[0][0].yaxis, *(axes.xaxis for axes in panels[-1])):
-        axis.set_major_formatter("{x:g}")  # a few plain numbers
-        axis.set_minor_formatter("")
-    panels[-1][0].set_xlabel("GFLOPs a sample")
-    panels[-1][1].set_xlabel("ms of wall time a sample")
-    panels[0][0].legend(fontsize=8)
-    figure.savefig(file, dpi=120)
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="pareto")

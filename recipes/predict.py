@@ -26,7 +26,8 @@ from flowkit.metrics.pictures import save_picture
 from flowkit.modules import load_run
 from flowkit.modules.runs import read_config
 from flowkit.modules.symmetrical import SymmetricalFlowMatching
-from flowkit.recipes.sample import describe, test_data, weights, write_record
+from flowkit.recipes._starts import test_data
+from flowkit.recipes.sample import describe, weights, write_record
 from flowkit.sampling import ODESampler
 
 

@@ -23,9 +23,11 @@ from flowkit.data import SplitData
 from flowkit.metrics import StoredFeatures, frechet_distance, to_uint8, versions, wasserstein2
 from flowkit.metrics.evaluate import as_saved
 from flowkit.modules.runs import read_config
+from flowkit.recipes._features import loaded
 from flowkit.recipes._parts import Parts, draw_parts, hash_of, launch
+from flowkit.recipes._starts import test_data
 from flowkit.recipes.evaluate import cache_folder, like_test
-from flowkit.recipes.sample import describe, loaded, test_data, weights
+from flowkit.recipes.sample import describe, weights
 from flowkit.sampling import ODESampler
 
 Row = dict[str, Any]
@@ -55,8 +57,9 @@ def report(cfg: DictConfig) -> list[Row]:
     """
     run, fabric = Path(cfg.run), launch(cfg)
     out = Path(cfg.out) if cfg.out else run / "report"
-    trained, module = read_config(run), loaded(cfg, fabric.device)
+    trained = read_config(run)
     guidance = trained["guidance"] if cfg.guidance is None else cfg.guidance
+    module = loaded(cfg, fabric.device, guidance)
     module.guided(guidance)
     if not OmegaConf.is_list(cfg.nfe):
         raise TypeError(f"nfe must be a list of numbers, such as [4, 8], got {cfg.nfe}")
@@ -76,6 +79,7 @@ def report(cfg: DictConfig) -> list[Row]:
         "sampling": {
             "guidance": guidance,
             "feature_mode": getattr(module.velocity, "feature_mode", None),
+            "tolerance": cfg.tolerance,
             "seed": cfg.seed,
             "num_samples": cfg.num_samples,
         },

@@ -20,7 +20,8 @@ from flowkit.modules import load_run
 from flowkit.modules.condition_grid import condition_grid
 from flowkit.modules.latent import LatentFlowMatching
 from flowkit.modules.runs import read_config
-from flowkit.recipes.sample import describe, draw, start, test_data, weights, write_record
+from flowkit.recipes._starts import start, test_data
+from flowkit.recipes.sample import describe, draw, weights, write_record
 
 
 def semantic(cfg: DictConfig) -> dict[str, Any]:

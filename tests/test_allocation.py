@@ -41,6 +41,8 @@ def test_the_allocation_is_the_best_of_all(prices, budget):
         best = min(best, (error, list(steps)))
     assert (found.error, found.steps) == (pytest.approx(best[0]), best[1])
     assert found.price <= budget
+    again = allocate_steps(f, x0, prices, budget, fine_steps=k, costs=costs)
+    assert torch.equal(again.grid, found.grid)
     assert set(edges) <= {round(t, 9) for t in found.grid.tolist()}
     counts = [int(((found.grid > a) & (found.grid <= b)).sum()) for a, b in pairwise(edges)]
     assert counts == found.steps
@@ -64,6 +66,13 @@ def test_dear_steps_are_taken_less_often():
 def test_every_segment_has_a_price():
     with pytest.raises(ValueError, match="prices must hold one pair per segment, 3, got 2"):
         allocate_steps(flow([0.0, 0.3, 0.5, 1.0]), torch.randn(8, 2), [(3.0, 1.0)] * 2, 60)
+
+
+def test_costs_are_those_of_the_reference():
+    f, x0 = flow([0.0, 0.5, 1.0]), torch.randn(8, 2)
+    costs = step_costs(f, x0, grids.blockwise([0.0, 0.5, 1.0], 4))
+    with pytest.raises(ValueError, match=r"costs must be of the 7 times .* got shape \(9, 9\)"):
+        allocate_steps(f, x0, [(3.0, 1.0)] * 2, 60, fine_steps=3, costs=costs)
 
 
 def test_a_budget_must_pay_a_step_each():

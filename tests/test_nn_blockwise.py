@@ -365,6 +365,21 @@ def test_drift_of_linear_features_is_known():
         feature_drift(Blockwise(None, copies(MLP((2,)), 2), 2), torch.zeros(1, 2), 2)
 
 
+def test_drift_is_that_along_the_field_that_is_solved():
+    """Features are the state: after ``(t − e)`` of velocity 3 they are off by as much threefold."""
+
+    class State(Line):
+        def features(self, x, t, cond):
+            return x
+
+    edges = [0.0, 0.5, 1.0]
+    flow = Blockwise(State(edges), [Line(edges)] * 2, edges)
+    x0, grid = torch.ones(6, 2).double(), grids.uniform(8)
+    drift = feature_drift(flow, x0, grid, velocity=lambda x, t, cond: torch.full_like(x, 3))
+    gap = grid[:-1] - torch.tensor([0.0] * 4 + [0.5] * 4)
+    torch.testing.assert_close(drift.errors["cached"], 3 * gap / (1 + 3 * grid[:-1]))
+
+
 @pytest.mark.parametrize(
     ("tolerance", "anchors"),
     [(0.0, [0, 1, 2, 3, 4, 5, 6, 7]), (0.3, [0, 2, 4, 5, 6, 7]), (10.0, [0, 4])],

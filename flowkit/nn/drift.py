@@ -7,7 +7,7 @@ from torch import Tensor
 
 from flowkit.checks import as_grid
 from flowkit.nn.blockwise import Blockwise, BlockwiseSolve
-from flowkit.types import Cond
+from flowkit.types import Cond, Velocity
 
 
 class Drift(NamedTuple):
@@ -53,7 +53,14 @@ class Drift(NamedTuple):
 
 
 @torch.no_grad()
-def feature_drift(flow: Blockwise, x0: Tensor, grid: Tensor | int, cond: Cond = None) -> Drift:
+def feature_drift(
+    flow: Blockwise,
+    x0: Tensor,
+    grid: Tensor | int,
+    cond: Cond = None,
+    *,
+    velocity: Velocity | None = None,
+) -> Drift:
     """Measure cached and approximated features along Euler steps made with full features.
 
     Args:
@@ -61,6 +68,8 @@ def feature_drift(flow: Blockwise, x0: Tensor, grid: Tensor | int, cond: Cond = 
         x0: States ``(B, *)`` at the first time.
         grid: From 0 to 1, the edges included; or a number of uniform steps.
         cond: Their conditions.
+        velocity: The field whose path is followed, such as the flow under guidance; None is the
+            flow itself.
 
     Raises:
         ValueError: If the flow has no trunk or the grid not the edges.
@@ -85,7 +94,9 @@ def feature_drift(flow: Blockwise, x0: Tensor, grid: Tensor | int, cond: Cond = 
             estimate = probe.features(x, t, cond)
             errors[mode].append(((estimate - h).square().mean() / h.square().mean()).sqrt())
         segments.append(cast(int, probes["cached"].segment))
-        x = x + (right - left) * flow.velocity(x, t, cond, h, segments[-1])
+        own = velocity is None
+        v = flow.velocity(x, t, cond, h, segments[-1]) if own else velocity(x, t, cond)
+        x = x + (right - left) * v
     fractions = [flow.fraction(t, m) for t, m in zip(times.tolist(), segments, strict=False)]
     return Drift(
         times[:-1],

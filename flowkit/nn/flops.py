@@ -95,12 +95,14 @@ def solve_cost(flow: Blockwise, x: Tensor, cond: Cond, num_samples: int) -> dict
         num_samples: How many were drawn.
 
     Returns:
-        ``feature_mode``, the ``calls`` of each part in all, and ``gflops`` and
+        ``feature_mode``, the share of each segment that features are carried over at most
+        (``reach``), the ``calls`` of each part in all, and ``gflops`` and
         ``gflops_without_attention`` per sample.
     """
     flops = used_flops(flow.usage, part_flops(flow, x, cond))
     return {
         "feature_mode": flow.feature_mode,
+        "reach": flow.reach.get(flow.feature_mode),
         "calls": dict(sorted(flow.usage.calls.items())),
         "gflops": flops.total / num_samples / 1e9,
         "gflops_without_attention": flops.linear / num_samples / 1e9,
@@ -122,7 +124,8 @@ def step_prices(parts: Mapping[str, Flops], segment: int, mode: str = "fra") -> 
         segment: Which.
         mode: The feature mode.
     """
-    stack, trunk = parts[f"stacks.{segment}"].total, parts["trunk"].total
+    stack = parts[f"stacks.{segment}"].total
+    trunk = parts["trunk"].total if "trunk" in parts else 0
     later = {"full": trunk, "cached": 0, "fra": 0}[mode]
     if mode == "fra":
         later = parts["feature_residual"].total

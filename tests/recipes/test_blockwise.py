@@ -8,6 +8,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
+from flowkit import grids
 from flowkit.modules import load_run
 from flowkit.modules.runs import read_config
 from flowkit.nn.alignment import StoredTokens
@@ -233,6 +234,15 @@ def test_samples_say_their_feature_mode_and_what_they_took(folder, stage1, stage
     sampling = evaluate(cfg)["sampling"]
     assert sampling["feature_mode"] == "cached"
     assert sampling["calls"] == found["cached"]["calls"]
+    assert sampling["reach"] is None
+    # no drift is tolerated: as full features
+    cfg.tolerance, cfg.out = 0, str(folder / "refreshed")
+    sampling = evaluate(cfg)["sampling"]
+    assert sampling["reach"] == (0.0, 0.0, 0.0)
+    assert sampling["calls"] == found["full"]["calls"]
+    cfg.feature_mode = "full"
+    with pytest.raises(ValueError, match="tolerance must be null where no features are reused"):
+        evaluate(cfg)
     for run, rule in (
         (stage1, "feature_residual must be given for feature_mode 'fra', got None; the second"),
         (plain, "feature_mode must be null for a run without blocks, got fra"),
@@ -253,6 +263,12 @@ def test_points_are_evaluated_with_what_they_took(tmp_path):
     assert sampling["gflops"] > 0
 
 
+def allocated(found, mode):
+    """Variant and number of steps of a mode's only row with allocated steps."""
+    (key,) = (key[2:] for key in found if key[1:3] == (mode, "allocated steps"))
+    return key
+
+
 def test_quality_against_cost(folder, stage2, plain):
     out = folder / "pareto"
     cfg = composed(
@@ -260,6 +276,7 @@ def test_quality_against_cost(folder, stage2, plain):
         f"runs={{FRA: {stage2}, plain: [{plain}]}}",
         "nfe=[3,4,6]",
         "tolerances=[1e9]",
+        "allocate=true",
         "num_samples=20",
         "batch_size=10",
         "repetitions=1",
@@ -270,7 +287,7 @@ def test_quality_against_cost(folder, stage2, plain):
     rows = pareto(cfg)
     record = json.loads((out / "pareto.json").read_text())
     assert record["rows"] == json.loads(json.dumps(rows))
-    found = {(r["name"], r["mode"], r["refresh"], r["nfe"]): r for r in rows}
+    found = {(r["name"], r["mode"], r["variant"], r["nfe"]): r for r in rows}
     assert {key[:2] + key[3:] for key in found if key[2] is None} == {
         *(("FRA", mode, nfe) for mode in ("full", "cached", "fra") for nfe in (3.0, 6.0)),
         *(("plain", "full", nfe) for nfe in (3.0, 4.0, 6.0)),
@@ -284,15 +301,22 @@ def test_quality_against_cost(folder, stage2, plain):
     # with one step a segment, or a tolerance that is never passed, nothing differs
     same = [found["FRA", mode, None, 3.0]["frechet_distance"] for mode in ("full", "cached", "fra")]
     assert len(set(same)) == 1
-    refreshed = found["FRA", "fra", 1e9, 6.0]
+    refreshed = found["FRA", "fra", "refreshed at 1e+09", 6.0]
     assert refreshed["calls"] == fra["calls"]
     assert refreshed["frechet_distance"] == fra["frechet_distance"]
+    # allocated steps cost no more, and their grids serve any sampler
+    for mode in ("full", "cached", "fra"):
+        even, other = (found["FRA", mode, *key] for key in ((None, 6.0), allocated(found, mode)))
+        assert other["gflops"] <= even["gflops"]
+        file = out / f"grid-FRA-stage2-{mode}-2.json"
+        assert grids.load(file).tolist() == other["sampling"]["grid"]
+        assert sum(grids.provenance(file)["steps"]) == other["nfe"]
     (one, two) = record["gains"]
     assert (one["steps_per_segment"], one["predicted"], one["flops"]) == (1, 1.0, 1.0)
     assert two["predicted"] == pytest.approx(two["flops"])
     text = (out / "pareto.md").read_text()
-    assert "| FRA | fra, refreshed at 1000000000.0 | 6 | 1 |" in text
-    assert "segment" in (out / "drift-stage2.txt").read_text()
+    assert "| FRA | fra, refreshed at 1e+09 | 6 | 1 |" in text
+    assert "segment" in (out / "drift-FRA-stage2.txt").read_text()
     assert (out / "pareto.png").stat().st_size > 1000
     with pytest.raises(FileNotFoundError, match="runs must name run folders, got nowhere"):
         pareto(composed("pareto", "runs={a: nowhere}", out=out))

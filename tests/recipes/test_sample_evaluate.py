@@ -15,8 +15,9 @@ from flowkit.data.splits import SplitData
 from flowkit.metrics import Pixels, tensor_hash
 from flowkit.modules import FlowModule, load_run
 from flowkit.recipes._parts import Parts, draw_parts
+from flowkit.recipes._starts import choose_labels
 from flowkit.recipes.evaluate import evaluate, features_for, picture_rows, proportional_rows
-from flowkit.recipes.sample import choose_labels, sample
+from flowkit.recipes.sample import sample
 from flowkit.recipes.train import train
 from flowkit.sampling import ODESampler
 from tests.recipes.conftest import TINY

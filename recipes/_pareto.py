@@ -1,0 +1,84 @@
+"""The table and the picture of quality against cost."""
+
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def grouped(rows: list[Row]) -> dict[tuple, list[Row]]:
+    """Rows that differ in their seeds alone."""
+    groups: dict[tuple, list[Row]] = {}
+    for row in rows:
+        key = (row["name"], row["mode"], row["variant"], row["nfe"])
+        groups.setdefault(key, []).append(row)
+    return groups
+
+
+def write_table(rows: list[Row], gains: list[Row], file: Path) -> None:
+    """Write means and deviations over seeds, and the gains."""
+    columns = ("held_out_loss", "gflops", "seconds", "frechet_distance", "class_agreement")
+    header = ["name", "features", "NFE", "seeds", *(c.replace("_", " ") for c in columns)]
+    lines = [header, ["---"] * 2 + ["---:"] * (len(header) - 2)]
+    for (name, mode, variant, nfe), group in grouped(rows).items():
+        label = mode if variant is None else f"{mode}, {variant}"
+        cells = [_mean([row[c] for row in group]) for c in columns]
+        lines.append([name, label, f"{nfe:g}", str(len(group)), *cells])
+    text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    if gains:
+        text += "\nFRA against full features, times less:\n\n"
+        text += "| run | steps a segment | predicted FLOPs | counted FLOPs | wall time |\n"
+        text += "| --- | ---: | ---: | ---: | ---: |\n"
+        for g in gains:
+            numbers = " | ".join(f"{g[key]:.2f}" for key in ("predicted", "flops", "time"))
+            text += f"| {g['run']} | {g['steps_per_segment']} | {numbers} |\n"
+    file.write_text(text)
+
+
+def _mean(values: list[float | None]) -> str:
+    if any(value is None for value in values):
+        return ""
+    mean = short(fmean(values))
+    return mean if len(values) == 1 else f"{mean} ± {short(stdev(values))}"
+
+
+def short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def plot(rows: list[Row], file: Path) -> None:
+    """Fréchet distance and class agreement over FLOPs and over time, a line for a run and mode."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, MaxNLocator
+
+    lines: dict[tuple, list[list[float]]] = {}
+    qualities = [q for q in ("frechet_distance", "class_agreement") if rows[0][q] is not None]
+    for (name, mode, variant, _), group in grouped(rows).items():
+        means = [fmean(row[c] for row in group) for c in ("gflops", "seconds", *qualities)]
+        lines.setdefault((name, mode, variant), []).append(means)
+    figure = Figure(figsize=(10, 0.5 + 3.5 * len(qualities)), layout="constrained")
+    panels = figure.subplots(len(qualities), 2, sharex="col", sharey="row", squeeze=False)
+    for k, ((name, mode, variant), line) in enumerate(lines.items()):
+        label = f"{name}, {mode}" + ("" if variant is None else f", {variant}")
+        gflops, seconds, *values = zip(*sorted(line), strict=True)
+        style = {"label": label, "color": f"C{k}", "ls": "-" if variant is None else ":"}
+        for row, value in zip(panels, values, strict=True):
+            row[0].plot(gflops, value, marker="o", ms=4, **style)
+            row[1].plot([1e3 * s for s in seconds], value, marker="o", ms=4, **style)
+    for row, quality in zip(panels, qualities, strict=True):
+        row[0].set_ylabel(quality.replace("_", " ").replace("frechet", "Fréchet"))
+        for axes in row:
+            axes.grid(alpha=0.3)
+            axes.set_xscale("log")
+    panels[0][0].set_yscale("log")
+    panels[0][0].yaxis.set_major_locator(MaxNLocator(6))
+    for axes in panels[-1]:
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    for axis in (panels[0][0].yaxis, *(axes.xaxis for axes in panels[-1])):
+        axis.set_major_formatter("{x:g}")  # a few plain numbers
+        axis.set_minor_formatter("")
+    panels[-1][0].set_xlabel("GFLOPs a sample")
+    panels[-1][1].set_xlabel("ms of wall time a sample")
+    panels[0][0].legend(fontsize=8)
+    figure.savefig(file, dpi=120)
