@@ -41,7 +41,7 @@ def main() -> None:
         return
     sys.path.insert(0, os.getcwd())  # a user's own classes are importable as _target_
     with ErrorInALine():
-        check_folders(sys.argv[1:])
+        check_overrides(sys.argv[1:])
         _errors_to_us()
         runpy.run_module(f"flowkit.recipes.{name}", run_name="__main__", alter_sys=True)
 
@@ -73,17 +73,25 @@ def explained(name: str) -> str:
     )
 
 
-def check_folders(overrides: list[str]) -> None:
-    """Require that runs exist and new ones can be made, before the slow imports of a recipe.
+def check_overrides(overrides: list[str]) -> None:
+    """Require what can be checked before the slow imports of a recipe.
 
     Raises:
         FileNotFoundError: If ``run`` or ``resume`` names nothing.
         PermissionError: If ``hydra.run.dir`` or ``out`` can be neither written nor made.
+        TypeError: If ``seed`` is no number.
+        ValueError: If all loggers or callbacks are to be none, for which Hydra has no word.
     """
     for override in overrides:
         key, _, value = override.partition("=")
         path = value.strip("'\"")
         plain = path not in ("", "null") and not set(path) & set(",[$")  # no list, no reference
+        if key == "seed" and plain and not re.fullmatch(r"[+-]?\d+", path):
+            raise TypeError(f"seed must be a whole number, got {path}")
+        if key in ("logger", "callback") and path == "null":
+            raise ValueError(
+                f"{key} must be a choice, got null; {key}.<part>=null leaves a part out"
+            )
         if key in ("run", "resume") and plain and not Path(path).exists():
             raise FileNotFoundError(f"{key} must be a run folder, got {path}; there is none")
         if key in ("hydra.run.dir", "out") and plain:

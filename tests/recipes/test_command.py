@@ -10,7 +10,7 @@ import pytest
 from hydra.errors import HydraException, InstantiationException
 from omegaconf import OmegaConf
 
-from flowkit.__main__ import ErrorInALine, check_folders, explained, recipes
+from flowkit.__main__ import ErrorInALine, check_overrides, explained, recipes
 from flowkit.checks import check_at_least
 from tests.conftest import CONF
 
@@ -34,18 +34,24 @@ def test_a_mistyped_run_is_an_error_at_once_and_makes_no_folder(tmp_path):
 
 
 def test_what_names_no_single_folder_is_not_looked_for(tmp_path):
-    check_folders([f"run={tmp_path}", f"run='{tmp_path}'", "resume=null", "seed=3"])
+    check_overrides([f"run={tmp_path}", f"run='{tmp_path}'", "resume=null", "seed=3"])
     (tmp_path / "file").touch()
-    check_folders([f"hydra.run.dir={tmp_path}/new/run", "hydra.run.dir=new/run"])
+    check_overrides([f"hydra.run.dir={tmp_path}/new/run", "hydra.run.dir=new/run"])
     with pytest.raises(
         PermissionError, match=r"hydra.run.dir must be a writable folder, got .*file/r"
     ):
-        check_folders([f"hydra.run.dir={tmp_path}/file/run"])
-    check_folders(["run=[a,b]", "run=a,b", "run=${oc.env:RUN}", "problem.run=x"])
+        check_overrides([f"hydra.run.dir={tmp_path}/file/run"])
+    for seed in ("abc", "1.5", "1e3"):
+        with pytest.raises(TypeError, match=f"seed must be a whole number, got {seed}"):
+            check_overrides([f"seed={seed}"])
+    check_overrides(["seed=-1", "seed=1,2", "seed=null", "logger.csv=null"])
+    with pytest.raises(ValueError, match=r"logger must be a choice, got null; logger.<part>=null"):
+        check_overrides(["logger=null"])
+    check_overrides(["run=[a,b]", "run=a,b", "run=${oc.env:RUN}", "problem.run=x"])
     with pytest.raises(
         FileNotFoundError, match="resume must be a run folder, got x; there is none"
     ):
-        check_folders([f"run={tmp_path}", "resume=x"])
+        check_overrides([f"run={tmp_path}", "resume=x"])
 
 
 def test_errors_of_recipes_are_a_line_and_resuming_leaves_no_stray_folder(tiny_run, tmp_path):
