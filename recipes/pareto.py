@@ -4,9 +4,9 @@ flowkit pareto 'runs={FRA: runs/stage2}'                  full, cached and FRA f
 flowkit pareto 'runs={M1: "runs/one/*", M6: "runs/six/*"}' modes=[full]
 
 A plain run has one mode. Every point is Euler sampling with the same noise; a run of several blocks
-has the same number of steps in each, with allocate=true also those of that cost that err least. Runs
-under one name are seeds, of which the table gives mean and standard deviation. Wall time is the
-median over repetitions in which all points take turns.
+has the same number of steps in each, with allocate=true also those of that cost that err least.
+Runs under one name are seeds, of which the table gives mean and standard deviation. Wall time is
+the median over repetitions in which all points take turns.
 """
 
 import json
