@@ -3,6 +3,7 @@
 import math
 import statistics
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -105,6 +106,8 @@ def test_plain_classifier(benchmark, configure, experiment):
     rates, averaging and clipping.
     """
     cfg = configure("train", f"experiment={experiment}")
+    if "root" in cfg.data and not Path(cfg.data.root).is_dir():
+        pytest.skip(f"needs {cfg.data.root}, see the header of the experiment")
     data = instantiate(cfg.data)
     data.setup()
     cfg.shape, cfg.num_classes = list(data.shape), data.num_classes
