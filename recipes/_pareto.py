@@ -80,5 +80,6 @@ def plot(rows: list[Row], file: Path) -> None:
         axis.set_minor_formatter("")
     panels[-1][0].set_xlabel("GFLOPs a sample")
     panels[-1][1].set_xlabel("ms of wall time a sample")
-    panels[0][0].legend(fontsize=8)
+    handles = panels[0][0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside upper center", ncols=3, fontsize=8)
     figure.savefig(file, dpi=120)
