@@ -73,20 +73,29 @@ def check_whole(times: Tensor) -> None:
         )
 
 
+def _check_number(value: object, name: str) -> None:
+    """Refuse what the command line leaves as a word, which compares with nothing."""
+    if isinstance(value, str) or value is None:
+        raise TypeError(f"{name} must be a number, got {value!r}")
+
+
 def check_at_least(value: float, minimum: float, name: str) -> None:
     """Require a number ``value >= minimum``."""
+    _check_number(value, name)
     if not (value >= minimum):
         raise ValueError(f"{name} must be at least {minimum}, got {value}")
 
 
 def check_positive(value: float, name: str) -> None:
     """Require a finite number ``value > 0``."""
+    _check_number(value, name)
     if not (value > 0 and math.isfinite(value)):
         raise ValueError(f"{name} must be positive and finite, got {value}")
 
 
 def check_between(value: float, low: float, high: float, name: str) -> None:
     """Require a number ``low <= value <= high``."""
+    _check_number(value, name)
     if not (low <= value <= high):
         raise ValueError(f"{name} must lie in [{low}, {high}], got {value}")
 

@@ -6,6 +6,7 @@ import torch
 from omegaconf import DictConfig
 
 from flowkit import grids
+from flowkit.checks import check_at_least
 from flowkit.modules import FlowModule, load_run
 from flowkit.modules.flow import Guidance
 from flowkit.modules.runs import read_config
@@ -39,6 +40,7 @@ def loaded(cfg: DictConfig, device: torch.device, guidance: Guidance = None) -> 
                 f"tolerance must be null where no features are reused, got {cfg.tolerance}; it "
                 "goes with feature_mode=cached or fra of a blockwise run"
             )
+        check_at_least(cfg.tolerance, 0, "tolerance")  # before the work
         drift = measure_drift(module, read_config(cfg.run), guidance, cfg.seed)
         flow.refresh_beyond(drift.rates(), cfg.tolerance)
         say(f"drift of reused features, mean and largest:\n{drift.table()}")

@@ -191,6 +191,11 @@ def block_cost(module: FlowModule, x0: Tensor, cond: Cond, num_samples: int) -> 
     return solve_cost(module.velocity, x0, cond, num_samples)
 
 
+def file_name(name: str) -> str:
+    """What a user called something, fit for a file."""
+    return "".join(c if c.isalnum() or c in "-_." else "-" for c in name)
+
+
 def hash_of(cond: Cond) -> str | None:
     """The hash of conditions, for a key of `Parts`."""
     return None if cond is None else tensor_hash(cast(Any, cond))

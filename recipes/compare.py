@@ -26,6 +26,7 @@ from omegaconf import DictConfig, open_dict
 from tqdm import tqdm
 
 from flowkit.checks import check_at_least
+from flowkit.recipes._parts import file_name
 from flowkit.recipes.evaluate import evaluate
 from flowkit.recipes.train import train
 
@@ -49,7 +50,7 @@ def compare(cfg: DictConfig) -> list[Row]:
     for seed, problem, coupling in bar:
         bar.set_postfix_str(f"{problem}, {coupling}, seed {seed}")
         overrides = [*cfg.overrides, *cfg.problems[problem], *cfg.couplings[coupling]]
-        folder = out / _file_name(problem) / _file_name(coupling) / f"seed-{seed}"
+        folder = out / file_name(problem) / file_name(coupling) / f"seed-{seed}"
         numbers = run_cell(folder, [*overrides, f"seed={seed}"], list(cfg.evaluate))
         rows.append({"problem": problem, "coupling": coupling, "seed": seed, **numbers})
         # After every cell, so that a long table can be read while it grows.
@@ -168,10 +169,6 @@ def _plot(rows: list[Row], columns: list[str], file: Path) -> None:
             axes.grid(alpha=0.3)
     grid[0, 0].set_ylim(len(couplings) - 0.5, -0.5)  # in the order of the table
     figure.savefig(file, dpi=120)
-
-
-def _file_name(name: str) -> str:
-    return "".join(c if c.isalnum() or c in "-_." else "-" for c in name)
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="compare")

@@ -37,6 +37,7 @@ from flowkit.nn.blockwise import Blockwise
 from flowkit.nn.flops import network_flops, part_flops, predicted_gain, step_prices
 from flowkit.recipes._features import measure_drift
 from flowkit.recipes._pareto import Row, plot, short, write_table
+from flowkit.recipes._parts import file_name
 from flowkit.recipes._starts import Starts, choose_labels, start, test_data
 from flowkit.recipes.sample import describe, draw, weights
 from flowkit.sampling import ODESampler, seeded_noise
@@ -158,6 +159,7 @@ def points(cfg: DictConfig, name: str, run: Path, module: FlowModule) -> Iterato
     known = {"full": True, "cached": flow.trunk, "fra": flow.feature_residual}
     modes = [mode for mode in cfg.modes if known[mode] is not None]
     point = Point(run, module, "full", ODESampler(1), guidance)
+    name = file_name(f"{name}-{run.name}")
     rates = {} if modes == ["full"] else drift_rates(cfg, name, point)
     allocate = Allocator(cfg, name, point) if cfg.allocate else None
     for nfe in cfg.nfe:
@@ -181,7 +183,7 @@ def points(cfg: DictConfig, name: str, run: Path, module: FlowModule) -> Iterato
 def drift_rates(cfg: DictConfig, name: str, point: Point) -> dict[str, list[float]]:
     """Rates of the drift of reused features, which is printed and kept beside the table."""
     drift = measure_drift(point.module, read_config(point.run), point.guidance, cfg.seed)
-    file = Path(cfg.out) / f"drift-{name}-{point.run.name}.txt"
+    file = Path(cfg.out) / f"drift-{name}.txt"
     file.write_text(drift.table() + "\n")
     print(f"drift     {file}\n{drift.table()}")
     return drift.rates()
@@ -195,7 +197,7 @@ class Allocator:
 
     def __init__(self, cfg: DictConfig, name: str, point: Point):
         self.flow: Any = point.module.velocity
-        self.stem = f"{Path(cfg.out) / 'grid'}-{name}-{point.run.name}"
+        self.stem = f"{Path(cfg.out) / 'grid'}-{name}"
         self.fine_steps = 2 * max(cfg.nfe) // self.flow.num_segments
         # other noises than those that are sampled
         starts = Starts(point.module, read_config(point.run), cfg.seed, cfg.device)

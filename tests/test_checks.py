@@ -95,6 +95,17 @@ def test_checks_of_numbers(check, message):
         check()
 
 
+@pytest.mark.parametrize("value", ["abc", "1", None])
+def test_words_are_no_numbers(value):
+    for check in (
+        lambda: checks.check_at_least(value, 1, "n"),
+        lambda: checks.check_positive(value, "n"),
+        lambda: checks.check_between(value, 0, 1, "n"),
+    ):
+        with pytest.raises(TypeError, match=f"n must be a number, got {value!r}"):
+            check()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bool])
 def test_labels_are_integers(dtype):
     with pytest.raises(TypeError, match="cond must hold integer labels, got torch"):

@@ -240,6 +240,9 @@ def test_samples_say_their_feature_mode_and_what_they_took(folder, stage1, stage
     sampling = evaluate(cfg)["sampling"]
     assert sampling["reach"] == (0.0, 0.0, 0.0)
     assert sampling["calls"] == found["full"]["calls"]
+    cfg.tolerance = "little"
+    with pytest.raises(TypeError, match="tolerance must be a number, got 'little'"):
+        evaluate(cfg)
     cfg.feature_mode = "full"
     with pytest.raises(ValueError, match="tolerance must be null where no features are reused"):
         evaluate(cfg)
