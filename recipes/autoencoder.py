@@ -27,7 +27,7 @@ from flowkit.data import SplitData
 from flowkit.metrics import Features, image_metrics, to_uint8, versions
 from flowkit.metrics.pictures import save_picture
 from flowkit.modules.autoencoding import Autoencoding, FeatureError
-from flowkit.modules.callbacks import LastCheckpoint, StepProgress
+from flowkit.modules.callbacks import LastCheckpoint, StepProgress, StopOnInterrupt
 from flowkit.modules.runs import CHECKPOINT, CONFIG
 from flowkit.recipes._parts import quiet
 from flowkit.recipes.train import UNRESOLVED, find_checkpoint, resumed, unfinished
@@ -110,7 +110,8 @@ def _fit(
     cfg: DictConfig, module: Autoencoding, data: SplitData, folder: Path, checkpoint: Path | None
 ) -> None:
     callbacks: list[Any] = [
-        LastCheckpoint((folder / CHECKPOINT).parent, cfg.trainer.val_check_interval)
+        LastCheckpoint((folder / CHECKPOINT).parent, cfg.trainer.val_check_interval),
+        StopOnInterrupt(folder),
     ]
     if cfg.trainer.enable_progress_bar:
         callbacks.append(StepProgress())

@@ -22,7 +22,7 @@ from lightning.pytorch.callbacks import WeightAveraging
 from omegaconf import DictConfig, OmegaConf
 
 from flowkit.modules import FlowModule
-from flowkit.modules.callbacks import StepProgress
+from flowkit.modules.callbacks import StepProgress, StopOnInterrupt
 from flowkit.modules.flow import brings_start
 from flowkit.modules.runs import (
     CHECKPOINT,
@@ -66,7 +66,7 @@ def train(cfg: DictConfig) -> FlowModule:
     averaged = state is not None and "current_model_state" in state
     del state
 
-    callbacks = _parts(cfg.callback)
+    callbacks = [*_parts(cfg.callback), StopOnInterrupt(folder)]
     if averaged and not any(isinstance(callback, WeightAveraging) for callback in callbacks):
         raise ValueError(
             "callback.ema must stay for a run that averages its weights, got none; the weights "

@@ -1,6 +1,9 @@
 """What recipes want to happen while training: pictures, checkpoints, progress."""
 
 import os
+import signal
+import sys
+import threading
 from pathlib import Path
 from typing import Any, cast
 
@@ -124,6 +127,60 @@ class LastCheckpoint(Checkpoint):
                 f"checkpoint must be written to a folder with room, got {self.folder} at step "
                 f"{step}: {error}; {kept}"
             ) from error
+
+
+class StopOnInterrupt(Callback):
+    """Let Ctrl-C end training after the step it is in, so that `LastCheckpoint` saves that step.
+
+    The command then ends with the way to go on. A second Ctrl-C ends it at once. Where several
+    processes train, which would not stop at the same step, Ctrl-C is left to Lightning.
+
+    Args:
+        folder: What ``resume`` is to be given.
+
+    Raises:
+        SystemExit: At the end of a training that was stopped.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder, self.asked = Path(folder), False
+        self.before: Any = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Listen, where Python allows it; Lightning has by now noted whom to give signals back."""
+        if trainer.world_size == 1 and threading.current_thread() is threading.main_thread():
+            self.before = signal.signal(signal.SIGINT, self._ask)
+
+    def _ask(self, *_: Any) -> None:
+        self.asked = True
+        self._restore()
+        sys.stderr.write("\nstopping after this step; Ctrl-C again stops at once, and loses it\n")
+
+    def _restore(self) -> None:
+        if self.before is not None:
+            signal.signal(signal.SIGINT, self.before)
+        self.before = None
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Stop, if asked to, where no gradients wait for those of further batches."""
+        if self.asked and _batches_seen(trainer) % trainer.accumulate_grad_batches == 0:
+            trainer.should_stop = True
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """End the command if it was stopped early."""
+        self._restore()
+        if self.asked and trainer.global_step != trainer.max_steps:
+            raise SystemExit(
+                f"stopped at step {trainer.global_step}; go on by resume={self.folder}"
+            )
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Give Ctrl-C back."""
+        self._restore()
 
 
 def _flush(path: Path) -> None:

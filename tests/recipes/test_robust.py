@@ -103,6 +103,48 @@ def test_a_training_that_ends_by_the_clock_can_go_on(configure, tmp_path):
     assert load_run(tmp_path).weights["step"] == state["global_step"]
 
 
+class PressCtrlC(Callback):
+    """Interrupts its own process after an optimiser step, or amid the accumulation for the next."""
+
+    def __init__(self, step, batch, times=1):
+        self.step, self.batch, self.times = step, batch, times
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == self.step and batch_idx % 2 == self.batch:
+            for _ in range(self.times):
+                os.kill(os.getpid(), signal.SIGINT)
+
+
+def _press(step, batch, times=1):
+    node = "_target_: tests.recipes.test_robust.PressCtrlC"
+    return f"+callback.press={{{node}, step: {step}, batch: {batch}, times: {times}}}"
+
+
+@pytest.mark.parametrize("batch", [0, 1])
+def test_ctrl_c_ends_after_the_step_which_is_saved(configure, tmp_path, batch, capsys):
+    options = [*OPTIONS, "trainer.accumulate_grad_batches=2"]
+    train(configure("train", *options, f"run_dir={tmp_path / 'whole'}"))
+    run, before = tmp_path / "run", signal.getsignal(signal.SIGINT)
+    with pytest.raises(SystemExit, match=f"stopped at step 8; go on by resume={run}"):
+        train(configure("train", *options, f"run_dir={run}", _press(7, batch)))
+    assert "stopping after this step" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is before
+    assert _state(run)["global_step"] == 8
+    train(resumed(configure("train", f"resume={run}"), ["callback.press=null"]))
+    assert_same(run, tmp_path / "whole")
+
+
+def test_ctrl_c_in_the_last_step_is_an_end_like_any(configure, tmp_path):
+    train(configure("train", *OPTIONS, f"run_dir={tmp_path}", _press(14, 0)))
+    assert _state(tmp_path)["global_step"] == 15
+
+
+def test_ctrl_c_twice_ends_at_once(configure, tmp_path):
+    with pytest.raises(SystemExit):
+        train(configure("train", *OPTIONS, f"run_dir={tmp_path}", _press(7, 1, times=2)))
+    assert _state(tmp_path)["global_step"] == 5
+
+
 class NoRoom(Callback):
     """Lets no file grow beyond half a checkpoint, once there is one."""
 
