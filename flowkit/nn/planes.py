@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from flowkit.checks import check_at_least, expand_like
 from flowkit.nn.embed import check_state
 from flowkit.types import Cond
 
@@ -70,32 +71,38 @@ class TwoTimes(nn.Module):
 
 
 class NoisePath(nn.Module):
-    """A network with a linear path from its state to its answer.
+    """A network that adds to the best linear answer, so that noise need not pass through it.
 
-    ``v(x, t) = net(x, t) + gain(t) x``, one learnt gain per channel, 0 at the start.
+    ``v(x, t) = net(x, t) + gain(t) x`` with ``gain(t) = (2 t − 1) / (t² + (1 − t)²)``, the
+    regression of ``x₁ − x₀`` on ``x_t`` for data of unit variance. At both ends it is exact for
+    data of any: ``− x₀`` at ``t = 0``, ``x₁`` at ``t = 1``; what is left for the network is the
+    expected other end. With two times the image's channels have their own and the codes' theirs.
 
     Velocities hold the noise of every number of a state. A network that is narrower than that
     cannot carry it through: its images are speckled, and so are its labels.
 
     Args:
-        net: A velocity on ``(B, channels, *)``.
-        channels: Of a state, codes included.
+        net: A velocity on ``(B, C + K, *)``.
+        channels: ``C``, those of the image.
 
     >>> from flowkit.nn import unet2d
-    >>> net = NoisePath(TwoTimes(unet2d((13, 8, 8), width=8)), channels=12)
+    >>> net = NoisePath(TwoTimes(unet2d((13, 8, 8), width=8)), channels=1)
     >>> net(torch.zeros(2, 12, 8, 8), torch.rand(2, 2)).shape
     torch.Size([2, 12, 8, 8])
     """
 
     def __init__(self, net: nn.Module, channels: int):
         super().__init__()
-        self.net = net
-        self.gain = nn.Sequential(nn.Linear(2, 64), nn.SiLU(), nn.Linear(64, channels))
-        for parameter in self.gain[-1].parameters():
-            nn.init.zeros_(parameter)
+        check_at_least(channels, 1, "channels")
+        self.net, self.channels = net, channels
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
-        """Velocity ``(B, channels, *)`` at ``x`` and times ``t``, ``(B,)`` or ``(B, 2)``."""
-        times = t if t.ndim == 2 else torch.stack([t, t], 1)
-        gain = self.gain(4 * times - 2)
-        return self.net(x, t, cond) + gain.reshape(*gain.shape, *(1,) * (x.ndim - 2)) * x
+        """Velocity ``(B, C + K, *)`` at ``x`` and times ``t``, ``(B,)`` or ``(B, 2)``."""
+        first, last = t.unbind(1) if t.ndim == 2 else (t, t)
+        image, codes = x[:, : self.channels], x[:, self.channels :]
+        linear = torch.cat([_gain(first, image) * image, _gain(last, codes) * codes], 1)
+        return self.net(x, t, cond) + linear
+
+
+def _gain(t: Tensor, like: Tensor) -> Tensor:
+    return expand_like((2 * t - 1) / (t**2 + (1 - t) ** 2), like)
