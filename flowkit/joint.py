@@ -77,7 +77,10 @@ class JointFlow:
 
         With one time it is uniform. With two, ``(t, s)`` is uniform in the square but for a share
         ``edges``, half of which has the label clean (``s = 0``) and half the image (``t = 1``). A
-        clean side is never moved, so that its loss, which would be noise alone, is left out.
+        clean side is never moved, so that its loss, which would be noise alone, is left out. Of the
+        pairs with a clean image, half have nothing but noise for a label (``s = 1``): that corner
+        is all that one step sees. A class that every pixel of a mask repeats shows through much
+        noise, and away from the corner the network need not know it from the image.
 
         Args:
             x1: Images ``(B, C, *)``.
@@ -154,6 +157,7 @@ class JointFlow:
             return t, t
         t, s, side = torch.rand(3, batch, device=device, generator=generator)
         t = torch.where((side >= edges / 2) & (side < edges), 1.0, t)
+        s = torch.where((side >= edges * 3 / 4) & (side < edges), 1.0, s)
         return t, torch.where(side < edges / 2, 0.0, s)
 
 

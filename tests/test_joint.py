@@ -112,6 +112,8 @@ def test_two_times_cover_the_square_and_its_edges():
     assert not bool((clean_label & clean_image).any())
     assert clean_label.float().mean().item() == pytest.approx(0.25, abs=0.01)
     assert clean_image.float().mean().item() == pytest.approx(0.25, abs=0.01)
+    assert (clean_image & (s == 1)).float().mean().item() == pytest.approx(0.125, abs=0.01)
+    assert s[clean_image & (s < 1)].mean().item() == pytest.approx(0.5, abs=0.02)
     inside = ~clean_label & ~clean_image
     quadrants = torch.histogramdd(times[inside].double(), bins=[2, 2], range=[0.0, 1.0] * 2).hist
     torch.testing.assert_close(

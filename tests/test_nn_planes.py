@@ -54,15 +54,21 @@ class Nothing(nn.Module):
 @pytest.mark.parametrize("t", [0.0, 0.2, 0.5, 0.9, 1.0])
 def test_the_path_of_noise_is_the_regression_of_the_velocity_on_the_state(t):
     generator = torch.Generator().manual_seed(0)
-    x0, x1 = torch.randn(2, 200_000, 1, generator=generator, dtype=torch.float64)
+    x0, x1 = torch.randn(2, 200_000, 1, generator=generator)
     x = (1 - t) * x0 + t * x1
     slope = (x * (x1 - x0)).mean() / x.square().mean()
-    v = NoisePath(Nothing(), channels=1)(x, torch.full((len(x),), t, dtype=x.dtype))
+    v = NoisePath(Nothing(), channels=1)(x, torch.full((len(x),), t))
     torch.testing.assert_close(v, slope * x, atol=0.03, rtol=0)
 
 
-def test_the_ends_are_exact_whatever_the_data():
-    net, x = NoisePath(Nothing(), channels=2), 7 * torch.randn(3, 5, 2, 4)
+def learnt(net):
+    nn.init.normal_(net.correction[-1].weight)
+    return net
+
+
+def test_the_ends_are_exact_whatever_the_data_and_what_was_learnt():
+    net, x = learnt(NoisePath(Nothing(), channels=2)), 7 * torch.randn(3, 5, 2, 4)
+    assert (net(x, torch.full((3,), 0.5)) / x).abs().mean() > 1e-3  # without it, 0
     assert torch.equal(net(x, torch.zeros(3)), -x)
     assert torch.equal(net(x, torch.ones(3)), x)
 
@@ -71,8 +77,13 @@ def test_image_and_codes_follow_their_own_times():
     net, x, times = NoisePath(Echo(), channels=2), torch.randn(3, 5, 2, 4), torch.rand(3, 2)
     v = net(x, times)
     for part, column in ((slice(2), 0), (slice(2, 5), 1)):
-        alone = NoisePath(Echo(), channels=2)(x, times[:, column])
-        assert torch.equal(v[:, part], alone[:, part])
+        alone = net(x, times[:, column])
+        torch.testing.assert_close(v[:, part], alone[:, part])
+    learnt(net)
+    gain = (net(x, times) - 2 * x) / x
+    each = gain[:, [0, 4], :1, :1]
+    torch.testing.assert_close(gain[:, :2], each[:, :1].expand(3, 2, 2, 4), atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(gain[:, 2:], each[:, 1:].expand(3, 3, 2, 4), atol=1e-3, rtol=1e-3)
     assert torch.equal(net.net.t, times)
 
 

@@ -71,12 +71,13 @@ class TwoTimes(nn.Module):
 
 
 class NoisePath(nn.Module):
-    """A network that adds to the best linear answer, so that noise need not pass through it.
+    """A network with a linear path from its state to its answer.
 
-    ``v(x, t) = net(x, t) + gain(t) x`` with ``gain(t) = (2 t − 1) / (t² + (1 − t)²)``, the
-    regression of ``x₁ − x₀`` on ``x_t`` for data of unit variance. At both ends it is exact for
-    data of any: ``− x₀`` at ``t = 0``, ``x₁`` at ``t = 1``; what is left for the network is the
-    expected other end. With two times the image's channels have their own and the codes' theirs.
+    ``v = net(x, t) + gain(t) x`` with ``gain(t) = (2 t − 1) / (t² + (1 − t)²) + 4 t (1 − t) c``: the
+    regression of ``x₁ − x₀`` on ``x_t`` for data of unit variance, and a learnt ``c``, 0 at the
+    start. At both ends it is exact for data of any variance: ``− x₀`` at ``t = 0``, ``x₁`` at
+    ``t = 1``, so that all that is left for the network there is the expected other end. With two
+    times the image's channels have a gain of their own time, and the codes' one of theirs.
 
     Velocities hold the noise of every number of a state. A network that is narrower than that
     cannot carry it through: its images are speckled, and so are its labels.
@@ -95,14 +96,16 @@ class NoisePath(nn.Module):
         super().__init__()
         check_at_least(channels, 1, "channels")
         self.net, self.channels = net, channels
+        self.correction = nn.Sequential(nn.Linear(2, 64), nn.SiLU(), nn.Linear(64, 2))
+        for parameter in self.correction[-1].parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
         """Velocity ``(B, C + K, *)`` at ``x`` and times ``t``, ``(B,)`` or ``(B, 2)``."""
-        first, last = t.unbind(1) if t.ndim == 2 else (t, t)
+        times = t if t.ndim == 2 else torch.stack([t, t], 1)
+        linear = (2 * times - 1) / (times**2 + (1 - times) ** 2)
+        gains = linear + 4 * times * (1 - times) * self.correction(4 * times - 2)
         image, codes = x[:, : self.channels], x[:, self.channels :]
-        linear = torch.cat([_gain(first, image) * image, _gain(last, codes) * codes], 1)
-        return self.net(x, t, cond) + linear
-
-
-def _gain(t: Tensor, like: Tensor) -> Tensor:
-    return expand_like((2 * t - 1) / (t**2 + (1 - t) ** 2), like)
+        of_image, of_codes = gains.unbind(1)
+        path = [expand_like(of_image, image) * image, expand_like(of_codes, codes) * codes]
+        return self.net(x, t, cond) + torch.cat(path, 1)
