@@ -73,7 +73,7 @@ class TwoTimes(nn.Module):
 class NoisePath(nn.Module):
     """A network with a linear path from its state to its answer.
 
-    ``v = net(x, t) + gain(t) x`` with ``gain(t) = (2 t − 1) / (t² + (1 − t)²) + 4 t (1 − t) c``: the
+    ``v = net(x, t) + gain(t) x``, ``gain(t) = (2 t − 1) / (t² + (1 − t)²) + 4 t (1 − t) c``: the
     regression of ``x₁ − x₀`` on ``x_t`` for data of unit variance, and a learnt ``c``, 0 at the
     start. At both ends it is exact for data of any variance: ``− x₀`` at ``t = 0``, ``x₁`` at
     ``t = 1``, so that all that is left for the network there is the expected other end. With two
