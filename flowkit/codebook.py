@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flowkit.checks import check_at_least, check_labels
+from flowkit.checks import check_at_least, check_finite, check_labels
 
 
 class Codebook:
@@ -111,7 +111,11 @@ def nearest_probabilities(p: Tensor) -> Tensor:
     """The Euclidean projection of ``p (*, K)`` to what is non-negative and sums to 1.
 
     Source: Duchi et al., *Efficient Projections onto the l1-Ball*, 2008, algorithm 1.
+
+    Raises:
+        ValueError: If something is not finite, as what a network makes of an image that is not.
     """
+    check_finite(p, "code")
     ordered = p.sort(-1, descending=True).values
     rank = torch.arange(1, p.shape[-1] + 1, device=p.device)
     excess = (ordered.cumsum(-1) - 1) / rank

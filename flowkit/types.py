@@ -26,9 +26,14 @@ def to_device(cond: Cond, device: torch.device | str) -> Cond:
 
     >>> to_device({"label": torch.arange(2)}, "cpu")
     {'label': tensor([0, 1])}
+
+    Raises:
+        TypeError: If it is neither a tensor nor tensors by name.
     """
     if isinstance(cond, Mapping):
         return {name: value.to(device) for name, value in cond.items()}
+    if not (cond is None or isinstance(cond, Tensor)):
+        raise TypeError(f"cond must be a tensor, or tensors by name, got {type(cond).__name__}")
     return None if cond is None else cond.to(device)
 
 

@@ -497,6 +497,12 @@ def test_bad_conditions_are_refused():
     images = torch.zeros(2, 1, 8, 8)
     with pytest.raises(ValueError, match=r"region must be of the images' size \(8, 8\), got"):
         masks.edit(images, torch.zeros(2, 8, 8).long(), torch.zeros(2, 4, 4).bool())
+    with pytest.raises(ValueError, match="cond must hold one label per sample, 2, got 3"):
+        masks.edit(images, torch.zeros(3, 8, 8).long(), torch.zeros(2, 8, 8).bool())
+    with pytest.raises(TypeError, match="cond must be a tensor, or tensors by name, got list"):
+        module.generate([0, 1])
+    with pytest.raises(ValueError, match="code must be finite, got 3 NaN or infinite of 6 values"):
+        module.classify(torch.stack([images[0], images[1] / 0]))
 
 
 def test_what_a_mode_cannot_do_is_refused():

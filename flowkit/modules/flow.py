@@ -140,6 +140,7 @@ class FlowModule(ExactResume):
             )
         if seeds is None:
             seeds = torch.randint(2**62, (num_samples,))
+        cond = to_device(cond, self.device)
         sizes = {"seeds": len(seeds), **_sizes(cond)}
         for name, size in sizes.items():
             if size != num_samples:

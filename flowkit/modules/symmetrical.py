@@ -180,8 +180,14 @@ class SymmetricalFlowMatching(FlowModule):
         """Carry noise ``x0 (B, C, *)`` to images (or latents) of the labels ``cond``.
 
         A callback sees the images; in symmetric mode with their labels behind, on dimension 1.
+
+        Raises:
+            TypeError: If ``cond`` is no tensor.
+            ValueError: If it holds other labels than the codec's, or not one per sample.
         """
         sampler, x0 = sampler or ODESampler(25, "heun"), x0.to(self.device)
+        if isinstance(cond, Tensor) and len(cond) != len(x0):
+            raise ValueError(f"cond must hold one label per sample, {len(x0)}, got {len(cond)}")
         options: dict[str, Any] = {"return_path": return_path, "callback": callback}
         with evaluating(self):
             if self.joint.two_times:
