@@ -47,7 +47,7 @@ def predict(cfg: DictConfig) -> dict[str, Any]:
     sampler: ODESampler = instantiate(cfg.sampler)
     found, cost = label(module, data.split(cfg.split), sampler, cfg)
     record = {
-        "metrics": _measure(module, data, cfg.split, found),
+        "metrics": _measure(module, found, found.pop("truth", None)),
         "weights": weights(module),
         "sampling": {
             **describe(sampler, None),
@@ -103,19 +103,23 @@ def label(
     """Label a whole split in batches.
 
     Returns:
-        The predictions, and their cost: evaluations and network rows per image, seconds in all.
+        The predictions, with the data's own labels as ``truth`` if they have such, and their cost:
+        evaluations and network rows per image, seconds in all.
     """
     of_pixels = len(module.label_shape or ()) > 1
     keep = cfg.probabilities or not of_pixels  # those of images are measured in any case
     parts: dict[str, list[Tensor]] = {}
     began = time.perf_counter()
     for first in tqdm(range(0, len(split), cfg.batch_size), "labels", leave=False, disable=None):
-        images = split[first : first + cfg.batch_size]["x1"]
+        batch = split[first : first + cfg.batch_size]
+        images, truth = batch["x1"], batch.get("cond")
         seeds = range(cfg.seed + first, cfg.seed + first + len(images))
         p = module.posterior(images, sampler, cfg.draws, seeds).cpu()
         confidence, labels = p.max(1)
         some = {"confidence": confidence} if of_pixels else {"uncertainty": 1 - confidence}
         some |= {"labels": labels} | ({"probabilities": p} if keep else {})
+        if isinstance(truth, Tensor) and truth.shape == labels.shape:
+            some["truth"] = truth
         for name, value in some.items():
             parts.setdefault(name, []).append(value)
     seconds = time.perf_counter() - began
@@ -139,11 +143,11 @@ def _data(cfg: DictConfig, trained: dict[str, Any]) -> SplitData:
 
 
 def _measure(
-    module: SymmetricalFlowMatching, data: SplitData, split: str, found: dict[str, Tensor]
+    module: SymmetricalFlowMatching, found: dict[str, Tensor], truth: Tensor | None
 ) -> dict[str, Any]:
     """Measures against the data's own labels, if they have such."""
-    labels, truth = found["labels"], data.split(split)[:].get("cond")
-    if not isinstance(truth, Tensor) or truth.shape != labels.shape:
+    labels = found["labels"]
+    if truth is None:
         return {"num_samples": len(labels)}
     if labels.ndim == 1:
         return classification_metrics(found["probabilities"], truth)

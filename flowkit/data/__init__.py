@@ -5,6 +5,7 @@ from flowkit.data.folder import Folder
 from flowkit.data.hub import Hub
 from flowkit.data.idx import IDX
 from flowkit.data.latents import Latents
+from flowkit.data.mask_folder import MaskFolder
 from flowkit.data.masks import Masks
 from flowkit.data.pairs import Pairs
 from flowkit.data.shards import Shards
@@ -17,6 +18,7 @@ __all__ = [
     "Folder",
     "Hub",
     "Latents",
+    "MaskFolder",
     "Masks",
     "Pairs",
     "Shards",

@@ -62,6 +62,45 @@ def raise_broken(broken: Sequence[str]) -> None:
         )
 
 
+def image_files(root: Path) -> list[str]:
+    """Return the names of a folder's image files at any depth, relative to it and sorted.
+
+    Raises:
+        FileNotFoundError: If there is no such folder.
+        ValueError: If it holds no images.
+    """
+    if not root.is_dir():
+        raise FileNotFoundError(f"root must be a folder, got {root}")
+    names = sorted(
+        file.relative_to(root).as_posix()
+        for file in root.rglob("*")
+        if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")
+    )
+    if not names:
+        raise ValueError(
+            f"root must hold images ({', '.join(sorted(SUFFIXES))}), got none in {root}"
+        )
+    return names
+
+
+def verify(files: Iterable[Path]) -> None:
+    """Look into image files.
+
+    Raises:
+        ValueError: If some are none; the first of them are named.
+    """
+    from PIL import Image
+
+    broken = []
+    for file in files:
+        try:
+            with Image.open(file) as image:
+                image.verify()
+        except (OSError, SyntaxError, ValueError) as error:
+            broken.append(f"{file} ({error})")
+    raise_broken(broken)
+
+
 def decoded(files: Iterable[tuple[str, Callable[[], Any]]], size: int, channels: int) -> Tensor:
     """Decode files into one batch ``(N, channels, size, size)`` in [-1, 1], squared by ``square``.
 
@@ -183,7 +222,7 @@ class Folder(SplitData):
     def load(self) -> Mapping[str, Files]:
         """Find the files, look into each, and cut them into splits."""
         names, labels = self._find()
-        self._verify(names)
+        verify([self.root / name for name in names])
         parts = partition(len(names), self.fractions, self.split_seed, labels)
         return {
             name: Files(
@@ -197,22 +236,12 @@ class Folder(SplitData):
         }
 
     def _find(self) -> tuple[list[str], Tensor | None]:
-        if not self.root.is_dir():
-            raise FileNotFoundError(f"root must be a folder, got {self.root}")
-        names = sorted(
-            file.relative_to(self.root).as_posix()
-            for file in self.root.rglob("*")
-            if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")
-        )
+        names = image_files(self.root)
         folders = sorted(
             entry.name
             for entry in self.root.iterdir()
             if entry.is_dir() and not entry.name.startswith(".")
         )
-        if not names:
-            raise ValueError(
-                f"root must hold images ({', '.join(sorted(SUFFIXES))}), got none in {self.root}"
-            )
         if not folders:
             return names, None
         classes = [name.partition("/")[0] for name in names]
@@ -226,15 +255,3 @@ class Folder(SplitData):
             )
         self.num_classes, self.class_names = len(folders), folders
         return names, torch.tensor([folders.index(name) for name in classes])
-
-    def _verify(self, names: Sequence[str]) -> None:
-        from PIL import Image
-
-        broken = []
-        for name in names:
-            try:
-                with Image.open(self.root / name) as image:
-                    image.verify()
-            except (OSError, SyntaxError, ValueError) as error:
-                broken.append(f"{self.root / name} ({error})")
-        raise_broken(broken)

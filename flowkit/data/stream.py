@@ -107,7 +107,7 @@ class Stream(Dataset):
         seed: The seed of order, mirroring and pairs.
         rank: This process, in ``[0, world_size)``.
         world_size: The number of processes.
-        flip: Mirror each image left to right with probability one half.
+        flip: Mirror each image, and a mask of its size, left to right with probability one half.
         coupling: Pairs data with noise here, in the loader's workers; see ``draw_pairs``.
     """
 
@@ -143,11 +143,18 @@ class Stream(Dataset):
         if self.flip:
             draws = torch.rand(self.total, generator=keyed_generator(self.seed, "flip", step))
             mirrored = draws[self.share] < 0.5
-            batch["x1"][mirrored] = batch["x1"][mirrored].flip(-1)
+            for part in _images_and_masks(batch):
+                part[mirrored] = part[mirrored].flip(-1)
         if self.coupling is None:
             return batch
         generator = keyed_generator(self.seed, "pairs", step, self.rank)
         return draw_pairs(batch, self.coupling, generator)
+
+
+def _images_and_masks(batch: Batch) -> list[Tensor]:
+    images, cond = batch["x1"], batch.get("cond")
+    masked = isinstance(cond, Tensor) and cond.shape == (len(images), *images.shape[2:])
+    return [images, cast(Tensor, cond)] if masked and images.ndim == 4 else [images]
 
 
 class Steps(SequentialSampler):

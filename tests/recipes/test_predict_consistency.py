@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from PIL import Image
 
-from flowkit.data import Digits
+from flowkit.data import Digits, MaskFolder
 from flowkit.data.masks import Masks
 from flowkit.metrics.labels import classification_metrics, segmentation_metrics
 from flowkit.modules import load_run
@@ -101,6 +102,30 @@ def test_masks_are_predicted_measured_and_shown(mask_run, configure, tmp_path):
     assert stored["probabilities"].shape == (180, 11, 8, 8)
 
 
+def test_a_folder_of_images_and_masks_is_learnt_and_predicted(configure, tmp_path):
+    """Grey images, masks in three colours of which the last is ignored."""
+    colors = torch.tensor([[0, 0, 0], [255, 0, 0], [0, 0, 255]])
+    labels = torch.randint(3, (60, 8, 8), generator=torch.Generator().manual_seed(0))
+    for part in ("images", "masks"):
+        (tmp_path / part).mkdir()
+    for k, mask in enumerate(labels):
+        grey = (100 * mask).byte().numpy()
+        Image.fromarray(grey).save(tmp_path / "images" / f"{k}.png")
+        Image.fromarray(colors[mask].byte().numpy()).save(tmp_path / "masks" / f"{k}.png")
+    options = ["module=symmetrical", "data=mask_folder", f"data.root={tmp_path}", "data.channels=1"]
+    options += ["data.image_size=8", "data.test_fraction=0.5", "codec@module.codec=one_hot_mask"]
+    options += ["data.colors=[[0,0,0],[255,0,0],[0,0,255]]", "module.codec.num_classes=2"]
+    options += ["module.codec.ignore_index=2", "model.shape=[3,8,8]", "model.num_classes=null"]
+    run = _train(tmp_path / "run", *options, "+model.num_times=2")
+    record = predict(configure("predict", f"run={run}", "batch_size=7"))
+    stored = torch.load(run / "predicted" / "predicted.pt", weights_only=True)
+    data = MaskFolder(tmp_path, 8, 1, colors.tolist(), test_fraction=0.5)
+    expected = segmentation_metrics(stored["labels"], _split(data)["cond"], 2, ignore_index=2)
+    assert record["metrics"] == {"num_samples": 30, **expected}
+    assert expected["num_pixels"] < 30 * 64
+    consistency(configure("consistency", f"run={run}", "num_samples=10", "sampler.grid=2"))
+
+
 def test_several_symmetric_steps_warn(mask_run, configure, tmp_path):
     options = [f"run={mask_run}", f"out={tmp_path}", "sampler.grid=2"]
     with pytest.warns(UserWarning, match="several steps of symmetric mode may be worse"):
@@ -108,8 +133,6 @@ def test_several_symmetric_steps_warn(mask_run, configure, tmp_path):
 
 
 def test_images_without_labels_are_predicted_too(class_run, configure, tmp_path):
-    from PIL import Image
-
     for k in range(30):
         Image.new("L", (8, 8), 8 * k).save(tmp_path / f"{k:02}.png")
     options = [f"run={class_run}", f"out={tmp_path / 'out'}", "split=train", "data=folder"]

@@ -1,0 +1,212 @@
+"""A folder of images, and a folder of their masks."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+
+import torch
+from torch import Tensor
+
+from flowkit.data.arrays import Index, positions
+from flowkit.data.folder import Files, check_image_format, image_files, raise_broken, verify
+from flowkit.data.splits import SplitData, partition
+from flowkit.types import Batch
+
+LOSSLESS = frozenset({".bmp", ".gif", ".png", ".tif", ".tiff"})
+LABEL_MODES = frozenset({"1", "L", "P", "I", "I;16"})  # one number a pixel, in Pillow's words
+Colors = Sequence[Sequence[int]]
+
+
+def read_mask(file: str | Path, size: int, colors: Colors | None = None) -> Tensor:
+    """Read a mask as labels ``(size, size)`` of int64, of the pixels nearest to the square's.
+
+    The square is that of `flowkit.data.folder.square`. A label is a pixel's grey level or palette
+    index; with ``colors`` it is the place of the pixel's colour among them.
+
+    Raises:
+        ValueError: If the file holds colours and ``colors`` is None, or other colours than these.
+    """
+    import numpy as np
+    from PIL import Image, ImageOps
+
+    with Image.open(file) as image:
+        if colors is None and image.mode not in LABEL_MODES:
+            raise ValueError(
+                f"mask must hold a label per pixel, got mode {image.mode}; give colors for a mask "
+                "in colours"
+            )
+        image = ImageOps.exif_transpose(image)
+        image = image if colors is None else image.convert("RGB")
+        image = ImageOps.fit(image, (size, size), method=Image.Resampling.NEAREST)
+        values = torch.from_numpy(np.array(image).astype(np.int64))
+    if colors is None:
+        return values
+    weights = torch.tensor([1 << 16, 1 << 8, 1])
+    keys, order = (torch.tensor(colors) * weights).sum(1).sort()
+    wanted = (values * weights).sum(2)
+    place = torch.searchsorted(keys, wanted).clamp_max(len(keys) - 1)
+    if bool((other := keys[place] != wanted).any()):
+        raise ValueError(f"mask must hold the colors given alone, got {values[other][0].tolist()}")
+    return order[place]
+
+
+@dataclass(frozen=True, eq=False)
+class MaskedFiles:
+    """A split whose samples are image files and mask files, decoded when a batch asks for them.
+
+    Args:
+        images: The images.
+        masks: The mask of each.
+        colors: See `read_mask`.
+    """
+
+    images: Files
+    masks: Sequence[Path]
+    colors: Colors | None = None
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.images)
+
+    def __getitem__(self, index: Index) -> Batch:
+        """Decode some images and their masks.
+
+        Raises:
+            ValueError: If files do not decode; all of this batch are named.
+        """
+        rows = positions(index, len(self))
+        masks, broken, size = [], [], self.images.image_size
+        for row in rows.tolist():
+            try:
+                masks.append(read_mask(self.masks[row], size, self.colors))
+            except (OSError, SyntaxError, ValueError) as error:
+                broken.append(f"{self.masks[row]} ({error})")
+        raise_broken(broken)
+        cond = torch.stack(masks) if masks else torch.empty(0, size, size, dtype=torch.long)
+        return Batch(x1=self.images[rows]["x1"], cond=cond)
+
+    def fingerprint(self) -> str:
+        """Return a SHA-256 of the images' fingerprint, the masks' sizes in bytes and colours."""
+        digest = hashlib.sha256(f"{self.images.fingerprint()} {self.colors}\n".encode())
+        for mask in self.masks:
+            digest.update(f"{mask.name} {mask.stat().st_size}\n".encode())
+        return digest.hexdigest()
+
+
+class MaskFolder(SplitData):
+    """Image files in ``root/images``, and the mask of each in ``root/masks``.
+
+    ``x1 (B, channels, image_size, image_size)`` and ``cond (B, image_size, image_size)`` of int64
+    labels. A mask is named as its image but for the suffix, and as large; it is stored without
+    loss, in PNG say. Images are squared by `flowkit.data.folder.square`, masks by `read_mask`;
+    training images are mirrored with their masks.
+
+    Args:
+        root: The folder.
+        image_size: Side of the square images in pixels.
+        channels: Of the images: 1 (grey) or 3 (RGB).
+        colors: RGB triples in 0…255 in the order of their labels, for masks in colours. Without,
+            labels are grey levels or palette indices.
+        batch_size: Samples per process and step.
+        flip: Mirror training images left to right with probability one half.
+        val_fraction: The share of the validation split.
+        test_fraction: The share of the test split.
+        split_seed: The seed of the splits.
+        seed: The seed of the training stream.
+        num_workers: Processes that read ahead.
+
+    Raises:
+        ValueError: If ``image_size`` or ``channels`` is out of range, or ``colors`` are no distinct
+            triples; on ``setup``, if images lack masks, masks are of another size, or files are no
+            images.
+        FileNotFoundError: On ``setup``, if there are no such folders.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        image_size: int,
+        channels: int = 3,
+        colors: Colors | None = None,
+        batch_size: int = 64,
+        flip: bool = False,
+        val_fraction: float = 0.05,
+        test_fraction: float = 0.05,
+        split_seed: int = 0,
+        seed: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__(batch_size=batch_size, seed=seed, num_workers=num_workers, flip=flip)
+        check_image_format(image_size, channels)
+        self.root, self.image_size, self.channels = Path(root), image_size, channels
+        self.colors = None if colors is None else [list(color) for color in colors]
+        self.fractions, self.split_seed = (val_fraction, test_fraction), split_seed
+        if self.colors is not None:
+            _check_colors(self.colors)
+
+    def load(self) -> Mapping[str, MaskedFiles]:
+        """Find images and masks, look into each, and cut them into splits."""
+        images, masks = self.root / "images", self.root / "masks"
+        names = image_files(images)
+        files = _masks_of(names, masks)
+        verify([*(images / name for name in names), *files])
+        _check_sizes([images / name for name in names], files)
+        parts = partition(len(names), self.fractions, self.split_seed)
+        return {
+            name: MaskedFiles(
+                Files(images, [names[i] for i in part], None, self.image_size, self.channels),
+                [files[i] for i in part],
+                self.colors,
+            )
+            for name, part in zip(("train", "val", "test"), parts, strict=True)
+        }
+
+
+def _masks_of(names: Sequence[str], folder: Path) -> list[Path]:
+    """The mask of each image, by its name without the suffix."""
+    found: dict[str, list[str]] = {}
+    for mask in image_files(folder):
+        found.setdefault(str(PurePath(mask).with_suffix("")), []).append(mask)
+    files, wrong = [], []
+    for name in names:
+        masks = found.get(str(PurePath(name).with_suffix("")), [])
+        if len(masks) == 1 and PurePath(masks[0]).suffix.lower() in LOSSLESS:
+            files.append(folder / masks[0])
+        else:
+            wrong.append(f"{name} ({', '.join(masks) or 'none'})")
+    if wrong:
+        raise ValueError(
+            f"each image must have one mask of its name in {folder}, stored without loss "
+            f"({', '.join(sorted(LOSSLESS))}), got {len(wrong)} without: {_first(wrong)}"
+        )
+    return files
+
+
+def _check_sizes(images: Sequence[Path], masks: Sequence[Path]) -> None:
+    sizes = zip(masks, map(_size, images), map(_size, masks), strict=True)
+    if other := [f"{mask} ({b} beside {a})" for mask, a, b in sizes if a != b]:
+        raise ValueError(
+            f"masks must have the size of their images, got {len(other)} others: {_first(other)}"
+        )
+
+
+def _size(file: Path) -> tuple[int, int]:
+    """Width and height as they are looked at."""
+    from PIL import Image
+
+    with Image.open(file) as image:
+        turned = image.getexif().get(0x0112, 1) > 4  # EXIF orientations with sides exchanged
+        return (image.height, image.width) if turned else (image.width, image.height)
+
+
+def _check_colors(colors: Colors) -> None:
+    triples = all(len(color) == 3 and all(0 <= c <= 255 for c in color) for color in colors)
+    if not triples or len({tuple(color) for color in colors}) < max(len(colors), 2):
+        raise ValueError(
+            f"colors must be two or more RGB triples in 0...255, all different, got {colors}"
+        )
+
+
+def _first(texts: Sequence[str]) -> str:
+    return "; ".join(texts[:10]) + ("; …" if len(texts) > 10 else "")
