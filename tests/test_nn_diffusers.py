@@ -150,6 +150,11 @@ def test_every_parameter_of_a_unet_learns():
     assert dead == []
 
 
+def test_states_of_other_channels_are_refused():
+    with pytest.raises(ValueError, match=r"x must have 1 channels, got shape \(2, 3, 8, 8\)"):
+        unet2d((1, 8, 8), width=8)(torch.zeros(2, 3, 8, 8), torch.rand(2))
+
+
 def test_input_errors():
     x, t, label = inputs()
     velocity = unet2d((1, 8, 8), num_classes=NULL, width=8)

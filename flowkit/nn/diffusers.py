@@ -62,6 +62,7 @@ class DiffusersVelocity(nn.Module):
                 f"drop_sigma must be {doubled} for a network of {inputs} input and {outputs} "
                 f"output channels, got {drop_sigma}"
             )
+        self.channels = inputs
         self.takes_labels = "class_labels" in inspect.signature(net.forward).parameters
         self.num_classes = _num_classes(config)
         self.time_scale, self.drop_sigma = time_scale, drop_sigma
@@ -75,6 +76,8 @@ class DiffusersVelocity(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
         """Velocity ``(B, *)`` at ``x (B, *)`` and ``t (B,)``."""
+        if x.ndim == 4 and self.channels not in (None, x.shape[1]):
+            raise ValueError(f"x must have {self.channels} channels, got shape {tuple(x.shape)}")
         options = cond if isinstance(cond, Mapping) else self._labels(cond, len(x))
         if self.channels_last and x.ndim == 4:
             x = x.contiguous(memory_format=torch.channels_last)
