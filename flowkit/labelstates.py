@@ -136,6 +136,8 @@ class LabelStates:
 def check_labelled(batch: Batch) -> Tensor:
     """Return the labels of a batch: one per image, or masks of the images' size.
 
+    Masks of cached latents may be of any size; what they are encoded to must be the latents'.
+
     Raises:
         TypeError: If there are none.
         ValueError: If they do not fit the images, or the batch holds segments of a flow.
@@ -143,7 +145,9 @@ def check_labelled(batch: Batch) -> Tensor:
     labels, images = batch.get("cond"), batch["x1"]
     if not isinstance(labels, Tensor):
         raise TypeError(f"cond must be a tensor of labels, got {type(labels).__name__}")
-    if labels.shape not in ((len(images),), (len(images), *images.shape[2:])):
+    cached = "encoded_by" in batch  # latents, smaller than the masks of their images
+    masks = (len(images), *(labels.shape[1:] if cached and labels.ndim == 3 else images.shape[2:]))
+    if labels.shape not in ((len(images),), masks):
         raise ValueError(
             "cond must hold a label per image or masks of the images' size "
             f"{tuple(images.shape[2:])}, got shape {tuple(labels.shape)}"

@@ -107,6 +107,15 @@ def test_flips_mirror_half_of_the_images_whatever_the_world_size():
     assert torch.equal(torch.stack(ranks, dim=1).flatten(0, 1), images)
 
 
+def test_masks_are_mirrored_with_their_images():
+    images = torch.arange(400.0 * 12).reshape(400, 1, 3, 4)
+    split = Arrays({"x1": images, "cond": images[:, 0].clone()})
+    batch = Stream(split, 400, seed=5, flip=True)[2]
+    mirrored = batch["x1"][:, 0, 0, 0] > batch["x1"][:, 0, 0, 1]
+    assert 150 < mirrored.sum() < 250
+    assert torch.equal(batch["cond"], batch["x1"][:, 0])
+
+
 def test_coupling_pairs_data_with_noise_of_their_own_key():
     stream = Stream(numbered(50), 8, seed=3, rank=1, world_size=2, coupling=Sorted())
     batch = stream[4]

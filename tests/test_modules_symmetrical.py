@@ -379,6 +379,25 @@ def test_latent_training_draws_images_from_the_posterior_but_not_masks():
     assert bool((state[clean_label, 12:] == -1).all())
 
 
+def test_cached_latents_train_as_their_images_do():
+    def module():
+        codec = RGBPalette([[0, 0, 0], [255, 255, 255]])
+        return SymmetricalFlowMatching(Threshold(codec), codec, autoencoder=Blocks())
+
+    latents, masks = torch.randn(6, 12, 4, 4), torch.randint(2, (6, 8, 8))
+    batch = {"x1": latents, "cond": masks, "encoded_by": "blocks"}
+    terms = module().loss(batch, torch.Generator().manual_seed(0))
+    fresh = module()
+    generator = torch.Generator().manual_seed(0)
+    y0 = fresh.states.encode(masks, dequantise=True, generator=generator)
+    by_hand = fresh.joint.loss(latents, y0, generator=generator)
+    torch.testing.assert_close((terms["image_loss"], terms["label_loss"]), by_hand)
+    with pytest.raises(ValueError, match=r"have the latents' size \(4, 4\), got \(3, 3\) of masks"):
+        module().loss({**batch, "cond": masks[:, :6, :6]})
+    with pytest.raises(ValueError, match="a label per image or masks"):
+        module().loss({**batch, "cond": masks[:5]})
+
+
 def test_latent_generation_editing_and_pairs_are_images():
     codec = RGBPalette(3)
     net = DiT((24, 4, 4), patch=2, width=16, depth=1, heads=2, num_times=2)

@@ -153,8 +153,9 @@ class Stream(Dataset):
 
 def _images_and_masks(batch: Batch) -> list[Tensor]:
     images, cond = batch["x1"], batch.get("cond")
-    masked = isinstance(cond, Tensor) and cond.shape == (len(images), *images.shape[2:])
-    return [images, cast(Tensor, cond)] if masked and images.ndim == 4 else [images]
+    if isinstance(cond, Tensor) and cond.ndim > 2 and cond.shape[-2:] == images.shape[-2:]:
+        return [images, cond]
+    return [images]
 
 
 class Steps(SequentialSampler):

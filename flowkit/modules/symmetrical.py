@@ -142,6 +142,11 @@ class SymmetricalFlowMatching(FlowModule):
         labels = check_labelled(batch)
         x1 = self.encode(batch, generator)["x1"]
         y0 = self.states.encode(labels, dequantise=True, generator=generator).to(x1)
+        if y0.ndim > 2 and y0.shape[2:] != x1.shape[2:]:
+            raise ValueError(
+                f"cond must be masks whose states have the latents' size {tuple(x1.shape[2:])}, "
+                f"got {tuple(y0.shape[2:])} of masks {tuple(labels.shape)}"
+            )
         if self.label_shape is None:
             self.label_shape = tuple(y0.shape[1:])
         image_loss, label_loss = self.joint.loss(
