@@ -19,6 +19,11 @@ class Codebook:
     ignore_index: ClassVar[int | None] = None
 
     def __post_init__(self):
+        if self.num_classes is None:
+            raise TypeError(
+                "num_classes must be a number, got None; data without classes, such as masks, need "
+                "module.codec.num_classes and a codec of theirs (codec@module.codec=one_hot_mask)"
+            )
         check_at_least(self.num_classes, 2, "num_classes")
         check_q(self.q)
 

@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 from tqdm import tqdm
 
+from flowkit.checks import check_at_least
 from flowkit.data import SplitData
 from flowkit.data.masks import Masks
 from flowkit.metrics import PixelSVC, agreement, versions
@@ -33,6 +34,7 @@ from flowkit.sampling import ODESampler
 
 def consistency(cfg: DictConfig) -> dict[str, Any]:
     """Measure as configured; writes ``consistency.json`` and pictures."""
+    check_at_least(cfg.num_samples, 1, "num_samples")
     run = Path(cfg.run)
     out = Path(cfg.out) if cfg.out else run / "consistency"
     trained, module = read_config(run), symmetrical(run).to(cfg.device)

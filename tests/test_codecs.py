@@ -182,6 +182,11 @@ def test_bad_arguments_are_refused(kind):
         codec.decode(torch.zeros(2, 9))
 
 
+def test_a_codec_of_no_number_of_classes_says_what_masks_need():
+    with pytest.raises(TypeError, match="num_classes must be a number, got None; data without"):
+        OneHot(None)
+
+
 def test_bad_palettes_and_masks_are_refused():
     with pytest.raises(ValueError, match=r"colors must be RGB triples in 0...255, got"):
         RGBPalette([[0, 0, 300], [0, 0, 0]])

@@ -251,7 +251,7 @@ class SymmetricalFlowMatching(FlowModule):
             )
         if sampler is not None:
             check_whole(sampler.times)
-        x1 = self.states.latents(images.to(self.device))
+        x1 = self._latents(images)
         x0 = seeded_noise(x1.shape[1:], seeds_or_drawn(seeds, len(images)), self.device)
         keep = put_back(x0, x1, region.to(self.device))
         return self.autoencoder.decode(self.solve(x0, sampler, labels, guidance, callback=keep).x)
@@ -326,8 +326,17 @@ class SymmetricalFlowMatching(FlowModule):
     def solve_labels(self, images: Tensor, noise: Tensor, sampler: ODESampler) -> Solution:
         """Carry label noise ``(B, *label_shape)`` to the label states of images, from 1 to 0."""
         with evaluating(self):
-            x, y = self.states.latents(images.to(self.device)), noise.to(self.device)
-            return self.joint.solve_codes(sampler, x, y)
+            return self.joint.solve_codes(sampler, self._latents(images), noise.to(self.device))
+
+    def _latents(self, images: Tensor) -> Tensor:
+        """States ``(B, *sample_shape)`` of images that are to be known."""
+        x = self.states.latents(images.to(self.device))
+        if tuple(x.shape[1:]) != known_shape(self.sample_shape):
+            raise ValueError(
+                f"images must have states of shape {self.sample_shape} as in training, got "
+                f"{tuple(x.shape[1:])} of images {tuple(images.shape[1:])}"
+            )
+        return x
 
     def _condition(self, labels: Cond) -> tuple[Tensor, Tensor]:
         """States of labels, zeros where there are none, and where that is."""
