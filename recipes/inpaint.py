@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 from tqdm import tqdm
 
+from flowkit.checks import check_at_least
 from flowkit.inpainting import RandomMasks
 from flowkit.metrics import versions
 from flowkit.metrics.pictures import save_picture
@@ -27,6 +28,7 @@ from flowkit.recipes.sample import describe, weights, write_record
 
 def inpaint(cfg: DictConfig) -> Tensor:
     """Inpaint as configured; writes ``inpainted.json`` and a picture: hole, image, fillings."""
+    check_at_least(cfg.num_images, 1, "num_images")
     run = Path(cfg.run)
     module = load_run(run).to(cfg.device)
     if not isinstance(module, LatentFlowMatching) or module.masks is None:

@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from flowkit import grids
+from flowkit.checks import check_at_least
 from flowkit.data import SplitData
 from flowkit.metrics import StoredFeatures, frechet_distance, to_uint8, versions, wasserstein2
 from flowkit.metrics.evaluate import as_saved
@@ -57,6 +58,7 @@ def report(cfg: DictConfig) -> list[Row]:
     """
     run, fabric = Path(cfg.run), launch(cfg)
     out = Path(cfg.out) if cfg.out else run / "report"
+    check_at_least(cfg.num_samples, 2, "num_samples")
     trained = read_config(run)
     guidance = trained["guidance"] if cfg.guidance is None else cfg.guidance
     module = loaded(cfg, fabric.device, guidance)

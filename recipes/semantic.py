@@ -13,6 +13,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor
 
+from flowkit.checks import check_at_least
 from flowkit.data.masks import ForegroundRule, Masks
 from flowkit.metrics import PixelSVC, agreement, versions
 from flowkit.metrics.pictures import save_picture
@@ -26,6 +27,7 @@ from flowkit.recipes.sample import describe, draw, weights, write_record
 
 def semantic(cfg: DictConfig) -> dict[str, Any]:
     """Draw as configured; writes ``semantic.json`` and a picture: map, image, samples."""
+    check_at_least(cfg.num_images, 1, "num_images")
     run = Path(cfg.run)
     trained, module = read_config(run), load_run(run).to(cfg.device)
     data = test_data(trained)

@@ -1,5 +1,6 @@
 """The command as a user meets it when something is wrong."""
 
+import importlib
 import os
 import shutil
 import subprocess
@@ -143,3 +144,18 @@ def test_every_recipe_explains_itself(name):
 
 def _raise(error):
     raise error
+
+
+@pytest.mark.parametrize(
+    ("recipe", "name"),
+    [
+        ("consistency", "num_samples"),
+        ("inpaint", "num_images"),
+        ("report", "num_samples"),
+        ("semantic", "num_images"),
+    ],
+)
+def test_nothing_to_measure_is_refused(configure, recipe, name):
+    module = importlib.import_module(f"flowkit.recipes.{recipe}")
+    with pytest.raises(ValueError, match=f"{name} must be at least [12], got 0"):
+        getattr(module, recipe)(configure(recipe, "run=nowhere", f"{name}=0"))

@@ -126,11 +126,6 @@ def test_a_folder_of_images_and_masks_is_learnt_and_predicted(configure, tmp_pat
     consistency(configure("consistency", f"run={run}", "num_samples=10", "sampler.grid=2"))
 
 
-def test_no_samples_are_refused(class_run, configure):
-    with pytest.raises(ValueError, match="num_samples must be at least 1, got 0"):
-        consistency(configure("consistency", f"run={class_run}", "num_samples=0"))
-
-
 def test_several_symmetric_steps_warn(mask_run, configure, tmp_path):
     options = [f"run={mask_run}", f"out={tmp_path}", "sampler.grid=2"]
     with pytest.warns(UserWarning, match="several steps of symmetric mode may be worse"):
