@@ -121,6 +121,18 @@ class MaskFolder(SplitData):
             triples; on ``setup``, if images lack masks, masks are of another size, or files are no
             images.
         FileNotFoundError: On ``setup``, if there are no such folders.
+
+    >>> import tempfile
+    >>> from PIL import Image
+    >>> root = Path(tempfile.mkdtemp())
+    >>> for part, levels in (("images", (50, 200)), ("masks", (0, 1))):
+    ...     (root / part).mkdir()
+    ...     for k in range(20):
+    ...         Image.new("L", (12, 8), levels[k % 2]).save(root / part / f"{k}.png")
+    >>> data = MaskFolder(root, image_size=8, channels=1, batch_size=4)
+    >>> data.setup()
+    >>> data.stream()[0]["cond"].shape, data.train[:]["cond"].unique().tolist()
+    (torch.Size([4, 8, 8]), [0, 1])
     """
 
     def __init__(
