@@ -37,6 +37,23 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
 
 
+def usable_device(name: str) -> torch.device:
+    """Return a device of this machine.
+
+    Raises:
+        ValueError: If there is no such device.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"device must be one of this machine's, such as cpu, got {name}: {reason}"
+        ) from error
+    return device
+
+
 def launch(cfg: DictConfig) -> Fabric:
     """Start ``devices`` processes on each of ``num_nodes`` machines, of which this is the first.
 
@@ -48,18 +65,11 @@ def launch(cfg: DictConfig) -> Fabric:
     check_at_least(cfg.devices, 1, "devices")
     check_at_least(cfg.num_nodes, 1, "num_nodes")
     several = cfg.devices * cfg.num_nodes > 1
-    try:
-        device = torch.device(cfg.device)
-        if several and device.index is not None:
-            raise ValueError(
-                f"device must be a kind of device with devices={cfg.devices}, got {cfg.device}"
-            )
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
+    device = usable_device(cfg.device)
+    if several and device.index is not None:
         raise ValueError(
-            f"device must be one of this machine's, such as cpu, got {cfg.device}: {reason}"
-        ) from error
+            f"device must be a kind of device with devices={cfg.devices}, got {cfg.device}"
+        )
     fabric = Fabric(
         accelerator=device.type,
         devices=cfg.devices if device.index is None else [device.index],

@@ -30,6 +30,7 @@ from flowkit.metrics import Features, frechet_distance, to_uint8, versions
 from flowkit.modules import FlowModule, load_run
 from flowkit.modules.runs import read_config
 from flowkit.recipes._grids import Row, markdown, plot
+from flowkit.recipes._parts import usable_device
 from flowkit.recipes._starts import FRESH, Starts, test_data
 from flowkit.recipes.evaluate import like_test
 from flowkit.recipes.sample import draw, weights
@@ -49,7 +50,7 @@ def boss(cfg: DictConfig) -> dict[str, Any]:
     """
     run = Path(cfg.run)
     out = Path(cfg.out) if cfg.out else run / "boss"
-    trained, module = read_config(run), load_run(run).to(cfg.device)
+    trained, module = read_config(run), load_run(run).to(usable_device(cfg.device))
     guidance = trained["guidance"] if cfg.guidance is None else cfg.guidance
     guidance = None if guidance == 1 else guidance
     velocity, starts = module.guided(guidance), Starts(module, trained, cfg.seed, cfg.device)

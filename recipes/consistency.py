@@ -26,6 +26,7 @@ from flowkit.metrics.labels import segmentation_metrics
 from flowkit.metrics.pictures import save_picture
 from flowkit.modules.runs import read_config
 from flowkit.modules.symmetrical import SymmetricalFlowMatching
+from flowkit.recipes._parts import usable_device
 from flowkit.recipes._starts import choose_labels, noise_batches, test_data
 from flowkit.recipes.predict import colored, symmetrical
 from flowkit.recipes.sample import describe, draw, weights, write_record
@@ -35,9 +36,10 @@ from flowkit.sampling import ODESampler
 def consistency(cfg: DictConfig) -> dict[str, Any]:
     """Measure as configured; writes ``consistency.json`` and pictures."""
     check_at_least(cfg.num_samples, 1, "num_samples")
+    check_at_least(cfg.batch_size, 1, "batch_size")
     run = Path(cfg.run)
     out = Path(cfg.out) if cfg.out else run / "consistency"
-    trained, module = read_config(run), symmetrical(run).to(cfg.device)
+    trained, module = read_config(run), symmetrical(run).to(usable_device(cfg.device))
     data, sampler = test_data(trained), instantiate(cfg.sampler)
     guidance = trained["guidance"] if cfg.guidance is None else cfg.guidance
     test = data.test[: cfg.num_samples]
@@ -71,6 +73,7 @@ def consistency(cfg: DictConfig) -> dict[str, Any]:
     }
     files = [out / "consistency.json", *(out / f"{name}.png" for name in pictures)]
     write_record(record, files)
+    print(f"images and pairs: {len(labels)}")
     for name, (shown, known) in pictures.items():
         _show(shown, known, module.codec.num_classes, out / f"{name}.png")
         for key, value in metrics[name].items():

@@ -22,6 +22,7 @@ from flowkit.modules import load_run
 from flowkit.modules.flow import labels_of
 from flowkit.modules.latent import LatentFlowMatching
 from flowkit.modules.runs import read_config
+from flowkit.recipes._parts import usable_device
 from flowkit.recipes._starts import test_data
 from flowkit.recipes.sample import describe, weights, write_record
 
@@ -30,7 +31,7 @@ def inpaint(cfg: DictConfig) -> Tensor:
     """Inpaint as configured; writes ``inpainted.json`` and a picture: hole, image, fillings."""
     check_at_least(cfg.num_images, 1, "num_images")
     run = Path(cfg.run)
-    module = load_run(run).to(cfg.device)
+    module = load_run(run).to(usable_device(cfg.device))
     if not isinstance(module, LatentFlowMatching) or module.masks is None:
         raise TypeError(
             f"run must be trained with module=inpainting, got {type(module).__name__} without masks"

@@ -27,6 +27,7 @@ from flowkit.data.pairs import FORMAT, FORMAT_VERSION, RECORD, to_columns
 from flowkit.metrics import versions
 from flowkit.modules import load_run
 from flowkit.modules.runs import read_config
+from flowkit.recipes._parts import usable_device
 from flowkit.recipes._starts import Starts
 from flowkit.recipes.sample import weights
 from flowkit.types import Cond, Velocity
@@ -40,7 +41,7 @@ def pairs(cfg: DictConfig) -> Path:
     from safetensors.torch import save_file
 
     run, out = Path(cfg.run), Path(cfg.out)
-    module, trained = load_run(run).to(cfg.device), read_config(run)
+    module, trained = load_run(run).to(usable_device(cfg.device)), read_config(run)
     guidance = trained["guidance"] if cfg.guidance is None else cfg.guidance
     guidance = None if guidance == 1 else guidance
     velocity = module.guided(guidance)

@@ -37,7 +37,7 @@ from flowkit.nn.blockwise import Blockwise
 from flowkit.nn.flops import network_flops, part_flops, predicted_gain, step_prices
 from flowkit.recipes._features import measure_drift
 from flowkit.recipes._pareto import Row, plot, short, write_table
-from flowkit.recipes._parts import file_name
+from flowkit.recipes._parts import file_name, usable_device
 from flowkit.recipes._starts import Starts, choose_labels, start, test_data
 from flowkit.recipes.sample import describe, draw, weights
 from flowkit.sampling import ODESampler, seeded_noise
@@ -76,7 +76,7 @@ def pareto(cfg: DictConfig) -> list[Row]:
     rows, timed = [], []
     for name, runs in groups.items():
         for run in runs:
-            module = load_run(run).to(cfg.device)
+            module = load_run(run).to(usable_device(cfg.device))
             held_out = measure.held_out_loss(module)
             for point in points(cfg, name, run, module):
                 samples, cost = sample(cfg, point, measure.labels)

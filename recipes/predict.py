@@ -19,6 +19,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 from tqdm import tqdm
 
+from flowkit.checks import check_at_least
 from flowkit.data import SplitData
 from flowkit.metrics import versions
 from flowkit.metrics.labels import classification_metrics, segmentation_metrics
@@ -26,6 +27,7 @@ from flowkit.metrics.pictures import save_picture
 from flowkit.modules import load_run
 from flowkit.modules.runs import read_config
 from flowkit.modules.symmetrical import SymmetricalFlowMatching
+from flowkit.recipes._parts import usable_device
 from flowkit.recipes._starts import test_data
 from flowkit.recipes.sample import describe, weights, write_record
 from flowkit.sampling import ODESampler
@@ -40,14 +42,15 @@ def predict(cfg: DictConfig) -> dict[str, Any]:
     ``predicted.pt`` holds ``labels (N,)``, ``uncertainty`` and ``probabilities (N, K)``, or of
     masks ``labels (N, H, W)`` and ``confidence``.
     """
+    check_at_least(cfg.batch_size, 1, "batch_size")
     run = Path(cfg.run)
     out = Path(cfg.out) if cfg.out else run / "predicted"
-    module = symmetrical(run).to(cfg.device)
+    module = symmetrical(run).to(usable_device(cfg.device))
     data = _data(cfg, read_config(run))
     sampler: ODESampler = instantiate(cfg.sampler)
     found, cost = label(module, data.split(cfg.split), sampler, cfg)
     record = {
-        "metrics": _measure(module, found, found.pop("truth", None)),
+        "metrics": _measure(module, found, _comparable(found.pop("truth", None), data, module)),
         "weights": weights(module),
         "sampling": {
             **describe(sampler, None),
@@ -69,7 +72,8 @@ def predict(cfg: DictConfig) -> dict[str, Any]:
         found.pop("probabilities", None)
     torch.save(found, files[1])
     metrics = record["metrics"]
-    for name, value in {**metrics, **metrics.get("selective", {})}.items():
+    print(f"{'images':<24}  {len(found['labels'])}")
+    for name, value in {**metrics.get("selective", {}), **metrics}.items():
         if isinstance(value, float):
             print(f"{name.replace('_', ' '):<24}  {value:.4f}")
     if found["labels"].ndim == 3:
@@ -140,6 +144,19 @@ def _data(cfg: DictConfig, trained: dict[str, Any]) -> SplitData:
     data.prepare_data()
     data.setup("test")
     return data
+
+
+def _comparable(
+    truth: Tensor | None, data: SplitData, module: SymmetricalFlowMatching
+) -> Tensor | None:
+    """The data's own labels, unless they are of other classes than the run's."""
+    if truth is not None and data.num_classes not in (None, module.codec.num_classes):
+        print(
+            f"labels of the data are not compared: they are of {data.num_classes} classes, the "
+            f"run's of {module.codec.num_classes}"
+        )
+        return None
+    return truth
 
 
 def _measure(

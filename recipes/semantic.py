@@ -21,6 +21,7 @@ from flowkit.modules import load_run
 from flowkit.modules.condition_grid import condition_grid
 from flowkit.modules.latent import LatentFlowMatching
 from flowkit.modules.runs import read_config
+from flowkit.recipes._parts import usable_device
 from flowkit.recipes._starts import start, test_data
 from flowkit.recipes.sample import describe, draw, weights, write_record
 
@@ -29,7 +30,7 @@ def semantic(cfg: DictConfig) -> dict[str, Any]:
     """Draw as configured; writes ``semantic.json`` and a picture: map, image, samples."""
     check_at_least(cfg.num_images, 1, "num_images")
     run = Path(cfg.run)
-    trained, module = read_config(run), load_run(run).to(cfg.device)
+    trained, module = read_config(run), load_run(run).to(usable_device(cfg.device))
     data = test_data(trained)
     if not isinstance(data, Masks) or not isinstance(module, LatentFlowMatching):
         raise TypeError(

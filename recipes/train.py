@@ -67,6 +67,7 @@ def train(cfg: DictConfig) -> FlowModule:
     del state
 
     callbacks = [*_parts(cfg.callback), StopOnInterrupt(folder)]
+    _say_what_the_average_keeps(cfg)
     if averaged and not any(isinstance(callback, WeightAveraging) for callback in callbacks):
         raise ValueError(
             "callback.ema must stay for a run that averages its weights, got none; the weights "
@@ -82,6 +83,17 @@ def train(cfg: DictConfig) -> FlowModule:
     trainer.fit(module, data, ckpt_path=checkpoint, weights_only=checkpoint and True)
     say(f"run       {folder}")
     return module
+
+
+def _say_what_the_average_keeps(cfg: DictConfig) -> None:
+    """A short training leaves much of the initial weights in an average of long memory."""
+    decay, steps = OmegaConf.select(cfg, "callback.ema.decay"), cfg.trainer.max_steps
+    averages = OmegaConf.select(cfg, "callback.ema._target_") and decay is not None and steps > 0
+    if averages and (kept := decay**steps) > 0.05:
+        say(
+            f"warning   averaged weights will be {kept:.0%} the initial ones after {steps} steps; "
+            f"lower callback.ema.decay = {decay}, or take callback=raw"
+        )
 
 
 def _follow_start(cfg: DictConfig) -> None:
@@ -139,7 +151,9 @@ def _write(folder: Path, files: dict[str, str]) -> None:
 
 
 def _parts(group: DictConfig | None) -> list:
-    return [] if group is None else [instantiate(node) for node in group.values() if node]
+    """What a group's nodes stand for, but for those that are null or of no class."""
+    nodes = [] if group is None else [node for node in group.values() if node]
+    return [instantiate(node) for node in nodes if node._target_]
 
 
 def find_checkpoint(resume: Path) -> Path:

@@ -165,7 +165,7 @@ def test_an_image_that_was_turned_has_the_size_that_is_seen(root):
 
 
 def test_folders_that_are_missing_or_empty_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"root must be a folder, got .*images"):
+    with pytest.raises(FileNotFoundError, match=r"root .* got no images and no masks in"):
         _setup(tmp_path)
     write(tmp_path, count=5)
     for mask in (tmp_path / "masks").iterdir():

@@ -520,6 +520,11 @@ def test_bad_conditions_are_refused():
         masks.edit(images, torch.zeros(3, 8, 8).long(), torch.zeros(2, 8, 8).bool())
     with pytest.raises(TypeError, match="cond must be a tensor, or tensors by name, got list"):
         module.generate([0, 1])
+    for wrong, name in ((images.byte(), "torch.uint8"), ([images], "list")):
+        with pytest.raises(TypeError, match=rf"floating-point tensor in \[-1, 1\], got {name}"):
+            module.classify(wrong)
+    same = [module.classify(x).probabilities for x in (images, images.double())]
+    assert torch.equal(*same)
     for call in (module.classify, lambda x: module.edit(x, torch.tensor([0, 1]), x[:, 0] > 0)):
         with pytest.raises(ValueError, match=r"states of shape \(1, 8, 8\) as in training, got"):
             call(images[..., 1:])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flowkit.data.arrays import Index, positions
-from flowkit.data.folder import Files, check_image_format, image_files, raise_broken, verify
+from flowkit.data.folder import Files, check_image_format, image_files, verify
 from flowkit.data.splits import SplitData, partition
 from flowkit.types import Batch
 
@@ -73,7 +73,7 @@ class MaskedFiles:
         """Decode some images and their masks.
 
         Raises:
-            ValueError: If files do not decode; all of this batch are named.
+            ValueError: If files do not decode or hold other colours; they are named.
         """
         rows = positions(index, len(self))
         masks, broken, size = [], [], self.images.image_size
@@ -82,7 +82,10 @@ class MaskedFiles:
                 masks.append(read_mask(self.masks[row], size, self.colors))
             except (OSError, SyntaxError, ValueError) as error:
                 broken.append(f"{self.masks[row]} ({error})")
-        raise_broken(broken)
+        if broken:
+            raise ValueError(
+                f"masks must be readable labels, got {len(broken)} others: {_first(broken)}"
+            )
         cond = torch.stack(masks) if masks else torch.empty(0, size, size, dtype=torch.long)
         return Batch(x1=self.images[rows]["x1"], cond=cond)
 
@@ -160,6 +163,11 @@ class MaskFolder(SplitData):
     def load(self) -> Mapping[str, MaskedFiles]:
         """Find images and masks, look into each, and cut them into splits."""
         images, masks = self.root / "images", self.root / "masks"
+        if missing := [folder.name for folder in (images, masks) if not folder.is_dir()]:
+            raise FileNotFoundError(
+                "root must be a folder with the folders images and masks, got no "
+                f"{' and no '.join(missing)} in {self.root}"
+            )
         names = image_files(images)
         files = _masks_of(names, masks)
         verify([*(images / name for name in names), *files])

@@ -169,7 +169,10 @@ class SymmetricalFlowMatching(FlowModule):
         seeds: Seeds = None,
         guidance: Guidance = None,
     ) -> Tensor:
-        """Draw an image ``(B, C, *)`` for each label or mask; see `sample`."""
+        """Draw an image ``(B, C, *)`` for each label or mask; see `sample`.
+
+        A label ``codec.num_classes`` asks for an image of no label, see above.
+        """
         return self.sample(len(labels), sampler, labels, seeds, guidance)
 
     def solve(
@@ -330,7 +333,10 @@ class SymmetricalFlowMatching(FlowModule):
 
     def _latents(self, images: Tensor) -> Tensor:
         """States ``(B, *sample_shape)`` of images that are to be known."""
-        x = self.states.latents(images.to(self.device))
+        if not (isinstance(images, Tensor) and images.is_floating_point()):
+            got = images.dtype if isinstance(images, Tensor) else type(images).__name__
+            raise TypeError(f"images must be a floating-point tensor in [-1, 1], got {got}")
+        x = self.states.latents(images.to(self.device, self.dtype))
         if tuple(x.shape[1:]) != known_shape(self.sample_shape):
             raise ValueError(
                 f"images must have states of shape {self.sample_shape} as in training, got "

@@ -126,6 +126,33 @@ def test_a_folder_of_images_and_masks_is_learnt_and_predicted(configure, tmp_pat
     consistency(configure("consistency", f"run={run}", "num_samples=10", "sampler.grid=2"))
 
 
+def test_what_is_printed_says_of_how_many_images(class_run, configure, tmp_path, capsys):
+    record = predict(configure("predict", f"run={class_run}", f"out={tmp_path}"))
+    printed = dict(line.rsplit("  ", 1) for line in capsys.readouterr().out.splitlines())
+    printed = {name.strip(): value.strip() for name, value in printed.items()}
+    assert printed["images"] == "180"
+    assert float(printed["accuracy"]) == pytest.approx(record["metrics"]["accuracy"], abs=1e-4)
+
+
+def test_labels_of_other_classes_are_not_compared(class_run, configure, tmp_path, capsys):
+    for k in range(40):
+        (tmp_path / "images" / "abc"[k % 3]).mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), 6 * k).save(tmp_path / "images" / "abc"[k % 3] / f"{k}.png")
+    options = [f"run={class_run}", f"out={tmp_path / 'out'}", "split=train", "data=folder"]
+    options += [f"data.root={tmp_path / 'images'}", "data.image_size=8", "data.channels=1"]
+    assert set(predict(configure("predict", *options))["metrics"]) == {"num_samples"}
+    assert "they are of 3 classes, the run's of 10" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("recipe", [predict, consistency])
+def test_devices_and_batches_that_cannot_be_are_refused(class_run, configure, recipe):
+    name = recipe.__name__
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        recipe(configure(name, f"run={class_run}", "batch_size=0"))
+    with pytest.raises(ValueError, match="device must be one of this machine's, such as"):
+        recipe(configure(name, f"run={class_run}", "device=x"))
+
+
 def test_several_symmetric_steps_warn(mask_run, configure, tmp_path):
     options = [f"run={mask_run}", f"out={tmp_path}", "sampler.grid=2"]
     with pytest.warns(UserWarning, match="several steps of symmetric mode may be worse"):

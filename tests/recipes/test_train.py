@@ -228,3 +228,18 @@ def test_training_learns(configure, tmp_path):
     (file,) = tmp_path.glob("logs/*/metrics.csv")
     explained = [float(row["val/explained"]) for row in _read(file) if row["val/explained"]]
     assert explained[-1] > 0.5
+
+
+def test_an_experiment_may_set_the_decay_of_what_callback_raw_leaves_out(configure, tmp_path):
+    options = [*TINY, "experiment=digits_cfm", "callback=raw", "trainer.max_steps=2"]
+    options += [f"run_dir={tmp_path}"]
+    assert configure("train", *options).callback.ema.decay > 0
+    train(configure("train", *options))
+    assert "current_model_state" not in _state(tmp_path)
+
+
+@pytest.mark.parametrize(("decay", "warned"), [(0.99, True), (0.5, False)])
+def test_averages_of_long_memory_are_warned_of(configure, tmp_path, capsys, decay, warned):
+    options = [*TINY, "trainer.max_steps=10", f"callback.ema.decay={decay}", f"run_dir={tmp_path}"]
+    train(configure("train", *options))
+    assert ("averaged weights will be 90% the initial ones" in capsys.readouterr().out) == warned
