@@ -57,7 +57,7 @@ class JointFlow:
             raise ValueError(
                 f"velocity must take image and code of shape {tuple(state.shape)} and times of "
                 f"shape {tuple(times.shape)}, got an error: {error}; build the network with "
-                f"{state.shape[1]} channels (TwoTimes: one more), num_times={times.ndim}, no classes"
+                f"{state.shape[1]} channels (TwoTimes: 1 more), num_times={times.ndim}, no classes"
             ) from error
         check_same_shape(v, state, ("velocity(state, t)", "state"))
         return unpack(v, x.shape[1], y.ndim)
