@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -336,7 +336,7 @@ class SymmetricalFlowMatching(FlowModule):
         if not (isinstance(images, Tensor) and images.is_floating_point()):
             got = images.dtype if isinstance(images, Tensor) else type(images).__name__
             raise TypeError(f"images must be a floating-point tensor in [-1, 1], got {got}")
-        x = self.states.latents(images.to(self.device, self.dtype))
+        x = self.states.latents(images.to(self.device, cast(torch.dtype, self.dtype)))
         if tuple(x.shape[1:]) != known_shape(self.sample_shape):
             raise ValueError(
                 f"images must have states of shape {self.sample_shape} as in training, got "
