@@ -1,5 +1,6 @@
 """Between labels and the states that a joint flow moves: a codec, and for masks an autoencoder."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -64,6 +65,24 @@ class LabelStates:
         posterior = getattr(self.autoencoder, "posterior", None)
         return self.autoencoder.encode(images) if posterior is None else posterior(images).mean
 
+    def known(self, images: Tensor, shape: Sequence[int], like: Tensor) -> Tensor:
+        """`latents` ``(B, *shape)``, of the device and type of another tensor.
+
+        Raises:
+            TypeError: If images are no floating-point tensor.
+            ValueError: If their latents have another shape.
+        """
+        if not (isinstance(images, Tensor) and images.is_floating_point()):
+            got = images.dtype if isinstance(images, Tensor) else type(images).__name__
+            raise TypeError(f"images must be a floating-point tensor in [-1, 1], got {got}")
+        x = self.latents(images.to(like))
+        if x.shape[1:] != tuple(shape):
+            raise ValueError(
+                f"images must have states of shape {tuple(shape)} as in training, got "
+                f"{tuple(x.shape[1:])} of images {tuple(images.shape[1:])}"
+            )
+        return x
+
     def encode(
         self,
         labels: Tensor,
@@ -89,7 +108,9 @@ class LabelStates:
         """Probabilities ``(B, num_classes, *)`` of expected states."""
         return self.codec.posterior(self.code(states))
 
-    def condition(self, labels: Cond, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def condition(
+        self, labels: Cond, shape: Sequence[int], may_hide: bool = True
+    ) -> tuple[Tensor, Tensor]:
         """States ``(B, *shape)`` of labels, and whether a sample has none, ``(B,)``.
 
         Samples without a label, all of whose labels are ``num_classes``, have zeros. Without any
@@ -97,13 +118,19 @@ class LabelStates:
 
         Raises:
             TypeError: If labels are no tensor.
-            ValueError: If they are not the codec's, or their states have another shape.
+            ValueError: If they are not the codec's, their states have another shape, or samples
+                have none and may not.
         """
+        missing = "cond must hold labels for a module trained without label_dropout, got "
+        if labels is None and not may_hide:
+            raise ValueError(f"{missing}none")
         if labels is None:
             return torch.zeros(1, *shape), torch.ones(1, dtype=torch.bool)
         if not isinstance(labels, Tensor):
             raise TypeError(f"cond must be a tensor of labels, got {type(labels).__name__}")
         hidden = (labels == self.codec.num_classes).reshape(len(labels), -1).all(1)
+        if not may_hide and bool(hidden.any()):
+            raise ValueError(f"{missing}{int(hidden.sum())} samples without")
         y = self.encode(labels.where(~expand_like(hidden, labels), 0))
         if y.shape[1:] != tuple(shape):
             raise ValueError(
@@ -155,6 +182,41 @@ def check_labelled(batch: Batch) -> Tensor:
     if "t0" in batch or "t1" in batch:
         raise ValueError("batch must hold whole pairs for a joint flow, got segments (t0, t1)")
     return labels
+
+
+def checked_class_weights(weights: Sequence[float] | None, num_classes: int) -> list[float] | None:
+    """Return weights of classes, one each, not negative and not all 0; None for None."""
+    if weights is None:
+        return None
+    if len(weights) != num_classes:
+        raise ValueError(
+            f"class_weights must hold {num_classes} weights, one per class, got {len(weights)}"
+        )
+    numbers = [float(w) for w in weights]
+    if not (all(0 <= w < math.inf for w in numbers) and any(numbers)):
+        raise ValueError(f"class_weights must be finite, at least 0 and not all 0, got {numbers}")
+    return numbers
+
+
+def checked_scale(guidance: object) -> float:
+    """Return a scale of guidance that is to be a number; None is 1, which is none."""
+    if guidance is None:
+        return 1.0
+    if not isinstance(guidance, int | float):
+        got = "a function" if callable(guidance) else repr(guidance)
+        raise TypeError(f"guidance must be a number here, got {got}")
+    if not math.isfinite(guidance):
+        raise ValueError(f"guidance must be finite, got {guidance}")
+    return float(guidance)
+
+
+def check_sizes(y0: Tensor, x1: Tensor, labels: Tensor) -> None:
+    """Require states of masks to have the size of the images', or latents', states."""
+    if y0.ndim > 2 and y0.shape[2:] != x1.shape[2:]:
+        raise ValueError(
+            f"cond must be masks whose states have the latents' size {tuple(x1.shape[2:])}, "
+            f"got {tuple(y0.shape[2:])} of masks {tuple(labels.shape)}"
+        )
 
 
 def label_noise(

@@ -465,6 +465,9 @@ def test_bad_arguments_are_refused():
             SymmetricalFlowMatching(**options, **{name: 1.5})
     with pytest.raises(ValueError, match="class_weights must hold 3 weights, one per class, got 2"):
         SymmetricalFlowMatching(**options, class_weights=[1, 2])
+    for weights in ([-1, 1, 1], [float("nan"), 1, 1], [0, 0, 0]):
+        with pytest.raises(ValueError, match="class_weights must be finite, at least 0"):
+            SymmetricalFlowMatching(**options, class_weights=weights)
     with pytest.raises(ValueError, match="num_classes must be at least 2, got 1"):
         Ordinal(1)
 
@@ -538,7 +541,7 @@ def test_what_a_mode_cannot_do_is_refused():
         symmetric.sample_pairs(3)
     with pytest.raises(RuntimeError, match="times must be 'two-time' for a velocity of images"):
         symmetric(torch.randn(2, 1, 8, 8), torch.rand(2), torch.tensor([0, 1]))
-    with pytest.raises(TypeError, match="guidance must be a number in symmetric mode"):
+    with pytest.raises(TypeError, match="guidance must be a number here, got a function"):
         symmetric.generate(torch.tensor([0]), guidance=lambda velocity: velocity)
     with pytest.raises(RuntimeError, match="got masks; use segment"):
         _masks().classify(torch.randn(2, 1, 8, 8))

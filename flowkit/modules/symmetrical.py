@@ -19,6 +19,9 @@ from flowkit.labelstates import (
     Seeds,
     Segmentation,
     check_labelled,
+    check_sizes,
+    checked_class_weights,
+    checked_scale,
     known_shape,
     label_noise,
     seeds_of,
@@ -113,14 +116,9 @@ class SymmetricalFlowMatching(FlowModule):
         check_between(image_weight, 0, 1, "image_weight")
         check_between(edges, 0, 1, "edges")
         check_between(label_dropout, 0, 1, "label_dropout")
-        if class_weights is not None and len(class_weights) != codec.num_classes:
-            raise ValueError(
-                f"class_weights must hold {codec.num_classes} weights, one per class, "
-                f"got {len(class_weights)}"
-            )
         self.codec, self.times, self.edges = codec, times, edges
         self.image_weight, self.label_dropout = image_weight, label_dropout
-        self.class_weights = None if class_weights is None else list(class_weights)
+        self.class_weights = checked_class_weights(class_weights, codec.num_classes)
 
     @property
     def joint(self) -> JointFlow:
@@ -142,13 +140,8 @@ class SymmetricalFlowMatching(FlowModule):
         labels = check_labelled(batch)
         x1 = self.encode(batch, generator)["x1"]
         y0 = self.states.encode(labels, dequantise=True, generator=generator).to(x1)
-        if y0.ndim > 2 and y0.shape[2:] != x1.shape[2:]:
-            raise ValueError(
-                f"cond must be masks whose states have the latents' size {tuple(x1.shape[2:])}, "
-                f"got {tuple(y0.shape[2:])} of masks {tuple(labels.shape)}"
-            )
-        if self.label_shape is None:
-            self.label_shape = tuple(y0.shape[1:])
+        check_sizes(y0, x1, labels)
+        self.label_shape = self.label_shape or tuple(y0.shape[1:])
         image_loss, label_loss = self.joint.loss(
             x1,
             y0,
@@ -333,39 +326,24 @@ class SymmetricalFlowMatching(FlowModule):
 
     def _latents(self, images: Tensor) -> Tensor:
         """States ``(B, *sample_shape)`` of images that are to be known."""
-        if not (isinstance(images, Tensor) and images.is_floating_point()):
-            got = images.dtype if isinstance(images, Tensor) else type(images).__name__
-            raise TypeError(f"images must be a floating-point tensor in [-1, 1], got {got}")
-        x = self.states.latents(images.to(self.device, cast(torch.dtype, self.dtype)))
-        if tuple(x.shape[1:]) != known_shape(self.sample_shape):
-            raise ValueError(
-                f"images must have states of shape {self.sample_shape} as in training, got "
-                f"{tuple(x.shape[1:])} of images {tuple(images.shape[1:])}"
-            )
-        return x
+        weights = torch.empty(0, device=self.device, dtype=cast(torch.dtype, self.dtype))
+        return self.states.known(images, known_shape(self.sample_shape), weights)
 
     def _condition(self, labels: Cond) -> tuple[Tensor, Tensor]:
         """States of labels, zeros where there are none, and where that is."""
-        y, hidden = self.states.condition(
-            to_device(labels, self.device), known_shape(self.label_shape)
-        )
-        if self.label_dropout == 0 and bool(hidden.any()):
-            raise ValueError(
-                "cond must hold labels for a module trained without label_dropout, "
-                f"got {int(hidden.sum())} samples without"
-            )
+        labels, shape = to_device(labels, self.device), known_shape(self.label_shape)
+        y, hidden = self.states.condition(labels, shape, may_hide=self.label_dropout > 0)
         return y.to(self.device), hidden.to(self.device)
 
     def _scale(self, guidance: Guidance) -> float:
         """The scale of guidance, 1 being none."""
-        if callable(guidance):
-            raise TypeError("guidance must be a number in symmetric mode, got a function")
-        if guidance is not None and guidance != 1 and self.label_dropout == 0:
+        scale = checked_scale(guidance)
+        if scale != 1 and self.label_dropout == 0:
             raise ValueError(
                 "guidance must be null or 1 for a model that never trained without its labels, "
                 f"got {guidance}; train it with module.label_dropout=0.1"
             )
-        return 1.0 if guidance is None else float(guidance)
+        return scale
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store what is not a weight."""

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import resource
 import signal
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -113,6 +114,7 @@ class PressCtrlC(Callback):
         if trainer.global_step == self.step and batch_idx % 2 == self.batch:
             for _ in range(self.times):
                 os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.2)  # two at once are one to Python
 
 
 def _press(step, batch, times=1):
