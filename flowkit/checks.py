@@ -106,10 +106,16 @@ def check_choice(value: object, choices: Collection[str], name: str) -> None:
         raise ValueError(f"{name} must be one of {', '.join(sorted(choices))}, got {value!r}")
 
 
-def check_labels(labels: Tensor, num_classes: int, name: str = "cond") -> None:
-    """Require integer labels in ``[0, num_classes)``."""
+def as_labels(labels: Tensor, name: str = "cond") -> Tensor:
+    """Return integer labels as int64, in which no comparison wraps."""
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise TypeError(f"{name} must hold integer labels, got {labels.dtype}")
+    return labels.long()
+
+
+def check_labels(labels: Tensor, num_classes: int, name: str = "cond") -> None:
+    """Require integer labels in ``[0, num_classes)``."""
+    as_labels(labels, name)
     if labels.numel():
         low, high = (int(v) for v in torch.aminmax(labels))
         if low < 0 or high >= num_classes:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flowkit.checks import check_at_least, check_finite, check_labels
+from flowkit.checks import as_labels, check_at_least, check_finite, check_labels
 
 
 class Codebook:
@@ -17,6 +17,8 @@ class Codebook:
     num_classes: int
     q: float
     ignore_index: ClassVar[int | None] = None
+    mean_is_posterior: ClassVar[bool] = False
+    """Whether a mean of codes determines the probabilities whose mean it is."""
 
     def __post_init__(self):
         if self.num_classes is None:
@@ -53,16 +55,18 @@ class Codebook:
             TypeError: If the labels are not integers.
             ValueError: If a label is none of the codec's.
         """
+        labels = as_labels(labels, "labels")
         counted = self.counted(labels)
         if counted is not None:
             labels = labels.where(counted, 0)
         check_labels(labels, self.num_classes, "labels")
-        code = F.embedding(labels.long(), self.table.to(labels.device)).movedim(-1, 1)
+        code = F.embedding(labels, self.table.to(labels.device)).movedim(-1, 1)
         return code if counted is None else code * counted[:, None]
 
     def counted(self, labels: Tensor) -> Tensor | None:
         """Return where labels ``(B, *)`` are not to be ignored; None if all count."""
-        return None if self.ignore_index is None else labels != self.ignore_index
+        ignored = self.ignore_index
+        return None if ignored is None else as_labels(labels, "labels") != ignored
 
     def dequantise(self, code: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Add noise, uniform within `half_width` in every channel.
@@ -106,9 +110,10 @@ def check_q(q: float) -> None:
 
 
 def code_rows(code: Tensor, channels: int) -> Tensor:
-    """Codes with their channels last, in float32 at least."""
+    """Codes with their channels last, in float32 at least; those of NaN images are refused."""
     if code.ndim < 2 or code.shape[1] != channels:
         raise ValueError(f"code must have shape (B, {channels}, *), got {tuple(code.shape)}")
+    check_finite(code, "code")
     return code.movedim(1, -1).to(torch.promote_types(code.dtype, torch.float32))
 
 
@@ -116,11 +121,7 @@ def nearest_probabilities(p: Tensor) -> Tensor:
     """The Euclidean projection of ``p (*, K)`` to what is non-negative and sums to 1.
 
     Source: Duchi et al., *Efficient Projections onto the l1-Ball*, 2008, algorithm 1.
-
-    Raises:
-        ValueError: If something is not finite, as what a network makes of an image that is not.
     """
-    check_finite(p, "code")
     ordered = p.sort(-1, descending=True).values
     rank = torch.arange(1, p.shape[-1] + 1, device=p.device)
     excess = (ordered.cumsum(-1) - 1) / rank

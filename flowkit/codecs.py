@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from flowkit.checks import check_positive
-from flowkit.codebook import Codebook, check_q, code_rows, nearest_probabilities
+from flowkit.codebook import Codebook, code_rows, nearest_probabilities
 
 
 @runtime_checkable
@@ -26,6 +26,7 @@ class Codec(Protocol):
     num_classes: int
     channels: int
     ignore_index: int | None
+    mean_is_posterior: bool
 
     def encode(self, labels: Tensor) -> Tensor:
         """Return codes ``(B, channels, *)`` of labels ``(B, *)``."""
@@ -67,6 +68,7 @@ class OneHot(Codebook):
     tensor([[0.2500, 0.7500, 0.0000]])
     """
 
+    mean_is_posterior = True
     num_classes: int
     amplitude: float = 2.0
     q: float = 0.5
@@ -142,6 +144,7 @@ class Simplex(Codebook):
     tensor([[ 1.4142], [-1.4142]])
     """
 
+    mean_is_posterior = True
     num_classes: int
     amplitude: float = 2.0
     q: float = 0.5
@@ -199,7 +202,7 @@ class Ordinal(Codebook):
         return torch.linspace(-self.amplitude, self.amplitude, self.num_classes)[:, None]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class RGBPalette(Codebook):
     """Masks as colour images in [-1, 1], one colour per class: what an image autoencoder takes.
 
@@ -224,7 +227,6 @@ class RGBPalette(Codebook):
     num_classes: int = field(init=False)
 
     def __post_init__(self):
-        check_q(self.q)
         if not isinstance(self.colors, int):
             object.__setattr__(self, "colors", tuple(tuple(color) for color in self.colors))
         size = self.colors if isinstance(self.colors, int) else len(self.colors)

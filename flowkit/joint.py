@@ -16,6 +16,7 @@ from torch import Tensor
 
 from flowkit.checks import check_same_shape, expand_like
 from flowkit.paths import Linear
+from flowkit.ranks import mean_over_ranks
 from flowkit.sampling import Callback, ODESampler, Solution
 from flowkit.types import Cond, Velocity
 
@@ -57,7 +58,8 @@ class JointFlow:
             raise ValueError(
                 f"velocity must take image and code of shape {tuple(state.shape)} and times of "
                 f"shape {tuple(times.shape)}, got an error: {error}; build the network with "
-                f"{state.shape[1]} channels (TwoTimes: 1 more), num_times={times.ndim}, no classes"
+                f"{state.shape[1]} channels (TwoTimes: 1 more), no classes and "
+                f"num_times={1 + self.two_times}"
             ) from error
         check_same_shape(v, state, ("velocity(state, t)", "state"))
         return unpack(v, x.shape[1], y.ndim)
@@ -303,4 +305,7 @@ def _mean_square(error: Tensor, weight: Tensor | None) -> Tensor:
     if weight is None:
         return error.square().mean()
     weight = weight.to(error.dtype).expand(error.shape)
-    return (weight * error.square()).sum() / weight.sum().clamp_min(1e-12)
+    count = weight.sum()
+    # Ranks' losses are averaged: each is divided by the same count. Only training has them in step.
+    count = mean_over_ranks(count) if torch.is_grad_enabled() else count
+    return (weight * error.square()).sum() / count.clamp_min(1e-12)

@@ -1,7 +1,7 @@
 """Between labels and the states that a joint flow moves: a codec, and for masks an autoencoder."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flowkit.autoencoders import Autoencoder
-from flowkit.checks import expand_like
+from flowkit.checks import as_labels, expand_like
 from flowkit.codecs import Codec
 from flowkit.sampling import seeded_noise
 from flowkit.types import Batch, Cond
@@ -104,9 +104,16 @@ class LabelStates:
         """The labels nearest to states."""
         return self.codec.decode(self.code(states))
 
-    def posterior(self, states: Tensor) -> Tensor:
-        """Probabilities ``(B, num_classes, *)`` of expected states."""
-        return self.codec.posterior(self.code(states))
+    def posterior(self, draws: Iterable[Tensor]) -> Tensor:
+        """Probabilities ``(B, num_classes, *)`` of the mean of several states each.
+
+        Codes are averaged where their mean determines the probabilities: a code with noise on it
+        is clipped to probabilities, and a mean of clipped ones stays below 1 however many they are.
+        """
+        codes = torch.stack([self.code(states) for states in draws])
+        if self.codec.mean_is_posterior:
+            return self.codec.posterior(codes.mean(0))
+        return torch.stack([self.codec.posterior(code) for code in codes]).mean(0)
 
     def condition(
         self, labels: Cond, shape: Sequence[int], may_hide: bool = True
@@ -128,6 +135,7 @@ class LabelStates:
             return torch.zeros(1, *shape), torch.ones(1, dtype=torch.bool)
         if not isinstance(labels, Tensor):
             raise TypeError(f"cond must be a tensor of labels, got {type(labels).__name__}")
+        labels = as_labels(labels, "labels")
         hidden = (labels == self.codec.num_classes).reshape(len(labels), -1).all(1)
         if not may_hide and bool(hidden.any()):
             raise ValueError(f"{missing}{int(hidden.sum())} samples without")
@@ -152,7 +160,7 @@ class LabelStates:
             return None
         weight = torch.ones_like(labels, dtype=states.dtype) if counted is None else counted
         if class_weights is not None:
-            known = labels if counted is None else labels.where(counted, 0)
+            known = labels.long() if counted is None else labels.where(counted, 0)
             weight = weight * torch.tensor(class_weights).to(states)[known]
         if labels.ndim == 1:
             return weight.to(states)[:, None]
@@ -208,6 +216,16 @@ def checked_scale(guidance: object) -> float:
     if not math.isfinite(guidance):
         raise ValueError(f"guidance must be finite, got {guidance}")
     return float(guidance)
+
+
+def check_no_zero_code(codec: Codec) -> None:
+    """Require codes that zeros, which stand for no label where one time cannot, are none of."""
+    table = getattr(codec, "table", None)
+    if table is not None and bool((zeros := (table == 0).all(1)).any()):
+        raise ValueError(
+            "label_dropout must be 0 in symmetric mode for a codec with zeros as a code, which "
+            f"stand for no label, got class {int(zeros.nonzero()[0])} of {codec}"
+        )
 
 
 def check_sizes(y0: Tensor, x1: Tensor, labels: Tensor) -> None:

@@ -65,11 +65,11 @@ def launch(cfg: DictConfig) -> Fabric:
     check_at_least(cfg.devices, 1, "devices")
     check_at_least(cfg.num_nodes, 1, "num_nodes")
     several = cfg.devices * cfg.num_nodes > 1
-    device = usable_device(cfg.device)
-    if several and device.index is not None:
+    if several and ":" in cfg.device:
         raise ValueError(
             f"device must be a kind of device with devices={cfg.devices}, got {cfg.device}"
         )
+    device = usable_device(cfg.device)
     fabric = Fabric(
         accelerator=device.type,
         devices=cfg.devices if device.index is None else [device.index],

@@ -150,13 +150,16 @@ def _comparable(
     truth: Tensor | None, data: SplitData, module: SymmetricalFlowMatching
 ) -> Tensor | None:
     """The data's own labels, unless they are of other classes than the run's."""
-    if truth is not None and data.num_classes not in (None, module.codec.num_classes):
-        print(
-            f"labels of the data are not compared: they are of {data.num_classes} classes, the "
-            f"run's of {module.codec.num_classes}"
-        )
+    if truth is None:
         return None
-    return truth
+    known = module.codec.num_classes
+    counted = module.codec.counted(truth)
+    largest = int((truth if counted is None else truth[counted]).amax()) if truth.numel() else 0
+    classes = data.num_classes or max(known, 1 + largest)  # masks come without a number
+    if classes == known:
+        return truth
+    print(f"labels of the data are not compared: of {classes} classes, the run's of {known}")
+    return None
 
 
 def _measure(

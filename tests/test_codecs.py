@@ -182,6 +182,23 @@ def test_bad_arguments_are_refused(kind):
         codec.decode(torch.zeros(2, 9))
 
 
+def test_small_integers_do_not_wrap():
+    codec = OneHotMask(50, ignore_index=300)
+    labels = torch.tensor([[[44, 1]]], dtype=torch.uint8)
+    assert codec.counted(labels).all()
+    assert torch.equal(codec.encode(labels), codec.encode(labels.long()))
+    last = OneHotMask(256, ignore_index=-1).encode(torch.tensor([[[255]]], dtype=torch.uint8))
+    assert last.sum() == 2
+
+
+@pytest.mark.parametrize("codec", [OneHot(3), Simplex(3), Ordinal(3)])
+def test_codes_that_are_not_finite_are_refused(codec):
+    code = torch.full((1, codec.channels), float("nan"))
+    for read in (codec.decode, codec.posterior):
+        with pytest.raises(ValueError, match="code must be finite"):
+            read(code)
+
+
 def test_a_codec_of_no_number_of_classes_says_what_masks_need():
     with pytest.raises(TypeError, match="num_classes must be a number, got None; data without"):
         OneHot(None)

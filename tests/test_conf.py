@@ -54,7 +54,7 @@ def test_option(option, configure, tmp_path):
     cfg.shape, cfg.num_classes = [1, 8, 8], 10
     node = cfg[group]
     if group in ("callback", "logger"):
-        parts = [instantiate(part) for part in node.values() if part]
+        parts = [instantiate(part) for part in node.values() if part and part._target_]
         assert all(part is not None for part in parts)
         assert parts
     elif group == "trainer":

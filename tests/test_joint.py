@@ -75,9 +75,12 @@ def test_targets_are_the_derivatives_of_the_states(two_times):
     dx = (state((h, 0))[0] - state((-h, 0))[0])[:, :3] / (2 * h)
     dy = (state((0, h))[0] - state((0, -h))[0])[:, 3:] / (2 * h)
     _, image_loss, label_loss = state((0.0, 0.0))
-    # a zero network's losses are the targets' mean squares
+    # a zero network's losses are the targets' mean squares, and those of the derivatives are zero
     assert image_loss.item() == pytest.approx(dx.square().mean().item(), abs=1e-4)
     assert label_loss.item() == pytest.approx(dy.square().mean().item(), abs=1e-4)
+    knowing, Shifted.shift = Shifted(lambda *_: torch.cat([dx, dy], 1), two_times), (0.0, 0.0)
+    losses = knowing.loss(x1, y0, edges=0.0, generator=torch.Generator().manual_seed(1))
+    assert max(losses).item() < 1e-12
 
 
 def test_planes_are_constant_and_their_mean_is_the_codes_velocity():
@@ -136,6 +139,12 @@ def test_clean_sides_carry_no_loss():
     assert label_loss.item() == pytest.approx(10, abs=0.4)
     for side, clean in ((0, times[:, 0] == 1), (1, times[:, 1] == 0)):
         assert bool((state[clean, side] == 3).all())
+
+    def wrong_on_clean_sides(state, t):
+        return 1e3 * torch.stack([(t[:, 0] == 1), (t[:, 1] == 0)], 1).float()
+
+    losses = JointFlow(wrong_on_clean_sides).loss(x1, y0, edges=1.0)
+    assert max(losses).item() < 11
 
 
 @pytest.mark.parametrize("two_times", [False, True])

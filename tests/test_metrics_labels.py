@@ -49,6 +49,23 @@ def test_calibration_error_by_hand():
     assert record["reliability"]["accuracy"] == pytest.approx([0.75, 0.5])
 
 
+def test_the_calibration_error_is_that_of_the_reliability_beside_it():
+    """Probabilities of exactly 1, which clipping makes, belong to the last bin."""
+    p = torch.tensor([[1.0, 0.0]] * 10 + [[0.97, 0.03]] * 10)
+    labels = torch.tensor([0] * 9 + [1] + [0] * 8 + [1] * 2)
+    record = classification_metrics(p, labels)
+    assert record["calibration_error"] == pytest.approx(0.985 - 0.85, abs=1e-6)
+    assert len(record["reliability"]["share"]) == 1
+
+
+def test_where_nothing_counts_there_is_no_number():
+    masks = torch.zeros(1, 2, 2, dtype=torch.uint8)
+    record = segmentation_metrics(masks, masks + 255, 3, ignore_index=255)
+    assert [record[name] for name in ("pixel_accuracy", "mean_iou", "foreground_iou")] == [None] * 3
+    record = segmentation_metrics(masks, masks, 3)
+    assert (record["mean_iou"], record["foreground_iou"]) == (1, None)
+
+
 def test_the_selective_curve_by_brute_force():
     p, labels = _random(200)
     record = classification_metrics(p, labels, coverages=8)["selective"]

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from flowkit.autoencoders import Identity
 from flowkit.codecs import OneHot, OneHotMask, Ordinal, RGBPalette
 from flowkit.guidance import ClassifierFree
 from flowkit.joint import JointFlow, put_back
@@ -157,6 +158,17 @@ def test_many_draws_in_many_steps_approach_the_posterior():
     x = torch.randn(5, 2)
     probabilities, _ = _exact().classify(x, ODESampler(20), draws=200)
     torch.testing.assert_close(probabilities, MIXTURE.posterior(x), atol=0.12, rtol=0)
+
+
+def test_the_noise_of_codes_does_not_lower_the_mean_of_many():
+    """Sampled codes are spread around their points: each clipped, the winner stays below 1."""
+    codec = OneHot(10)
+    states = LabelStates(codec, Identity())
+    code = codec.encode(torch.tensor([3])).expand(4000, -1)
+    draws = codec.dequantise(code, torch.Generator().manual_seed(0))
+    clipped = codec.posterior(draws).mean(0)[3].item()
+    assert clipped < 0.97
+    assert states.posterior(draws[:, None])[0, 3].item() == pytest.approx(1, abs=0.01)
 
 
 def test_classification_repeats_and_does_not_depend_on_the_batch():
@@ -468,6 +480,9 @@ def test_bad_arguments_are_refused():
     for weights in ([-1, 1, 1], [float("nan"), 1, 1], [0, 0, 0]):
         with pytest.raises(ValueError, match="class_weights must be finite, at least 0"):
             SymmetricalFlowMatching(**options, class_weights=weights)
+    middle = {**options, "codec": Ordinal(3), "times": "symmetric", "label_dropout": 0.1}
+    with pytest.raises(ValueError, match=r"label_dropout must be 0 in .* got class 1"):
+        SymmetricalFlowMatching(**middle)
     with pytest.raises(ValueError, match="num_classes must be at least 2, got 1"):
         Ordinal(1)
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowkit.checks import check_finite, check_labels
+from flowkit.checks import as_labels, check_finite, check_labels
 
 
 def classification_metrics(
@@ -43,25 +43,28 @@ def classification_metrics(
     >>> round(record["accuracy"], 3), [round(a, 3) for a in record["selective"]["accuracy"]]
     (0.667, [1.0, 1.0, 0.667])
     """
-    from torchmetrics.functional.classification import binary_auroc, multiclass_calibration_error
+    from torchmetrics.functional.classification import binary_auroc
 
+    labels = as_labels(labels, "labels")
     _check(probabilities, labels)
     probabilities, count = probabilities.double(), probabilities.shape[1]
     confidence, predicted = probabilities.max(1)
     right = (predicted == labels).double()
     truth = torch.nn.functional.one_hot(labels, count)
     present = labels.unique().tolist() if len(labels.unique()) > 1 else []
+    reliability = _reliability(confidence, right, bins)
     areas = [float(binary_auroc(probabilities[:, k], truth[:, k])) for k in present]
     return {
         "num_samples": len(labels),
         "accuracy": right.mean().item(),
         "auc": sum(areas) / len(areas) if areas else None,
-        "calibration_error": float(
-            multiclass_calibration_error(probabilities, labels, count, bins)
+        "calibration_error": sum(
+            share * abs(sure - accurate)
+            for sure, accurate, share in zip(*reliability.values(), strict=True)
         ),
         "negative_log_likelihood": -probabilities[truth.bool()].clamp_min(1e-6).log().mean().item(),
         "brier_score": (probabilities - truth).square().sum(1).mean().item(),
-        "reliability": _reliability(confidence, right, bins),
+        "reliability": reliability,
         "selective": _selective(confidence, right, coverages),
     }
 
@@ -74,7 +77,9 @@ def segmentation_metrics(
     - ``pixel_accuracy``, over all pixels alike.
     - ``mean_iou``: intersection over union of each class, of all images together, averaged over
       the classes that occur in either; ``iou``: those of the classes, None where absent.
-    - ``foreground_iou``: the same of all classes but 0, as one.
+    - ``foreground_iou``: the same of all classes but 0, as one; None where absent.
+
+    Where no pixel counts all are None.
 
     Args:
         masks: Labels ``(N, H, W)``.
@@ -100,6 +105,7 @@ def segmentation_metrics(
             f"masks must have the shape of the truth, {tuple(truth.shape)}, "
             f"got {tuple(masks.shape)}"
         )
+    masks, truth = as_labels(masks, "masks"), as_labels(truth, "truth")
     counted = torch.ones_like(truth, dtype=torch.bool)
     if ignore_index is not None:
         counted = truth != ignore_index
@@ -115,10 +121,10 @@ def segmentation_metrics(
     iou = jaccard.compute().double()
     return {
         "num_pixels": len(truth),
-        "pixel_accuracy": (masks == truth).double().mean().item(),
-        "mean_iou": iou[present].mean().item(),
+        "pixel_accuracy": (masks == truth).double().mean().item() if len(truth) else None,
+        "mean_iou": iou[present].mean().item() if len(truth) else None,
         "iou": [v if there else None for v, there in zip(iou.tolist(), present, strict=True)],
-        "foreground_iou": float(foreground.compute()),
+        "foreground_iou": float(foreground.compute()) if bool(present[1:].any()) else None,
     }
 
 

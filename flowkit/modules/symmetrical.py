@@ -19,6 +19,7 @@ from flowkit.labelstates import (
     Seeds,
     Segmentation,
     check_labelled,
+    check_no_zero_code,
     check_sizes,
     checked_class_weights,
     checked_scale,
@@ -116,6 +117,8 @@ class SymmetricalFlowMatching(FlowModule):
         check_between(image_weight, 0, 1, "image_weight")
         check_between(edges, 0, 1, "edges")
         check_between(label_dropout, 0, 1, "label_dropout")
+        if times == "symmetric" and label_dropout > 0:
+            check_no_zero_code(codec)
         self.codec, self.times, self.edges = codec, times, edges
         self.image_weight, self.label_dropout = image_weight, label_dropout
         self.class_weights = checked_class_weights(class_weights, codec.num_classes)
@@ -162,10 +165,7 @@ class SymmetricalFlowMatching(FlowModule):
         seeds: Seeds = None,
         guidance: Guidance = None,
     ) -> Tensor:
-        """Draw an image ``(B, C, *)`` for each label or mask; see `sample`.
-
-        A label ``codec.num_classes`` asks for an image of no label, see above.
-        """
+        """Draw an image ``(B, C, *)`` for each label or mask (``K``: none); see `sample`."""
         return self.sample(len(labels), sampler, labels, seeds, guidance)
 
     def solve(
@@ -317,7 +317,7 @@ class SymmetricalFlowMatching(FlowModule):
         seeds, shape = seeds_of(seeds, len(images)), known_shape(self.label_shape)
         noises = label_noise(shape, seeds, draws, self.device).unbind(1)
         solved = (self.solve_labels(images, noise, sampler).x for noise in noises)
-        return torch.stack([self.states.posterior(y) for y in solved]).mean(0)
+        return self.states.posterior(solved)
 
     def solve_labels(self, images: Tensor, noise: Tensor, sampler: ODESampler) -> Solution:
         """Carry label noise ``(B, *label_shape)`` to the label states of images, from 1 to 0."""
