@@ -60,6 +60,13 @@ class LabelStates:
     codec: Codec
     autoencoder: Autoencoder
 
+    def __post_init__(self):
+        if not isinstance(self.codec, Codec):
+            raise TypeError(
+                "codec must be one such as flowkit.codecs.OneHot, got "
+                f"{self.codec!r}; in a configuration choose it by codec@module.codec=one_hot"
+            )
+
     def latents(self, images: Tensor) -> Tensor:
         """Latents of images that are to be known: the posterior's mean, if there is a posterior."""
         posterior = getattr(self.autoencoder, "posterior", None)
@@ -179,7 +186,10 @@ def check_labelled(batch: Batch) -> Tensor:
     """
     labels, images = batch.get("cond"), batch["x1"]
     if not isinstance(labels, Tensor):
-        raise TypeError(f"cond must be a tensor of labels, got {type(labels).__name__}")
+        raise TypeError(
+            f"cond must be a tensor of labels, got {type(labels).__name__}; give images with "
+            "classes or masks"
+        )
     cached = "encoded_by" in batch  # latents, smaller than the masks of their images
     masks = (len(images), *(labels.shape[1:] if cached and labels.ndim == 3 else images.shape[2:]))
     if labels.shape not in ((len(images),), masks):

@@ -8,6 +8,7 @@ flowkit train resume=runs/mine trainer.max_steps=20000   ... or for longer
 flowkit train trainer=ddp                          on all devices of this machine
 """
 
+import math
 import os
 from pathlib import Path
 from typing import Any, cast
@@ -19,8 +20,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import instantiate
 from lightning import Trainer, seed_everything
 from lightning.pytorch.callbacks import WeightAveraging
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from flowkit.labelstates import LabelStates, check_labelled
 from flowkit.modules import FlowModule
 from flowkit.modules.callbacks import StepProgress, StopOnInterrupt
 from flowkit.modules.flow import brings_start
@@ -38,12 +40,15 @@ from flowkit.recipes._parts import quiet, say
 UNRESOLVED = "unresolved.yaml"  # the configuration with its references, for `resume` to change
 CHANGEABLE = ("trainer.", "callback.", "logger.", "optimizer.", "lr_scheduler.")
 
-# A resumed run goes on in its own folder; Hydra would make a new one.
-OmegaConf.register_new_resolver(
-    "run_folder",
-    lambda resume, new: resume if resume is not None and Path(resume).is_dir() else new,
-    replace=True,
-)
+RESOLVERS = {
+    # A resumed run goes on in its own folder; Hydra would make a new one.
+    "run_folder": lambda old, new: old if old is not None and Path(old).is_dir() else new,
+    # Shapes of networks within others, see flowkit.nn.planes.
+    "flat": lambda image, state: ListConfig([math.prod(image) + state[0] - image[0]]),
+    "one_more_channel": lambda state: ListConfig([state[0] + 1, *state[1:]]),
+}
+for name, resolver in RESOLVERS.items():
+    OmegaConf.register_new_resolver(name, resolver, replace=True)
 
 
 def train(cfg: DictConfig) -> FlowModule:
@@ -110,9 +115,7 @@ def _follow_start(cfg: DictConfig) -> None:
 def _module(cfg: DictConfig, data: Any) -> FlowModule:
     """Build the module, telling the configuration what the data are."""
     autoencoder = instantiate(cfg.autoencoder)
-    cfg.shape, cfg.num_classes = _state_shape(data, autoencoder), data.num_classes
-    cfg.image_shape = list(getattr(data, "image_shape", data.shape))
-    cfg.needs_data = brings_start(data.train[:1], data)
+    tell(cfg, data, autoencoder)
     drop_cond = cfg.module.get("drop_cond")
     null = {} if drop_cond is None else drop_cond.get("null")
     if null is None or (OmegaConf.is_dict(null) and None in null.values()):
@@ -132,11 +135,22 @@ def _module(cfg: DictConfig, data: Any) -> FlowModule:
 
 
 @torch.no_grad()
-def _state_shape(data: Any, autoencoder: Any) -> list[int]:
-    """The shape of a state of the flow: cached latents are states, images are encoded."""
+def tell(cfg: DictConfig, data: Any, autoencoder: Any) -> None:
+    """Fill in what parts take from the data."""
     batch = data.stream()[0]
     x1 = batch["x1"][:1]
-    return list((x1 if "encoded_by" in batch else autoencoder.encode(x1)).shape[1:])
+    x1 = x1 if "encoded_by" in batch else autoencoder.encode(x1)  # cached latents are states
+    cfg.shape, cfg.num_classes = list(x1.shape[1:]), data.num_classes
+    cfg.image_shape = list(getattr(data, "image_shape", data.shape))
+    cfg.needs_data = brings_start(data.train[:1], data)
+    net = cfg.network
+    net.shape, net.num_classes = list(cfg.shape), cfg.num_classes
+    if "codec" in cfg.module:
+        labels, codec = check_labelled(batch), cfg.module.codec
+        codec = instantiate(codec) if OmegaConf.is_config(codec) else codec
+        code = LabelStates(codec, autoencoder).encode(labels[:1])
+        net.shape[0] += code.shape[1]
+        net.num_classes, net.num_times = None, 1 if cfg.module.times == "symmetric" else 2
 
 
 def _write(folder: Path, files: dict[str, str]) -> None:

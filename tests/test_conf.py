@@ -52,6 +52,7 @@ def test_option(option, configure, tmp_path):
         overrides.append(MANDATORY[option].format(tmp=tmp_path))
     cfg = configure("train", *overrides)
     cfg.shape, cfg.num_classes = [1, 8, 8], 10
+    cfg.network.shape, cfg.network.num_classes = [1, 8, 8], 10
     node = cfg[group]
     if group in ("callback", "logger"):
         parts = [instantiate(part) for part in node.values() if part and part._target_]

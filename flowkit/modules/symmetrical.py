@@ -117,11 +117,11 @@ class SymmetricalFlowMatching(FlowModule):
         check_between(image_weight, 0, 1, "image_weight")
         check_between(edges, 0, 1, "edges")
         check_between(label_dropout, 0, 1, "label_dropout")
-        if times == "symmetric" and label_dropout > 0:
-            check_no_zero_code(codec)
         self.codec, self.times, self.edges = codec, times, edges
         self.image_weight, self.label_dropout = image_weight, label_dropout
-        self.class_weights = checked_class_weights(class_weights, codec.num_classes)
+        self.class_weights = checked_class_weights(class_weights, self.states.codec.num_classes)
+        if times == "symmetric" and label_dropout > 0:
+            check_no_zero_code(codec)
 
     @property
     def joint(self) -> JointFlow:

@@ -12,10 +12,12 @@ from hydra.utils import instantiate
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from flowkit.autoencoders import Identity
 from flowkit.codecs import OneHot
 from flowkit.metrics.labels import classification_metrics
 from flowkit.modules.symmetrical import SymmetricalFlowMatching
 from flowkit.nn import ResidualMLP
+from flowkit.recipes.train import tell
 from flowkit.sampling import ODESampler
 
 pytestmark = pytest.mark.benchmark
@@ -110,7 +112,7 @@ def test_plain_classifier(benchmark, configure, experiment):
         pytest.skip(f"needs {cfg.data.root}, see the header of the experiment")
     data = instantiate(cfg.data)
     data.setup()
-    cfg.shape, cfg.num_classes = list(data.shape), data.num_classes
+    tell(cfg, data, Identity())
     torch.manual_seed(cfg.seed)
     net = _classifier_of_the_size_of(instantiate(cfg.model), math.prod(data.shape))
     average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(cfg.callback.ema.decay))

@@ -336,6 +336,7 @@ def test_encoders_are_made_late(name, configure):
     assert callable(make)
 
 
+SHAPES = ([1, 8, 8], [1, 28, 28])
 NO_FOLDER = {"_target_": "flowkit.autoencoders.Identity"}  # where a trained one is taken from one
 
 
@@ -343,7 +344,8 @@ NO_FOLDER = {"_target_": "flowkit.autoencoders.Identity"}  # where a trained one
 def test_experiments_build(name, configure, tmp_path):
     cfg = configure("train", f"experiment={name}", f"run_dir={tmp_path}")
     cfg.autoencoder = NO_FOLDER
-    cfg.shape, cfg.num_classes = [1, 28, 28] if "fashion" in name else [1, 8, 8], 10
+    cfg.network.shape = SHAPES["fashion" in name]
+    cfg.num_classes = cfg.network.num_classes = 10
     module = instantiate(cfg.module)
     assert module.flow.num_segments == 6
     assert instantiate(cfg.sampler).times.tolist()[4] == pytest.approx(1 / 6)
@@ -357,7 +359,8 @@ def test_rows_of_the_tables_have_equal_active_size(name, configure, tmp_path):
             options = [*table.overrides, *data, *overrides, f"run_dir={tmp_path}"]
             cfg = configure("train", *options)
             cfg.autoencoder = NO_FOLDER
-            cfg.shape, cfg.num_classes = [1, 28, 28] if "fashion" in name else [1, 8, 8], 10
+            cfg.network.shape = SHAPES["fashion" in name]
+            cfg.num_classes = cfg.network.num_classes = 10
             flow = instantiate(cfg.module).flow
             parts = [flow.stacks[0]] if flow.trunk is None else [flow.trunk, flow.stacks[0]]
             counted = {p: p.numel() for part in parts for p in part.parameters()}
@@ -382,7 +385,8 @@ def test_training_all_blocks_on_leaves_the_feature_residual_and_the_edges():
 def test_the_published_size_is_a_named_configuration(configure, tmp_path):
     """Parameters with and without the projector, within 0.1 %; FLOPs: with the network."""
     cfg = configure("train", "experiment=imagenet_blockwise_xl2", f"run_dir={tmp_path}")
-    cfg.shape, cfg.num_classes = [4, 32, 32], 1000
+    cfg.network.shape = [4, 32, 32]
+    cfg.num_classes = cfg.network.num_classes = 1000
     with torch.device("meta"):
         module = instantiate(cfg.module)
     count = sum(p.numel() for p in module.parameters()) / 1e6

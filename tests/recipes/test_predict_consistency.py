@@ -19,10 +19,10 @@ from flowkit.recipes.train import train
 from tests.conftest import CONF
 from tests.recipes.conftest import TINY
 
-CLASSES = ["module=symmetrical", "model.shape=[11,8,8]", "model.num_classes=null"]
+CLASSES = ["module=symmetrical"]
 MASKS = [
     *("module=symmetrical", "data=digits_masks", "codec@module.codec=one_hot_mask"),
-    *("model.shape=[12,8,8]", "model.num_classes=null", "module.times=symmetric"),
+    "module.times=symmetric",
 ]
 
 
@@ -35,7 +35,7 @@ def _train(folder, *options):
 @pytest.fixture(scope="module")
 def class_run(tmp_path_factory):
     """Two times, of digits and their classes, after 20 steps."""
-    return _train(tmp_path_factory.mktemp("classes") / "run", *CLASSES, "+model.num_times=2")
+    return _train(tmp_path_factory.mktemp("classes") / "run", *CLASSES)
 
 
 @pytest.fixture(scope="module")
@@ -115,8 +115,8 @@ def test_a_folder_of_images_and_masks_is_learnt_and_predicted(configure, tmp_pat
     options = ["module=symmetrical", "data=mask_folder", f"data.root={tmp_path}", "data.channels=1"]
     options += ["data.image_size=8", "data.test_fraction=0.5", "codec@module.codec=one_hot_mask"]
     options += ["data.colors=[[0,0,0],[255,0,0],[0,0,255]]", "module.codec.num_classes=2"]
-    options += ["module.codec.ignore_index=2", "model.shape=[3,8,8]", "model.num_classes=null"]
-    run = _train(tmp_path / "run", *options, "+model.num_times=2")
+    options += ["module.codec.ignore_index=2"]
+    run = _train(tmp_path / "run", *options)
     record = predict(configure("predict", f"run={run}", "batch_size=7"))
     stored = torch.load(run / "predicted" / "predicted.pt", weights_only=True)
     data = MaskFolder(tmp_path, 8, 1, colors.tolist(), test_fraction=0.5)
@@ -224,6 +224,45 @@ def test_sample_and_evaluate_work_on_symmetrical_runs(
     found = evaluate(configure("evaluate", *options, f"out={tmp_path}", "metric=pixels"))
     assert found["metrics"]["frechet_distance"] > found["metrics"]["floor"]["frechet_distance"]
     assert ("class_agreement" in found["metrics"]) == (kind == "class")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["model=dit", "model.width=24", "model.heads=2", "codec@module.codec=simplex"],
+        ["model=codes_mlp", "model.net.net.width=8", "module.times=symmetric"],
+        ["model=codes_mlp", "model.net.net.width=8", "codec@module.codec=ordinal"],
+        ["model=unet2d", "model.width=8", "module.times=symmetric"],
+        [
+            *("model=unet2d_two_times", "model.net.net.width=8"),
+            *("data=digits_masks", "codec@module.codec=one_hot_mask"),
+        ],
+    ],
+)
+def test_models_follow_data_codec_and_times(options, configure, tmp_path):
+    tiny = [option for option in TINY if not option.startswith("model.")]
+    steps = ["trainer.max_steps=1", "callback=raw"]
+    cfg = configure(
+        "train", *tiny, "module=symmetrical", *options, *steps, f"run_dir={tmp_path / 'run'}"
+    )
+    train(cfg)
+    module = load_run(tmp_path / "run")
+    images = torch.zeros(2, 1, 8, 8)
+    assert module.posterior(images).shape[:2] == (2, module.codec.num_classes)
+    if module.times == "two-time":
+        assert module.sample_pairs(2, _heun()).images.shape == images.shape
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["module.codec=one_hot_mask"], "codec must be .* got 'one_hot_mask'; in a config"),
+        (["data=toy"], "cond must be a tensor of labels, got NoneType"),
+    ],
+)
+def test_what_cannot_label_is_refused_before_a_step(options, message, configure, tmp_path):
+    with pytest.raises(TypeError, match=message):
+        train(configure("train", *TINY, "module=symmetrical", *options, f"run_dir={tmp_path}"))
 
 
 def test_other_runs_cannot_label(tiny_run, configure):
