@@ -80,10 +80,13 @@ def check_overrides(overrides: list[str]) -> None:
         FileNotFoundError: If ``run`` or ``resume`` names nothing.
         PermissionError: If ``hydra.run.dir`` or ``out`` can be neither written nor made.
         TypeError: If ``seed`` is no number.
-        ValueError: If all loggers or callbacks are to be none, for which Hydra has no word.
+        ValueError: If something has no value, or all loggers or callbacks are to be none, for
+            which Hydra has no word.
     """
     for override in overrides:
-        key, _, value = override.partition("=")
+        key, equal, value = override.partition("=")
+        if not equal and Path(override).exists():
+            raise ValueError(f"options must be name=value, got {override}; run={override}, say")
         path = value.strip("'\"")
         plain = path not in ("", "null") and not set(path) & set(",[$")  # no list, no reference
         if key == "seed" and plain and not re.fullmatch(r"[+-]?\d+", path):

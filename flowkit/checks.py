@@ -113,14 +113,15 @@ def as_labels(labels: Tensor, name: str = "cond") -> Tensor:
     return labels.long()
 
 
-def check_labels(labels: Tensor, num_classes: int, name: str = "cond") -> None:
-    """Require integer labels in ``[0, num_classes)``."""
+def check_labels(labels: Tensor, num_classes: int, name: str = "cond", fix: str = "") -> None:
+    """Require integer labels in ``[0, num_classes)``; an error ends with the fix."""
     as_labels(labels, name)
     if labels.numel():
         low, high = (int(v) for v in torch.aminmax(labels))
         if low < 0 or high >= num_classes:
             raise ValueError(
                 f"{name} must hold labels in [0, {num_classes - 1}], got values in [{low}, {high}]"
+                + (fix and f"; {fix}")
             )
 
 

@@ -59,7 +59,8 @@ class Codebook:
         counted = self.counted(labels)
         if counted is not None:
             labels = labels.where(counted, 0)
-        check_labels(labels, self.num_classes, "labels")
+        fix = "give the codec more classes, or an ignore_index where these labels mean nothing"
+        check_labels(labels, self.num_classes, "labels", fix)
         code = F.embedding(labels, self.table.to(labels.device)).movedim(-1, 1)
         return code if counted is None else code * counted[:, None]
 

@@ -182,6 +182,13 @@ def test_bad_arguments_are_refused(kind):
         codec.decode(torch.zeros(2, 9))
 
 
+def test_labels_that_are_none_of_the_codecs_say_what_may_be_meant():
+    with pytest.raises(
+        ValueError, match=r"\[0, 4\], got values in \[0, 255\]; give .* ignore_index"
+    ):
+        OneHotMask(5).encode(torch.tensor([[[0, 255]]]))
+
+
 def test_small_integers_do_not_wrap():
     codec = OneHotMask(50, ignore_index=300)
     labels = torch.tensor([[[44, 1]]], dtype=torch.uint8)

@@ -160,17 +160,19 @@ class SplitData(LightningDataModule):
         >>> data = Digits()
         >>> data.setup()
         >>> data.summary()
-        'Digits: 1,437 train, 180 val, 180 test samples of shape (1, 8, 8), 10 classes'
+        'Digits: 1,437 train, 180 val, 180 test samples of shape (1, 8, 8), 10 classes (0, 1, 2, …)'
         """
         counts = ", ".join(f"{len(self.split(name)):,} {name}" for name in ("train", "val", "test"))
-        found, first = (
-            f"{type(self).__name__}: {counts} samples of shape {self.shape}",
-            self.val[:1],
-        )
-        found += f", {self.num_classes} classes" if self.num_classes else ", no classes"
-        if self.num_classes is None and first.get("cond") is not None:
-            found += " but other conditions"
-        return found + (", source samples" if "x0" in first else "")
+        found, first = f"{counts} samples of shape {self.shape}", self.val[:1]
+        cond, names = first.get("cond"), self.class_names or []
+        if self.num_classes:
+            listed = ", ".join([*names[:3], *(["…"] if len(names) > 3 else [])])
+            found += f", {self.num_classes} classes" + (f" ({listed})" if listed else "")
+        elif isinstance(cond, Tensor) and cond.shape[1:] == first["x1"].shape[2:] != ():
+            found += ", masks"
+        else:
+            found += ", no classes" + ("" if cond is None else " but other conditions")
+        return f"{type(self).__name__}: {found}" + (", source samples" if "x0" in first else "")
 
     def fingerprint(self, name: str) -> str:
         """Return the SHA-256 of a split's content."""

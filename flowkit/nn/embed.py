@@ -29,9 +29,10 @@ def check_cond(cond: Cond, batch: int, num_classes: int | None) -> Tensor | None
         raise TypeError(f"cond must be a tensor or None, got a mapping of {', '.join(cond)}")
     if num_classes is None:
         if cond is not None:
+            kind = f"shape {tuple(cond.shape)}" if isinstance(cond, Tensor) else type(cond).__name__
             raise ValueError(
-                "cond must be None for a network without num_classes, got a "
-                f"{type(cond).__name__}; build the network with num_classes"
+                f"cond must be None for a network without num_classes, got {kind}; build "
+                "it with num_classes for classes (B,), or take a method of masks for masks"
             )
         return None
     if cond is None:

@@ -45,6 +45,8 @@ def test_what_names_no_single_folder_is_not_looked_for(tmp_path):
     for seed in ("abc", "1.5", "1e3"):
         with pytest.raises(TypeError, match=f"seed must be a whole number, got {seed}"):
             check_overrides([f"seed={seed}"])
+    with pytest.raises(ValueError, match=r"options must be name=value, got .*; run=.*, say"):
+        check_overrides([str(tmp_path)])
     check_overrides(["seed=-1", "seed=1,2", "seed=null", "logger.csv=null"])
     with pytest.raises(ValueError, match=r"logger must be a choice, got null; logger.<part>=null"):
         check_overrides(["logger=null"])

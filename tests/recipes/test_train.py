@@ -200,7 +200,9 @@ def test_pictures_of_training_are_of_the_averaged_weights(tiny_run, tmp_path):
 def test_training_starts_with_what_was_found(configure, tmp_path, capsys):
     train(configure("train", *TINY, f"run_dir={tmp_path}", "trainer.max_steps=1"))
     data, model, *_ = capsys.readouterr().out.splitlines()
-    assert data.endswith("1,437 train, 180 val, 180 test samples of shape (1, 8, 8), 10 classes")
+    assert data.endswith(
+        "1,437 train, 180 val, 180 test samples of shape (1, 8, 8), 10 classes (0, 1, 2, …)"
+    )
     assert model.startswith("model     ConditionalFlowMatching of ResidualMLP, ")
 
 
