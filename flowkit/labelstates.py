@@ -1,6 +1,7 @@
 """Between labels and the states that a joint flow moves: a codec, and for masks an autoencoder."""
 
 import math
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -12,7 +13,7 @@ from torch import Tensor
 from flowkit.autoencoders import Autoencoder
 from flowkit.checks import as_labels, expand_like
 from flowkit.codecs import Codec
-from flowkit.sampling import seeded_noise
+from flowkit.sampling import ODESampler, seeded_noise
 from flowkit.types import Batch, Cond
 
 Seeds = Sequence[int] | Tensor | None
@@ -77,11 +78,13 @@ class LabelStates:
 
         Raises:
             TypeError: If images are no floating-point tensor.
-            ValueError: If their latents have another shape.
+            ValueError: If there are none, or their latents have another shape.
         """
         if not (isinstance(images, Tensor) and images.is_floating_point()):
             got = images.dtype if isinstance(images, Tensor) else type(images).__name__
             raise TypeError(f"images must be a floating-point tensor in [-1, 1], got {got}")
+        if images.numel() == 0:
+            raise ValueError(f"images must hold at least one, got shape {tuple(images.shape)}")
         x = self.latents(images.to(like))
         if x.shape[1:] != tuple(shape):
             raise ValueError(
@@ -117,10 +120,10 @@ class LabelStates:
         Codes are averaged where their mean determines the probabilities: a code with noise on it
         is clipped to probabilities, and a mean of clipped ones stays below 1 however many they are.
         """
-        codes = torch.stack([self.code(states) for states in draws])
+        codes = (self.code(states) for states in draws)
         if self.codec.mean_is_posterior:
-            return self.codec.posterior(codes.mean(0))
-        return torch.stack([self.codec.posterior(code) for code in codes]).mean(0)
+            return self.codec.posterior(_mean(codes))
+        return _mean(self.codec.posterior(code) for code in codes)
 
     def condition(
         self, labels: Cond, shape: Sequence[int], may_hide: bool = True
@@ -216,8 +219,13 @@ def checked_class_weights(weights: Sequence[float] | None, num_classes: int) -> 
     return numbers
 
 
-def checked_scale(guidance: object) -> float:
-    """Return a scale of guidance that is to be a number; None is 1, which is none."""
+def checked_scale(guidance: object, label_dropout: float) -> float:
+    """Return a scale of guidance that is to be a number; None is 1, which is none.
+
+    Raises:
+        TypeError: If it is no number.
+        ValueError: If it is not finite, or asks a model that never trained without its labels.
+    """
     if guidance is None:
         return 1.0
     if not isinstance(guidance, int | float):
@@ -225,6 +233,11 @@ def checked_scale(guidance: object) -> float:
         raise TypeError(f"guidance must be a number here, got {got}")
     if not math.isfinite(guidance):
         raise ValueError(f"guidance must be finite, got {guidance}")
+    if guidance != 1 and label_dropout == 0:
+        raise ValueError(
+            "guidance must be null or 1 for a model that never trained without its labels, "
+            f"got {guidance}; train it with module.label_dropout=0.1"
+        )
     return float(guidance)
 
 
@@ -238,13 +251,35 @@ def check_no_zero_code(codec: Codec) -> None:
         )
 
 
-def check_sizes(y0: Tensor, x1: Tensor, labels: Tensor) -> None:
-    """Require states of masks to have the size of the images', or latents', states."""
+def count_of(labels: Tensor) -> int:
+    """The number of samples that labels are of."""
+    if not (isinstance(labels, Tensor) and labels.ndim):
+        raise TypeError(f"labels must be a tensor (B,) or (B, H, W), got {labels!r}")
+    return len(labels)
+
+
+def check_sizes(
+    y0: Tensor, x1: Tensor, labels: Tensor, known: tuple[int, ...] | None = None
+) -> None:
+    """Require states of labels of one shape, and of masks of the images', or latents', size."""
+    if known not in (None, tuple(y0.shape[1:])):
+        raise ValueError(
+            f"cond must be labels whose states have shape {known} as before, got "
+            f"{tuple(y0.shape[1:])} of labels {tuple(labels.shape)}"
+        )
     if y0.ndim > 2 and y0.shape[2:] != x1.shape[2:]:
         raise ValueError(
             f"cond must be masks whose states have the latents' size {tuple(x1.shape[2:])}, "
             f"got {tuple(y0.shape[2:])} of masks {tuple(labels.shape)}"
         )
+
+
+def check_region(region: Tensor, images: Tensor) -> None:
+    """Require a place for every pixel of images ``(B, C, H, W)``."""
+    expected = (len(images), *images.shape[2:])
+    if not isinstance(region, Tensor) or region.shape != expected:
+        got = tuple(region.shape) if isinstance(region, Tensor) else repr(region)
+        raise ValueError(f"region must have shape {expected}, a place for every pixel, got {got}")
 
 
 def label_noise(
@@ -255,6 +290,16 @@ def label_noise(
 ) -> Tensor:
     """Noise ``(B, draws, *shape)`` of labels, independent of that of images with the same seeds."""
     return seeded_noise((draws, *shape), [seed ^ LABEL_STREAM for seed in seeds], device)
+
+
+def warn_of_more_steps(sampler: ODESampler) -> None:
+    """Warn of labels of one joint time in anything but one Euler step, their exact expectation."""
+    if len(sampler.times) > 2 or sampler.method != "euler":
+        warnings.warn(
+            "labels in several steps of symmetric mode may be worse than in one Euler step, which "
+            "is their exact expectation; use ODESampler(1), or times='two-time'",
+            stacklevel=4,
+        )
 
 
 def seeds_of(seeds: Seeds, count: int) -> list[int]:
@@ -279,3 +324,12 @@ def known_shape(shape: tuple[int, ...] | None) -> tuple[int, ...]:
             "trained one or set both"
         )
     return shape
+
+
+def _mean(tensors: Iterable[Tensor]) -> Tensor:
+    """The mean of tensors, of which one is held at a time."""
+    tensors = iter(tensors)
+    total, count = next(tensors).clone(), 1
+    for x in tensors:
+        total, count = total.add_(x), count + 1
+    return total / count

@@ -510,6 +510,8 @@ def test_bad_batches_are_refused():
     for shape in ((4, 7, 8), (3,), (4, 1)):
         with pytest.raises(ValueError, match=r"masks of the images' size \(8, 8\), got shape"):
             module.loss({"x1": x, "cond": torch.zeros(shape).long()})
+    with pytest.raises(ValueError, match=r"states have shape \(3,\) as before, got \(3, 8, 8\) of"):
+        module.loss({"x1": x, "cond": torch.zeros(4, 8, 8).long()})
     batch = {"x1": x, "cond": torch.zeros(4).long(), "t0": torch.zeros(4), "t1": torch.ones(4)}
     with pytest.raises(ValueError, match="batch must hold whole pairs for a joint flow, got segm"):
         module.loss(batch)
@@ -532,12 +534,17 @@ def test_bad_conditions_are_refused():
     with pytest.raises(TypeError, match="cond must be a tensor of labels, got dict"):
         masks.sample(2, cond={"mask": torch.zeros(2, 8, 8).long()})
     images = torch.zeros(2, 1, 8, 8)
-    with pytest.raises(ValueError, match=r"region must be of the images' size \(8, 8\), got"):
+    with pytest.raises(ValueError, match=r"region must have shape \(2, 8, 8\), a place for every"):
         masks.edit(images, torch.zeros(2, 8, 8).long(), torch.zeros(2, 4, 4).bool())
+    with pytest.raises(
+        ValueError, match=r"images must hold at least one, got shape \(0, 1, 8, 8\)"
+    ):
+        module.classify(images[:0])
     with pytest.raises(ValueError, match="cond must hold one label per sample, 2, got 3"):
         masks.edit(images, torch.zeros(3, 8, 8).long(), torch.zeros(2, 8, 8).bool())
-    with pytest.raises(TypeError, match="cond must be a tensor, or tensors by name, got list"):
-        module.generate([0, 1])
+    for labels in ([0, 1], 3, torch.tensor(3)):
+        with pytest.raises(TypeError, match=r"labels must be a tensor \(B,\) or \(B, H, W\), got "):
+            module.generate(labels)
     for wrong, name in ((images.byte(), "torch.uint8"), ([images], "list")):
         with pytest.raises(TypeError, match=rf"floating-point tensor in \[-1, 1\], got {name}"):
             module.classify(wrong)

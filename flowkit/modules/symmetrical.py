@@ -1,6 +1,5 @@
 """Symmetrical flow matching: one network for generation, classification and segmentation."""
 
-import warnings
 from collections.abc import Sequence
 from typing import Any, Literal, cast
 
@@ -20,13 +19,16 @@ from flowkit.labelstates import (
     Segmentation,
     check_labelled,
     check_no_zero_code,
+    check_region,
     check_sizes,
     checked_class_weights,
     checked_scale,
+    count_of,
     known_shape,
     label_noise,
     seeds_of,
     seeds_or_drawn,
+    warn_of_more_steps,
 )
 from flowkit.modules.flow import (
     ADAMW,
@@ -40,11 +42,6 @@ from flowkit.sampling import Callback, ODESampler, Solution, seeded_noise
 from flowkit.types import Batch, Cond, Velocity, to_device
 
 Sampler = ODESampler | None
-
-MORE_STEPS = (
-    "labels in several steps of symmetric mode may be worse than in one Euler step, which is their "
-    "exact expectation; use ODESampler(1), or times='two-time'"
-)
 
 
 class SymmetricalFlowMatching(FlowModule):
@@ -143,8 +140,8 @@ class SymmetricalFlowMatching(FlowModule):
         labels = check_labelled(batch)
         x1 = self.encode(batch, generator)["x1"]
         y0 = self.states.encode(labels, dequantise=True, generator=generator).to(x1)
-        check_sizes(y0, x1, labels)
-        self.label_shape = self.label_shape or tuple(y0.shape[1:])
+        check_sizes(y0, x1, labels, self.label_shape)
+        self.label_shape = tuple(y0.shape[1:])
         image_loss, label_loss = self.joint.loss(
             x1,
             y0,
@@ -166,7 +163,7 @@ class SymmetricalFlowMatching(FlowModule):
         guidance: Guidance = None,
     ) -> Tensor:
         """Draw an image ``(B, C, *)`` for each label or mask (``K``: none); see `sample`."""
-        return self.sample(len(labels), sampler, labels, seeds, guidance)
+        return self.sample(count_of(labels), sampler, labels, seeds, guidance)
 
     def solve(
         self,
@@ -197,7 +194,7 @@ class SymmetricalFlowMatching(FlowModule):
                 )
             y, hidden = self._condition(cond)
             y, known = y.expand(len(x0), *y.shape[1:]), ~hidden.expand(len(x0))
-            scale = self._scale(guidance)
+            scale = checked_scale(guidance, self.label_dropout)
             return self.joint.solve_images(sampler, x0, y, known, scale, **options)
 
     def guided(self, guidance: Guidance) -> Velocity:
@@ -208,7 +205,7 @@ class SymmetricalFlowMatching(FlowModule):
         velocity = ImageVelocity(self.joint, self._condition)
         if callable(guidance):
             return guidance(velocity)
-        scale = self._scale(guidance)
+        scale = checked_scale(guidance, self.label_dropout)
         return velocity if scale == 1 else ClassifierFree(velocity, scale, self.codec.num_classes)
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
@@ -239,12 +236,12 @@ class SymmetricalFlowMatching(FlowModule):
             sampler: As for `sample`.
             seeds: As for `sample`.
             guidance: As for `sample`.
+
+        Raises:
+            TypeError: If images or labels are no tensors of theirs.
+            ValueError: If region, labels or times of the sampler do not fit.
         """
-        if region.shape[1:] != images.shape[2:]:
-            raise ValueError(
-                f"region must be of the images' size {tuple(images.shape[2:])}, "
-                f"got {tuple(region.shape[1:])}"
-            )
+        check_region(region, images)
         if sampler is not None:
             check_whole(sampler.times)
         x1 = self._latents(images)
@@ -259,6 +256,10 @@ class SymmetricalFlowMatching(FlowModule):
         """Draw images and their labels together, both from noise; two-time mode only.
 
         Sampler (by default 25 Heun steps) and seeds are as for `sample`.
+
+        Raises:
+            RuntimeError: If the module is of one time.
+            ValueError: If ``num_samples`` is below 1, or the sampler does not go from 0 to 1.
         """
         check_at_least(num_samples, 1, "num_samples")
         if not self.joint.two_times:
@@ -277,7 +278,11 @@ class SymmetricalFlowMatching(FlowModule):
     def classify(
         self, images: Tensor, sampler: Sampler = None, draws: int = 1, seeds: Seeds = None
     ) -> Classification:
-        """Return class probabilities of images, and their uncertainty; see `posterior`."""
+        """Return class probabilities ``(B, K)`` and uncertainties ``(B,)``; see `posterior`.
+
+        Raises:
+            RuntimeError: If the labels are masks.
+        """
         if len(known_shape(self.label_shape)) != 1:
             raise RuntimeError("labels must be those of images to classify, got masks; use segment")
         probabilities = self.posterior(images, sampler, draws=draws, seeds=seeds)
@@ -286,7 +291,11 @@ class SymmetricalFlowMatching(FlowModule):
     def segment(
         self, images: Tensor, sampler: Sampler = None, draws: int = 1, seeds: Seeds = None
     ) -> Segmentation:
-        """Return the most probable label of every pixel, and its probability; see `posterior`."""
+        """Return each pixel's most probable label ``(B, H, W)``, its probability; see `posterior`.
+
+        Raises:
+            RuntimeError: If the labels are those of images.
+        """
         if len(known_shape(self.label_shape)) == 1:
             raise RuntimeError("labels must be masks to segment, got those of images; use classify")
         confidence, mask = self.posterior(images, sampler, draws=draws, seeds=seeds).max(1)
@@ -307,13 +316,16 @@ class SymmetricalFlowMatching(FlowModule):
             sampler: Default: one step.
             draws: Noises per image; each costs a solve.
             seeds: One per image; 0, 1, ... by default, so that results repeat.
+
+        Raises:
+            TypeError: If images are no floating-point tensor.
+            ValueError: If they are of another shape than those trained on, or draws below 1.
         """
         check_at_least(draws, 1, "draws")
         sampler = sampler or ODESampler(1)
         check_whole(sampler.times)
-        one_step = len(sampler.times) == 2 and sampler.method == "euler"
-        if not (one_step or self.joint.two_times):
-            warnings.warn(MORE_STEPS, stacklevel=2)
+        if not self.joint.two_times:
+            warn_of_more_steps(sampler)
         seeds, shape = seeds_of(seeds, len(images)), known_shape(self.label_shape)
         noises = label_noise(shape, seeds, draws, self.device).unbind(1)
         solved = (self.solve_labels(images, noise, sampler).x for noise in noises)
@@ -334,16 +346,6 @@ class SymmetricalFlowMatching(FlowModule):
         labels, shape = to_device(labels, self.device), known_shape(self.label_shape)
         y, hidden = self.states.condition(labels, shape, may_hide=self.label_dropout > 0)
         return y.to(self.device), hidden.to(self.device)
-
-    def _scale(self, guidance: Guidance) -> float:
-        """The scale of guidance, 1 being none."""
-        scale = checked_scale(guidance)
-        if scale != 1 and self.label_dropout == 0:
-            raise ValueError(
-                "guidance must be null or 1 for a model that never trained without its labels, "
-                f"got {guidance}; train it with module.label_dropout=0.1"
-            )
-        return scale
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store what is not a weight."""
