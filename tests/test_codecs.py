@@ -108,6 +108,7 @@ def test_codes_of_simplex_and_one_hot_are_equally_far_apart_and_those_of_ordinal
     torch.testing.assert_close(Simplex(6).table.mean(0), torch.zeros(5), atol=1e-6, rtol=0)
     assert OneHot(3).encode(torch.tensor([2])).tolist() == [[0, 0, 2]]
     assert Ordinal(5).encode(torch.arange(5)).flatten().tolist() == [-1, -0.5, 0, 0.5, 1]
+    assert Ordinal(3, amplitude=4.0).table.flatten().tolist() == [-4, 0, 4]
 
 
 @pytest.mark.parametrize("kind", [OneHot, Simplex, Ordinal])

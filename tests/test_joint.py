@@ -156,9 +156,10 @@ def test_hidden_labels_are_zeros_without_loss(two_times):
     if two_times:
         assert bool((times[hidden, 1] == 1).all())
         assert bool((times[~hidden, 1] < 1).all())
-    image_loss, label_loss = JointFlow(Recorder(), two_times).loss(
-        x1, y0, label_dropout=1.0, edges=0.0
-    )
+    flow = JointFlow(Recorder(), two_times)
+    _, label_loss = flow.loss(x1, y0, label_dropout=0.3, edges=0.0)
+    assert label_loss.item() == pytest.approx(5, abs=0.3)  # E(ξ − 2)², of those that have labels
+    image_loss, label_loss = flow.loss(x1, y0, label_dropout=1.0, edges=0.0)
     assert label_loss.item() == 0
     assert image_loss.item() == pytest.approx(2, abs=0.2)
 

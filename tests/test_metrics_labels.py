@@ -1,6 +1,7 @@
 """Measures of predicted labels, against brute force and closed forms."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -47,6 +48,18 @@ def test_calibration_error_by_hand():
     record = classification_metrics(p, labels, bins=10)
     assert record["calibration_error"] == pytest.approx((4 * 0 + 2 * 0.45) / 6, abs=1e-6)
     assert record["reliability"]["accuracy"] == pytest.approx([0.75, 0.5])
+
+
+def test_scores_and_bins_by_hand():
+    """Four bins: confidences up to .5, and 1/2 itself, lie in the second."""
+    p = torch.tensor([[0.5, 0.5], [0.8, 0.2], [0.0, 1.0]])
+    record = classification_metrics(p, torch.tensor([0, 1, 1]), bins=4)
+    nll = -(math.log(0.5) + math.log(0.2) + math.log(1.0)) / 3
+    assert record["negative_log_likelihood"] == pytest.approx(nll, abs=1e-6)
+    assert record["brier_score"] == pytest.approx((0.5 + 1.28 + 0) / 3, abs=1e-6)
+    assert record["reliability"]["confidence"] == pytest.approx([0.5, 0.9])
+    impossible = classification_metrics(p[2:], torch.tensor([0]))
+    assert impossible["negative_log_likelihood"] == pytest.approx(-math.log(1e-6))
 
 
 def test_the_calibration_error_is_that_of_the_reliability_beside_it():

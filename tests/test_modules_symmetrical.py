@@ -68,6 +68,21 @@ def test_the_loss_weighs_the_means_of_its_parts(times):
     torch.testing.assert_close((terms["image_loss"], terms["label_loss"]), by_hand)
 
 
+def test_noise_and_mask_of_the_batch_and_edges_reach_the_joint_flow():
+    module, draws = _images(edges=1.0), [torch.Generator().manual_seed(0) for _ in range(2)]
+    batch = {"x1": torch.randn(6, 1, 8, 8), "cond": torch.arange(6) % 3}
+    batch |= {"x0": torch.randn(6, 1, 8, 8), "mask": (torch.rand(6, 1, 8, 8) < 0.5).float()}
+    found = module.loss(batch, draws[0])
+    y0 = module.states.encode(batch["cond"], dequantise=True, generator=draws[1])
+    options = {"x0": batch["x0"], "mask": batch["mask"], "edges": 1.0, "generator": draws[1]}
+    expected = module.joint.loss(batch["x1"], y0, **options)
+    torch.testing.assert_close((found["image_loss"], found["label_loss"]), expected)
+    for left_out in ("x0", "mask"):
+        other = {name: value for name, value in batch.items() if name != left_out}
+        image_loss = module.loss(other, torch.Generator().manual_seed(0))["image_loss"]
+        assert abs(image_loss - expected[0]) > 1e-3
+
+
 def test_without_label_weight_label_outputs_get_exactly_no_gradient():
     module = _images(image_weight=1.0)
     module.loss({"x1": torch.randn(6, 1, 8, 8), "cond": torch.arange(6) % 3})["loss"].backward()
