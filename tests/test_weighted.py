@@ -128,11 +128,12 @@ def test_every_cell_of_a_preset_trains_what_it_says(experiment, configure, tmp_p
         for name, coupling in table.couplings.items():
             overrides = [*table.overrides, *problem, *coupling, f"run_dir={tmp_path}"]
             cell = configure("train", *overrides)
-            cell.shape, cell.num_classes = ([2], None) if "toy" in experiment else ([1, 8, 8], 10)
+            net, toy = cell.network, "toy" in experiment
+            net.shape, net.num_classes = ([2], None) if toy else ([1, 8, 8], 10)
             cell.module.drop_cond = None
             module = instantiate(cell.module)
-            x0, x1 = torch.randn(2, 64, *cell.shape)
-            label = None if "toy" in experiment else torch.arange(64) % 10
+            x0, x1 = torch.randn(2, 64, *net.shape)
+            label = None if toy else torch.arange(64) % 10
             pairs = module.coupling.pair(x0, 3 * x1 + 2, label)
             assert (pairs.log_weight is not None) == ("W-CFM" in name and "row softmax" not in name)
             if "W-CFM" in name:

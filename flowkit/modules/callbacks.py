@@ -148,7 +148,9 @@ class StopOnInterrupt(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listen, where Python allows it; Lightning has by now noted whom to give signals back."""
-        if trainer.world_size == 1 and threading.current_thread() is threading.main_thread():
+        ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # by a script's background jobs
+        main = threading.current_thread() is threading.main_thread()
+        if trainer.world_size == 1 and main and not ignored:
             self.before = signal.signal(signal.SIGINT, self._ask)
 
     def _ask(self, *_: Any) -> None:

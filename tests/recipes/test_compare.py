@@ -8,9 +8,10 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
+from flowkit.autoencoders import Identity
 from flowkit.recipes.compare import compare, write_table
 from flowkit.recipes.evaluate import evaluate
-from flowkit.recipes.train import train
+from flowkit.recipes.train import tell, train
 from tests.conftest import CONF
 
 POINTS = [
@@ -160,7 +161,7 @@ def test_every_cell_of_a_preset_trains_what_it_says(experiment, configured, tmp_
             cell = configured("train", overrides=overrides)
             data = instantiate(cell.data)
             data.setup()
-            cell.shape, cell.num_classes = list(data.shape), data.num_classes
+            tell(cell, data, Identity())
             cell.module.drop_cond = None
             module = instantiate(cell.module)
             batch = data.stream()[0]

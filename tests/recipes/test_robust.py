@@ -104,6 +104,14 @@ def test_a_training_that_ends_by_the_clock_can_go_on(configure, tmp_path):
     assert load_run(tmp_path).weights["step"] == state["global_step"]
 
 
+@pytest.fixture
+def _keyboard():
+    """A process that Ctrl-C reaches, as it does not those that a script starts with ``&``."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class PressCtrlC(Callback):
     """Interrupts its own process after an optimiser step, or amid the accumulation for the next."""
 
@@ -122,6 +130,7 @@ def _press(step, batch, times=1):
     return f"+callback.press={{{node}, step: {step}, batch: {batch}, times: {times}}}"
 
 
+@pytest.mark.usefixtures("_keyboard")
 @pytest.mark.parametrize("batch", [0, 1])
 def test_ctrl_c_ends_after_the_step_which_is_saved(configure, tmp_path, batch, capsys):
     options = [*OPTIONS, "trainer.accumulate_grad_batches=2"]
@@ -136,11 +145,20 @@ def test_ctrl_c_ends_after_the_step_which_is_saved(configure, tmp_path, batch, c
     assert_same(run, tmp_path / "whole")
 
 
+@pytest.mark.usefixtures("_keyboard")
 def test_ctrl_c_in_the_last_step_is_an_end_like_any(configure, tmp_path):
     train(configure("train", *OPTIONS, f"run_dir={tmp_path}", _press(14, 0)))
     assert _state(tmp_path)["global_step"] == 15
 
 
+@pytest.mark.usefixtures("_keyboard")
+def test_where_ctrl_c_is_ignored_it_stays_ignored(configure, tmp_path):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    train(configure("train", *OPTIONS, f"run_dir={tmp_path}", _press(7, 1)))
+    assert _state(tmp_path)["global_step"] == 15
+
+
+@pytest.mark.usefixtures("_keyboard")
 def test_ctrl_c_twice_ends_at_once(configure, tmp_path):
     with pytest.raises(SystemExit):
         train(configure("train", *OPTIONS, f"run_dir={tmp_path}", _press(7, 1, times=2)))
