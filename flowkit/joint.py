@@ -58,8 +58,8 @@ class JointFlow:
             raise ValueError(
                 f"velocity must take image and code of shape {tuple(state.shape)} and times of "
                 f"shape {tuple(times.shape)}, got an error: {error}; build the network with "
-                f"{state.shape[1]} channels (TwoTimes: 1 more), no classes and "
-                f"num_times={1 + self.two_times}"
+                f"{state.shape[1]} channels, no classes and num_times={1 + self.two_times}, or for "
+                "two times one of 1 more channel within flowkit.nn.planes.TwoTimes"
             ) from error
         check_same_shape(v, state, ("velocity(state, t)", "state"))
         return unpack(v, x.shape[1], y.ndim)

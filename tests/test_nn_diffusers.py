@@ -164,6 +164,8 @@ def test_input_errors():
         velocity(x, t)
     with pytest.raises(ValueError, match="cond must be None for a network without num_classes"):
         unet2d((1, 8, 8), width=8)(x, t, label)
+    with pytest.raises(ValueError, match=r"t must have shape \(5,\), got \(5, 2\)"):
+        velocity(x, torch.rand(5, 2), label)
     with pytest.raises(ValueError, match=r"shape must be \(C, H, W\), got \(2,\)"):
         unet2d((2,))
     with pytest.raises(ValueError, match="multipliers must be at least 1, got 0"):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from flowkit.checks import check_at_least, check_labels
-from flowkit.nn.embed import check_cond
+from flowkit.nn.embed import check_cond, check_state
 from flowkit.types import Cond
 
 
@@ -78,6 +78,7 @@ class DiffusersVelocity(nn.Module):
         """Velocity ``(B, *)`` at ``x (B, *)`` and ``t (B,)``."""
         if x.ndim == 4 and self.channels not in (None, x.shape[1]):
             raise ValueError(f"x must have {self.channels} channels, got shape {tuple(x.shape)}")
+        check_state(x, t, tuple(x.shape[1:]))
         options = cond if isinstance(cond, Mapping) else self._labels(cond, len(x))
         if self.channels_last and x.ndim == 4:
             x = x.contiguous(memory_format=torch.channels_last)
