@@ -84,13 +84,13 @@ class KLAutoencoder(nn.Module):
     Args:
         vae: The network; it is put in ``eval`` mode, without gradients.
         image_shape: ``(C, H, W)`` of all images; None takes it from the network's config if that
-            holds both sides (see `flowkit.nn.kl.autoencoder_kl`), else any fitting size will do.
+            holds both sides (see `flowkit.nn.autoencoder_kl`), else any fitting size will do.
 
     Raises:
         TypeError: If ``vae`` is none.
         ValueError: If its scale or ``image_shape`` cannot be.
 
-    >>> from flowkit.nn.kl import autoencoder_kl
+    >>> from flowkit.nn.diffusers import autoencoder_kl
     >>> autoencoder = KLAutoencoder(autoencoder_kl((1, 9, 9), width=8, multipliers=(1, 2)))
     >>> autoencoder.factor, autoencoder.encode(torch.zeros(3, 1, 9, 9)).shape
     (2, torch.Size([3, 4, 5, 5]))

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from flowkit.checks import check_between, expand_like
-from flowkit.types import Cond, Velocity
+from flowkit.types import Cond
+from flowkit.velocity import Velocity
 
 Null = float | Tensor | Mapping[str, float | Tensor]
 

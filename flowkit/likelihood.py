@@ -10,7 +10,8 @@ from torch import Tensor
 
 from flowkit.checks import check_at_least, check_choice, check_whole
 from flowkit.sampling import ADAPTIVE, ODESampler
-from flowkit.types import Cond, Velocity
+from flowkit.types import Cond
+from flowkit.velocity import Velocity
 
 
 class LogLikelihood(NamedTuple):

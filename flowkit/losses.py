@@ -7,10 +7,11 @@ from torch import Tensor
 
 from flowkit.checks import check_same_shape, check_times, expand_like
 from flowkit.couplings import Coupling, Independent
+from flowkit.distributed import mean_over_ranks
 from flowkit.paths import Linear, Path
-from flowkit.ranks import mean_over_ranks
 from flowkit.times import Times, Uniform
-from flowkit.types import Batch, Cond, Pairs, Velocity
+from flowkit.types import Batch, Cond, Pairs
+from flowkit.velocity import Velocity
 
 
 def flow_matching_loss(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flowkit.checks import check_at_least, check_positive
-from flowkit.ranks import place
+from flowkit.distributed import place
 
 Device = torch.device | str | None
 

@@ -24,13 +24,15 @@ from tqdm import tqdm
 
 from flowkit.autoencoders import KLAutoencoder
 from flowkit.data import SplitData
-from flowkit.metrics import Features, image_metrics, to_uint8, versions
+from flowkit.metrics import Features, image_metrics, to_uint8
 from flowkit.metrics.pictures import save_picture
+from flowkit.modules import LastCheckpoint
 from flowkit.modules.autoencoding import Autoencoding, FeatureError
-from flowkit.modules.callbacks import LastCheckpoint, StepProgress, StopOnInterrupt
-from flowkit.modules.runs import CHECKPOINT, CONFIG
-from flowkit.recipes._parts import quiet
-from flowkit.recipes.train import UNRESOLVED, find_checkpoint, resumed, unfinished
+from flowkit.modules.callbacks import StepProgress, StopOnInterrupt
+from flowkit.modules.checkpoints import CHECKPOINT, CONFIG
+from flowkit.provenance import versions
+from flowkit.runs.parts import quiet
+from flowkit.runs.resuming import UNRESOLVED, find_checkpoint, resumed, unfinished
 
 
 def autoencoder(cfg: DictConfig) -> KLAutoencoder:

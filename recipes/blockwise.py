@@ -19,10 +19,9 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, open_dict
 
-from flowkit.blockwise import loss_by_time
+from flowkit.blockwise import equal_burden, loss_by_time
 from flowkit.modules import FlowModule, load_run
-from flowkit.modules.runs import read_config
-from flowkit.nn.edges import equal_burden
+from flowkit.modules.checkpoints import read_config
 from flowkit.recipes.train import train
 
 KEPT = ("data", "path", "coupling", "autoencoder", "guidance")  # of the run
@@ -69,10 +68,10 @@ def network(stored: dict[str, Any], cfg: DictConfig) -> dict[str, Any]:
         return {**stored, "residual_depth": residual, "feature_mode": "fra"}
     ends = edges(cfg)
     return {
-        "_target_": "flowkit.nn.blockwise.Blockwise",
+        "_target_": "flowkit.blockwise.Blockwise",
         "trunk": None,
         "stacks": {
-            "_target_": "flowkit.nn.parts.copies",
+            "_target_": "flowkit.blockwise.copies",
             "velocity": stored,
             "num_segments": len(ends) - 1,
         },

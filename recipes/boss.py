@@ -24,18 +24,19 @@ from flowkit.boss import (
     optimize_grid,
     search_rows,
 )
-from flowkit.costs import check_num_steps
+from flowkit.boss.costs import check_num_steps
 from flowkit.data.arrays import from_uint8
-from flowkit.metrics import Features, frechet_distance, to_uint8, versions
+from flowkit.metrics import Features, frechet_distance, to_uint8
 from flowkit.modules import FlowModule, load_run
-from flowkit.modules.runs import read_config
-from flowkit.recipes._grids import Row, markdown, plot
-from flowkit.recipes._parts import usable_device
-from flowkit.recipes._starts import FRESH, Starts, test_data
-from flowkit.recipes.evaluate import like_test
-from flowkit.recipes.sample import draw, weights
+from flowkit.modules.checkpoints import read_config
+from flowkit.provenance import versions
+from flowkit.runs.grid_plots import Row, markdown, plot
+from flowkit.runs.parts import draw, usable_device
+from flowkit.runs.records import weights
+from flowkit.runs.starts import FRESH, Starts, like_test, test_data
 from flowkit.sampling import ODESampler
-from flowkit.types import Cond, Velocity
+from flowkit.types import Cond
+from flowkit.velocity import Velocity
 
 ACCURATE_STEPS = 25  # of RK4: what grids and adaptive solves are compared with
 

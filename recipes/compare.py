@@ -26,9 +26,9 @@ from omegaconf import DictConfig, open_dict
 from tqdm import tqdm
 
 from flowkit.checks import check_at_least
-from flowkit.recipes._parts import file_name
 from flowkit.recipes.evaluate import evaluate
 from flowkit.recipes.train import train
+from flowkit.runs.parts import file_name
 
 Row = dict[str, Any]
 

@@ -22,13 +22,14 @@ from tqdm import tqdm
 
 from flowkit.data import SplitData
 from flowkit.flowopt import FlowOpt
-from flowkit.metrics import PixelSVC, versions
+from flowkit.metrics import PixelSVC
 from flowkit.metrics.pictures import save_picture
 from flowkit.modules.flow import labels_of
 from flowkit.paths import Linear
-from flowkit.recipes._models import RunFlow
-from flowkit.recipes._starts import test_data
-from flowkit.recipes.sample import weights, write_record
+from flowkit.provenance import versions
+from flowkit.runs.editing import RunFlow
+from flowkit.runs.records import weights, write_record
+from flowkit.runs.starts import test_data
 from flowkit.sampling import ODESampler, seeded_noise
 
 Row = dict[str, Any]

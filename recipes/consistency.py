@@ -21,15 +21,16 @@ from tqdm import tqdm
 from flowkit.checks import check_at_least
 from flowkit.data import SplitData
 from flowkit.data.masks import Masks
-from flowkit.metrics import PixelSVC, agreement, versions
+from flowkit.metrics import PixelSVC, agreement
 from flowkit.metrics.labels import segmentation_metrics
-from flowkit.metrics.pictures import save_picture
-from flowkit.modules.runs import read_config
-from flowkit.modules.symmetrical import SymmetricalFlowMatching
-from flowkit.recipes._parts import usable_device
-from flowkit.recipes._starts import choose_labels, noise_batches, test_data
-from flowkit.recipes.predict import colored, symmetrical
-from flowkit.recipes.sample import describe, draw, weights, write_record
+from flowkit.metrics.pictures import colored, save_picture
+from flowkit.modules import SymmetricalFlowMatching
+from flowkit.modules.checkpoints import read_config
+from flowkit.provenance import versions
+from flowkit.recipes.predict import symmetrical
+from flowkit.runs.parts import draw, usable_device
+from flowkit.runs.records import describe, weights, write_record
+from flowkit.runs.starts import choose_labels, noise_batches, test_data
 from flowkit.sampling import ODESampler
 
 

@@ -19,11 +19,12 @@ from torch import Tensor
 
 from flowkit.checks import check_between
 from flowkit.flowopt import Edit, FlowOpt
-from flowkit.metrics import to_uint8, versions
+from flowkit.metrics import to_uint8
 from flowkit.metrics.gaussianity import gaussianity
 from flowkit.metrics.pictures import save_picture
-from flowkit.recipes._models import PipelineFlow, RunFlow, Settings
-from flowkit.recipes.sample import write_record
+from flowkit.provenance import versions
+from flowkit.runs.editing import PipelineFlow, RunFlow, Settings
+from flowkit.runs.records import write_record
 from flowkit.sampling import ODESampler
 
 

@@ -13,11 +13,10 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from flowkit.assignment import cost_matrix
 from flowkit.checks import check_at_least
-from flowkit.couplings import EpsilonChoice, suggest_epsilon
+from flowkit.couplings import EpsilonChoice, cost_matrix, suggest_epsilon
+from flowkit.couplings.epsilon import variance_components
 from flowkit.data import SplitData
-from flowkit.epsilon import variance_components
 
 
 def epsilon(cfg: DictConfig) -> EpsilonChoice:

@@ -8,11 +8,9 @@ flowkit evaluate run=runs/mine num_samples=50000 device=cuda devices=8
 Several processes share the images; stopped, the same command goes on where they were.
 """
 
-import os
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import hydra
 import torch
@@ -23,29 +21,27 @@ from torch import Tensor
 
 from flowkit.data import SplitData
 from flowkit.metrics import (
-    ConvClassifier,
     Features,
     Pixels,
     PixelSVC,
     StoredFeatures,
     image_metrics,
-    inception,
     point_metrics,
     to_uint8,
-    train_classifier,
-    versions,
 )
 from flowkit.metrics.evaluate import as_saved
 from flowkit.metrics.pictures import save_picture
 from flowkit.modules import FlowModule
-from flowkit.modules.flow import Guidance, brings_start, labels_of
-from flowkit.modules.runs import read_config
-from flowkit.recipes._features import loaded
-from flowkit.recipes._parts import Columns, Parts, block_cost, draw_parts, hash_of, launch, say
-from flowkit.recipes._starts import given_source, start, test_data
-from flowkit.recipes.sample import describe, make_sampler, weights, write_record
+from flowkit.modules.checkpoints import read_config
+from flowkit.modules.flow import Guidance, labels_of
+from flowkit.provenance import versions
+from flowkit.runs.features import cache_folder
+from flowkit.runs.parts import Columns, Parts, block_cost, draw_parts, hash_of, launch
+from flowkit.runs.records import describe, make_sampler, weights, write_record
+from flowkit.runs.run import loaded
+from flowkit.runs.starts import given_source, like_test, start, test_data
 from flowkit.sampling import ADAPTIVE, ODESampler
-from flowkit.types import Batch, Cond, take
+from flowkit.types import Batch
 
 
 class Measured(NamedTuple):
@@ -143,44 +139,6 @@ def _measure_images(
     return Measured(metrics, sampling, as_saved(samples[shown]), columns)
 
 
-def like_test(
-    cfg: DictConfig, module: FlowModule, test: Batch, data: SplitData
-) -> tuple[Sequence[Tensor], Cond, dict[str, Any], str]:
-    """What samples start from that are to be compared with the test split.
-
-    Returns:
-        Batches of source samples, the conditions of all, a record of the former and one of the
-        latter.
-    """
-    rows, chosen = _rows_like(test, data, cfg.num_samples)
-    given = given_source(test, data)
-    x0, source = start(module, cfg, len(rows), None if given is None else given[rows])
-    return x0, take(test.get("cond"), rows), source, chosen
-
-
-def _rows_like(test: Batch, data: SplitData, num_samples: int) -> tuple[Tensor, str]:
-    """Test samples whose start the generated ones share, and how they were chosen."""
-    if brings_start(test, data):
-        return torch.arange(min(num_samples, len(test["x1"]))), "of the test split"
-    labels = labels_of(test, data.num_classes)
-    if labels is None:  # nothing is shared
-        labels = torch.zeros(len(test["x1"]))
-    return proportional_rows(labels, num_samples), "labels in the proportions of the test split"
-
-
-def proportional_rows(labels: Tensor, num_samples: int) -> Tensor:
-    """Choose rows of ``labels (N,)`` that keep its proportions, to within one sample.
-
-    A distance between sets of other proportions would measure those.
-
-    >>> labels = torch.tensor([1, 0, 0, 0])
-    >>> labels[proportional_rows(labels, 8)]
-    tensor([0, 0, 0, 0, 0, 0, 1, 1])
-    """
-    places = (torch.arange(num_samples, dtype=torch.float64) + 0.5) * len(labels) / num_samples
-    return labels.argsort(stable=True)[places.long()]
-
-
 def picture_rows(labels: Tensor) -> tuple[Tensor, int]:
     """Choose rows for a picture of up to ten classes, each a column; also return the columns."""
     classes, counts = labels.unique(return_counts=True)
@@ -242,53 +200,6 @@ def _report(metrics: dict[str, Any]) -> None:
 
 
 # --- feature networks by name, for conf/metric -------------------------------------------------
-
-
-def features_for(data: SplitData, seed: int) -> Features:
-    """Return `classifier_features` or, for data without class labels, `pixel_features`."""
-    if labels_of(data.train[:1], data.num_classes) is not None:
-        return classifier_features(data, seed)
-    say("features  pixels, since the data have no class labels")
-    return pixel_features(data)
-
-
-def classifier_features(data: SplitData, seed: int) -> ConvClassifier:
-    """Return a classifier of the data's own classes, trained once and kept in the user's cache."""
-    train = data.train
-    if data.num_classes is None or labels_of(train[:1], data.num_classes) is None:
-        raise ValueError(
-            "metric must be pixels or inception for data without class labels, got classifier"
-        )
-    cache = cache_folder()
-    file = cache / f"classifier-{data.fingerprint('train')[:16]}-{seed}.safetensors"
-    if file.is_file():
-        return ConvClassifier.load(file)
-    print(f"training a classifier on {len(train):,} images for its features")
-    batch = train[:]
-    epochs = min(20, max(3, 30_000 // len(train)))
-    name = f"conv-classifier-{type(data).__name__.lower()}"
-    labels = cast(Tensor, batch.get("cond"))
-    net = train_classifier(
-        batch["x1"], labels, data.num_classes, seed=seed, epochs=epochs, name=name
-    )
-    cache.mkdir(parents=True, exist_ok=True)
-    net.save(file)
-    return net
-
-
-def cache_folder() -> Path:
-    """Where classifiers and features of real images are kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "flowkit"
-
-
-def pixel_features(data: SplitData) -> Pixels:
-    """Return flattened pixels as features."""
-    return Pixels()
-
-
-def inception_features(data: SplitData, weights: str, device: str = "cpu") -> Features:
-    """Return the Inception features that FID is defined with."""
-    return inception(weights, device)
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="evaluate")

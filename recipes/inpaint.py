@@ -16,15 +16,14 @@ from tqdm import tqdm
 
 from flowkit.checks import check_at_least
 from flowkit.inpainting import RandomMasks
-from flowkit.metrics import versions
 from flowkit.metrics.pictures import save_picture
-from flowkit.modules import load_run
+from flowkit.modules import LatentFlowMatching, load_run
+from flowkit.modules.checkpoints import read_config
 from flowkit.modules.flow import labels_of
-from flowkit.modules.latent import LatentFlowMatching
-from flowkit.modules.runs import read_config
-from flowkit.recipes._parts import usable_device
-from flowkit.recipes._starts import test_data
-from flowkit.recipes.sample import describe, weights, write_record
+from flowkit.provenance import versions
+from flowkit.runs.parts import usable_device
+from flowkit.runs.records import describe, weights, write_record
+from flowkit.runs.starts import test_data
 
 
 def inpaint(cfg: DictConfig) -> Tensor:

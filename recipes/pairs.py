@@ -24,13 +24,14 @@ from tqdm import tqdm
 from flowkit import grids
 from flowkit.boss import segments
 from flowkit.data.pairs import FORMAT, FORMAT_VERSION, RECORD, to_columns
-from flowkit.metrics import versions
 from flowkit.modules import load_run
-from flowkit.modules.runs import read_config
-from flowkit.recipes._parts import usable_device
-from flowkit.recipes._starts import Starts
-from flowkit.recipes.sample import weights
-from flowkit.types import Cond, Velocity
+from flowkit.modules.checkpoints import read_config
+from flowkit.provenance import versions
+from flowkit.runs.parts import usable_device
+from flowkit.runs.records import weights
+from flowkit.runs.starts import Starts
+from flowkit.types import Cond
+from flowkit.velocity import Velocity
 
 
 def pairs(cfg: DictConfig) -> Path:

@@ -26,20 +26,26 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flowkit import grids
-from flowkit.allocation import allocate_steps
-from flowkit.blockwise import loss_by_time
+from flowkit.blockwise import (
+    Blockwise,
+    allocate_steps,
+    loss_by_time,
+    network_flops,
+    part_flops,
+    predicted_gain,
+    step_prices,
+)
 from flowkit.boss import step_costs
 from flowkit.data import SplitData
-from flowkit.metrics import Features, PixelSVC, frechet_distance, to_uint8, versions
+from flowkit.metrics import Features, PixelSVC, frechet_distance, to_uint8
 from flowkit.modules import FlowModule, load_run
-from flowkit.modules.runs import read_config
-from flowkit.nn.blockwise import Blockwise
-from flowkit.nn.flops import network_flops, part_flops, predicted_gain, step_prices
-from flowkit.recipes._features import measure_drift
-from flowkit.recipes._pareto import Row, plot, short, write_table
-from flowkit.recipes._parts import file_name, usable_device
-from flowkit.recipes._starts import Starts, choose_labels, start, test_data
-from flowkit.recipes.sample import describe, draw, weights
+from flowkit.modules.checkpoints import read_config
+from flowkit.provenance import versions
+from flowkit.runs.pareto_plots import Row, plot, short, write_table
+from flowkit.runs.parts import draw, file_name, usable_device
+from flowkit.runs.records import describe, weights
+from flowkit.runs.run import measure_drift
+from flowkit.runs.starts import Starts, choose_labels, start, test_data
 from flowkit.sampling import ODESampler, seeded_noise
 
 

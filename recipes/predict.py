@@ -21,15 +21,14 @@ from tqdm import tqdm
 
 from flowkit.checks import check_at_least
 from flowkit.data import SplitData
-from flowkit.metrics import versions
 from flowkit.metrics.labels import classification_metrics, segmentation_metrics
-from flowkit.metrics.pictures import save_picture
-from flowkit.modules import load_run
-from flowkit.modules.runs import read_config
-from flowkit.modules.symmetrical import SymmetricalFlowMatching
-from flowkit.recipes._parts import usable_device
-from flowkit.recipes._starts import test_data
-from flowkit.recipes.sample import describe, weights, write_record
+from flowkit.metrics.pictures import colored, save_picture
+from flowkit.modules import SymmetricalFlowMatching, load_run
+from flowkit.modules.checkpoints import read_config
+from flowkit.provenance import versions
+from flowkit.runs.parts import usable_device
+from flowkit.runs.records import describe, weights, write_record
+from flowkit.runs.starts import test_data
 from flowkit.sampling import ODESampler
 
 
@@ -200,17 +199,6 @@ def _plot(metrics: dict[str, Any], file: Path) -> None:
     right.plot(selective["coverage"], selective["accuracy"], marker=".")
     right.set(xlabel="share of images that are labelled", ylabel="accuracy")
     figure.savefig(file, dpi=120)
-
-
-def colored(masks: Tensor, num_classes: int) -> Tensor:
-    """Masks ``(B, H, W)`` as colour images in [-1, 1], black for class 0 and labels beyond."""
-    from matplotlib import colormaps
-
-    palette = torch.zeros(num_classes + 1, 3)
-    for k in range(1, num_classes):
-        palette[k] = torch.tensor(colormaps["tab20"](k % 20)[:3])
-    inside = (masks >= 0) & (masks < num_classes)
-    return 2 * palette[masks.where(inside, num_classes)].movedim(-1, 1) - 1
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="predict")

@@ -21,14 +21,15 @@ from torch import Tensor
 from flowkit import grids
 from flowkit.checks import check_at_least
 from flowkit.data import SplitData
-from flowkit.metrics import StoredFeatures, frechet_distance, to_uint8, versions, wasserstein2
+from flowkit.metrics import StoredFeatures, frechet_distance, to_uint8, wasserstein2
 from flowkit.metrics.evaluate import as_saved
-from flowkit.modules.runs import read_config
-from flowkit.recipes._features import loaded
-from flowkit.recipes._parts import Parts, draw_parts, hash_of, launch
-from flowkit.recipes._starts import test_data
-from flowkit.recipes.evaluate import cache_folder, like_test
-from flowkit.recipes.sample import describe, weights
+from flowkit.modules.checkpoints import read_config
+from flowkit.provenance import versions
+from flowkit.runs.features import cache_folder
+from flowkit.runs.parts import Parts, draw_parts, hash_of, launch
+from flowkit.runs.records import describe, weights
+from flowkit.runs.run import loaded
+from flowkit.runs.starts import like_test, test_data
 from flowkit.sampling import ODESampler
 
 Row = dict[str, Any]

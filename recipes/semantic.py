@@ -15,15 +15,15 @@ from torch import Tensor
 
 from flowkit.checks import check_at_least
 from flowkit.data.masks import ForegroundRule, Masks
-from flowkit.metrics import PixelSVC, agreement, versions
+from flowkit.metrics import PixelSVC, agreement
 from flowkit.metrics.pictures import save_picture
-from flowkit.modules import load_run
+from flowkit.modules import LatentFlowMatching, load_run
+from flowkit.modules.checkpoints import read_config
 from flowkit.modules.condition_grid import condition_grid
-from flowkit.modules.latent import LatentFlowMatching
-from flowkit.modules.runs import read_config
-from flowkit.recipes._parts import usable_device
-from flowkit.recipes._starts import start, test_data
-from flowkit.recipes.sample import describe, draw, weights, write_record
+from flowkit.provenance import versions
+from flowkit.runs.parts import draw, usable_device
+from flowkit.runs.records import describe, weights, write_record
+from flowkit.runs.starts import start, test_data
 
 
 def semantic(cfg: DictConfig) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from flowkit.recipes.evaluate import evaluate
-from flowkit.recipes.sample import weights
+from flowkit.runs.records import weights
 
 # What real images reach: the column, and what it is of.
 REAL = {

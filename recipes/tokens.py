@@ -17,9 +17,8 @@ from omegaconf import DictConfig
 from torch import Tensor
 from tqdm import tqdm
 
+from flowkit.blockwise import MaskedEncoder, store_tokens, train_masked_encoder
 from flowkit.data import SplitData
-from flowkit.nn.alignment import store_tokens
-from flowkit.nn.masked import MaskedEncoder, train_masked_encoder
 
 
 def tokens(cfg: DictConfig) -> Path:

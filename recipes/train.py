@@ -11,39 +11,36 @@ flowkit train trainer=ddp                          on all devices of this machin
 import math
 import os
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import instantiate
 from lightning import Trainer, seed_everything
 from lightning.pytorch.callbacks import WeightAveraging
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from flowkit.labelstates import LabelStates, check_labelled
 from flowkit.modules import FlowModule
 from flowkit.modules.callbacks import StepProgress, StopOnInterrupt
-from flowkit.modules.flow import brings_start
-from flowkit.modules.runs import (
+from flowkit.modules.checkpoints import (
     CHECKPOINT,
     CONFIG,
     newest_checkpoint,
-    read_checkpoint,
     read_config,
     restore,
 )
+from flowkit.modules.flow import brings_start
 from flowkit.modules.sharding import even_validation, shard_if_asked
-from flowkit.recipes._parts import quiet, say
-
-UNRESOLVED = "unresolved.yaml"  # the configuration with its references, for `resume` to change
-CHANGEABLE = ("trainer.", "callback.", "logger.", "optimizer.", "lr_scheduler.")
+from flowkit.runs.parts import quiet, say
+from flowkit.runs.resuming import UNRESOLVED, find_checkpoint, resumed, unfinished
+from flowkit.symmetrical import LabelStates
+from flowkit.symmetrical.inputs import check_labelled
 
 RESOLVERS = {
     # A resumed run goes on in its own folder; Hydra would make a new one.
     "run_folder": lambda old, new: old if old is not None and Path(old).is_dir() else new,
-    # Shapes of networks within others, see flowkit.nn.planes.
+    # Shapes of networks within others, see flowkit.symmetrical.networks.
     "flat": lambda image, state: ListConfig([math.prod(image) + state[0] - image[0]]),
     "one_more_channel": lambda state: ListConfig([state[0] + 1, *state[1:]]),
 }
@@ -170,30 +167,10 @@ def _parts(group: DictConfig | None) -> list:
     return [instantiate(node) for node in nodes if node._target_]
 
 
-def find_checkpoint(resume: Path) -> Path:
-    """Return the checkpoint of a run folder, or the one that ``resume`` itself is."""
-    file = newest_checkpoint(resume) if resume.is_dir() else resume
-    if file is None or not file.is_file():
-        raise FileNotFoundError(f"resume must be a run folder or a checkpoint, got {resume}")
-    return file
-
-
 def _requeued(folder: Path) -> Path | None:
     """What a job goes on from that a SLURM cluster has started again, in the same folder."""
     started_again = int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0
     return newest_checkpoint(folder) if started_again else None
-
-
-def unfinished(checkpoint: Path, max_steps: int) -> dict[str, Any]:
-    """Read a checkpoint that has steps left to make."""
-    state = read_checkpoint(checkpoint)
-    step = state["global_step"]
-    if 0 <= max_steps <= step:
-        raise ValueError(
-            f"trainer.max_steps must exceed the steps already made, got {max_steps}; {checkpoint} "
-            f"is at step {step}: raise trainer.max_steps to go on"
-        )
-    return state
 
 
 def _refuse_overwriting(folder: Path, resumed: Path | None) -> None:
@@ -204,39 +181,6 @@ def _refuse_overwriting(folder: Path, resumed: Path | None) -> None:
             f"hydra.run.dir must hold no trained run, got {folder}; go on with it by "
             f"resume={folder}, delete it, or choose another folder"
         )
-
-
-def resumed(cfg: DictConfig, overrides: list[str]) -> DictConfig:
-    """Return the configuration of a run folder to resume, with value overrides applied.
-
-    It keeps its references: a new ``trainer.max_steps`` also stretches a learning-rate schedule.
-
-    Raises:
-        FileNotFoundError: If the folder is not a run.
-        ValueError: If an override would change what is trained.
-    """
-    folder = Path(cfg.resume)
-    if not (folder / UNRESOLVED).is_file():
-        raise FileNotFoundError(f"resume must be a run folder with {UNRESOLVED}, got {folder}")
-    stored = cast(DictConfig, OmegaConf.load(folder / UNRESOLVED))
-    if missing := set(cfg) - set(stored):
-        raise ValueError(
-            f"resume must be a run of the same recipe, got {folder}, which knows no "
-            f"{', '.join(sorted(missing))}"
-        )
-    OmegaConf.set_struct(stored, True)
-    for override in OverridesParser.create().parse_overrides(overrides):
-        key = override.key_or_group
-        if key == "resume" or key.startswith("hydra."):
-            continue
-        if not key.startswith(CHANGEABLE) or key.endswith("._target_") or override.is_delete():
-            raise ValueError(
-                f"{key} must stay as it is when a run is resumed, got {override.input_line}; "
-                f"values of {', '.join(f'{part}*' for part in CHANGEABLE)} may change"
-            )
-        OmegaConf.update(stored, key, override.value(), force_add=override.is_add())
-    stored.resume = stored.run_dir = str(folder)
-    return stored
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="train")

@@ -15,7 +15,7 @@ from flowkit.autoencoders import (
     check_identity,
     identity,
 )
-from flowkit.nn.kl import autoencoder_kl
+from flowkit.nn import autoencoder_kl
 
 
 def small(shape=(1, 8, 8), **options):

@@ -8,8 +8,8 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from flowkit.autoencoders import KLAutoencoder
-from flowkit.modules.runs import build
-from flowkit.nn.kl import autoencoder_kl
+from flowkit.modules.checkpoints import build
+from flowkit.nn import autoencoder_kl
 from tests.conftest import CONF
 
 TRAIN_GROUPS = [

@@ -14,7 +14,7 @@ from flowkit.guidance import (
     replace_cond,
 )
 from flowkit.sampling import ODESampler, seeded_noise
-from flowkit.types import Velocity
+from flowkit.velocity import Velocity
 
 NULL = 2
 BOTH = MixtureFlow(torch.ones(2), torch.tensor([[-1.5], [1.5]]), torch.full((2,), 0.5))

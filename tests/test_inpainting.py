@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from flowkit.autoencoders import Identity, KLAutoencoder
 from flowkit.inpainting import RandomMasks, inpainting_cond, paste_back
-from flowkit.nn.kl import autoencoder_kl
+from flowkit.nn import autoencoder_kl
 
 KINDS = ("boxes", "strokes", "mixed")
 

@@ -5,12 +5,13 @@ import math
 import pytest
 import torch
 
-from flowkit.couplings import Independent, MinibatchOT, Pairs
+from flowkit.couplings import Independent, MinibatchOT
 from flowkit.exact import GaussianFlow
 from flowkit.guidance import DropCond
 from flowkit.losses import flow_matching_loss
 from flowkit.paths import VP, BrownianBridge, Cosine, Linear
 from flowkit.times import LogitNormal, Stratified, Uniform
+from flowkit.types import Pairs
 
 
 def zero(x, t, cond=None):

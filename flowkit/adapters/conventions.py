@@ -10,7 +10,8 @@ from torch import Tensor
 
 from flowkit.checks import check_positive, expand_like
 from flowkit.paths import Interpolant, Linear
-from flowkit.types import Cond, Velocity
+from flowkit.types import Cond
+from flowkit.velocity import Velocity
 
 Network = Callable[[Tensor, Tensor, Cond], Tensor]
 ZERO = 1e-12  # VP keeps its b above 0 by less

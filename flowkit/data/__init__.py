@@ -1,5 +1,6 @@
 """Data sets as Lightning data modules that yield ``flowkit.types.Batch``."""
 
+from flowkit.data.cache import write_cache
 from flowkit.data.digits import Digits
 from flowkit.data.folder import Folder
 from flowkit.data.hub import Hub
@@ -10,7 +11,7 @@ from flowkit.data.masks import Masks
 from flowkit.data.pairs import Pairs
 from flowkit.data.shards import Shards
 from flowkit.data.splits import SplitData
-from flowkit.data.toy import Toy
+from flowkit.data.toy import Toy, sample_toy
 
 __all__ = [
     "IDX",
@@ -24,4 +25,6 @@ __all__ = [
     "Shards",
     "SplitData",
     "Toy",
+    "sample_toy",
+    "write_cache",
 ]

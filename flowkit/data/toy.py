@@ -70,7 +70,7 @@ _SETS = {
 _NUM_CLASSES = {"mixture": 2, "5gaussians": 5, "8gaussians": 8, "moons": 2, "checkerboard": 8}
 
 
-def sample(name: str, n: int, generator: torch.Generator | None = None) -> Samples:
+def sample_toy(name: str, n: int, generator: torch.Generator | None = None) -> Samples:
     """Draw ``n`` independent points of a two-dimensional set, with labels where it has parts.
 
     - ``gaussian``: N(0, I), without labels.
@@ -99,7 +99,7 @@ def sample(name: str, n: int, generator: torch.Generator | None = None) -> Sampl
     Raises:
         ValueError: If there is no set of this name.
 
-    >>> points, labels = sample("moons", 1000, torch.Generator().manual_seed(0))
+    >>> points, labels = sample_toy("moons", 1000, torch.Generator().manual_seed(0))
     >>> points.shape, labels.unique().tolist()
     (torch.Size([1000, 2]), [0, 1])
     """
@@ -109,14 +109,14 @@ def sample(name: str, n: int, generator: torch.Generator | None = None) -> Sampl
 
 
 def _draw(source: str, target: str, cond: str | None, n: int, generator: torch.Generator) -> Batch:
-    x1, labels = sample(target, n, generator)
+    x1, labels = sample_toy(target, n, generator)
     columns = {"x1": x1}
     if cond == "continuous":
         columns["cond"] = x1[:, :1].clone()
     elif cond is not None and labels is not None:
         columns["cond"] = labels
     if source != "gaussian":
-        columns["x0"] = sample(source, n, generator)[0]
+        columns["x0"] = sample_toy(source, n, generator)[0]
     return cast(Batch, columns)
 
 

@@ -8,16 +8,18 @@ from flowkit.metrics.features import (
     inception,
     train_classifier,
 )
-from flowkit.metrics.frechet import frechet_distance, frechet_from_moments, frechet_unbiased
-from flowkit.metrics.intervals import Interval, bootstrap
+from flowkit.metrics.frechet import (
+    Interval,
+    frechet_distance,
+    frechet_from_moments,
+    frechet_unbiased,
+)
 from flowkit.metrics.judges import Judge, PixelSVC, agreement
-from flowkit.metrics.kernel import KernelDistance, kid
-from flowkit.metrics.neighbors import PRDC, prdc
-from flowkit.metrics.provenance import tensor_hash, versions
-from flowkit.metrics.quantize import to_uint8
+from flowkit.metrics.labels import classification_metrics
+from flowkit.metrics.neighbors import PRDC, KernelDistance, kid, prdc
+from flowkit.metrics.pictures import colored, save_picture, to_uint8
 from flowkit.metrics.stored import StoredFeatures
-from flowkit.metrics.straightness import normalized_path_energy, path_energy
-from flowkit.metrics.wasserstein import wasserstein2
+from flowkit.metrics.straightness import normalized_path_energy, path_energy, wasserstein2
 
 __all__ = [
     "PRDC",
@@ -30,7 +32,8 @@ __all__ = [
     "Pixels",
     "StoredFeatures",
     "agreement",
-    "bootstrap",
+    "classification_metrics",
+    "colored",
     "frechet_distance",
     "frechet_from_moments",
     "frechet_unbiased",
@@ -41,9 +44,8 @@ __all__ = [
     "path_energy",
     "point_metrics",
     "prdc",
-    "tensor_hash",
+    "save_picture",
     "to_uint8",
     "train_classifier",
-    "versions",
     "wasserstein2",
 ]

@@ -9,12 +9,10 @@ from flowkit.checks import check_at_least
 from flowkit.metrics.features import Features
 from flowkit.metrics.frechet import frechet_distance, frechet_unbiased
 from flowkit.metrics.judges import Judge, agreement
-from flowkit.metrics.kernel import kid
-from flowkit.metrics.neighbors import prdc
-from flowkit.metrics.provenance import tensor_hash
-from flowkit.metrics.quantize import to_uint8
-from flowkit.metrics.straightness import normalized_path_energy, path_energy
-from flowkit.metrics.wasserstein import wasserstein2
+from flowkit.metrics.neighbors import kid, prdc
+from flowkit.metrics.pictures import to_uint8
+from flowkit.metrics.straightness import normalized_path_energy, path_energy, wasserstein2
+from flowkit.provenance import tensor_hash
 
 
 def image_metrics(

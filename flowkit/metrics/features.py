@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from flowkit.checks import check_at_least, check_labels
-from flowkit.metrics.provenance import tensor_hash
-from flowkit.metrics.quantize import to_uint8
+from flowkit.metrics.pictures import to_uint8
+from flowkit.provenance import tensor_hash
 
 
 @runtime_checkable

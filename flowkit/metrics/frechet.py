@@ -7,7 +7,20 @@ import torch
 from torch import Tensor
 
 from flowkit.checks import check_at_least, check_finite
-from flowkit.metrics.intervals import Interval, check_confidence
+
+
+class Interval(NamedTuple):
+    """A confidence interval."""
+
+    low: float
+    high: float
+
+
+def check_confidence(confidence: float) -> None:
+    """Require a confidence strictly between 0 and 1."""
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must lie strictly between 0 and 1, got {confidence}")
+
 
 _BLOCK = 256
 

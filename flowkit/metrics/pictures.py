@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flowkit.metrics.quantize import to_uint8
+from flowkit.checks import check_finite
 
 
 def save_picture(samples: Tensor, file: str | Path, columns: int = 10, zoom: int = 8) -> Path:
@@ -63,3 +63,41 @@ def _save_points(samples: Tensor, file: Path) -> None:
         axes.set_aspect("equal")
         axes.scatter(*coordinates[:2], s=3, alpha=0.5, linewidths=0)
     figure.savefig(file, dpi=120)
+
+
+def colored(masks: Tensor, num_classes: int) -> Tensor:
+    """Masks ``(B, H, W)`` as colour images in [-1, 1], black for class 0 and labels beyond."""
+    from matplotlib import colormaps
+
+    palette = torch.zeros(num_classes + 1, 3)
+    for k in range(1, num_classes):
+        palette[k] = torch.tensor(colormaps["tab20"](k % 20)[:3])
+    inside = (masks >= 0) & (masks < num_classes)
+    return 2 * palette[masks.where(inside, num_classes)].movedim(-1, 1) - 1
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Map [-1, 1] to 0...255: ``round(127.5 (x + 1))`` after clamping, halves to even.
+
+    Rounding, where truncation would darken images by half a grey level on average. The inverse
+    is ``x / 127.5 - 1``, exact on all 256 levels from float32 on.
+
+    Args:
+        images: Floats ``(B, *)`` in [-1, 1]; what lies outside is clamped.
+
+    Returns:
+        Bytes of the same shape.
+
+    Raises:
+        TypeError: If ``images`` does not hold floats.
+        ValueError: If ``images`` holds NaN or infinity.
+
+    >>> to_uint8(torch.tensor([-1.2, -1.0, 0.001, 1.0]))
+    tensor([  0,   0, 128, 255], dtype=torch.uint8)
+    """
+    if not images.is_floating_point():
+        raise TypeError(f"images must be a floating-point tensor in [-1, 1], got {images.dtype}")
+    check_finite(images, "images")
+    # Half precision cannot hold 255 levels around 0 and 1 once shifted.
+    wide = images.to(torch.promote_types(images.dtype, torch.float32))
+    return wide.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)

@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flowkit.metrics.features import Features
-from flowkit.metrics.provenance import tensor_hash
-from flowkit.metrics.quantize import to_uint8
+from flowkit.metrics.pictures import to_uint8
+from flowkit.provenance import tensor_hash
 
 
 class StoredFeatures:

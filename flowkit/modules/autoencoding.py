@@ -26,14 +26,14 @@ class Autoencoding(ExactResume):
     (arXiv 2112.10752), appendix G; without its adversarial term.
 
     Args:
-        vae: The network; see `flowkit.nn.kl.autoencoder_kl`.
+        vae: The network; see `flowkit.nn.autoencoder_kl`.
         kl_weight: Small weights leave latents informative and of any scale.
         perceptual: ``(x̂, x) -> scalar``, both in [-1, 1].
         perceptual_weight: Its weight.
         optimizer: Makes the optimiser from parameters.
         lr_scheduler: Makes a scheduler, stepped every training step.
 
-    >>> from flowkit.nn.kl import autoencoder_kl
+    >>> from flowkit.nn.diffusers import autoencoder_kl
     >>> module = Autoencoding(autoencoder_kl((1, 8, 8), width=8, multipliers=(1, 2)))
     >>> sorted(module.loss({"x1": torch.zeros(2, 1, 8, 8)}))
     ['kl', 'l1', 'loss']

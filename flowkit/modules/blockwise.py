@@ -11,25 +11,26 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from flowkit.autoencoders import Autoencoder, Identity
-from flowkit.blockwise import blockwise_loss, draw_segments, residual_loss
+from flowkit.blockwise import Blockwise, alignment_loss, blockwise_loss, residual_loss
+from flowkit.blockwise.alignment import Projector, resize_tokens
+from flowkit.blockwise.losses import draw_segments
+from flowkit.blockwise.parts import PlainStack
 from flowkit.checks import check_at_least, check_choice
 from flowkit.couplings import Coupling, Independent
 from flowkit.guidance import DropCond
+from flowkit.modules.checkpoints import CHECKPOINT, read_checkpoint
 from flowkit.modules.flow import FlowModule
 from flowkit.modules.resume import ADAMW, MakeOptimizer, MakeScheduler
-from flowkit.modules.runs import CHECKPOINT, read_checkpoint
-from flowkit.nn.alignment import Projector, alignment_loss, resize_tokens
-from flowkit.nn.blockwise import Blockwise
-from flowkit.nn.parts import PlainStack
 from flowkit.paths import Linear, Path
 from flowkit.times import Times, Uniform
-from flowkit.types import Batch, Cond, Velocity
+from flowkit.types import Batch, Cond
+from flowkit.velocity import Velocity
 
 Encoder = Callable[[Tensor], Tensor]
 
 
 class BlockwiseFlowMatching(FlowModule):
-    """Train a velocity in blocks, `flowkit.nn.blockwise.Blockwise`, in two stages.
+    """Train a velocity in blocks, `flowkit.blockwise.Blockwise`, in two stages.
 
     - ``stage="flow"``: trunk and stacks on the flow-matching loss, the mean over segments of each
       one's mean; with an encoder also the trunk on ``align_weight · L_align``, which turns its
@@ -67,7 +68,7 @@ class BlockwiseFlowMatching(FlowModule):
         TypeError: If the velocity has no blocks.
         ValueError: If an argument is out of range or a part that the stage needs is missing.
 
-    >>> from flowkit.nn.blockwise_mlp import BlockwiseMLP
+    >>> from flowkit.blockwise.mlp import BlockwiseMLP
     >>> module = BlockwiseFlowMatching(BlockwiseMLP((2,), edges=2, width=16))
     >>> sorted(module.loss({"x1": torch.randn(8, 2)}))
     ['explained', 'loss', 'segment_0', 'segment_1']
@@ -98,7 +99,7 @@ class BlockwiseFlowMatching(FlowModule):
         if not isinstance(velocity, Blockwise):
             raise TypeError(
                 f"velocity must be a Blockwise, got {type(velocity).__name__}; "
-                "Blockwise(None, flowkit.nn.parts.copies(network, M), M) makes blocks of a network"
+                "Blockwise(None, flowkit.blockwise.copies(network, M), M) makes blocks of a network"
             )
         check_choice(stage, ("flow", "fra"), "stage")
         check_choice(target, ("velocity", "chord"), "target")

@@ -18,7 +18,8 @@ from flowkit.checks import check_at_least
 from flowkit.guidance import ClassifierFree, DropCond
 from flowkit.modules.resume import ADAMW, ExactResume, MakeOptimizer, MakeScheduler
 from flowkit.sampling import ODESampler, Solution, seeded_noise
-from flowkit.types import Batch, Cond, Velocity, to_device
+from flowkit.types import Batch, Cond, to_device
+from flowkit.velocity import Velocity
 
 Guidance = float | Callable[[Velocity], Velocity] | None
 
@@ -299,3 +300,30 @@ def _sizes(cond: Cond) -> dict[str, int]:
     if isinstance(cond, Tensor):
         return {"cond": len(cond)}
     return {f"cond[{name!r}]": len(value) for name, value in cast(Any, cond).items()}
+
+
+Seeds = Sequence[int] | Tensor | None
+
+
+def seeds_of(seeds: Seeds, count: int) -> list[int]:
+    """Return one seed per sample; by default 0, 1, ..."""
+    if seeds is None:
+        return list(range(count))
+    if len(seeds) != count:
+        raise ValueError(f"seeds must hold one seed per sample, {count}, got {len(seeds)}")
+    return [int(seed) for seed in seeds]
+
+
+def seeds_or_drawn(seeds: Seeds, count: int) -> list[int]:
+    """Return one seed per sample; by default of torch's own generator."""
+    return seeds_of(torch.randint(2**62, (count,)) if seeds is None else seeds, count)
+
+
+def known_shape(shape: tuple[int, ...] | None) -> tuple[int, ...]:
+    """Require a shape that is learnt from a batch."""
+    if shape is None:
+        raise RuntimeError(
+            "label_shape and sample_shape must be known, got None; train the module, load a "
+            "trained one or set both"
+        )
+    return shape

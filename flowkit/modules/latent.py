@@ -18,7 +18,8 @@ from flowkit.modules.resume import ADAMW, MakeOptimizer, MakeScheduler
 from flowkit.paths import Linear, Path
 from flowkit.sampling import ODESampler
 from flowkit.times import Times, Uniform
-from flowkit.types import Batch, Cond, Velocity
+from flowkit.types import Batch, Cond
+from flowkit.velocity import Velocity
 
 
 class LatentFlowMatching(FlowModule):

@@ -10,12 +10,13 @@ from flowkit.autoencoders import Autoencoder, Identity
 from flowkit.boss import segments
 from flowkit.checks import check_at_least
 from flowkit.losses import flow_matching_loss
+from flowkit.modules.checkpoints import load_run
 from flowkit.modules.flow import FlowModule, Guidance
 from flowkit.modules.resume import ADAMW, MakeOptimizer, MakeScheduler
-from flowkit.modules.runs import load_run
 from flowkit.nn.lora import add_lora, merge_lora
 from flowkit.times import Device, Times, Uniform
-from flowkit.types import Batch, Velocity
+from flowkit.types import Batch
+from flowkit.velocity import Velocity
 
 
 class Straightening(FlowModule):

@@ -8,15 +8,30 @@ from torch import Tensor
 
 from flowkit.autoencoders import Autoencoder, Identity
 from flowkit.checks import check_at_least, check_between, check_choice, check_whole
-from flowkit.codecs import Codec
 from flowkit.guidance import ClassifierFree
-from flowkit.joint import ImageVelocity, JointFlow, put_back
-from flowkit.labelstates import (
+from flowkit.modules.flow import (
+    ADAMW,
+    FlowModule,
+    Guidance,
+    MakeOptimizer,
+    MakeScheduler,
+    Seeds,
+    evaluating,
+    known_shape,
+    seeds_of,
+    seeds_or_drawn,
+)
+from flowkit.sampling import ODESampler, Solution, seeded_noise
+from flowkit.sampling.ode import Callback
+from flowkit.symmetrical import (
     Classification,
+    Codec,
+    JointFlow,
     LabelledImages,
     LabelStates,
-    Seeds,
     Segmentation,
+)
+from flowkit.symmetrical.inputs import (
     check_labelled,
     check_no_zero_code,
     check_region,
@@ -24,22 +39,12 @@ from flowkit.labelstates import (
     checked_class_weights,
     checked_scale,
     count_of,
-    known_shape,
-    label_noise,
-    seeds_of,
-    seeds_or_drawn,
     warn_of_more_steps,
 )
-from flowkit.modules.flow import (
-    ADAMW,
-    FlowModule,
-    Guidance,
-    MakeOptimizer,
-    MakeScheduler,
-    evaluating,
-)
-from flowkit.sampling import Callback, ODESampler, Solution, seeded_noise
-from flowkit.types import Batch, Cond, Velocity, to_device
+from flowkit.symmetrical.joint import ImageVelocity, put_back
+from flowkit.symmetrical.label_states import label_noise
+from flowkit.types import Batch, Cond, to_device
+from flowkit.velocity import Velocity
 
 Sampler = ODESampler | None
 
@@ -48,7 +53,7 @@ class SymmetricalFlowMatching(FlowModule):
     """Train one network on the flow of images and the opposite flow of their labels.
 
     ``loss = w ‖v̂_x − v_x‖² + (1 − w) ‖v̂_y − v_y‖²``, each a mean over its own elements; see
-    `flowkit.joint` for states, times and velocities.
+    `flowkit.symmetrical.joint` for states, times and velocities.
 
     ``times="symmetric"`` is the published method: image and label share one time, and always move
     together. One step from ``t = 1`` returns exactly ``E[y₀ | x₁]``, with one-hot codes the class
@@ -81,7 +86,7 @@ class SymmetricalFlowMatching(FlowModule):
         optimizer: Makes the optimiser from parameters.
         lr_scheduler: Makes a scheduler, stepped every training step.
 
-    >>> from flowkit.codecs import OneHot
+    >>> from flowkit.symmetrical.codecs import OneHot
     >>> from flowkit.nn import ResidualMLP
     >>> net = ResidualMLP((1 + 3, 8, 8), num_times=2)
     >>> module = SymmetricalFlowMatching(net, OneHot(3))

@@ -7,12 +7,16 @@ import pytest
 import torch
 
 from flowkit import grids
-from flowkit.blockwise import blockwise_loss, draw_segments
-from flowkit.nn.blockwise import Blockwise
-from flowkit.nn.blockwise_dit import BlockwiseDiT
-from flowkit.nn.dit import DiT
-from flowkit.nn.flops import part_flops, predicted_gain
-from flowkit.nn.parts import copies
+from flowkit.blockwise import (
+    Blockwise,
+    BlockwiseDiT,
+    blockwise_loss,
+    copies,
+    part_flops,
+    predicted_gain,
+)
+from flowkit.blockwise.losses import draw_segments
+from flowkit.nn import DiT
 from flowkit.sampling import ODESampler
 
 SHAPE = (4, 16, 16)  # 64 tokens

@@ -7,13 +7,12 @@ import pytest
 import torch
 
 from flowkit.autoencoders import KLAutoencoder
+from flowkit.data import Latents
 from flowkit.data.arrays import Arrays
 from flowkit.data.cache import write_cache
-from flowkit.data.latents import Latents
 from flowkit.data.splits import SplitData
-from flowkit.modules.latent import LatentFlowMatching
-from flowkit.nn import DiT, unet2d
-from flowkit.nn.kl import autoencoder_kl
+from flowkit.modules import LatentFlowMatching
+from flowkit.nn import DiT, autoencoder_kl, unet2d
 
 pytestmark = pytest.mark.benchmark
 

@@ -13,12 +13,12 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from flowkit.autoencoders import Identity
-from flowkit.codecs import OneHot
 from flowkit.metrics.labels import classification_metrics
-from flowkit.modules.symmetrical import SymmetricalFlowMatching
+from flowkit.modules import SymmetricalFlowMatching
 from flowkit.nn import ResidualMLP
 from flowkit.recipes.train import tell
 from flowkit.sampling import ODESampler
+from flowkit.symmetrical import OneHot
 
 pytestmark = pytest.mark.benchmark
 

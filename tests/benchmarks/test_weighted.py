@@ -41,8 +41,7 @@ from flowkit.couplings import (
     RowSoftmax,
     Sinkhorn,
 )
-from flowkit.data import Digits
-from flowkit.data.toy import sample
+from flowkit.data import Digits, sample_toy
 from flowkit.losses import flow_matching_loss
 from flowkit.nn import MLP, ResidualMLP
 
@@ -65,7 +64,7 @@ def couplings() -> dict:
 
 def points(batch: int):
     """8 Gaussians to moons, and the network of the toy tables."""
-    return MLP((2,)), sample("8gaussians", batch)[0], sample("moons", batch)[0]
+    return MLP((2,)), sample_toy("8gaussians", batch)[0], sample_toy("moons", batch)[0]
 
 
 def digits(batch: int):

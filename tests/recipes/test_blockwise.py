@@ -9,16 +9,16 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from flowkit import grids
+from flowkit.blockwise import StoredTokens, part_flops, predicted_gain, step_prices
 from flowkit.modules import load_run
-from flowkit.modules.runs import read_config
-from flowkit.nn.alignment import StoredTokens
-from flowkit.nn.flops import part_flops, predicted_gain, step_prices
+from flowkit.modules.checkpoints import read_config
 from flowkit.recipes.blockwise import blockwise, network
 from flowkit.recipes.evaluate import evaluate
 from flowkit.recipes.pareto import pareto
 from flowkit.recipes.sample import sample
 from flowkit.recipes.tokens import tokens
-from flowkit.recipes.train import resumed, train
+from flowkit.recipes.train import train
+from flowkit.runs.resuming import resumed
 from flowkit.sampling import ODESampler
 from tests.conftest import CONF
 

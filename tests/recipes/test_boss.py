@@ -9,14 +9,15 @@ from hydra.utils import instantiate
 
 from flowkit import boss as library
 from flowkit import grids
-from flowkit.data import Digits, Toy
-from flowkit.data.pairs import Pairs, read_pairs
+from flowkit.data import Digits, Pairs, Toy
+from flowkit.data.pairs import read_pairs
 from flowkit.modules import Straightening, load_run
 from flowkit.recipes.boss import boss
 from flowkit.recipes.evaluate import evaluate
 from flowkit.recipes.pairs import pairs
-from flowkit.recipes.sample import sample, weights
+from flowkit.recipes.sample import sample
 from flowkit.recipes.train import train
+from flowkit.runs.records import weights
 from flowkit.sampling import ODESampler, seeded_noise
 from tests.recipes.conftest import TINY
 

@@ -12,11 +12,11 @@ from PIL import Image
 from flowkit.flowopt import FlowOpt
 from flowkit.guidance import ClassifierFree
 from flowkit.modules import load_run
-from flowkit.recipes._models import RunFlow
 from flowkit.recipes.compare_edits import compare_edits, edit_table
 from flowkit.recipes.edit import edit, read_image
+from flowkit.runs.editing import RunFlow
 from flowkit.sampling import ODESampler
-from tests import tiny_pipelines
+from tests.adapters import tiny_pipelines
 
 
 @pytest.fixture

@@ -10,10 +10,11 @@ from PIL import Image
 from flowkit.data import Digits, MaskFolder
 from flowkit.data.masks import Masks
 from flowkit.metrics.labels import classification_metrics, segmentation_metrics
+from flowkit.metrics.pictures import colored
 from flowkit.modules import load_run
 from flowkit.recipes.consistency import consistency
 from flowkit.recipes.evaluate import evaluate
-from flowkit.recipes.predict import colored, predict
+from flowkit.recipes.predict import predict
 from flowkit.recipes.sample import sample
 from flowkit.recipes.train import train
 from tests.conftest import CONF

@@ -17,11 +17,11 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader
 
 from flowkit.couplings import MinibatchOT, Sinkhorn
+from flowkit.distributed import place
 from flowkit.losses import flow_matching_loss
-from flowkit.modules import ConditionalFlowMatching
-from flowkit.modules.sharding import FullySharded, even_validation, shard_if_asked
+from flowkit.modules import ConditionalFlowMatching, FullySharded
+from flowkit.modules.sharding import even_validation, shard_if_asked
 from flowkit.nn import DiT, ResidualMLP
-from flowkit.ranks import place
 from flowkit.recipes.evaluate import evaluate
 from flowkit.recipes.sample import sample
 from tests.conftest import CONF

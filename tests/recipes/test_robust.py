@@ -11,9 +11,10 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from flowkit.modules.callbacks import LastCheckpoint
-from flowkit.modules.runs import load_run, read_checkpoint
-from flowkit.recipes.train import resumed, train
+from flowkit.modules import LastCheckpoint, load_run
+from flowkit.modules.checkpoints import read_checkpoint
+from flowkit.recipes.train import train
+from flowkit.runs.resuming import resumed
 from tests.recipes.conftest import TINY
 from tests.recipes.test_train import _losses, _state
 

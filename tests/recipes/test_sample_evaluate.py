@@ -12,13 +12,15 @@ from omegaconf import open_dict
 from flowkit.data import Toy
 from flowkit.data.arrays import Arrays
 from flowkit.data.splits import SplitData
-from flowkit.metrics import Pixels, tensor_hash
+from flowkit.metrics import Pixels
 from flowkit.modules import FlowModule, load_run
-from flowkit.recipes._parts import Parts, draw_parts
-from flowkit.recipes._starts import choose_labels
-from flowkit.recipes.evaluate import evaluate, features_for, picture_rows, proportional_rows
+from flowkit.provenance import tensor_hash
+from flowkit.recipes.evaluate import evaluate, picture_rows
 from flowkit.recipes.sample import sample
 from flowkit.recipes.train import train
+from flowkit.runs import features_for
+from flowkit.runs.parts import Parts, draw_parts
+from flowkit.runs.starts import choose_labels, proportional_rows
 from flowkit.sampling import ODESampler
 from tests.recipes.conftest import TINY
 

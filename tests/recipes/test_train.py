@@ -11,8 +11,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from flowkit.metrics.pictures import save_picture
 from flowkit.modules import load_run
-from flowkit.modules.runs import read_checkpoint
-from flowkit.recipes.train import resumed, train
+from flowkit.modules.checkpoints import read_checkpoint
+from flowkit.recipes.train import train
+from flowkit.runs.resuming import resumed
 from flowkit.sampling import ODESampler, seeded_noise
 from tests.recipes.conftest import TINY
 
@@ -47,18 +48,18 @@ def test_checkpoints_hold_the_average_of_the_weights(configure, tmp_path):
     cfg = configure("train", *TINY, f"run_dir={tmp_path}", "trainer.max_steps=5")
     raw = []
     cfg.callback.checkpoint.every_n_steps = 1
-    import flowkit.modules.callbacks as callbacks
+    from flowkit import modules
 
-    class Record(callbacks.LastCheckpoint):
+    class Record(modules.LastCheckpoint):
         def on_train_batch_end(self, trainer, module, *args):
             raw.append({k: v.clone() for k, v in module.state_dict().items()})
             super().on_train_batch_end(trainer, module, *args)
 
-    original, callbacks.LastCheckpoint = callbacks.LastCheckpoint, Record
+    original, modules.LastCheckpoint = modules.LastCheckpoint, Record
     try:
         train(cfg)
     finally:
-        callbacks.LastCheckpoint = original
+        modules.LastCheckpoint = original
     averaged = _state(tmp_path)["state_dict"]
     for name, value in averaged.items():
         expected = raw[0][name]

@@ -1,0 +1,52 @@
+"""Blockwise flow matching: networks with a block for each segment of time."""
+
+from flowkit.blockwise.alignment import DINOv2, StoredTokens, alignment_loss, store_tokens
+from flowkit.blockwise.allocation import Allocation, allocate_steps
+from flowkit.blockwise.dit import BlockwiseDiT
+from flowkit.blockwise.drift import Drift, feature_drift
+from flowkit.blockwise.flops import (
+    Flops,
+    count_flops,
+    network_flops,
+    part_flops,
+    predicted_gain,
+    solve_cost,
+    step_prices,
+    used_flops,
+)
+from flowkit.blockwise.flow import Blockwise
+from flowkit.blockwise.losses import blockwise_loss, draw_segments, loss_by_time, residual_loss
+from flowkit.blockwise.masked_encoder import MaskedEncoder, train_masked_encoder
+from flowkit.blockwise.mlp import BlockwiseMLP
+from flowkit.blockwise.parts import Usage, copies, equal_burden
+
+__all__ = [
+    "Allocation",
+    "Blockwise",
+    "BlockwiseDiT",
+    "BlockwiseMLP",
+    "DINOv2",
+    "Drift",
+    "Flops",
+    "MaskedEncoder",
+    "StoredTokens",
+    "Usage",
+    "alignment_loss",
+    "allocate_steps",
+    "blockwise_loss",
+    "copies",
+    "count_flops",
+    "draw_segments",
+    "equal_burden",
+    "feature_drift",
+    "loss_by_time",
+    "network_flops",
+    "part_flops",
+    "predicted_gain",
+    "residual_loss",
+    "solve_cost",
+    "step_prices",
+    "store_tokens",
+    "train_masked_encoder",
+    "used_flops",
+]

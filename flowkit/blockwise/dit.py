@@ -1,0 +1,290 @@
+"""The transformer of blockwise flow matching.
+
+Source: *Blockwise Flow Matching*, 2025 (arXiv 2510.21167); rotary positions after Su et al. 2021
+(arXiv 2104.09864), normalised queries and keys after Dehghani et al. 2023 (arXiv 2302.05442),
+low-rank modulation after Hu et al. 2021 (arXiv 2106.09685).
+"""
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flowkit.blockwise.flow import Blockwise
+from flowkit.blockwise.parts import Part, check_edges, each
+from flowkit.checks import check_at_least
+from flowkit.nn.dit import DiTBlock, PatchEmbed, PatchOutput, unpatchify
+from flowkit.nn.embed import TimeLabelEmbedding, check_state, zeroed
+from flowkit.types import Cond
+
+
+class BlockwiseDiT(Blockwise):
+    """A blockwise diffusion transformer; with the defaults the published XL/2.
+
+    The *trunk* is a transformer of its own over patches, conditioned by ``c``, the embedding of
+    time and label. The *stacks* read the patches of ``x_t`` anew, and the features only through
+    their modulation, by ``[c; h_token]`` for each token. Stacks of one width share their patch
+    embedding, the larger part of their modulation and the output layer; these and the embedding
+    lie in the trunk. Each stack's own parameters are its blocks alone, so that it can be frozen,
+    trained or replaced by itself.
+
+    Args:
+        shape: ``(C, H, W)`` of the state.
+        edges: Ends of the segments from 0 to 1, or their number.
+        patch: Side of a patch in pixels; divides ``H`` and ``W``.
+        width: Size of a token of the trunk.
+        heads: Attention heads; a multiple of 4 numbers in each.
+        trunk_depth: Blocks of the trunk.
+        stack_depth: Blocks of every stack, or of each.
+        stack_width: Size of a stack's tokens, likewise; None for ``width``.
+        residual_depth: Blocks of the feature residual; None for a flow without one.
+        sees_start: The feature residual also reads the features at the segment's start.
+        rank: Of a block's own modulation; None for a quarter of its width.
+        mlp_ratio: Hidden size of a block's perceptron in units of its width.
+        num_classes: For labels ``(B,)`` in ``[0, num_classes]``; the last is the null label.
+        feature_mode: See `Blockwise`.
+
+    Raises:
+        ValueError: If sizes do not fit together, or depths or widths are not one per segment.
+
+    >>> flow = BlockwiseDiT((1, 8, 8), edges=3, width=32, heads=2, trunk_depth=2, stack_depth=1)
+    >>> flow(torch.randn(4, 1, 8, 8), torch.rand(4)).abs().max()
+    tensor(0., grad_fn=<MaxBackward1>)
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        edges: Tensor | Sequence[float] | int = 6,
+        patch: int = 2,
+        width: int = 1152,
+        heads: int = 16,
+        trunk_depth: int = 20,
+        stack_depth: int | Sequence[int] = 5,
+        stack_width: int | Sequence[int] | None = None,
+        residual_depth: int | None = None,
+        sees_start: bool = False,
+        rank: int | None = None,
+        mlp_ratio: float = 4.0,
+        num_classes: int | None = None,
+        feature_mode: str = "full",
+    ):
+        count = len(check_edges(edges)) - 1
+        depths = each(stack_depth, count, "stack_depth")
+        widths = each(width if stack_width is None else stack_width, count, "stack_width")
+        options = {"heads": heads, "rank": rank, "mlp_ratio": mlp_ratio}
+        trunk = DiTTrunk(shape, patch, width, trunk_depth, num_classes, **options)
+        trunk.heads.update({str(w): _Head(shape, patch, w, width) for w in sorted({*widths})})
+        stacks = [
+            DiTStack(trunk, w, depth, **options) for w, depth in zip(widths, depths, strict=True)
+        ]
+        residual = None
+        if residual_depth is not None:
+            residual = DiTResidual(trunk, residual_depth, heads, mlp_ratio, sees_start)
+        super().__init__(trunk, stacks, edges, residual, feature_mode)
+
+
+class DiTTrunk(nn.Module):
+    """Features ``h (B, N, width)``: tokens of a transformer conditioned by time and label.
+
+    See `BlockwiseDiT` for the arguments.
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        patch: int,
+        width: int,
+        depth: int,
+        num_classes: int | None = None,
+        *,
+        heads: int,
+        rank: int | None = None,
+        mlp_ratio: float = 4.0,
+    ):
+        super().__init__()
+        check_at_least(depth, 1, "trunk_depth")
+        self.shape, self.width = tuple(int(n) for n in shape), width
+        self.sides = self.shape[1] // patch, self.shape[2] // patch
+        self.embedding = TimeLabelEmbedding(width, num_classes)
+        self.patches = PatchEmbed(self.shape, patch, width)
+        self.modulation = zeroed(nn.Linear(width, 6 * width))
+        self.blocks = nn.ModuleList(
+            _Block(width, heads, self.sides, mlp_ratio, width, rank) for _ in range(depth)
+        )
+        self.heads = nn.ModuleDict()
+
+    def features(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
+        """Tokens ``(B, N, width)`` at ``x (B, C, H, W)`` and ``t (B,)``."""
+        check_state(x, t, self.shape)
+        c = F.silu(self.embedding(t, cond)[:, None])
+        h, shared = self.patches(x), self.modulation(c)
+        for block in self.blocks:
+            h = block(h, (c, shared))
+        return h
+
+
+class _Head(nn.Module):
+    """What stacks of one width share: their way in, most of their modulation, their way out."""
+
+    def __init__(self, shape: Sequence[int], patch: int, width: int, trunk_width: int):
+        super().__init__()
+        inputs = trunk_width + trunk_width  # [c; h_token]
+        self.patches = PatchEmbed(shape, patch, width)
+        self.modulation = zeroed(nn.Linear(inputs, 6 * width))
+        self.outputs = PatchOutput(width, int(shape[0]) * patch**2, inputs)
+
+
+class DiTStack(nn.Module):
+    """The blocks of one segment, which read features through their modulation alone.
+
+    See `BlockwiseDiT` for the arguments.
+    """
+
+    def __init__(
+        self,
+        trunk: DiTTrunk,
+        width: int,
+        depth: int,
+        *,
+        heads: int,
+        rank: int | None = None,
+        mlp_ratio: float = 4.0,
+    ):
+        super().__init__()
+        check_at_least(depth, 1, "stack_depth")
+        self.trunk, self.width = Part(trunk), width
+        self.blocks = nn.ModuleList(
+            _Block(width, heads, trunk.sides, mlp_ratio, 2 * trunk.width, rank)
+            for _ in range(depth)
+        )
+
+    def velocity(self, x: Tensor, t: Tensor, cond: Cond, h: Tensor) -> Tensor:
+        """Velocity ``(B, C, H, W)`` at ``x`` and ``t (B,)``, given features ``h (B, N, width)``."""
+        trunk = self.trunk.module
+        check_state(x, t, trunk.shape)
+        head = cast(_Head, trunk.heads[str(self.width)])
+        c = torch.cat([trunk.embedding(t, cond)[:, None].expand_as(h), h], -1)
+        activated = F.silu(c)
+        tokens, shared = head.patches(x), head.modulation(activated)
+        for block in self.blocks:
+            tokens = block(tokens, (activated, shared))
+        return unpatchify(head.outputs(tokens, c), head.patches.patch, *x.shape[2:])
+
+
+class DiTResidual(nn.Module):
+    """R of feature residual approximation: what a few blocks add to the trunk's patch embedding.
+
+    Zero at the start, since the blocks' gates are.
+
+    Args:
+        trunk: Whose features it corrects.
+        depth: Number of blocks.
+        heads: Attention heads.
+        mlp_ratio: Hidden size of a block's perceptron in units of its width.
+        sees_start: Also read the features at the segment's start.
+    """
+
+    def __init__(
+        self,
+        trunk: DiTTrunk,
+        depth: int,
+        heads: int,
+        mlp_ratio: float = 4.0,
+        sees_start: bool = False,
+    ):
+        super().__init__()
+        check_at_least(depth, 1, "residual_depth")
+        self.trunk, self.sees_start = Part(trunk), sees_start
+        self.blocks = nn.ModuleList(
+            _Block(trunk.width, heads, trunk.sides, mlp_ratio) for _ in range(depth)
+        )
+        self.start = nn.Linear(trunk.width, trunk.width) if sees_start else None
+
+    def forward(
+        self, x: Tensor, t: Tensor, cond: Cond = None, start: Tensor | None = None
+    ) -> Tensor:
+        """Residual ``(B, N, width)`` at ``x (B, C, H, W)`` and ``t (B,)``."""
+        trunk = self.trunk.module
+        check_state(x, t, trunk.shape)
+        c, inputs = trunk.embedding(t, cond)[:, None], trunk.patches(x)
+        if self.start is not None:
+            inputs = inputs + self.start(start)
+        tokens = inputs
+        for block in self.blocks:
+            tokens = block(tokens, c)
+        return tokens - inputs
+
+
+class _Block(DiTBlock):
+    """A `DiTBlock` with normalised queries and keys and rotary positions.
+
+    With ``cond_width`` its modulation is shared but for a low-rank part, and it is called with
+    ``(activated condition, shared modulation)``; without, with a condition of its own width.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        sides: tuple[int, int],
+        mlp_ratio: float,
+        cond_width: int | None = None,
+        rank: int | None = None,
+    ):
+        super().__init__(width, heads, mlp_ratio)
+        size = width // heads
+        if size % 4:
+            raise ValueError(f"width / heads must be a multiple of 4, got {width} / {heads}")
+        self.norm_q, self.norm_k = (nn.RMSNorm(size, eps=1e-6) for _ in range(2))
+        if cond_width is not None:
+            self.modulation = _LowRank(cond_width, rank or max(1, width // 4), 6 * width)
+        for name, table in zip(("cos", "sin"), rotary(sides, size), strict=True):
+            self.register_buffer(name, table, persistent=False)
+
+    def _attend(self, h: Tensor) -> Tensor:
+        b, n, width = h.shape
+        q, k, v = self.qkv(h).reshape(b, n, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        q, k = (rotate(a, self.cos, self.sin).to(v) for a in (self.norm_q(q), self.norm_k(k)))
+        out = F.scaled_dot_product_attention(q, k, v)
+        return self.project(out.transpose(1, 2).reshape(b, n, width))
+
+
+class _LowRank(nn.Module):
+    """``shared + U V c``, with ``U`` zero at the start."""
+
+    def __init__(self, inputs: int, rank: int, outputs: int):
+        super().__init__()
+        self.down, self.up = nn.Linear(inputs, rank), zeroed(nn.Linear(rank, outputs))
+
+    def forward(self, cond: tuple[Tensor, Tensor]) -> Tensor:
+        activated, shared = cond
+        return shared + self.up(self.down(activated))
+
+
+def rotary(sides: Sequence[int], size: int, theta: float = 1e4) -> tuple[Tensor, Tensor]:
+    """Cosines and sines ``(N, size)`` of axial rotary positions on a grid of tokens.
+
+    The first half of a head turns with the token's row, the second with its column, in pairs
+    ``(i, i + size/4)`` of angle ``position · θ^(−4i/size)``.
+
+    >>> cos, sin = rotary((1, 2), 4)
+    >>> sin
+    tensor([[0.0000, 0.0000, 0.0000, 0.0000],
+            [0.0000, 0.0000, 0.8415, 0.8415]])
+    """
+    frequencies = theta ** -(torch.arange(0, size // 2, 2, dtype=torch.float64) / (size // 2))
+    grid = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in sides), indexing="ij")
+    angles = torch.cat([(axis.reshape(-1, 1) * frequencies).repeat(1, 2) for axis in grid], 1)
+    return angles.cos().float(), angles.sin().float()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn ``x (..., N, size)`` by the angles of `rotary`."""
+    a, b, c, d = x.chunk(4, -1)
+    return x * cos + torch.cat([-b, a, -d, c], -1) * sin

@@ -1,0 +1,267 @@
+"""What one large step costs: the table of BOSS, without storing trajectories."""
+
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from flowkit.checks import as_grid, check_at_least, check_choice
+from flowkit.sampling import ODESampler
+from flowkit.types import Cond, take
+from flowkit.velocity import Velocity
+
+Field = Callable[[Tensor, float], Tensor]
+"""A velocity at one time for the whole batch: ``field(x (B, *), t) -> (B, *)``."""
+
+SLOPES: dict[str, Callable[[Field, Tensor, Tensor, float, float], Tensor]] = {
+    # slope(f, x, v, t, h): a step from t to t + h goes to x + h slope; v = f(x, t)
+    "euler": lambda f, x, v, t, h: v,
+    "midpoint": lambda f, x, v, t, h: f(x + h / 2 * v, t + h / 2),
+    "heun": lambda f, x, v, t, h: (v + f(x + h * v, t + h)) / 2,
+}
+
+# Velocities held at a time, in numbers: a batch that a CPU likes, and that fills an accelerator.
+HELD, HELD_ON_ACCELERATOR = 2**20, 2**27
+COLUMNS = 1024  # converted to float64 at a time
+EPS = torch.finfo(torch.float64).eps
+
+
+@torch.no_grad()
+def step_costs(
+    velocity: Velocity,
+    x0: Tensor,
+    fine_grid: Tensor | int,
+    cond: Cond = None,
+    *,
+    method: str = "euler",
+    reference: ODESampler | None = None,
+    groups: int | None = None,
+    chunk_size: int | None = None,
+) -> Tensor:
+    """Return the squared errors of all single steps between times of a fine grid.
+
+    With the reference's states ``x_j`` at the fine grid's times ``t_j``,
+
+        c[j, k] = mean over noises ‖x_k − x_j − (t_k − t_j) s_jk‖²,    j < k,
+
+    summed over elements, where ``s_jk`` is the slope of the method's step from ``x_j``: for Euler
+    the velocity ``v_j``. With the reference's own steps ``d_a = x_{a+1} − x_a`` (``h_a v_a`` by
+    default) Euler's costs are sums of inner products over ``a, b ∈ [j, k)``,
+
+        c[j, k] = Σ_ab ⟨d_a, d_b⟩ − 2 (t_k − t_j) Σ_a ⟨d_a, v_j⟩ + (t_k − t_j)² ⟨v_j, v_j⟩,
+
+    which are taken from prefix sums of Gram matrices in float64: memory is ``O(n²)`` and one chunk
+    of noises, one evaluation per noise and fine step. The slopes of midpoint and Heun depend on
+    both ends, so that their costs take about ``n²/2`` evaluations per noise.
+
+    Source: Nguyen et al., *Bellman Optimal Step-size Straightening of Flow-Matching Models*, 2024
+    (arXiv 2312.16414), its cost of a step; the Gram form, other solvers and references are ours.
+
+    Args:
+        velocity: The field; guide it first if it is to be sampled with guidance.
+        x0: States ``(B, *)`` at the first time.
+        fine_grid: Times ``(n,)``, or a number of uniform steps.
+        cond: Conditions of the states.
+        method: The solver whose steps are judged: ``"euler"``, ``"midpoint"`` or ``"heun"``.
+        reference: The solver of the reference; its grid must hold all times of the fine grid.
+            None takes the method itself on the fine grid, whose single steps then cost nothing.
+        groups: Return ``(groups, n, n)``, averaged within equal parts of the noises, for
+            `flowkit.boss.bellman_interval`.
+        chunk_size: Noises at a time; None chooses by memory.
+
+    Returns:
+        ``(n, n)`` in float64 on the CPU, ``+inf`` on and below the diagonal. Costs below round-off
+        (relative to the largest ``‖v‖²``) are 0.
+
+    Raises:
+        ValueError: If the velocity is not finite somewhere, the reference misses a time, or the
+            groups are not equal parts.
+
+    >>> costs = step_costs(lambda x, t, cond: 2 * t[:, None], torch.zeros(1, 1), 4)
+    >>> costs[0, 2].item()  # h⁴ m² (m − 1)² with h = 1/4, m = 2
+    0.015625
+    """
+    fine = as_grid(fine_grid, "fine_grid")
+    check_choice(method, SLOPES, "method")
+    check_at_least(len(x0), 1, "the number of noises in x0")
+    parts = 1 if groups is None else groups
+    check_at_least(parts, 1, "groups")
+    if len(x0) % parts:
+        raise ValueError(f"groups must divide the {len(x0)} noises into equal parts, got {parts}")
+    n, size = len(fine), len(x0) // parts
+    if chunk_size is None:
+        held = HELD if x0.device.type == "cpu" else HELD_ON_ACCELERATOR
+        per_noise = x0[0].numel() if method == "euler" else max(n, x0[0].numel())
+        chunk_size = max(1, held // (n * per_noise))
+    check_at_least(chunk_size, 1, "chunk_size")
+    costs = torch.zeros(parts, n, n, dtype=torch.float64)
+    energy = torch.zeros(parts, n, dtype=torch.float64)
+    walk = _gram_walk if method == "euler" else _direct_walk
+    for rows in _chunks(0, len(x0), chunk_size):
+        sums = walk(velocity, x0[rows], fine, take(cond, rows), method, reference)
+        for part in range(rows.start // size, (rows.stop - 1) // size + 1):
+            first, last = max(rows.start, part * size), min(rows.stop, (part + 1) * size)
+            some_costs, some_energy = sums(slice(first - rows.start, last - rows.start))
+            costs[part] += some_costs
+            energy[part] += some_energy
+    span = fine[None, :] - fine[:, None]
+    # Round-off: of the velocities' own dtype in a step, of the sums on the whole way.
+    share = (8 * torch.finfo(x0.dtype).eps * span).square()
+    floor = energy.amax(1)[:, None, None] * share.clamp(min=64 * EPS * span[0, -1].item() ** 2)
+    means = torch.where(costs <= floor, 0.0, costs / size).masked_fill(span <= 0, torch.inf)
+    return means[0] if groups is None else means
+
+
+Sums = Callable[[slice], tuple[Tensor, Tensor]]
+"""Of some noises of a chunk: costs ``(n, n)`` and energies ``‖v_j‖²`` ``(n,)``, summed."""
+
+
+def _gram_walk(
+    velocity: Velocity,
+    x0: Tensor,
+    fine: Tensor,
+    cond: Cond,
+    method: str,
+    reference: ODESampler | None,
+) -> Sums:
+    """Euler's costs, by Gram matrices of the velocities and the reference's steps."""
+    field = make_field(velocity, x0, cond, fine)
+    v = x0.new_empty(len(fine) - 1, *x0.shape)
+    states = None if reference is None else anchors(velocity, x0, fine, cond, reference)
+    moves, x = None if states is None else states.diff(dim=0), x0.clone()
+    for j, (t, end) in enumerate(pairwise(fine.tolist())):
+        v[j] = field(x if states is None else states[j], t)
+        _check_velocity(v[j], j, fine)
+        if states is None:
+            x.add_(v[j], alpha=end - t)
+
+    def sums(part: slice) -> tuple[Tensor, Tensor]:
+        steps, n = fine.diff()[:, None], len(fine) - 1
+        dd, dv = torch.zeros(2, n, n, dtype=torch.float64)
+        vv, energy = torch.zeros(2, n + 1, dtype=torch.float64)
+        for columns in _chunks(0, v[0, part].numel(), COLUMNS):
+            b = v[:, part].flatten(1)[:, columns].to("cpu", torch.float64, copy=True)
+            d = steps * b
+            if moves is not None:
+                d = moves[:, part].flatten(1)[:, columns].to("cpu", torch.float64, copy=True)
+            energy[:-1] += b.square().sum(1)
+            # Costs are those of the deviations from the mean velocity, which cancel less.
+            mean = d.sum(0) / (fine[-1] - fine[0])
+            b -= mean
+            d -= steps * mean
+            products = d @ b.T
+            dd += products * steps.T if moves is None else d @ d.T
+            dv += products
+            vv[:-1] += b.square().sum(1)
+        return _costs_of_grams(fine, dd, dv, vv), energy
+
+    return sums
+
+
+def _costs_of_grams(fine: Tensor, dd: Tensor, dv: Tensor, vv: Tensor) -> Tensor:
+    """The formula of `step_costs`; what lies below the diagonal has no meaning."""
+    span = fine[None, :] - fine[:, None]
+    prefix = pad(dd, (1, 0, 1, 0)).cumsum(0).cumsum(1)
+    ends = prefix.diagonal()
+    squares = ends[None, :] + ends[:, None] - prefix - prefix.T
+    along = pad(dv, (0, 1, 1, 0)).cumsum(0)  # [k, j]: the sum over a < k
+    products = (along - along.diagonal()[None, :]).T
+    return squares - 2 * span * products + span.square() * vv[:, None]
+
+
+def _direct_walk(
+    velocity: Velocity,
+    x0: Tensor,
+    fine: Tensor,
+    cond: Cond,
+    method: str,
+    reference: ODESampler | None,
+) -> Sums:
+    """The costs of slopes that know both ends, one by one."""
+    states = anchors(velocity, x0, fine, cond, reference or ODESampler(fine, method))
+    field, slope, times = make_field(velocity, x0, cond, fine), SLOPES[method], fine.tolist()
+    costs = torch.zeros(len(x0), len(fine), len(fine), dtype=torch.float64)
+    energy = torch.zeros(len(x0), len(fine), dtype=torch.float64)
+    for j, t in enumerate(times[:-1]):
+        v = field(states[j], t).clone()  # a velocity may reuse its buffer
+        _check_velocity(v, j, fine)
+        energy[:, j] = _squares(v)
+        for k in range(j + 1, len(times)):
+            h = times[k] - t
+            costs[:, j, k] = _squares(states[k] - states[j] - h * slope(field, states[j], v, t, h))
+    return lambda part: (costs[part].sum(0), energy[part].sum(0))
+
+
+def _squares(x: Tensor) -> Tensor:
+    return x.flatten(1).double().square().sum(1).cpu()
+
+
+def anchors(
+    velocity: Velocity, x0: Tensor, fine: Tensor, cond: Cond, reference: ODESampler
+) -> Tensor:
+    """Return the reference's states ``(n, B, *)`` at the times of the fine grid."""
+    times = reference.times
+    places = (times[None, :] - fine[:, None]).abs().argmin(1)
+    gaps = (times[places] - fine).abs()
+    gaps[[0, -1]] = (times[[0, -1]] - fine[[0, -1]]).abs()
+    if bool((gaps > 1e-9).any()):
+        raise ValueError(
+            "reference.grid must have the ends of fine_grid and hold all its times, got none at "
+            f"t = {fine[gaps.argmax()].item():.6g}"
+        )
+    rows = {int(place): row for row, place in enumerate(places)}
+    states = x0.new_empty(len(fine), *x0.shape)
+    states[0] = x0
+
+    def keep(step: int, t: float, x: Tensor) -> None:
+        if not bool(torch.isfinite(x).all()):
+            raise ValueError(f"states of the reference must be finite, got others at t = {t:.6g}")
+        if step in rows:
+            states[rows[step]] = x
+
+    reference.solve(velocity, x0, cond, callback=keep)
+    return states
+
+
+def make_field(velocity: Velocity, x: Tensor, cond: Cond, grid: Tensor) -> Field:
+    """Bind a velocity for a walk along the grid, as a function of a state and a float time."""
+    bind = getattr(velocity, "bind", None)
+    bound = velocity if bind is None else bind(cond, grid)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+
+    def field(x: Tensor, t: float) -> Tensor:
+        return bound(x, torch.full((len(x),), t, dtype=dtype, device=x.device), cond)
+
+    return field
+
+
+def round_off(states: Tensor) -> float:
+    """Return the mean square that rounding adds to states in a hundred steps."""
+    scale = states.double().square().mean().item()
+    return (32 * torch.finfo(states.dtype).eps) ** 2 * scale
+
+
+def check_num_steps(num_steps: int, fine: Tensor) -> None:
+    """Require a number of steps that a fine grid can make."""
+    if isinstance(num_steps, bool) or not isinstance(num_steps, int):
+        raise TypeError(f"num_steps must be an integer, got {num_steps!r}")
+    most = len(fine) - 1
+    if not 1 <= num_steps <= most:
+        raise ValueError(
+            f"num_steps must lie in [1, {most}] for a grid of {len(fine)} times, got {num_steps}"
+        )
+
+
+def _check_velocity(v: Tensor, j: int, fine: Tensor) -> None:
+    if not bool(torch.isfinite(v).all()):
+        raise ValueError(
+            f"velocity must be finite, got NaN or infinite values at t = {fine[j].item():.6g}, "
+            f"step {j} of {len(fine) - 1}"
+        )
+
+
+def _chunks(start: int, stop: int, size: int) -> Iterator[slice]:
+    for first in range(start, stop, size):
+        yield slice(first, min(first + size, stop))

@@ -1,0 +1,276 @@
+"""Gibbs weights: independent pairs, each pair's loss weighted by ``exp(−c/ε)``."""
+
+import math
+import warnings
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from flowkit.checks import check_at_least, check_choice, check_finite, check_same_shape
+from flowkit.couplings.debiasing import Division, Potentials, RowSoftmax, draw
+from flowkit.couplings.epsilon import variance_components
+from flowkit.couplings.transport import Cost, check_cost, paired, pairwise, points
+from flowkit.distributed import gathered, own
+from flowkit.types import Cond, Pairs, take
+
+Normalize = Literal["batch", "running", "class", "none"]
+Debias = RowSoftmax | Division | Potentials | None
+
+
+class Gibbs(nn.Module):
+    """Independent pairs with weights ``w(x0, x1) = exp(−c(x0, x1)/ε) / Z``: W-CFM.
+
+    A step costs one distance per pair and no assignment problem. Weighted pairs follow
+    ``q = w · μ⊗ν / Z``, which is exactly the entropic optimal plan (same ``c``, ``ε``) between
+    *its own* ends ``h_x μ / Z`` and ``h_y ν / Z``, with the tilts ``h_x(x) = E_x1 w(x, x1)`` and
+    ``h_y(y) = E_x0 w(x0, y)``. Only where both are constant is it the plan between ``μ`` and ``ν``.
+    Sampling starts from the untilted source, so elsewhere samples are biased, by order ``1/ε``:
+    a small ``ε`` buys straight paths with biased samples. `telemetry` measures the tilt, ``debias``
+    removes it, and `flowkit.couplings.suggest_epsilon` weighs the two.
+
+    It is a module, since log Z (``"running"``) and what ``debias`` remembers are state that
+    advances in training mode. Ranks of a distributed run share it, in batches of one size.
+
+    Args:
+        epsilon: Positive, in units of the cost. Infinite: the pairs as they come with weights of
+            exactly 1, whatever the other arguments; plain flow matching, bit for bit.
+        cost: As of `flowkit.couplings.MinibatchOT`. The paper's experiments use the *unsquared*
+            ``"euclidean"`` distance. ``"inner"`` has the plan of ``"sqeuclidean"``, but not its
+            tilt.
+        normalize: What ``Z`` is. ``"batch"``: the mean over the batch, so that weights have mean 1;
+            a self-normalised estimate, whose bias falls as 1/B. ``"running"``: the mean over all
+            batches (the last thousand or so), without this bias. ``"class"``: the mean
+            over each label of the batch; other choices change how often a class is seen.
+            ``"none"``: 1.
+        debias: None, `RowSoftmax`, `Division` or `Potentials`.
+        pool: Above 1, a batch is a pool from which ``1/pool`` as many pairs are drawn (with
+            replacement, by their weights) and come without weights: no forward pass is spent on
+            light pairs.
+
+    Raises:
+        TypeError: If ``debias`` is none of its choices.
+        ValueError: If a number or name is out of its range.
+
+    Source: Calvo-Ordoñez et al., *Weighted Conditional Flow Matching*, 2025 (arXiv 2507.22270).
+    The paper leaves both potentials of the plan at 1; normalisations other than the batch's,
+    ``debias`` and ``pool`` are added here.
+
+    >>> x0, x1 = torch.zeros(2, 1), torch.tensor([[1.0], [2.0]])
+    >>> Gibbs(epsilon=1.0).pair(x0, x1).log_weight.exp()
+    tensor([1.4621, 0.5379])
+    """
+
+    log_z: Tensor
+    num_batches: Tensor
+
+    def __init__(
+        self,
+        epsilon: float,
+        cost: Cost = "euclidean",
+        normalize: Normalize = "batch",
+        debias: Debias = None,
+        pool: int = 1,
+    ):
+        super().__init__()
+        if not epsilon > 0:
+            raise ValueError(
+                f"epsilon must be positive, got {epsilon}; infinity is plain flow matching"
+            )
+        check_cost(cost)
+        check_choice(normalize, ("batch", "running", "class", "none"), "normalize")
+        check_at_least(pool, 1, "pool")
+        if not isinstance(debias, Debias):
+            raise TypeError(
+                f"debias must be None, RowSoftmax(), Division() or Potentials(), got {debias!r}"
+            )
+        if pool > 1 and isinstance(debias, RowSoftmax):
+            raise ValueError(f"pool must be 1 with RowSoftmax(), whose pairs are drawn, got {pool}")
+        self.epsilon, self.cost, self.normalize = epsilon, cost, normalize
+        self.debias, self.pool = debias, pool
+        self.register_buffer("log_z", torch.zeros(()))
+        self.register_buffer("num_batches", torch.zeros((), dtype=torch.long))
+        self._warned: set[str] = set()
+
+    def extra_repr(self) -> str:
+        """The settings."""
+        return f"epsilon={self.epsilon}, cost={self.cost!r}, normalize={self.normalize!r}"
+
+    def pair(
+        self,
+        x0: Tensor,
+        x1: Tensor,
+        cond: Cond = None,
+        generator: torch.Generator | None = None,
+    ) -> Pairs:
+        """Weight the pairs ``x0, x1 (B, *)``, or draw pairs by their weights.
+
+        Raises:
+            TypeError: If ``cond`` holds no labels where ``normalize="class"``.
+            ValueError: If shapes differ, a cost is not finite, or all weights underflow.
+        """
+        check_same_shape(x0, x1)
+        labels = self._labels(cond, len(x1))
+        if self.epsilon == math.inf:
+            return Pairs(x0, x1, cond, torch.zeros(len(x1), device=x1.device))
+        a, b = points(x0.detach()), points(x1.detach())
+        if isinstance(self.debias, RowSoftmax):
+            log_kernel = self.log_kernel(a, b)
+            self._check(log_kernel - log_kernel.max(), x0, x1)
+            columns = self.debias.partners(log_kernel, labels, generator)
+            return Pairs(x0, x1[columns], take(cond, columns))
+        log_weight = paired(a, b, self.cost) * (-1 / self.epsilon)
+        if self.debias is not None:
+            log_weight += self.debias(self.log_kernel, a, b, labels)
+        log_weight = self._normalized(log_weight, labels)
+        self._check(log_weight, x0, x1)
+        if self.pool == 1:
+            return Pairs(x0, x1, cond, log_weight)
+        check_at_least(len(x1), self.pool, "batch size")
+        rows = draw(log_weight.softmax(0)[None], len(x1) // self.pool, generator)[0]
+        return Pairs(x0[rows], x1[rows], take(cond, rows))
+
+    def log_kernel(self, x0: Tensor, x1: Tensor) -> Tensor:
+        """Return ``−c/ε (N, M)`` of float32 rows ``x0 (N, d)`` and ``x1 (M, d)``."""
+        return pairwise(x0, x1, self.cost).mul_(-1 / self.epsilon)
+
+    @torch.no_grad()
+    def telemetry(self, pairs: Pairs) -> dict[str, Tensor]:
+        """Say what the weights do to a batch of pairs; warns once where they do little good.
+
+        Returns:
+            - ``ess``: effective number of pairs ``(Σw)² / (N Σw²)``, in (0, 1].
+            - ``log_weight_variance``: ``Var(log w)``.
+            - ``interaction``: share of the variance of the cost over all ``(x0_i, x1_j)`` that is
+              not a sum of a function of ``x0`` and one of ``x1``. Only this share chooses partners;
+              the rest tilts the ends.
+            - ``tilt``: relative variance of ``h_x`` and ``h_y`` (their mean) that is left after
+              ``debias``; sampling noise is subtracted.
+
+            The first two are of the pairs' weights, or of all ``(x0_i, x1_j)`` where pairs have
+            none. With ``normalize="class"`` the others look at the largest class.
+        """
+        x0, x1 = pairs.x0[:_ROWS], pairs.x1[:_ROWS]
+        labels = self._labels(pairs.cond, len(pairs.x1))
+        if labels is not None:
+            labels = labels[:_ROWS]
+            largest = labels == labels.mode().values
+            x0, x1, labels = x0[largest], x1[largest], labels[largest]
+        a, b = points(x0), points(x1)
+        cost = pairwise(a, b, self.cost)
+        log_weight = cost * (-1 / self.epsilon)
+        of_pairs = log_weight if pairs.log_weight is None else pairs.log_weight
+        weight = (of_pairs - of_pairs.max()).exp()
+        x0_part, x1_part, rest = variance_components(cost)
+        plan = self._plan(log_weight, a, b, labels)
+        found = {
+            "ess": weight.mean().square() / weight.square().mean(),
+            "log_weight_variance": of_pairs.var(correction=0),
+            "interaction": rest / (x0_part + x1_part + rest).clamp_min(1e-30),
+            "tilt": sum(variance_components(plan / plan.mean())[:2]) / 2,
+        }
+        if len(a) >= 16:  # fewer say little about the variance
+            self._warn(float(found["ess"]), float(found["interaction"]))
+        return found
+
+    def _plan(self, log_kernel: Tensor, a: Tensor, b: Tensor, labels: Tensor | None) -> Tensor:
+        """Return the weights of all pairs ``(x0_i, x1_j)`` under the rung, up to a factor."""
+        if isinstance(self.debias, RowSoftmax):
+            return log_kernel.softmax(1)
+        if self.debias is not None and self.epsilon < math.inf:
+            f, g = self.debias.factors(self.log_kernel, a, b, labels)
+            log_kernel = log_kernel + f[:, None] + g
+        return (log_kernel - log_kernel.max()).exp()
+
+    def _normalized(self, log_weight: Tensor, labels: Tensor | None) -> Tensor:
+        """Subtract log Z, in an order that keeps the digits of differences."""
+        if self.normalize == "none":
+            return log_weight
+        everyone = gathered(log_weight) if self.training else log_weight
+        if labels is not None:
+            all_labels = gathered(labels) if self.training else labels
+            return _class_normalized(log_weight, labels, everyone, all_labels)
+        if self.normalize == "batch" or not (self.training or self.num_batches):
+            normalized = everyone.log_softmax(0).add_(math.log(len(everyone)))
+            return normalized if everyone is log_weight else own(normalized, len(log_weight))
+        if self.training:
+            self.num_batches += 1
+            new = 1 / min(int(self.num_batches), _MEMORY)
+            log_z = everyone.logsumexp(0) + math.log(new / len(everyone))
+            if new < 1:
+                log_z = torch.logaddexp(self.log_z + math.log1p(-new), log_z)
+            self.log_z.copy_(log_z)
+        return log_weight - self.log_z
+
+    def _labels(self, cond: Cond, batch: int) -> Tensor | None:
+        """Return the labels ``(B,)`` where they matter."""
+        labels = None
+        if isinstance(cond, Tensor) and cond.ndim == 1 and not cond.is_floating_point():
+            labels = cond
+        if self.normalize != "class":
+            if labels is not None and self.epsilon < math.inf:
+                self._once(
+                    "labels",
+                    "Gibbs weights change how often each label is seen in training; "
+                    "set normalize='class'",
+                )
+            return None
+        if labels is None:
+            of = None if cond is None else type(cond).__name__
+            if isinstance(cond, Tensor):
+                of = f"{cond.dtype} {tuple(cond.shape)}"
+            raise TypeError(
+                f"cond must be labels (B,) where normalize='class', got {of}; "
+                "set normalize='batch' for other conditions or none"
+            )
+        if len(labels) != batch:
+            raise ValueError(f"cond must have length {batch}, got {len(labels)}")
+        return labels
+
+    def _check(self, log_weight: Tensor, x0: Tensor, x1: Tensor) -> None:
+        low, high = (v.item() for v in log_weight.aminmax())
+        if math.isfinite(low) and high > _LOG_TINY:
+            return
+        check_finite(x0, "x0")
+        check_finite(x1, "x1")
+        if not bool(torch.isfinite(paired(points(x0), points(x1), self.cost)).all()):
+            raise ValueError("cost must be finite, got NaN or infinite values for finite samples")
+        raise ValueError(
+            f"epsilon must be large enough for a weight above 0, got {self.epsilon}, where the "
+            f"largest is exp({high:.4g}); raise epsilon or set normalize='batch'"
+        )
+
+    def _warn(self, ess: float, interaction: float) -> None:
+        if ess < 0.1:
+            self._once(
+                "ess",
+                f"Gibbs weights leave {ess:.1%} of the pairs effective at epsilon "
+                f"{self.epsilon:g}; raise it, see flowkit.couplings.epsilon.suggest_epsilon",
+            )
+        if interaction < 0.05 and self.epsilon < math.inf:
+            self._once(
+                "interaction",
+                f"only {interaction:.1%} of the variance of Gibbs log weights chooses partners, "
+                "the rest tilts the ends; set debias=Potentials(), use latents or another cost",
+            )
+
+    def _once(self, kind: str, message: str) -> None:
+        if kind not in self._warned:
+            self._warned.add(kind)
+            warnings.warn(message, stacklevel=5)
+
+
+def _class_normalized(
+    log_weight: Tensor, labels: Tensor, everyone: Tensor, all_labels: Tensor
+) -> Tensor:
+    """Subtract the log mean of each class over all ranks."""
+    classes, ids = all_labels.unique(return_inverse=True)
+    top = everyone.new_full((len(classes),), -math.inf).scatter_reduce(0, ids, everyone, "amax")
+    total = torch.zeros_like(top).index_add(0, ids, (everyone - top[ids]).exp())
+    mine = torch.searchsorted(classes, labels)
+    return log_weight - top[mine] - (total / ids.bincount()).log()[mine]
+
+
+_MEMORY = 1000  # batches that a running log Z looks back on
+_ROWS = 256  # samples of a batch that telemetry looks at
+_LOG_TINY = -87.0  # below, float32 weights are 0

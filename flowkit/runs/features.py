@@ -1,0 +1,65 @@
+"""Feature networks by name, for ``conf/metric``."""
+
+import os
+from pathlib import Path
+from typing import cast
+
+from torch import Tensor
+
+from flowkit.data import SplitData
+from flowkit.metrics import (
+    ConvClassifier,
+    Features,
+    Pixels,
+    inception,
+    train_classifier,
+)
+from flowkit.modules.flow import labels_of
+from flowkit.runs.parts import say
+
+
+def features_for(data: SplitData, seed: int) -> Features:
+    """Return `classifier_features` or, for data without class labels, `pixel_features`."""
+    if labels_of(data.train[:1], data.num_classes) is not None:
+        return classifier_features(data, seed)
+    say("features  pixels, since the data have no class labels")
+    return pixel_features(data)
+
+
+def classifier_features(data: SplitData, seed: int) -> ConvClassifier:
+    """Return a classifier of the data's own classes, trained once and kept in the user's cache."""
+    train = data.train
+    if data.num_classes is None or labels_of(train[:1], data.num_classes) is None:
+        raise ValueError(
+            "metric must be pixels or inception for data without class labels, got classifier"
+        )
+    cache = cache_folder()
+    file = cache / f"classifier-{data.fingerprint('train')[:16]}-{seed}.safetensors"
+    if file.is_file():
+        return ConvClassifier.load(file)
+    say(f"training a classifier on {len(train):,} images for its features")
+    batch = train[:]
+    epochs = min(20, max(3, 30_000 // len(train)))
+    name = f"conv-classifier-{type(data).__name__.lower()}"
+    labels = cast(Tensor, batch.get("cond"))
+    net = train_classifier(
+        batch["x1"], labels, data.num_classes, seed=seed, epochs=epochs, name=name
+    )
+    cache.mkdir(parents=True, exist_ok=True)
+    net.save(file)
+    return net
+
+
+def cache_folder() -> Path:
+    """Where classifiers and features of real images are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "flowkit"
+
+
+def pixel_features(data: SplitData) -> Pixels:
+    """Return flattened pixels as features."""
+    return Pixels()
+
+
+def inception_features(data: SplitData, weights: str, device: str = "cpu") -> Features:
+    """Return the Inception features that FID is defined with."""
+    return inception(weights, device)

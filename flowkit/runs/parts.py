@@ -1,0 +1,231 @@
+"""Samples in parts: shared by processes, and kept on disk so that what was stopped goes on."""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from lightning.fabric import Fabric
+from lightning.fabric.utilities import rank_zero_only
+from omegaconf import DictConfig
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from flowkit.blockwise import Blockwise, solve_cost
+from flowkit.checks import check_at_least
+from flowkit.modules import FlowModule
+from flowkit.provenance import tensor_hash
+from flowkit.sampling import ODESampler
+from flowkit.types import Cond, take
+
+Columns = dict[str, Tensor]
+say = rank_zero_only(print)  # once, whatever the number of processes
+
+
+def quiet() -> None:
+    """Leave out what Lightning warns about in its own code: a user can do nothing about it."""
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
+
+
+def usable_device(name: str) -> torch.device:
+    """Return a device of this machine.
+
+    Raises:
+        ValueError: If there is no such device.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"device must be one of this machine's, such as cpu, got {name}: {reason}"
+        ) from error
+    return device
+
+
+def launch(cfg: DictConfig) -> Fabric:
+    """Start ``devices`` processes on each of ``num_nodes`` machines, of which this is the first.
+
+    Under torchrun or SLURM they have been started already. One process is left alone.
+
+    Raises:
+        ValueError: If this machine has no such device.
+    """
+    check_at_least(cfg.devices, 1, "devices")
+    check_at_least(cfg.num_nodes, 1, "num_nodes")
+    several = cfg.devices * cfg.num_nodes > 1
+    if several and ":" in cfg.device:
+        raise ValueError(
+            f"device must be a kind of device with devices={cfg.devices}, got {cfg.device}"
+        )
+    device = usable_device(cfg.device)
+    fabric = Fabric(
+        accelerator=device.type,
+        devices=cfg.devices if device.index is None else [device.index],
+        num_nodes=cfg.num_nodes,
+        strategy="ddp" if several else "auto",
+    )
+    fabric.launch()
+    return fabric
+
+
+class Parts:
+    """Numbered parts of some work, each made once by one process and kept in a folder.
+
+    Which process makes a part has no influence on it, so neither has their number. A part that is
+    there already, of an earlier call that was stopped, is not made again.
+
+    Args:
+        folder: Where the parts' own folder is made; all processes see it.
+        key: All that parts depend on, ready for JSON; another key has another folder.
+        fabric: The processes.
+    """
+
+    def __init__(self, folder: Path, key: Any, fabric: Fabric):
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+        self.folder, self.fabric = folder / f"parts-{digest[:16]}", fabric
+
+    def make(self, count: int, make: Callable[[int], Columns]) -> list[Columns]:
+        """Make parts ``0, …, count − 1``; the first process gets them all, the others none.
+
+        Raises:
+            RuntimeError: If a part cannot be read, naming the file.
+        """
+        rank, world = self.fabric.global_rank, self.fabric.world_size
+        self.folder.mkdir(parents=True, exist_ok=True)
+        files = [self.folder / f"{number:06}.safetensors" for number in range(count)]
+        hidden = True if rank else None  # None: only where there is no terminal
+        for number in tqdm(range(rank, count, world), "sampling", leave=False, disable=hidden):
+            if not files[number].is_file():
+                partial = files[number].with_suffix(".partial")
+                save_file({k: v.contiguous() for k, v in make(number).items()}, partial)
+                os.replace(partial, files[number])
+        self.fabric.barrier()
+        return [] if rank else [_read(file) for file in files]
+
+    def remove(self) -> None:
+        """Delete the parts, once what they are for is done."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def draw_parts(
+    module: FlowModule,
+    x0: Sequence[Tensor],
+    cond: Cond,
+    sampler: ODESampler,
+    guidance: Any,
+    finish: Callable[[Tensor], Columns] = lambda samples: {"samples": samples},
+    parts: Parts | None = None,
+) -> tuple[Columns, dict[str, Any]]:
+    """Carry batches of source samples to data, and keep what ``finish`` makes of them.
+
+    Args:
+        module: The flow.
+        x0: Source samples, in batches of one size but the last.
+        cond: Conditions of all samples.
+        sampler: The solver and its grid.
+        guidance: Guidance.
+        finish: From a batch of samples, on the CPU, to named tensors of as many rows.
+        parts: Where batches are kept until all are done, and the processes that share them.
+
+    Returns:
+        The rows of all batches, and their cost: velocity evaluations and network rows per sample,
+        seconds of all processes together and their number, and for a blockwise run see
+        `block_cost`. Both are empty on other processes than the first.
+    """
+    size, flow = len(x0[0]), module.velocity
+
+    def make(number: int) -> Columns:
+        if isinstance(flow, Blockwise):
+            flow.usage.clear()
+        began, batch = time.perf_counter(), x0[number]
+        conditions = take(cond, slice(number * size, number * size + len(batch)))
+        solution = module.solve(batch, sampler, conditions, guidance)
+        spent = {"nfe": solution.nfe * len(batch), "rows": solution.rows}
+        with torch.no_grad():
+            samples = module.autoencoder.decode(solution.x).cpu()
+            spent["seconds"] = time.perf_counter() - began  # of sampling, not of what follows
+            columns = finish(samples)
+        if isinstance(flow, Blockwise):
+            spent |= {f"calls {part}": n for part, n in flow.usage.calls.items()}
+            spent |= {f"rows {part}": n for part, n in flow.usage.rows.items()}
+        costs = {f"cost {k}": torch.tensor([v], dtype=torch.float64) for k, v in spent.items()}
+        return {**columns, **costs}
+
+    if parts is None:
+        numbers = tqdm(range(len(x0)), desc="sampling", leave=False, disable=None)
+        made = [make(number) for number in numbers]
+    else:
+        made = parts.make(len(x0), make)
+    if not made:
+        return {}, {}
+    spent: Counter[str] = Counter()
+    for part in made:
+        for name in [name for name in part if name.startswith("cost ")]:
+            spent[name.removeprefix("cost ")] += part.pop(name).item()
+    columns = {name: torch.cat([part[name] for part in made]) for name in made[0]}
+    count = len(next(iter(columns.values())))
+    if isinstance(flow, Blockwise):  # also what other processes did, and earlier calls
+        flow.usage.clear()
+        for kind, counter in (("calls ", flow.usage.calls), ("rows ", flow.usage.rows)):
+            used = {k.removeprefix(kind): int(n) for k, n in spent.items() if k.startswith(kind)}
+            counter.update(used)
+    return columns, {
+        "nfe": spent["nfe"] / count,
+        "network_rows_per_sample": spent["rows"] / count,
+        "seconds": round(spent["seconds"], 3),
+        "world_size": 1 if parts is None else parts.fabric.world_size,
+        **block_cost(module, x0[0], cond, count),
+    }
+
+
+def block_cost(module: FlowModule, x0: Tensor, cond: Cond, num_samples: int) -> dict[str, Any]:
+    """What the parts of a blockwise run did for so many samples; nothing for another run.
+
+    Returns:
+        Feature mode, calls of its parts and FLOPs per sample: see `flowkit.blockwise.solve_cost`.
+    """
+    if not isinstance(module.velocity, Blockwise):
+        return {}
+    return solve_cost(module.velocity, x0, cond, num_samples)
+
+
+def file_name(name: str) -> str:
+    """What a user called something, fit for a file."""
+    return "".join(c if c.isalnum() or c in "-_." else "-" for c in name)
+
+
+def hash_of(cond: Cond) -> str | None:
+    """The hash of conditions, for a key of `Parts`."""
+    return None if cond is None else tensor_hash(cast(Any, cond))
+
+
+def _read(file: Path) -> Columns:
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise RuntimeError(
+            f"part must be readable, got {file}: {error}; delete it to have it made again"
+        ) from error
+
+
+def draw(
+    module: FlowModule,
+    x0: Sequence[Tensor],
+    cond: Cond,
+    sampler: ODESampler,
+    guidance: float | None,
+) -> tuple[Tensor, dict[str, Any]]:
+    """Carry batches of source samples to data, with a progress bar; the short `draw_parts`."""
+    columns, cost = draw_parts(module, x0, cond, sampler, guidance)
+    return columns["samples"], cost

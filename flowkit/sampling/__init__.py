@@ -1,0 +1,12 @@
+"""Samplers: ODE solvers on any grid, in both directions, with every evaluation counted."""
+
+from flowkit.sampling.ode import ODESampler, Solution, seeded_noise
+from flowkit.sampling.solvers import ADAPTIVE, FIXED
+
+__all__ = [
+    "ADAPTIVE",
+    "FIXED",
+    "ODESampler",
+    "Solution",
+    "seeded_noise",
+]

@@ -1,0 +1,126 @@
+"""The choice of epsilon against closed forms of Gaussians."""
+
+import math
+
+import pytest
+import torch
+
+from flowkit.couplings import Gibbs, suggest_epsilon
+from flowkit.couplings.epsilon import variance_components
+
+
+def normals(batch: int, dim: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    x = torch.randn(2, batch, dim, generator=torch.Generator().manual_seed(seed))
+    return x[0], x[1]
+
+
+@pytest.mark.parametrize("dim", [1, 2, 4])
+def test_curves_are_those_of_equal_gaussians(dim):
+    choice = suggest_epsilon(*normals(2000, dim), "sqeuclidean")
+    s = choice.epsilons + 2
+    tilt = ((1 + 2 / s) / (1 + 4 / s).sqrt()) ** dim - 1
+    torch.testing.assert_close(choice.tilt_variance, tilt, rtol=0.12, atol=0)
+    ess = ((1 + 8 / choice.epsilons).sqrt() / (1 + 4 / choice.epsilons)) ** dim
+    torch.testing.assert_close(choice.ess, ess, rtol=0.12, atol=0)
+
+
+@pytest.mark.parametrize("cost", ["euclidean", "sqeuclidean", "cityblock"])
+def test_curves_are_monotone_over_the_stated_range(cost):
+    choice = suggest_epsilon(*normals(1000, 3), cost)
+    assert len(choice.epsilons) == 61
+    assert choice.epsilons[0].item() == pytest.approx(0.05 * math.sqrt(3))
+    assert choice.epsilons[-1].item() == pytest.approx(50 * math.sqrt(3))
+    steps = choice.epsilons.log().diff()
+    torch.testing.assert_close(steps, steps[:1].expand(60), rtol=1e-6, atol=0)
+    assert (choice.tilt_variance.diff() <= 0).all()
+    assert (choice.ess.diff() > 0).all()
+
+
+def test_elbow_is_farthest_below_the_chord():
+    choice = suggest_epsilon(*normals(2048, 1), "sqeuclidean")
+    x, y = choice.epsilons.log(), choice.tilt_variance
+    direction = torch.stack([x[-1] - x[0], y[-1] - y[0]])
+    offset = torch.stack([x - x[0], y - y[0]], 1)
+    distance = direction[1] * offset[:, 0] - direction[0] * offset[:, 1]
+    assert choice.epsilon == choice.epsilons[distance.argmax()]
+    # The elbow of the closed form, on the same range.
+    fine = torch.logspace(math.log10(0.05), math.log10(50), 2000, dtype=torch.float64)
+    s = fine + 2
+    exact = (1 + 2 / s) / (1 + 4 / s).sqrt() - 1
+    chord = torch.lerp(exact[0], exact[-1], torch.linspace(0, 1, 2000, dtype=torch.float64))
+    elbow = fine[(chord - exact).argmax()].item()
+    assert choice.epsilon == pytest.approx(elbow, rel=0.15)
+
+
+@pytest.mark.parametrize("dim", [2, 50, 800])
+@pytest.mark.parametrize("value", [None, 0.9])
+def test_chosen_sample_size_is_that_of_the_weights(dim, value):
+    x0, x1 = normals(1500, dim)
+    choice = suggest_epsilon(x0, x1, target="ess", value=value)
+    more = normals(40_000, dim, seed=1) if dim < 800 else normals(8000, dim, seed=1)
+    log_weight = Gibbs(choice.epsilon).pair(*more).log_weight
+    w = log_weight.double().exp()
+    assert 1 / w.square().mean() == pytest.approx(value or 0.5, rel=0.1)
+
+
+@pytest.mark.parametrize("correlation", [0.6, 1 / 3, 0.1])
+def test_chosen_correlation_is_that_of_the_closed_form(correlation):
+    """It is a/(1+a) at a = 2/ε."""
+    x0, x1 = normals(1000, 2)
+    epsilon = suggest_epsilon(x0, x1, "sqeuclidean", "corr", correlation).epsilon
+    assert epsilon == pytest.approx(2 * (1 - correlation) / correlation, rel=0.1)
+
+
+def test_elbow_follows_the_scale_of_the_samples():
+    x0, x1 = normals(1000, 2)
+    near, far = suggest_epsilon(x0, x1), suggest_epsilon(3 * x0, 3 * x1)
+    assert 2 < far.epsilon / near.epsilon < 4
+
+
+def test_plot_marks_the_choice():
+    choice = suggest_epsilon(*normals(100, 2))
+    for axes in choice.plot().axes:
+        line, mark = axes.lines
+        assert list(line.get_xdata()) == choice.epsilons.tolist()
+        assert mark.get_xdata() == [choice.epsilon, choice.epsilon]
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"cost": "l2"}, "cost must be one of"),
+        ({"target": "kappa"}, "target must be one of corr, elbow, ess, got 'kappa'"),
+        ({"value": 0.5}, "value must be None for target='elbow', got 0.5"),
+        ({"target": "corr"}, "value must be given for target='corr', got None"),
+        ({"target": "ess", "value": 1.5}, r"value must lie in \(0, 1\), got 1.5"),
+        (
+            {"target": "corr", "value": 0.5, "cost": lambda a, b: 0 * (a - b).sum(-1)},
+            r"value must lie between .* and .*, which the corr of these samples takes, got 0.5",
+        ),
+    ],
+)
+def test_bad_arguments(options, match):
+    with pytest.raises(ValueError, match=match):
+        suggest_epsilon(*normals(50, 2), **options)
+
+
+def test_bad_samples():
+    x0, x1 = normals(50, 2)
+    with pytest.raises(ValueError, match="x1 must be finite, got 1 NaN"):
+        suggest_epsilon(x0, torch.where(torch.arange(100).reshape(50, 2) == 7, math.nan, x1))
+    with pytest.raises(ValueError, match="x0 must have samples of the shape of x1's"):
+        suggest_epsilon(x0, x1[:, :1])
+
+
+def test_variance_components_of_a_random_effects_model():
+    """m = r_i + c_j + e_ij with known variances; the estimates are unbiased."""
+    generator = torch.Generator().manual_seed(0)
+    totals = torch.zeros(3)
+    for _ in range(400):
+        rows = 2 * torch.randn(12, 1, generator=generator)
+        columns = 0.5 * torch.randn(1, 30, generator=generator)
+        rest = 3 * torch.randn(12, 30, generator=generator)
+        totals += torch.stack(variance_components(rows + columns + rest))
+    torch.testing.assert_close(totals[[0, 2]] / 400, torch.tensor([4.0, 9.0]), rtol=0.1, atol=0)
+    # The small one is truncated at 0 now and then.
+    assert totals[1] / 400 == pytest.approx(0.25, abs=0.15)

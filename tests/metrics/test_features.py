@@ -1,0 +1,279 @@
+"""Feature networks, judges, and the records built from them."""
+
+import hashlib
+import json
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from sklearn.datasets import load_digits
+
+from flowkit.metrics import (
+    ConvClassifier,
+    Features,
+    Judge,
+    Pixels,
+    PixelSVC,
+    agreement,
+    frechet_distance,
+    image_metrics,
+    inception,
+    normalized_path_energy,
+    point_metrics,
+    to_uint8,
+    train_classifier,
+    wasserstein2,
+)
+from flowkit.provenance import tensor_hash
+
+
+@pytest.fixture(scope="module")
+def digits():
+    data = load_digits()
+    images = torch.tensor(data.images, dtype=torch.float32)[:, None] / 8 - 1
+    labels = torch.tensor(data.target).long()
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    images, labels = images[order], labels[order]
+    return images[:1437], labels[:1437], images[1437:], labels[1437:]
+
+
+@pytest.fixture(scope="module")
+def classifier(digits):
+    return train_classifier(*digits[:2], 10, epochs=8, name="digits")
+
+
+def test_classifier_reads_held_out_digits(digits, classifier):
+    _, _, images, labels = digits
+    assert (classifier.predict(images) == labels).double().mean() >= 0.97
+    probabilities = classifier.probabilities(images)
+    assert torch.allclose(probabilities.sum(1), torch.ones(len(images)))
+    assert torch.equal(probabilities.argmax(1), classifier.predict(images))
+
+
+def test_features_are_the_penultimate_layer_in_any_batch(digits, classifier):
+    images = digits[0][:700]  # more than one internal batch
+    features = classifier(images)
+    assert torch.equal(classifier.head(features), classifier.logits(images))
+    assert torch.allclose(classifier(images[613:614]), features[613:614], atol=1e-5)
+    assert features.var(0).min() > 1e-3  # no dead dimension
+    assert not features.requires_grad
+
+
+def test_training_repeats_and_leaves_the_global_generator_alone(digits):
+    images, labels = digits[0][:200], digits[1][:200]
+    before = torch.get_rng_state()
+    nets = [train_classifier(images, labels, 10, seed=s, epochs=1, width=8) for s in (3, 3, 4)]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert nets[0].hash == nets[1].hash != nets[2].hash
+    assert not nets[0].training
+
+
+def test_classifier_survives_saving(digits, classifier, tmp_path):
+    classifier.save(tmp_path / "net.safetensors")
+    again = ConvClassifier.load(tmp_path / "net.safetensors")
+    assert (again.name, again.hash) == ("digits", classifier.hash)
+    assert torch.equal(again(digits[2]), classifier(digits[2]))
+    save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=r"file must be written by ConvClassifier\.save, got"):
+        ConvClassifier.load(tmp_path / "other.safetensors")
+
+
+def test_classifier_errors(digits, classifier):
+    images, labels = digits[:2]
+    with pytest.raises(
+        ValueError, match=r"images must have shape \(B, 1, 8, 8\), got \(4, 3, 8, 8\)"
+    ):
+        classifier(torch.zeros(4, 3, 8, 8))
+    with pytest.raises(ValueError, match=r"labels must hold labels in \[0, 8\]"):
+        train_classifier(images, labels, 9)
+    with pytest.raises(ValueError, match=r"labels must have shape \(N,\) beside images"):
+        train_classifier(images, labels[1:], 10)
+
+
+def test_feature_networks_keep_the_protocol(classifier):
+    assert isinstance(classifier, Features)
+    assert isinstance(Pixels(), Features)
+    x = torch.rand(3, 1, 2, 2)
+    assert torch.equal(Pixels()(x), x.reshape(3, 4))
+
+
+class FakeExtractor(torch.nn.Module):
+    """Stands in for torch-fidelity's network: checks what it is given, pools to 2048 numbers."""
+
+    def __init__(self, name, features_list, feature_extractor_weights_path=None):
+        super().__init__()
+        assert features_list == ["2048"]
+        self.scale = torch.load(feature_extractor_weights_path)["scale"]
+
+    def forward(self, images):
+        assert images.dtype == torch.uint8
+        assert images.shape[1] == 3
+        return (images.double().mean((1, 2, 3))[:, None].expand(-1, 2048) * self.scale,)
+
+
+@pytest.fixture
+def weights(tmp_path, monkeypatch):
+    module = ModuleType("torch_fidelity.feature_extractor_inceptionv3")
+    module.FeatureExtractorInceptionV3 = FakeExtractor
+    monkeypatch.setitem(sys.modules, "torch_fidelity", ModuleType("torch_fidelity"))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    torch.save({"scale": torch.tensor(2.0)}, tmp_path / "inception.pth")
+    return tmp_path / "inception.pth"
+
+
+def test_inception_quantises_repeats_grey_and_hashes_its_file(weights):
+    features = inception(weights)
+    grey = torch.rand(60, 1, 4, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    expected = 2 * to_uint8(grey).double().mean((1, 2, 3))
+    assert torch.allclose(features(grey), expected[:, None].expand(-1, 2048))
+    assert torch.equal(features(grey), features(grey.expand(-1, 3, -1, -1)))
+    assert features.name == "inception-v3"
+    assert features.hash == hashlib.sha256(weights.read_bytes()).hexdigest()
+    with pytest.raises(ValueError, match=r"images must have shape \(B, 1 or 3, H, W\), got"):
+        features(torch.zeros(2, 4, 8, 8))
+
+
+def test_inception_refuses_pickled_code_and_missing_files(weights, tmp_path):
+    torch.save({"scale": Pixels()}, tmp_path / "code.pth")
+    with pytest.raises(ValueError, match="weights must hold tensors only, got"):
+        inception(tmp_path / "code.pth")
+    with pytest.raises(ValueError, match="weights must be a file of InceptionV3 weights, got"):
+        inception(tmp_path / "none.pth")
+
+
+def test_inception_names_its_extra(weights, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    monkeypatch.delitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3")
+    with pytest.raises(ImportError, match=r"needs torch-fidelity; pip install 'flowkit-fm\[fid\]'"):
+        inception(weights)
+
+
+def test_judge_reads_held_out_digits_from_few_training_images(digits):
+    images, labels, test_images, test_labels = digits
+    judge = PixelSVC(images, labels)
+    assert isinstance(judge, Judge)
+    assert agreement(judge, test_images, test_labels).double().mean() >= 0.97
+    small = PixelSVC(images, labels, limit=100, generator=torch.Generator().manual_seed(0))
+    assert small.num_images == 100
+    assert 0.6 < agreement(small, test_images, test_labels).double().mean() < 0.97
+    with pytest.raises(ValueError, match=r"labels must have shape \(1437,\), got \(3,\)"):
+        PixelSVC(images, labels[:3])
+    with pytest.raises(ValueError, match=r"labels must have shape \(360,\), got \(3,\)"):
+        agreement(judge, test_images, labels[:3])
+
+
+@pytest.fixture(scope="module")
+def judge(digits):
+    return PixelSVC(*digits[:2])
+
+
+def record_of(digits, classifier, generated, **options):
+    generator = torch.Generator().manual_seed(0)
+    train, _, test, _ = digits
+    return image_metrics(train, test, generated, classifier, generator=generator, **options)
+
+
+def test_image_metrics_rank_models(digits, classifier):
+    """Training images as 'samples' meet the floor; noise and a missing class do not."""
+    train, labels, _, _ = digits
+    noise = torch.randn(700, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    perfect = record_of(digits, classifier, train[:700])
+    noisy = record_of(digits, classifier, (train[:700] + 0.5 * noise).clamp(-1, 1))
+    missing = record_of(digits, classifier, train[labels < 5][:700])
+    floor = perfect["floor"]["frechet_distance"]
+    assert perfect["frechet_distance"] == pytest.approx(floor, rel=0.2)
+    assert min(noisy["frechet_distance"], missing["frechet_distance"]) > 2 * floor
+    low, high = perfect["frechet_distance_unbiased_interval"]
+    assert low == 0
+    assert (
+        perfect["frechet_distance_unbiased"]
+        < high
+        < missing["frechet_distance_unbiased_interval"][0]
+    )
+    assert missing["precision"] > 0.9
+    assert missing["recall"] < 0.7 < perfect["recall"]
+    assert missing["coverage"] < 0.6 < perfect["coverage"]
+    assert missing["kernel_distance"] > 10 * abs(perfect["kernel_distance"])
+
+
+def test_image_metrics_is_a_record(digits, classifier, judge):
+    train, labels, _, test_labels = digits
+    options = {"labels": labels[:200], "test_labels": test_labels, "judge": judge}
+    record = record_of(digits, classifier, train[:200], **options)
+    assert json.loads(json.dumps(record)) == record
+    assert record == record_of(digits, classifier, train[:200], **options)
+    assert record["num_samples"] == record["floor"]["num_samples"] == 200
+    assert record["features"] == {"name": "digits", "hash": classifier.hash}
+    assert record["reference"]["num_samples"] == 360
+    assert record["judge"]["test_accuracy"] >= 0.97
+    assert record["class_agreement"] >= 0.97
+    low, high = record["class_agreement_interval"]
+    assert 0.9 < low < record["class_agreement"] <= high <= 1
+    wrong = record_of(digits, classifier, train[:200], **options | {"labels": 9 - labels[:200]})
+    assert wrong["class_agreement"] < 0.1
+    assert "fid" not in json.dumps(record).lower()
+
+
+def test_image_metrics_measures_images_as_saved(digits):
+    """A tenth of a grey level, and what sticks out of the range, are lost in a file."""
+    train, test = digits[0][:100], digits[2]
+    exact = to_uint8(train).float() / 127.5 - 1
+    blurred = exact + 0.1 / 127.5
+    blurred[exact == 1] = 1.7
+    values = [image_metrics(train, test, x, Pixels())["frechet_distance"] for x in (exact, blurred)]
+    reference = to_uint8(test).float() / 127.5 - 1
+    assert values[0] == values[1] == frechet_distance(exact.flatten(1), reference.flatten(1))
+
+
+def test_image_metrics_of_few_samples_claims_no_interval(digits, classifier):
+    train = digits[0]
+    record = record_of(digits, classifier, train[:4])
+    assert record["frechet_distance_unbiased"] is None
+    assert record["frechet_distance_unbiased_interval"] is None
+    assert record["neighbors"] == 3
+    # More samples than training images: the floor says how many it has.
+    many = image_metrics(train[:50], digits[2], train[:200], Pixels())
+    assert (many["num_samples"], many["floor"]["num_samples"]) == (200, 50)
+
+
+def test_image_metrics_errors(digits, classifier, judge):
+    train = digits[0]
+    with pytest.raises(ValueError, match="number of generated images must be at least 4, got 3"):
+        record_of(digits, classifier, train[:3])
+    with pytest.raises(ValueError, match="labels must be given with a judge, got None"):
+        record_of(digits, classifier, train[:9], judge=judge)
+
+
+def test_point_metrics_tells_missing_the_data_from_being_straight():
+    generator = torch.Generator().manual_seed(0)
+    source = torch.randn(60, 2, generator=generator, dtype=torch.float64)
+    real = source + torch.tensor([3.0, 0.0])
+    straight = point_metrics(real, real, torch.stack([source, real]), 1)
+    assert straight["w2"] == pytest.approx(0, abs=1e-9)
+    assert straight["transport_w2_squared"] == pytest.approx(9)
+    assert straight["path_energy"] == pytest.approx(9)
+    assert straight["normalized_path_energy"] == pytest.approx(0, abs=1e-9)
+    # Half the way: less energy than W2², since the data is missed.
+    short = source + torch.tensor([1.5, 0.0])
+    record = point_metrics(real, short, torch.stack([source, short]), 1)
+    assert record["path_energy_below_w2_squared"] is True
+    assert (record["w2"], record["w2_squared"]) == pytest.approx((1.5, 2.25))
+    assert record["normalized_path_energy"] == pytest.approx(0.75)
+    assert json.loads(json.dumps(record)) == record
+
+
+def test_point_metrics_takes_unequal_counts_and_asks_for_a_grid():
+    a, b = torch.randn(2, 40, 2, generator=torch.Generator().manual_seed(0))
+    record = point_metrics(a, b[:30])
+    assert record["w2"] == wasserstein2(b[:30], a)
+    assert record["num_samples"] == 30
+    assert record["reference"] == {"num_samples": 40, "hash": tensor_hash(a)}
+    assert "path_energy" not in record
+    path = torch.stack([a, b])
+    full = point_metrics(a + 1, b, path, 1)
+    expected = normalized_path_energy(full["path_energy"], wasserstein2(a, a + 1))
+    assert full["normalized_path_energy"] == pytest.approx(expected)
+    with pytest.raises(ValueError, match="grid must be given with a path, got None"):
+        point_metrics(a, b, path)
