@@ -74,12 +74,12 @@ class KLAutoencoder(nn.Module):
     Diffusion Models*, 2022 (arXiv 2112.10752), appendix G.
 
     The network's weights are not among the module's: they follow it from device to device, but no
-    optimiser, average of weights, ``train()`` or ``state_dict`` sees them. Both maps leave
+    optimizer, average of weights, ``train()`` or ``state_dict`` sees them. Both maps leave
     autocast regions, so that latents are not rounded.
 
     Images must have the network's channels, and sides that its factor divides. With
     ``image_shape`` both are made so: sides grow to the right and below by repeating the last
-    pixels, grey becomes colour, and `decode` takes both back.
+    pixels, gray becomes color, and `decode` takes both back.
 
     Args:
         vae: The network; it is put in ``eval`` mode, without gradients.
@@ -185,10 +185,10 @@ class KLAutoencoder(nn.Module):
         for batch in [images] if isinstance(images, Tensor) else images:
             for part in batch.split(batch_size):
                 raw, mean = self._posterior(part.to(self.mean.device)), self.mean.double()
-                centred = raw.mean.double() - mean  # about the scale in use, against cancellation
-                count += centred.numel() // centred.shape[1]
-                total = total + centred.sum((0, 2, 3))
-                square = square + (centred.square() + raw.std.double().square()).sum((0, 2, 3))
+                centered = raw.mean.double() - mean  # about the scale in use, against cancellation
+                count += centered.numel() // centered.shape[1]
+                total = total + centered.sum((0, 2, 3))
+                square = square + (centered.square() + raw.std.double().square()).sum((0, 2, 3))
         check_at_least(count, 2, "the number of latents in images")
         offset = torch.as_tensor(total) / count
         std = (torch.as_tensor(square) / count - offset.square()).clamp(min=0).sqrt()
@@ -262,7 +262,7 @@ class KLAutoencoder(nn.Module):
         elif len(shape) != 4 or shape[1] != channels or shape[2] % factor or shape[3] % factor:
             raise ValueError(
                 f"images must have shape (B, {channels}, H, W) with sides divisible by {factor}, "
-                f"got {shape}; image_shape={shape[1:]} pads and crops, and makes grey of colour"
+                f"got {shape}; image_shape={shape[1:]} pads and crops, and makes gray of color"
             )
 
     def _check_latents(self, latents: Tensor) -> None:

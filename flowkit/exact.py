@@ -69,7 +69,7 @@ class MixtureFlow:
     component given ``x_t``, ``r_k ∝ weights_k N(x; t means_k, ((1−t)² + t² stds_k²) I)``.
 
     Args:
-        weights: ``(K,)``, positive; normalised to sum 1.
+        weights: ``(K,)``, positive; normalized to sum 1.
         means: ``(K, *)``, ``*`` being a sample's shape.
         stds: ``(K,)``, positive.
 

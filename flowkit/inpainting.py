@@ -59,7 +59,7 @@ class _Draw:
     def __init__(self, batch, size, most, generator, device):
         self.size, self.most, self.batch = size, most, batch
         self.options = {"generator": generator, "device": device}
-        # Pixel centres, and how many pixels a unit is along each side.
+        # Pixel centers, and how many pixels a unit is along each side.
         self.y, self.x = (
             ((torch.arange(n, device=device) + 0.5) / n).reshape(shape)
             for n, shape in zip(size, ((1, 1, -1, 1), (1, 1, 1, -1)), strict=True)
@@ -125,8 +125,8 @@ def inpainting_cond(autoencoder: Autoencoder, images: Tensor, mask: Tensor) -> d
         mask: ``(B, 1, H, W)``, 1 in the hole, 0 elsewhere.
 
     Returns:
-        ``masked``, the latents ``(B, c, h, w)`` of the images with a grey hole, and ``mask``
-        ``(B, 1, h, w)``, resized by nearest neighbour, with values -1 and 1.
+        ``masked``, the latents ``(B, c, h, w)`` of the images with a gray hole, and ``mask``
+        ``(B, 1, h, w)``, resized by nearest neighbor, with values -1 and 1.
 
     Raises:
         ValueError: If the mask has another size or other values.

@@ -18,7 +18,7 @@ class LogLikelihood(NamedTuple):
     """``value``, ``stderr`` and ``bits_per_dim`` per sample ``(B,)``; ``nfe`` of all solves.
 
     ``value`` is in nats; ``stderr`` combines the estimated errors of the probes and of the
-    integration; ``bits_per_dim = −value / (d ln 2)``, without a quantisation offset.
+    integration; ``bits_per_dim = −value / (d ln 2)``, without a quantization offset.
     """
 
     value: Tensor

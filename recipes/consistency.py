@@ -143,7 +143,7 @@ def _labels(module: SymmetricalFlowMatching, images: Tensor, batch_size: int) ->
 
 
 def _show(images: Tensor, labels: Tensor, num_classes: int, file: Path) -> None:
-    """Images, ten in a row; those of masks in colour, each row beneath that of its masks."""
+    """Images, ten in a row; those of masks in color, each row beneath that of its masks."""
     if labels.ndim == 1:
         save_picture(images[:100], file)
         return

@@ -77,7 +77,7 @@ def edit(cfg: DictConfig) -> Edit:
 
 
 def read_image(file: str | Path, channels: int) -> Tensor:
-    """Read a picture as ``(1, C, H, W)`` in [-1, 1], grey or in colour.
+    """Read a picture as ``(1, C, H, W)`` in [-1, 1], gray or in color.
 
     Raises:
         ValueError: If the file is no picture.
@@ -86,7 +86,7 @@ def read_image(file: str | Path, channels: int) -> Tensor:
 
 
 def read_mask(file: str | Path, image: Tensor, x1: Tensor) -> Tensor:
-    """Read a grey picture of the image's size, white where the image is to stay, for states.
+    """Read a gray picture of the image's size, white where the image is to stay, for states.
 
     Raises:
         ValueError: If the file is no picture, or of another size.

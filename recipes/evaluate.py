@@ -187,10 +187,10 @@ def _report(metrics: dict[str, Any]) -> None:
         rows["W2"] = f"{metrics['w2']:.4f}"
         rows["W2²"] = f"{metrics['w2_squared']:.4f}"
         rows["path energy"] = f"{metrics['path_energy']:.4f}"
-        rows["normalised path energy"] = f"{metrics['normalized_path_energy']:.4f}"
+        rows["normalized path energy"] = f"{metrics['normalized_path_energy']:.4f}"
     if "class_agreement" in metrics:
         low, high = metrics["class_agreement_interval"]
-        rows["recognised as their class"] = (
+        rows["recognized as their class"] = (
             f"{metrics['class_agreement']:.3f}  [{low:.3f}, {high:.3f}]  "
             f"(real test images {metrics['judge']['test_accuracy']:.3f})"
         )

@@ -119,7 +119,7 @@ SHOWN = ("name", "mode", "variant", "nfe", "gflops", "frechet_distance", "class_
 
 
 class Measure:
-    """Fréchet distance to the test split, and whether samples are recognised as their class."""
+    """Fréchet distance to the test split, and whether samples are recognized as their class."""
 
     def __init__(self, cfg: DictConfig, trained: dict[str, Any]):
         self.data: SplitData = test_data(trained)

@@ -4,7 +4,7 @@ flowkit predict run=runs/symmetrical_digits
 flowkit predict run=runs/symmetrical_digits sampler.grid=25 draws=8
 flowkit predict run=runs/mine data=folder data.root=photos data.image_size=28 data.channels=1
 
-The whole split is labelled, from fixed seeds: the same command gives the same numbers. Where the
+The whole split is labeled, from fixed seeds: the same command gives the same numbers. Where the
 data have labels (or masks) of their own, these are measured against.
 """
 
@@ -197,7 +197,7 @@ def _plot(metrics: dict[str, Any], file: Path) -> None:
     left.set(xlabel="probability of the predicted class", ylabel="accuracy", aspect="equal")
     left.legend()
     right.plot(selective["coverage"], selective["accuracy"], marker=".")
-    right.set(xlabel="share of images that are labelled", ylabel="accuracy")
+    right.set(xlabel="share of images that are labeled", ylabel="accuracy")
     figure.savefig(file, dpi=120)
 
 

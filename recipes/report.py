@@ -188,7 +188,7 @@ def _table(rows: list[Row], measure: Measure) -> str:
 
 
 def _plot(rows: list[Row], measure: Measure, file: Path) -> None:
-    """Distance over evaluations, and over time; a colour a solver, a line style a grid."""
+    """Distance over evaluations, and over time; a color a solver, a line style a grid."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter
 

@@ -35,7 +35,7 @@ from flowkit.modules.sharding import even_validation, shard_if_asked
 from flowkit.runs.parts import quiet, say
 from flowkit.runs.resuming import UNRESOLVED, find_checkpoint, resumed, unfinished
 from flowkit.symmetrical import LabelStates
-from flowkit.symmetrical.inputs import check_labelled
+from flowkit.symmetrical.inputs import check_labeled
 
 RESOLVERS = {
     # A resumed run goes on in its own folder; Hydra would make a new one.
@@ -143,7 +143,7 @@ def tell(cfg: DictConfig, data: Any, autoencoder: Any) -> None:
     net = cfg.network
     net.shape, net.num_classes = list(cfg.shape), cfg.num_classes
     if "codec" in cfg.module:
-        labels, codec = check_labelled(batch), cfg.module.codec
+        labels, codec = check_labeled(batch), cfg.module.codec
         codec = instantiate(codec) if OmegaConf.is_config(codec) else codec
         code = LabelStates(codec, autoencoder).encode(labels[:1])
         net.shape[0] += code.shape[1]

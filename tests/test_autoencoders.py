@@ -24,7 +24,7 @@ def small(shape=(1, 8, 8), **options):
 
 
 def sd_style(**config):
-    """A network as published ones are: colour, a scale, and a size that binds nobody."""
+    """A network as published ones are: color, a scale, and a size that binds nobody."""
     torch.manual_seed(3)
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
@@ -153,14 +153,14 @@ def test_padding_repeats_the_last_pixels_and_keeps_the_rest_in_place():
     assert torch.equal(autoencoder.decode(z), whole[..., :7, :6])
 
 
-def test_grey_images_in_a_colour_network():
+def test_gray_images_in_a_color_network():
     vae = sd_style()
-    grey, x = KLAutoencoder(vae, image_shape=(1, 10, 10)), pictures(2, (1, 10, 10))
-    colour = KLAutoencoder(vae, image_shape=(3, 10, 10))
-    mean = grey.posterior(x).mean
-    assert torch.equal(mean, colour.posterior(x.repeat(1, 3, 1, 1)).mean)
-    torch.testing.assert_close(grey.decode(mean), colour.decode(mean).mean(1, keepdim=True))
-    assert grey.decode(mean).shape == (2, 1, 10, 10)
+    gray, x = KLAutoencoder(vae, image_shape=(1, 10, 10)), pictures(2, (1, 10, 10))
+    color = KLAutoencoder(vae, image_shape=(3, 10, 10))
+    mean = gray.posterior(x).mean
+    assert torch.equal(mean, color.posterior(x.repeat(1, 3, 1, 1)).mean)
+    torch.testing.assert_close(gray.decode(mean), color.decode(mean).mean(1, keepdim=True))
+    assert gray.decode(mean).shape == (2, 1, 10, 10)
 
 
 def test_network_is_no_part_of_a_module_but_goes_where_it_goes():
@@ -258,7 +258,7 @@ def test_both_are_autoencoders():
         (
             lambda: KLAutoencoder(sd_style()).encode(torch.zeros(1, 1, 8, 8)),
             ValueError,
-            r"images must have shape \(B, 3, H, W\).*makes grey of colour",
+            r"images must have shape \(B, 3, H, W\).*makes gray of color",
         ),
         (
             lambda: KLAutoencoder(small()).encode(torch.zeros(1, 1, 8, 10)),

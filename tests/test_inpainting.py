@@ -80,7 +80,7 @@ def test_mixed_masks_are_half_boxes():
     assert share.item() == pytest.approx(0.5 + 0.5 * strokes.item(), abs=0.04)
 
 
-def test_condition_has_a_grey_hole_and_a_signed_mask():
+def test_condition_has_a_gray_hole_and_a_signed_mask():
     images, mask = torch.rand(3, 2, 8, 8) + 0.1, RandomMasks()(3, (8, 8), seeded())
     cond = inpainting_cond(Identity(), images, mask)
     assert torch.equal(cond["masked"], images * (1 - mask))

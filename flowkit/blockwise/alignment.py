@@ -149,7 +149,7 @@ def content_keys(images: Tensor) -> list[int]:
 class DINOv2(nn.Module):
     """Patch tokens of a DINOv2 network of the transformers library.
 
-    Images are brought to its range and size; grey ones become colour. Source: Oquab et al.,
+    Images are brought to its range and size; gray ones become color. Source: Oquab et al.,
     *DINOv2*, 2023 (arXiv 2304.07193).
 
     Args:

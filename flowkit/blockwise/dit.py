@@ -1,7 +1,7 @@
 """The transformer of blockwise flow matching.
 
 Source: *Blockwise Flow Matching*, 2025 (arXiv 2510.21167); rotary positions after Su et al. 2021
-(arXiv 2104.09864), normalised queries and keys after Dehghani et al. 2023 (arXiv 2302.05442),
+(arXiv 2104.09864), normalized queries and keys after Dehghani et al. 2023 (arXiv 2302.05442),
 low-rank modulation after Hu et al. 2021 (arXiv 2106.09685).
 """
 
@@ -219,7 +219,7 @@ class DiTResidual(nn.Module):
 
 
 class _Block(DiTBlock):
-    """A `DiTBlock` with normalised queries and keys and rotary positions.
+    """A `DiTBlock` with normalized queries and keys and rotary positions.
 
     With ``cond_width`` its modulation is shared but for a low-rank part, and it is called with
     ``(activated condition, shared modulation)``; without, with a condition of its own width.

@@ -20,7 +20,7 @@ def bellman_grid(costs: Tensor, fine_grid: Tensor | int, num_steps: int) -> Tens
     the minima from ``j = 0``, in ``O(num_steps n²)``. Of several cheapest grids it is the most
     even one (the least sum of squared steps).
 
-    Source: Nguyen et al. 2024 (arXiv 2312.16414), its dynamic programme; the rule for ties is ours.
+    Source: Nguyen et al. 2024 (arXiv 2312.16414), its dynamic program; the rule for ties is ours.
 
     Args:
         costs: ``(n, n)``, see `step_costs`.

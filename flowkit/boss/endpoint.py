@@ -13,7 +13,7 @@ from flowkit.sampling import ODESampler
 from flowkit.types import Cond, take
 from flowkit.velocity import Velocity
 
-PROGRAMME_NOISES = 64  # more of them led to the same grids after the search on all
+PROGRAM_NOISES = 64  # more of them led to the same grids after the search on all
 SEARCH_WALKS = 8  # the search takes no more steps than as many walks along the fine grid
 
 
@@ -30,18 +30,18 @@ def endpoint_grid(
 ) -> Tensor:
     """Return a grid of ``num_steps`` steps sought by its error at the end.
 
-    A dynamic programme carries, for every number of steps and every time of the fine grid, the
+    A dynamic program carries, for every number of steps and every time of the fine grid, the
     sampler's *own* state that lies closest to the reference's there: from each such state one
     step goes to every later time, where the closest of all arrivals stays. The better of its
     grid and the uniform one is then improved knot by knot, at shrinking distances, by the mean
     squared error at the last time.
 
     Source: Pei et al., *Optimal Stepsize for Diffusion Sampling*, 2025 (arXiv 2503.21774), for the
-    programme; the search is ours.
+    program; the search is ours.
 
     Args:
         velocity: The field; guide it first if it is to be sampled with guidance.
-        x0: States ``(B, *)`` at the first time. The first 64 make the programme, which holds
+        x0: States ``(B, *)`` at the first time. The first 64 make the program, which holds
             their states at all times of the fine grid; the search is on all.
         fine_grid: Times ``(n,)``, or a number of uniform steps.
         num_steps: Steps of the grid, from 1 to ``n − 1``.
@@ -70,12 +70,12 @@ def endpoint_grid(
     even = [round(k * last / num_steps) for k in range(num_steps + 1)]
     if search.error(even) <= round_off(target):
         return fine[even]
-    some = slice(0, PROGRAMME_NOISES)
-    found = _programme(velocity, x0[some], take(cond, some), fine, method, reference, num_steps)
+    some = slice(0, PROGRAM_NOISES)
+    found = _program(velocity, x0[some], take(cond, some), fine, method, reference, num_steps)
     return fine[search.improve(min(even, found, key=search.error))]
 
 
-def _programme(
+def _program(
     velocity: Velocity,
     x0: Tensor,
     cond: Cond,
@@ -84,7 +84,7 @@ def _programme(
     reference: ODESampler,
     num_steps: int,
 ) -> list[int]:
-    """The knots of the dynamic programme on the sampler's own states."""
+    """The knots of the dynamic program on the sampler's own states."""
     teacher = anchors(velocity, x0, fine, cond, reference)
     field, slope = make_field(velocity, x0, cond, fine), SLOPES[method]
     times, last = fine.tolist(), len(fine) - 1

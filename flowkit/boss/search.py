@@ -1,7 +1,7 @@
 """BOSS: which times a solver of few steps should stop at, and segments to straighten between.
 
 Source: Nguyen et al., *Bellman Optimal Step-size Straightening of Flow-Matching Models*, 2024
-(arXiv 2312.16414). Its grid minimises the sum of single steps' errors, each from the reference's
+(arXiv 2312.16414). Its grid minimizes the sum of single steps' errors, each from the reference's
 own state. That is not the error at the end: where trajectories contract, early errors heal, and
 where they part, early errors grow. So a second grid is sought by the error at the end itself, and
 `optimize_grid` lets both compete with the uniform grid on noise that neither has seen.
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flowkit.boss.bellman import BellmanInterval, bellman_grid, bellman_interval, converged_costs
 from flowkit.boss.costs import SLOPES, anchors, check_num_steps, round_off, step_costs
-from flowkit.boss.endpoint import PROGRAMME_NOISES, SEARCH_WALKS, endpoint_grid
+from flowkit.boss.endpoint import PROGRAM_NOISES, SEARCH_WALKS, endpoint_grid
 from flowkit.checks import as_grid, check_at_least, check_choice
 from flowkit.sampling import ODESampler
 from flowkit.types import Batch, Cond, take
@@ -199,22 +199,22 @@ def search_rows(
     """
     check_choice(method, SLOPES, "method")
     n, per_step, made = fine_steps, 1 if method == "euler" else 2, num_noises * 2 // 3
-    costs, programme, search = n, 0, 0
+    costs, program, search = n, 0, 0
     if method != "euler":
         costs += 2 * n + n * (n + 1) // 2
     if 1 < num_steps < n:
-        # The programme holds this many states at a time; a slope that knows both ends is taken
+        # The program holds this many states at a time; a slope that knows both ends is taken
         # for every pair of them.
         width = n - num_steps + 1
-        programme = per_step * n + 1 + (num_steps - 1) * width
+        program = per_step * n + 1 + (num_steps - 1) * width
         if method != "euler":
-            programme += 2 * width + (num_steps - 2) * width * (width + 1) // 2
+            program += 2 * width + (num_steps - 2) * width * (width + 1) // 2
         # The reference, the starts, and the search that may end within a solve.
         search = per_step * (n + 4 * num_steps + min(num_steps, SEARCH_WALKS) * n)
     scores = per_step * (3 * num_steps + n)
     return {
         "costs": made * costs,
-        "endpoint": min(made, PROGRAMME_NOISES) * programme + made * search,
+        "endpoint": min(made, PROGRAM_NOISES) * program + made * search,
         "scores": (num_noises - made) * scores,
     }
 

@@ -252,10 +252,10 @@ def _total_cost(
     """Return the cost ``(N, N)`` up to terms of rows and of columns: no plan depends on those.
 
     So the squared distance is as good as the inner product, which is a single matrix product,
-    and both ends may be centred, which saves digits.
+    and both ends may be centered, which saves digits.
     """
     if cost in ("inner", "sqeuclidean"):
-        total = pairwise(_centred(a), _centred(b), "inner")
+        total = pairwise(_centered(a), _centered(b), "inner")
     else:
         total = pairwise(a, b, cost)
     if weight:
@@ -270,7 +270,7 @@ def _total_cost(
     return total
 
 
-def _centred(x: Tensor) -> Tensor:
+def _centered(x: Tensor) -> Tensor:
     """Return points ``(N, d)`` about their mean; such that lie about 0 as they are (noise does)."""
     if x.shape[1] <= 16:
         return x - x.mean(0)

@@ -53,7 +53,7 @@ def suggest_epsilon(
     - ``"elbow"``: where the relative variance of the tilts ``h_x`` and ``h_y`` (their mean, less
       sampling noise) flattens: the largest distance below the chord of the curve over log ε.
     - ``"ess"``: where the effective number of pairs ``ESS/N`` is ``value`` (default 0.5).
-    - ``"corr"``: where the correlation of the weighted pairs, ``E_q⟨x0, x1⟩`` centred and divided
+    - ``"corr"``: where the correlation of the weighted pairs, ``E_q⟨x0, x1⟩`` centered and divided
       by both standard deviations, is ``value``.
 
     At a fixed ``ε/√d`` weights become equal as ``d`` grows: in many dimensions go by ``"ess"``,
@@ -118,9 +118,9 @@ def variance_components(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     [2.3333, 2.3333, 0.0]
     """
     n, m = matrix.shape
-    centred = (matrix - matrix.mean()).ravel()
-    total, centred = centred @ centred, centred.reshape(n, m)
-    rows, columns = centred.mean(1).square().sum(), centred.mean(0).square().sum()
+    centered = (matrix - matrix.mean()).ravel()
+    total, centered = centered @ centered, centered.reshape(n, m)
+    rows, columns = centered.mean(1).square().sum(), centered.mean(0).square().sum()
     rest = (total - m * rows - n * columns).clamp_min(0) / max((n - 1) * (m - 1), 1)
     of_rows, of_columns = rows / max(n - 1, 1) - rest / m, columns / max(m - 1, 1) - rest / n
     return of_rows.clamp_min(0), of_columns.clamp_min(0), rest

@@ -39,7 +39,7 @@ class Gibbs(nn.Module):
             ``"euclidean"`` distance. ``"inner"`` has the plan of ``"sqeuclidean"``, but not its
             tilt.
         normalize: What ``Z`` is. ``"batch"``: the mean over the batch, so that weights have mean 1;
-            a self-normalised estimate, whose bias falls as 1/B. ``"running"``: the mean over all
+            a self-normalized estimate, whose bias falls as 1/B. ``"running"``: the mean over all
             batches (the last thousand or so), without this bias. ``"class"``: the mean
             over each label of the batch; other choices change how often a class is seen.
             ``"none"``: 1.
@@ -53,7 +53,7 @@ class Gibbs(nn.Module):
         ValueError: If a number or name is out of its range.
 
     Source: Calvo-Ordoñez et al., *Weighted Conditional Flow Matching*, 2025 (arXiv 2507.22270).
-    The paper leaves both potentials of the plan at 1; normalisations other than the batch's,
+    The paper leaves both potentials of the plan at 1; normalizations other than the batch's,
     ``debias`` and ``pool`` are added here.
 
     >>> x0, x1 = torch.zeros(2, 1), torch.tensor([[1.0], [2.0]])

@@ -91,7 +91,7 @@ def pairwise(a: Tensor, b: Tensor, cost: Cost) -> Tensor:
 
 
 def assign(cost: Tensor) -> Tensor:
-    """Return the permutation ``p (B,)`` that minimises ``Σ_j cost[p_j, j]``, exactly.
+    """Return the permutation ``p (B,)`` that minimizes ``Σ_j cost[p_j, j]``, exactly.
 
     An assignment problem is unchanged by constants added to rows and columns. Subtracting
     nearly optimal dual potentials therefore leaves the answer alone, but leaves SciPy's
@@ -177,7 +177,7 @@ def potentials(cost: np.ndarray, num_stages: int, num_iters: int) -> tuple[np.nd
 
 
 def entropic_plan(cost: Tensor, reg: float, max_iters: int, tol: float = 1e-6) -> Tensor:
-    """Return the plan ``(N, M)`` that minimises ``⟨P, cost⟩ − reg H(P)`` with uniform marginals.
+    """Return the plan ``(N, M)`` that minimizes ``⟨P, cost⟩ − reg H(P)`` with uniform marginals.
 
     POT's Sinkhorn iteration in the log domain, in float64 on the CPU, started from the potentials
     of warmer problems. A plan whose marginals are still off by more than ``tol`` (Euclidean norm)

@@ -35,7 +35,7 @@ class Split(Protocol):
 
 
 def from_uint8(images: Tensor) -> Tensor:
-    """Map grey levels 0…255 to float32 in [-1, 1]: ``x / 127.5 - 1``.
+    """Map gray levels 0…255 to float32 in [-1, 1]: ``x / 127.5 - 1``.
 
     >>> from_uint8(torch.tensor([0, 51, 255], dtype=torch.uint8))
     tensor([-1.0000, -0.6000,  1.0000])

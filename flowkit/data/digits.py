@@ -12,7 +12,7 @@ from flowkit.data.splits import SplitData, partition
 class Digits(SplitData):
     """The 1797 scanned digits that come with scikit-learn: ``x1 (B, 1, 8, 8)``, ``cond`` 0…9.
 
-    Grey levels 0…16 are mapped to [-1, 1] by ``x / 8 - 1``, exactly. Source: Alpaydin and
+    Gray levels 0…16 are mapped to [-1, 1] by ``x / 8 - 1``, exactly. Source: Alpaydin and
     Kaynak, *Optical Recognition of Handwritten Digits*, UCI, 1998 (its test part).
 
     Args:

@@ -24,7 +24,7 @@ SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", 
 def square(image: "Image", size: int, channels: int = 3) -> Tensor:
     """Bring an image to ``size x size`` pixels, ``(channels, size, size)`` uint8.
 
-    Turned as its EXIF orientation says, converted to RGB or grey, then the largest centred
+    Turned as its EXIF orientation says, converted to RGB or gray, then the largest centered
     square is resampled once, with Pillow's Lanczos filter, which widens with the reduction
     (no aliasing). The square's corners may lie between pixels; none is rounded.
 
@@ -46,10 +46,10 @@ def square(image: "Image", size: int, channels: int = 3) -> Tensor:
 
 
 def check_image_format(image_size: int, channels: int) -> None:
-    """Require a size of at least one pixel, and grey or RGB."""
+    """Require a size of at least one pixel, and gray or RGB."""
     check_at_least(image_size, 1, "image_size")
     if channels not in (1, 3):
-        raise ValueError(f"channels must be 1 (grey) or 3 (RGB), got {channels}")
+        raise ValueError(f"channels must be 1 (gray) or 3 (RGB), got {channels}")
 
 
 def raise_broken(broken: Sequence[str]) -> None:
@@ -107,7 +107,7 @@ def decoded(files: Iterable[tuple[str, Callable[[], Any]]], size: int, channels:
     Args:
         files: Of each file a name for errors, and a function that gives what Pillow opens.
         size: Side of the images in pixels.
-        channels: 1 (grey) or 3 (RGB).
+        channels: 1 (gray) or 3 (RGB).
 
     Raises:
         ValueError: If files do not decode; the first of them are named.
@@ -134,7 +134,7 @@ class Files:
         names: The files.
         labels: Integer classes ``(N,)``, or None.
         image_size: Side of the square images.
-        channels: 1 (grey) or 3 (RGB).
+        channels: 1 (gray) or 3 (RGB).
     """
 
     root: Path
@@ -174,12 +174,12 @@ class Folder(SplitData):
 
     ``x1 (B, channels, image_size, image_size)``; ``cond`` counts the sub-folders in
     alphabetical order. Files are found at any depth, decoded by the loader's workers and
-    squared by ``square``: centred, resampled once.
+    squared by ``square``: centered, resampled once.
 
     Args:
         root: The folder.
         image_size: Side of the square images in pixels.
-        channels: 1 (grey) or 3 (RGB).
+        channels: 1 (gray) or 3 (RGB).
         batch_size: Samples per process and step.
         flip: Mirror training images left to right with probability one half.
         val_fraction: The share of the validation split, stratified by class.

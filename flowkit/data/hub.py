@@ -25,7 +25,7 @@ class Rows:
         image_column: The column of images.
         labels: Integer classes ``(N,)``, or None.
         image_size: Side of the square images.
-        channels: 1 (grey) or 3 (RGB).
+        channels: 1 (gray) or 3 (RGB).
     """
 
     rows: Any
@@ -76,7 +76,7 @@ class Hub(SplitData):
         name: The configuration of the data set, if it has several.
         image_column: The column of images.
         label_column: The column of class labels; None for no labels.
-        channels: 1 (grey) or 3 (RGB).
+        channels: 1 (gray) or 3 (RGB).
         batch_size: Samples per process and step.
         flip: Mirror training images left to right with probability one half.
         val_fraction: The share of a carved validation split, stratified by class.

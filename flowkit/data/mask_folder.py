@@ -21,11 +21,11 @@ Colors = Sequence[Sequence[int]]
 def read_mask(file: str | Path, size: int, colors: Colors | None = None) -> Tensor:
     """Read a mask as labels ``(size, size)`` of int64, of the pixels nearest to the square's.
 
-    The square is that of `flowkit.data.folder.square`. A label is a pixel's grey level or palette
-    index; with ``colors`` it is the place of the pixel's colour among them.
+    The square is that of `flowkit.data.folder.square`. A label is a pixel's gray level or palette
+    index; with ``colors`` it is the place of the pixel's color among them.
 
     Raises:
-        ValueError: If the file holds colours and ``colors`` is None, or other colours than these.
+        ValueError: If the file holds colors and ``colors`` is None, or other colors than these.
     """
     import numpy as np
     from PIL import Image, ImageOps
@@ -34,7 +34,7 @@ def read_mask(file: str | Path, size: int, colors: Colors | None = None) -> Tens
         if colors is None and image.mode not in LABEL_MODES:
             raise ValueError(
                 f"mask must hold a label per pixel, got mode {image.mode}; give colors for a mask "
-                "in colours"
+                "in colors"
             )
         image = ImageOps.exif_transpose(image)
         image = image if colors is None else image.convert("RGB")
@@ -73,7 +73,7 @@ class MaskedFiles:
         """Decode some images and their masks.
 
         Raises:
-            ValueError: If files do not decode or hold other colours; they are named.
+            ValueError: If files do not decode or hold other colors; they are named.
         """
         rows = positions(index, len(self))
         masks, broken, size = [], [], self.images.image_size
@@ -90,7 +90,7 @@ class MaskedFiles:
         return Batch(x1=self.images[rows]["x1"], cond=cond)
 
     def fingerprint(self) -> str:
-        """Return a SHA-256 of the images' fingerprint, the masks' sizes in bytes and colours."""
+        """Return a SHA-256 of the images' fingerprint, the masks' sizes in bytes and colors."""
         digest = hashlib.sha256(f"{self.images.fingerprint()} {self.colors}\n".encode())
         for mask in self.masks:
             digest.update(f"{mask.name} {mask.stat().st_size}\n".encode())
@@ -108,9 +108,9 @@ class MaskFolder(SplitData):
     Args:
         root: The folder.
         image_size: Side of the square images in pixels.
-        channels: Of the images: 1 (grey) or 3 (RGB).
-        colors: RGB triples in 0…255 in the order of their labels, for masks in colours. Without,
-            labels are grey levels or palette indices.
+        channels: Of the images: 1 (gray) or 3 (RGB).
+        colors: RGB triples in 0…255 in the order of their labels, for masks in colors. Without,
+            labels are gray levels or palette indices.
         batch_size: Samples per process and step.
         flip: Mirror training images left to right with probability one half.
         val_fraction: The share of the validation split.

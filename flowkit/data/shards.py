@@ -35,7 +35,7 @@ class Tars:
             which file, where its image begins and how long it is in bytes.
         rows: The samples that belong to the split, in order.
         image_size: Side of the square images.
-        channels: 1 (grey) or 3 (RGB).
+        channels: 1 (gray) or 3 (RGB).
         mix: How many files training is shuffled across at a time.
     """
 
@@ -112,7 +112,7 @@ class Shards(SplitData):
     Args:
         root: The folder of the tar files, which are not compressed.
         image_size: Side of the square images in pixels.
-        channels: 1 (grey) or 3 (RGB).
+        channels: 1 (gray) or 3 (RGB).
         batch_size: Samples per process and step.
         flip: Mirror training images left to right with probability one half.
         mix: How many files training is shuffled across at a time.

@@ -208,8 +208,8 @@ class SplitData(LightningDataModule):
         return self.trainer.global_rank, self.trainer.world_size
 
     def _consumed(self) -> int:
-        # Batches rather than optimiser steps: right for gradient accumulation and for several
-        # optimisers, too. Lightning restores the count before it asks for the loader.
+        # Batches rather than optimizer steps: right for gradient accumulation and for several
+        # optimizers, too. Lightning restores the count before it asks for the loader.
         trainer = cast(Any, self.trainer)
         if trainer is None or trainer.overfit_batches:
             return 0

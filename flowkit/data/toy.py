@@ -17,9 +17,9 @@ from flowkit.types import Batch
 Samples = tuple[Tensor, Tensor | None]
 
 
-def _components(centres: Tensor, std: float, n: int, generator: torch.Generator | None) -> Samples:
-    labels = torch.randint(len(centres), (n,), generator=generator)
-    return centres[labels] + std * torch.randn(n, 2, generator=generator), labels
+def _components(centers: Tensor, std: float, n: int, generator: torch.Generator | None) -> Samples:
+    labels = torch.randint(len(centers), (n,), generator=generator)
+    return centers[labels] + std * torch.randn(n, 2, generator=generator), labels
 
 
 def _circle(count: int) -> Tensor:

@@ -10,7 +10,7 @@ class Anderson:
     """Updates of ``z ← z − η g(z)`` that learn from the last steps, each sample from its own.
 
     With differences ``Δz_j``, ``Δg_j`` of consecutive iterates the update is
-    ``η g + Σ γ_j (Δz_j − η Δg_j)``, where ``γ`` minimises ``‖g − Σ γ_j Δg_j‖``. Source: Walker &
+    ``η g + Σ γ_j (Δz_j − η Δg_j)``, where ``γ`` minimizes ``‖g − Σ γ_j Δg_j‖``. Source: Walker &
     Ni, *Anderson Acceleration for Fixed-Point Iterations*, 2011, with mixing parameter ``η``.
 
     Args:

@@ -1,4 +1,4 @@
-"""FlowOpt: invert and edit by optimising the start of a flow, without any derivative."""
+"""FlowOpt: invert and edit by optimizing the start of a flow, without any derivative."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -63,7 +63,7 @@ class Edit(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class FlowOpt:
-    """Minimise ``½‖f(z; c) − y‖²`` over the latent ``z`` by ``z ← z − η (f(z; c) − y)``.
+    """Minimize ``½‖f(z; c) − y‖²`` over the latent ``z`` by ``z ← z − η (f(z; c) − y)``.
 
     ``f`` is the whole solve from the first time of the sampler's grid, ``y`` the given data. The
     start is ``y`` inverted under the source condition (``ODESampler.invert``, corrected for

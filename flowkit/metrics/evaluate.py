@@ -103,7 +103,7 @@ def point_metrics(
 ) -> dict[str, Any]:
     """Compare generated points with real ones and, given their path, measure its straightness.
 
-    The normalised path energy refers to the transport from the source, ``path[0]``, to the real
+    The normalized path energy refers to the transport from the source, ``path[0]``, to the real
     points. A path energy below that ``W2²`` means a flow that misses the data, not a straighter
     one: ``path_energy_below_w2_squared`` says so.
 

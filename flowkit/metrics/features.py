@@ -222,7 +222,7 @@ class _Inception:
         self.net, self.hash, self.device = net, hash, device
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Features ``(B, 2048)`` of grey or colour images ``(B, 1 or 3, H, W)`` in [-1, 1]."""
+        """Features ``(B, 2048)`` of gray or color images ``(B, 1 or 3, H, W)`` in [-1, 1]."""
         if images.ndim != 4 or images.shape[1] not in (1, 3):
             raise ValueError(f"images must have shape (B, 1 or 3, H, W), got {tuple(images.shape)}")
 
@@ -236,7 +236,7 @@ class _Inception:
 def inception(weights: str | Path, device: torch.device | str = "cpu") -> Features:
     """The features of the Fréchet Inception distance, the only ones whose distance is FID.
 
-    torch-fidelity's port of the 2015 TensorFlow graph: images are quantised by `to_uint8` and
+    torch-fidelity's port of the 2015 TensorFlow graph: images are quantized by `to_uint8` and
     resized to 299×299 as TensorFlow 1 did; the 2048 pool features. Nothing is downloaded.
 
     Source: Heusel et al. 2017 (arXiv 1706.08500).

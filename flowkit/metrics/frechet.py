@@ -31,7 +31,7 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     ``‖μ_a − μ_b‖² + tr(Σ_a + Σ_b − 2 (Σ_a Σ_b)^{1/2})`` in float64, with the unbiased covariances
     (divided by ``N − 1``). Right for singular covariances too: with ``Σ = R Rᵀ`` the trace of the
     root is the sum of the singular values of ``R_aᵀ R_b``, with the pivoted Cholesky factors or,
-    where there are fewer samples than dimensions, the centred samples themselves; for regular
+    where there are fewer samples than dimensions, the centered samples themselves; for regular
     covariances, the roots of the eigenvalues of ``R_aᵀ Σ_b R_a``, which are twice as fast.
 
     The estimate is biased upwards, by a term of order ``1/N``, so that distances compare only at
@@ -164,11 +164,11 @@ def _without_each_group(
 ) -> Iterator["_Gaussian"]:
     """Fit to ``x`` without each of its random groups."""
     mean = x.mean(0)
-    centred = (x - mean)[torch.randperm(len(x), generator=generator)]
-    gram = _gram(centred.T)
-    for group in centred.tensor_split(groups):
+    centered = (x - mean)[torch.randperm(len(x), generator=generator)]
+    gram = _gram(centered.T)
+    for group in centered.tensor_split(groups):
         kept = len(x) - len(group)
-        offset = -group.sum(0) / kept  # all centred rows sum to zero
+        offset = -group.sum(0) / kept  # all centered rows sum to zero
         cov = (gram - _gram(group.T) - kept * torch.outer(offset, offset)) / (kept - 1)
         yield _Gaussian(mean + offset, cov)
 
@@ -182,11 +182,11 @@ class _Gaussian(NamedTuple):
 
     @classmethod
     def fit(cls, x: Tensor) -> "_Gaussian":
-        """Fit to features ``(N, F)``; few of them, centred, are a root already."""
+        """Fit to features ``(N, F)``; few of them, centered, are a root already."""
         count, dim = x.shape
         mean = x.mean(0)
-        centred = (x - mean) / (count - 1) ** 0.5
-        return cls(mean, centred.T, True) if count <= dim else cls(mean, _gram(centred.T))
+        centered = (x - mean) / (count - 1) ** 0.5
+        return cls(mean, centered.T, True) if count <= dim else cls(mean, _gram(centered.T))
 
 
 def _distance(a: _Gaussian, b: _Gaussian) -> float:

@@ -13,7 +13,7 @@ class Gaussianity(NamedTuple):
 
     ``norm``: ``‖z‖ / √d``; 1 for noise. ``chi2``: how far ``‖z‖²`` lies from what is expected of
     χ² with ``d`` degrees of freedom, as a standard normal deviate. ``autocorrelation``: between
-    neighbours; 0 for noise, with a standard deviation of about 1 over the root of their number.
+    neighbors; 0 for noise, with a standard deviation of about 1 over the root of their number.
     """
 
     norm: Tensor
@@ -24,8 +24,8 @@ class Gaussianity(NamedTuple):
 def gaussianity(z: Tensor) -> Gaussianity:
     """Compare latents ``z (B, *)`` with standard normal noise.
 
-    An inversion under the wrong condition, or optimised beyond what the flow can express, leaves
-    structure in ``z``: its norm is off, or neighbouring values agree. The deviate is that of
+    An inversion under the wrong condition, or optimized beyond what the flow can express, leaves
+    structure in ``z``: its norm is off, or neighboring values agree. The deviate is that of
     Wilson & Hilferty, *The Distribution of Chi-Square*, 1931; the autocorrelation is
     ``Σ z_i z_{i+1} / Σ z_i²``, averaged over the last two axes, if there are two.
 
@@ -33,7 +33,7 @@ def gaussianity(z: Tensor) -> Gaussianity:
         z: Latents at ``t = 0``; later in time, neither norm nor correlation are those of noise.
 
     Raises:
-        ValueError: If a sample has no two neighbours.
+        ValueError: If a sample has no two neighbors.
 
     >>> noise = torch.randn(1, 4, 64, 64, generator=torch.Generator().manual_seed(0))
     >>> [round(value.item(), 2) for value in gaussianity(noise)]
@@ -47,11 +47,11 @@ def gaussianity(z: Tensor) -> Gaussianity:
     mean_square = z.double().square().flatten(1).mean(1)
     spread = 2 / (9 * dim)
     chi2 = (mean_square ** (1 / 3) - (1 - spread)) / spread**0.5
-    products = torch.stack([_neighbours(z.double(), axis) for axis in axes])
+    products = torch.stack([_neighbors(z.double(), axis) for axis in axes])
     return Gaussianity(mean_square.sqrt(), chi2, products.mean(0) / mean_square)
 
 
-def _neighbours(z: Tensor, axis: int) -> Tensor:
-    """Mean product of neighbours along an axis."""
+def _neighbors(z: Tensor, axis: int) -> Tensor:
+    """Mean product of neighbors along an axis."""
     side = z.shape[axis] - 1
     return (z.narrow(axis, 0, side) * z.narrow(axis, 1, side)).flatten(1).mean(1)

@@ -1,4 +1,4 @@
-"""Precision, recall, density and coverage from nearest neighbours."""
+"""Precision, recall, density and coverage from nearest neighbors."""
 
 from typing import NamedTuple
 
@@ -20,7 +20,7 @@ class PRDC(NamedTuple):
 def prdc(real: Tensor, fake: Tensor, k: int = 5) -> PRDC:
     """Precision, recall, density and coverage of generated features.
 
-    With the open ball ``B(x)`` around ``x`` that reaches to its k-th nearest neighbour in its own
+    With the open ball ``B(x)`` around ``x`` that reaches to its k-th nearest neighbor in its own
     set:
 
     * precision: share of fakes inside some ``B(real)``;
@@ -38,7 +38,7 @@ def prdc(real: Tensor, fake: Tensor, k: int = 5) -> PRDC:
     Args:
         real: Features ``(N, F)`` of real samples.
         fake: Features ``(M, F)`` of generated samples.
-        k: The neighbour that sets the radius, below ``N`` and ``M``.
+        k: The neighbor that sets the radius, below ``N`` and ``M``.
 
     Returns:
         The four values, the density in [0, N/k], the others in [0, 1].
@@ -57,8 +57,8 @@ def prdc(real: Tensor, fake: Tensor, k: int = 5) -> PRDC:
     check_finite(real, "real")
     check_finite(fake, "fake")
     check_between(k, 1, min(len(real), len(fake)) - 1, "k")
-    centre = real.double().mean(0)  # keeps the rounding of ‖x‖² + ‖y‖² − 2 xᵀy small
-    real, fake = real.double() - centre, fake.double() - centre
+    center = real.double().mean(0)  # keeps the rounding of ‖x‖² + ‖y‖² − 2 xᵀy small
+    real, fake = real.double() - center, fake.double() - center
     real_radius, fake_radius = _radii(real, k), _radii(fake, k)
     balls = torch.zeros(len(fake), device=real.device)
     recalled = covered = 0

@@ -66,7 +66,7 @@ def _save_points(samples: Tensor, file: Path) -> None:
 
 
 def colored(masks: Tensor, num_classes: int) -> Tensor:
-    """Masks ``(B, H, W)`` as colour images in [-1, 1], black for class 0 and labels beyond."""
+    """Masks ``(B, H, W)`` as color images in [-1, 1], black for class 0 and labels beyond."""
     from matplotlib import colormaps
 
     palette = torch.zeros(num_classes + 1, 3)
@@ -79,7 +79,7 @@ def colored(masks: Tensor, num_classes: int) -> Tensor:
 def to_uint8(images: Tensor) -> Tensor:
     """Map [-1, 1] to 0...255: ``round(127.5 (x + 1))`` after clamping, halves to even.
 
-    Rounding, where truncation would darken images by half a grey level on average. The inverse
+    Rounding, where truncation would darken images by half a gray level on average. The inverse
     is ``x / 127.5 - 1``, exact on all 256 levels from float32 on.
 
     Args:

@@ -51,7 +51,7 @@ def path_energy(solution: Any, grid: Tensor | int) -> float:
 
 
 def normalized_path_energy(path_energy: float, w2: float) -> float:
-    """Normalised path energy ``NPE = |PE − W2²| / W2²``; 0 for straight, optimal paths.
+    """Normalized path energy ``NPE = |PE − W2²| / W2²``; 0 for straight, optimal paths.
 
     It is no measure of quality by itself: a flow that misses the data can have less energy than
     ``W2²``. Report it beside both.

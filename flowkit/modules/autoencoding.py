@@ -30,7 +30,7 @@ class Autoencoding(ExactResume):
         kl_weight: Small weights leave latents informative and of any scale.
         perceptual: ``(x̂, x) -> scalar``, both in [-1, 1].
         perceptual_weight: Its weight.
-        optimizer: Makes the optimiser from parameters.
+        optimizer: Makes the optimizer from parameters.
         lr_scheduler: Makes a scheduler, stepped every training step.
 
     >>> from flowkit.nn.diffusers import autoencoder_kl

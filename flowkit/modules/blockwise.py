@@ -61,7 +61,7 @@ class BlockwiseFlowMatching(FlowModule):
         times: Density of training times within each segment.
         autoencoder: Maps data to what the flow runs on; the encoder sees the data.
         drop_cond: Conditions dropped in training, for classifier-free guidance.
-        optimizer: Makes the optimiser from parameters.
+        optimizer: Makes the optimizer from parameters.
         lr_scheduler: Makes a scheduler, stepped every training step.
 
     Raises:

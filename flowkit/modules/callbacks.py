@@ -87,7 +87,7 @@ class LastCheckpoint(Checkpoint):
 
     Args:
         folder: Where the checkpoint lies.
-        every_n_steps: Optimiser steps between checkpoints.
+        every_n_steps: Optimizer steps between checkpoints.
 
     Raises:
         RuntimeError: If it cannot be written; the one before is left as it was.

@@ -20,7 +20,7 @@ class ConditionGrid(Callback):
     """Save a picture at every validation: what was given, the real image, and several samples.
 
     One row for each of the first validation images. Given are, for inpainting, the images with
-    holes, for a map of labels, its grey levels. Holes and seeds are always the same.
+    holes, for a map of labels, its gray levels. Holes and seeds are always the same.
 
     Args:
         folder: Pictures go to ``<folder>/step-<step>.png``.

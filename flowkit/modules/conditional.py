@@ -31,7 +31,7 @@ class ConditionalFlowMatching(FlowModule):
         times: Distribution of training times.
         autoencoder: Maps data to what the flow runs on.
         drop_cond: Conditions dropped in training, for classifier-free guidance.
-        optimizer: Makes the optimiser from parameters.
+        optimizer: Makes the optimizer from parameters.
         lr_scheduler: Makes a scheduler, stepped every training step.
 
     >>> from flowkit.exact import GaussianFlow
@@ -88,7 +88,7 @@ class WeightedFlowMatching(FlowModule):
         times: Distribution of training times.
         autoencoder: Maps data to what the flow runs on; costs are those of its latents.
         drop_cond: Conditions dropped in training, for classifier-free guidance.
-        optimizer: Makes the optimiser from parameters.
+        optimizer: Makes the optimizer from parameters.
         lr_scheduler: Makes a scheduler, stepped every training step.
 
     >>> from flowkit.exact import GaussianFlow

@@ -25,7 +25,7 @@ Guidance = float | Callable[[Velocity], Velocity] | None
 
 
 class FlowModule(ExactResume):
-    """A velocity, its optimiser and sampling from it. A method adds `loss`.
+    """A velocity, its optimizer and sampling from it. A method adds `loss`.
 
     A resumed run goes on exactly as an uninterrupted one, see
     `flowkit.modules.resume.ExactResume`. Validation draws the same noise every time.
@@ -37,7 +37,7 @@ class FlowModule(ExactResume):
         autoencoder: Maps data to what the flow runs on; its `decode` ends `sample`. It is
             frozen if it is a module, and follows this one from device to device.
         drop_cond: Conditions dropped in training; guidance needs them.
-        optimizer: Makes the optimiser from parameters, e.g.
+        optimizer: Makes the optimizer from parameters, e.g.
             ``partial(torch.optim.AdamW, lr=1e-3)``.
         lr_scheduler: Makes a learning-rate scheduler, stepped every training step.
     """

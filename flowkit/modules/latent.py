@@ -49,7 +49,7 @@ class LatentFlowMatching(FlowModule):
         masks: Draws the holes of inpainting.
         drop_cond: Conditions dropped in training, for classifier-free guidance; labels beside
             masks are named ``label``.
-        optimizer: Makes the optimiser from parameters.
+        optimizer: Makes the optimizer from parameters.
         lr_scheduler: Makes a scheduler, stepped every training step.
 
     >>> from flowkit.autoencoders import Identity

@@ -19,15 +19,15 @@ ADAMW = partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.0)
 
 
 class ExactResume(LightningModule):
-    """An optimiser, a schedule, and randomness that a resumed run repeats.
+    """An optimizer, a schedule, and randomness that a resumed run repeats.
 
     Every training step's randomness (noise, times, dropped conditions, dropout) is a function of
     the seed at the start of the fit, the number of batches seen and the rank, so that a resumed
     run goes on exactly as an uninterrupted one. It may go on for longer, or with another learning
-    rate: schedule and optimiser follow what is configured now.
+    rate: schedule and optimizer follow what is configured now.
 
     Args:
-        optimizer: Makes the optimiser from parameters.
+        optimizer: Makes the optimizer from parameters.
         lr_scheduler: Makes a learning-rate scheduler, stepped every training step.
     """
 
@@ -37,7 +37,7 @@ class ExactResume(LightningModule):
         self.noise_seed: int | None = None
 
     def configure_optimizers(self) -> Any:
-        """Lightning's hook: the optimiser over all trainable parameters."""
+        """Lightning's hook: the optimizer over all trainable parameters."""
         optimizer = self.make_optimizer([p for p in self.parameters() if p.requires_grad])
         if self.make_scheduler is None:
             return optimizer
@@ -74,12 +74,12 @@ class ExactResume(LightningModule):
         self.noise_seed = checkpoint["flowkit"]["noise_seed"]
 
     def _follow_configuration(self, optimizers: Sequence[Optimizer], schedules: Sequence) -> None:
-        """Bring a fresh schedule to the step reached, and the resumed optimiser to its values."""
+        """Bring a fresh schedule to the step reached, and the resumed optimizer to its values."""
         configured = self.configure_optimizers()
         if isinstance(configured, dict):
             fresh, resumed = configured["lr_scheduler"]["scheduler"], schedules[0].scheduler
             configured = configured["optimizer"]
-            with warnings.catch_warnings():  # of a schedule that is ahead of its optimiser
+            with warnings.catch_warnings():  # of a schedule that is ahead of its optimizer
                 warnings.simplefilter("ignore", UserWarning)
                 for _ in range(resumed.last_epoch):
                     fresh.step()

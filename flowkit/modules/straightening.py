@@ -49,7 +49,7 @@ class Straightening(FlowModule):
         lora_rank: Train adapters of this rank instead of the weights; 0 trains the weights.
         times: Training times of reflow.
         autoencoder: Decodes samples.
-        optimizer: Makes the optimiser from parameters.
+        optimizer: Makes the optimizer from parameters.
         lr_scheduler: Makes a scheduler, stepped every training step.
 
     >>> from flowkit.exact import GaussianFlow

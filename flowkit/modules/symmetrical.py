@@ -27,12 +27,12 @@ from flowkit.symmetrical import (
     Classification,
     Codec,
     JointFlow,
-    LabelledImages,
+    LabeledImages,
     LabelStates,
     Segmentation,
 )
 from flowkit.symmetrical.inputs import (
-    check_labelled,
+    check_labeled,
     check_no_zero_code,
     check_region,
     check_sizes,
@@ -82,8 +82,8 @@ class SymmetricalFlowMatching(FlowModule):
         class_weights: One per class, on the label loss of its images or pixels. The probabilities
             become those of classes that are as much more frequent.
         autoencoder: Maps images, and masks coded as images, to what the flow runs on. Masks, and
-            images to be labelled, are not drawn from its posterior, if it has one, but its mean.
-        optimizer: Makes the optimiser from parameters.
+            images to be labeled, are not drawn from its posterior, if it has one, but its mean.
+        optimizer: Makes the optimizer from parameters.
         lr_scheduler: Makes a scheduler, stepped every training step.
 
     >>> from flowkit.symmetrical.codecs import OneHot
@@ -142,9 +142,9 @@ class SymmetricalFlowMatching(FlowModule):
             TypeError: If the batch has no labels.
             ValueError: If they are not the codec's, or masks of another size than the images.
         """
-        labels = check_labelled(batch)
+        labels = check_labeled(batch)
         x1 = self.encode(batch, generator)["x1"]
-        y0 = self.states.encode(labels, dequantise=True, generator=generator).to(x1)
+        y0 = self.states.encode(labels, dequantize=True, generator=generator).to(x1)
         check_sizes(y0, x1, labels, self.label_shape)
         self.label_shape = tuple(y0.shape[1:])
         image_loss, label_loss = self.joint.loss(
@@ -257,7 +257,7 @@ class SymmetricalFlowMatching(FlowModule):
     @torch.no_grad()
     def sample_pairs(
         self, num_samples: int, sampler: Sampler = None, seeds: Seeds = None
-    ) -> LabelledImages:
+    ) -> LabeledImages:
         """Draw images and their labels together, both from noise; two-time mode only.
 
         Sampler (by default 25 Heun steps) and seeds are as for `sample`.
@@ -278,7 +278,7 @@ class SymmetricalFlowMatching(FlowModule):
         y = label_noise(known_shape(self.label_shape), seeds, device=self.device)[:, 0]
         with evaluating(self):
             x, y = self.joint.solve_pairs(sampler, x, y)
-        return LabelledImages(self.autoencoder.decode(x), self.states.labels(y))
+        return LabeledImages(self.autoencoder.decode(x), self.states.labels(y))
 
     def classify(
         self, images: Tensor, sampler: Sampler = None, draws: int = 1, seeds: Seeds = None

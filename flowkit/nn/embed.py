@@ -120,7 +120,7 @@ class TimeLabelEmbedding(nn.Module):
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """``x·(1 + scale) + shift``: the adaptive half of adaptive layer normalisation."""
+    """``x·(1 + scale) + shift``: the adaptive half of adaptive layer normalization."""
     return x * (1 + scale) + shift
 
 

@@ -100,14 +100,14 @@ class RunFlow:
         """Velocity of the run under a condition of `condition`."""
         return self.bind(cond)(x, t, cond)
 
-    def bind(self, cond: Any, grid: Tensor | None = None) -> "_Labelled":
+    def bind(self, cond: Any, grid: Tensor | None = None) -> "_Labeled":
         """Guide by the scale in the condition, for one solve."""
         if cond is None:
-            return _Labelled(self.module.velocity, None, grid)
-        return _Labelled(self.module.guided(cond["guidance"][0].item()), cond["label"], grid)
+            return _Labeled(self.module.velocity, None, grid)
+        return _Labeled(self.module.guided(cond["guidance"][0].item()), cond["label"], grid)
 
 
-class _Labelled:
+class _Labeled:
     """A velocity under one class."""
 
     def __init__(self, velocity: Any, label: Tensor | None, grid: Tensor | None):

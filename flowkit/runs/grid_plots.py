@@ -36,21 +36,21 @@ def plot(candidates: dict[str, Tensor], winner: str, table: list[Row], file: Pat
         columns["frechet_distance"] = "Fréchet distance"
     figure = Figure(figsize=(4.6 * (1 + len(columns)), 3.6), layout="constrained")
     steps, *panels = figure.subplots(1, 1 + len(columns))
-    colours = {"uniform": "C7", "bellman": "C0", "endpoint": "C3", "adaptive": "C2"}
+    colors = {"uniform": "C7", "bellman": "C0", "endpoint": "C3", "adaptive": "C2"}
     longest = max(grid.diff().max().item() for grid in candidates.values())
     for name, grid in candidates.items():
         label = f"{name} (recommended)" if name == winner else name
-        style = {"color": colours[name], "label": label, "lw": 1.8, "baseline": None}
+        style = {"color": colors[name], "label": label, "lw": 1.8, "baseline": None}
         steps.stairs(grid.diff().tolist(), grid.tolist(), **style)
     title = f"step sizes of {len(grid) - 1} steps"
     steps.set(xlabel="t", ylabel="step size", title=title, ylim=(0, 1.4 * longest))
     for axes, (key, label) in zip(panels, columns.items(), strict=True):
         nfe = "frechet_nfe" if key == "frechet_distance" else "nfe"
-        for name, colour in colours.items():
+        for name, color in colors.items():
             rows = sorted((r[nfe], r[key]) for r in table if r["grid"] == name and key in r)
             if rows:
                 style = "o" if name == "adaptive" else "o-"
-                axes.loglog(*zip(*rows, strict=True), style, color=colour, label=name, ms=4, lw=1.2)
+                axes.loglog(*zip(*rows, strict=True), style, color=color, label=name, ms=4, lw=1.2)
         ticks: list[int] = []
         for count in sorted({row["nfe"] for row in table}):  # those that labels have room for
             if not ticks or count >= 1.2 * ticks[-1]:

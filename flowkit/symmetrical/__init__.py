@@ -4,7 +4,7 @@ from flowkit.symmetrical.codecs import Codec, OneHot, OneHotMask, Ordinal, RGBPa
 from flowkit.symmetrical.joint import JointFlow
 from flowkit.symmetrical.label_states import (
     Classification,
-    LabelledImages,
+    LabeledImages,
     LabelStates,
     Segmentation,
 )
@@ -16,7 +16,7 @@ __all__ = [
     "CodesAsNumbers",
     "JointFlow",
     "LabelStates",
-    "LabelledImages",
+    "LabeledImages",
     "NoisePath",
     "OneHot",
     "OneHotMask",

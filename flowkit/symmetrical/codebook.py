@@ -69,7 +69,7 @@ class Codebook:
         ignored = self.ignore_index
         return None if ignored is None else as_labels(labels, "labels") != ignored
 
-    def dequantise(self, code: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def dequantize(self, code: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Add noise, uniform within `half_width` in every channel.
 
         Args:

@@ -1,7 +1,7 @@
 """Label codes of symmetrical flow matching: discrete labels as points that a flow can move.
 
 A codec holds one point per class. Labels ``(B, *)`` become codes ``(B, channels, *)``: those of
-images ``(B,)`` and those of pixels ``(B, H, W)`` alike. `dequantise` spreads each code evenly over
+images ``(B,)`` and those of pixels ``(B, H, W)`` alike. `dequantize` spreads each code evenly over
 a small cube, so that codes have a density; the cube's corners reach ``q`` of the way to where
 another class begins.
 """
@@ -36,7 +36,7 @@ class Codec(Protocol):
         """Return where labels are not to be ignored; None if all count."""
         ...
 
-    def dequantise(self, code: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def dequantize(self, code: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Return codes with uniform noise."""
         ...
 
@@ -59,7 +59,7 @@ class OneHot(Codebook):
     Args:
         num_classes: ``K ≥ 2``, also the number of channels.
         amplitude: Of the code.
-        q: Of the dequantisation noise, in [0, 1).
+        q: Of the dequantization noise, in [0, 1).
 
     >>> codec = OneHot(3)
     >>> codec.encode(torch.tensor([1]))
@@ -108,7 +108,7 @@ class OneHotMask(OneHot):
     Args:
         num_classes: ``K ≥ 2``, also the number of channels.
         amplitude: Of the code.
-        q: Of the dequantisation noise, in [0, 1).
+        q: Of the dequantization noise, in [0, 1).
         ignore_index: The label of pixels without a label: they are coded by zeros and do not count
             in the loss. Outside ``[0, K)``.
 
@@ -138,7 +138,7 @@ class Simplex(Codebook):
     Args:
         num_classes: ``K ≥ 2``; there are ``K − 1`` channels.
         amplitude: As for `OneHot`.
-        q: Of the dequantisation noise, in [0, 1).
+        q: Of the dequantization noise, in [0, 1).
 
     >>> Simplex(2).table
     tensor([[ 1.4142], [-1.4142]])
@@ -182,7 +182,7 @@ class Ordinal(Codebook):
     Args:
         num_classes: ``K ≥ 2``.
         amplitude: Half the length of the line.
-        q: Of the dequantisation noise, in [0, 1).
+        q: Of the dequantization noise, in [0, 1).
 
     >>> Ordinal(3).encode(torch.tensor([0, 1, 2])).T
     tensor([[-1.,  0.,  1.]])
@@ -204,17 +204,17 @@ class Ordinal(Codebook):
 
 @dataclass(frozen=True)
 class RGBPalette(Codebook):
-    """Masks as colour images in [-1, 1], one colour per class: what an image autoencoder takes.
+    """Masks as color images in [-1, 1], one color per class: what an image autoencoder takes.
 
     Args:
-        colors: RGB triples in 0…255, one per class; or the number of classes, for colours evenly
-            from the colour cube.
-        q: Of the dequantisation noise, in [0, 1).
-        ignore_index: The label of pixels without a label: they are coded by zeros (mid-grey) and do
+        colors: RGB triples in 0…255, one per class; or the number of classes, for colors evenly
+            from the color cube.
+        q: Of the dequantization noise, in [0, 1).
+        ignore_index: The label of pixels without a label: they are coded by zeros (mid-gray) and do
             not count in the loss. Outside ``[0, K)``.
 
     Raises:
-        ValueError: If two colours are so close that noise and rounding to 8 bits together could
+        ValueError: If two colors are so close that noise and rounding to 8 bits together could
             confuse them: ``√3/(1 − q)`` levels or less.
 
     >>> RGBPalette([[0, 0, 0], [255, 0, 0]]).encode(torch.tensor([[[1, 0]]])).squeeze()
@@ -247,7 +247,7 @@ class RGBPalette(Codebook):
 
     @cached_property
     def levels(self) -> Tensor:
-        """The colours ``(K, 3)`` in 0…255, as float64."""
+        """The colors ``(K, 3)`` in 0…255, as float64."""
         if not isinstance(self.colors, int):
             return torch.tensor(self.colors, dtype=torch.float64)
         side = math.ceil(round(self.colors ** (1 / 3), 6))
@@ -261,7 +261,7 @@ class RGBPalette(Codebook):
         return (self.levels / 127.5 - 1).float()
 
     def encode(self, labels: Tensor) -> Tensor:
-        """Return colour images ``(B, 3, H, W)`` of masks ``(B, H, W)``; ignored pixels are 0."""
+        """Return color images ``(B, 3, H, W)`` of masks ``(B, H, W)``; ignored pixels are 0."""
         _check_mask(labels)
         return super().encode(labels)
 

@@ -11,7 +11,7 @@ from flowkit.symmetrical.codecs import Codec
 from flowkit.types import Batch
 
 
-def check_labelled(batch: Batch) -> Tensor:
+def check_labeled(batch: Batch) -> Tensor:
     """Return the labels of a batch: one per image, or masks of the images' size.
 
     Masks of cached latents may be of any size; what they are encoded to must be the latents'.

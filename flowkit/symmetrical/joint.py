@@ -89,7 +89,7 @@ class JointFlow:
 
         Args:
             x1: Images ``(B, C, *)``.
-            y0: Dequantised codes ``(B, K)`` or ``(B, K, *)``.
+            y0: Dequantized codes ``(B, K)`` or ``(B, K, *)``.
             x0: Noise of the images; drawn if None.
             mask: Weight of the images' elements, broadcastable to them.
             label_weight: Weight of the codes' elements, broadcastable to them.

@@ -33,7 +33,7 @@ class Segmentation(NamedTuple):
     confidence: Tensor
 
 
-class LabelledImages(NamedTuple):
+class LabeledImages(NamedTuple):
     """Generated ``images (B, C, *)`` and their ``labels``, ``(B,)`` or ``(B, H, W)``."""
 
     images: Tensor
@@ -94,13 +94,13 @@ class LabelStates:
         self,
         labels: Tensor,
         *,
-        dequantise: bool = False,
+        dequantize: bool = False,
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """States of labels ``(B,)`` or masks ``(B, H, W)``."""
         code = self.codec.encode(labels)
-        if dequantise:
-            code = self.codec.dequantise(code, generator)
+        if dequantize:
+            code = self.codec.dequantize(code, generator)
         return code if code.ndim == 2 else self.latents(code)
 
     def code(self, states: Tensor) -> Tensor:

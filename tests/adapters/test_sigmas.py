@@ -1,4 +1,4 @@
-"""Grids as noise levels of diffusers' scheduler, and a whole pipeline on an optimised grid."""
+"""Grids as noise levels of diffusers' scheduler, and a whole pipeline on an optimized grid."""
 
 import math
 
@@ -73,7 +73,7 @@ def tiny_pipeline(shift):
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
-def test_a_pipeline_follows_an_optimised_grid(shift):
+def test_a_pipeline_follows_an_optimized_grid(shift):
     pipeline = tiny_pipeline(shift)
     prompt = {
         "encoder_hidden_states": torch.randn(1, 5, 16),

@@ -1,4 +1,4 @@
-"""What the costs of single steps and the dynamic programme take."""
+"""What the costs of single steps and the dynamic program take."""
 
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -89,7 +89,7 @@ def test_costs_take_little_memory_and_no_more_time(benchmark):
 
 
 @pytest.mark.benchmark
-def test_the_dynamic_programme(benchmark):
+def test_the_dynamic_program(benchmark):
     costs = torch.rand(STEPS + 1, STEPS + 1, dtype=torch.float64)
     result = benchmark.pedantic(
         bellman_grid, args=(costs, uniform(STEPS), 10), rounds=20, warmup_rounds=2

@@ -31,11 +31,11 @@ def samples(batch: int, dim: int, seed: int) -> tuple[torch.Tensor, torch.Tensor
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(batch, dim, generator=generator)
     if dim == 2:
-        centre = torch.randint(8, (batch,), generator=generator) * torch.pi / 4
+        center = torch.randint(8, (batch,), generator=generator) * torch.pi / 4
         half = torch.randint(2, (batch,), generator=generator)
         angle = torch.rand(batch, generator=generator) * torch.pi + half * torch.pi
         moons = torch.stack([angle.cos() + half, angle.sin() + 0.5 * half], 1) * 3 - 1
-        x0 = 5 * torch.stack([centre.cos(), centre.sin()], 1) + 0.3 * noise
+        x0 = 5 * torch.stack([center.cos(), center.sin()], 1) + 0.3 * noise
         return x0, moons + 0.1 * torch.randn(batch, 2, generator=generator)
     means = torch.randn(10, dim, generator=generator)
     basis = torch.randn(20, dim, generator=generator) / 20**0.5

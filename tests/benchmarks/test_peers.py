@@ -1,7 +1,7 @@
 """Training and sampling steps side by side with other toolkits, in one process (extra `bench`).
 
 Times are those of this thread, which others on the machine do not lengthen, in turns; ratios are
-medians of ratios of neighbours. Every contestant computes the same thing, which is checked.
+medians of ratios of neighbors. Every contestant computes the same thing, which is checked.
 """
 
 import time

@@ -104,7 +104,7 @@ def test_one_step_classification(benchmark):
 def test_plain_classifier(benchmark, configure, experiment):
     """What the images and steps of an experiment make of a plain classifier of its network's size.
 
-    To be read beside the experiment's own results; trained with the same optimiser, learning
+    To be read beside the experiment's own results; trained with the same optimizer, learning
     rates, averaging and clipping.
     """
     cfg = configure("train", f"experiment={experiment}")

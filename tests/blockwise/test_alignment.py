@@ -68,7 +68,7 @@ def test_tokens_on_disk_are_found_by_content(tmp_path):
 
 
 def stripes(count, seed):
-    """Images of two grey levels, left and right: what is hidden can be told from what is not."""
+    """Images of two gray levels, left and right: what is hidden can be told from what is not."""
     levels = torch.rand(count, 1, 1, 2, generator=torch.Generator().manual_seed(seed)) * 2 - 1
     return levels.repeat_interleave(4, -1).expand(count, 1, 8, 8).contiguous()
 
@@ -118,14 +118,14 @@ def test_dinov2_tokens_of_a_tiny_network():
     )
     model = transformers.Dinov2Model(config)
     encoder = DINOv2(model, size=42)
-    grey = torch.rand(2, 1, 8, 8) * 2 - 1
-    tokens = encoder(grey)
+    gray = torch.rand(2, 1, 8, 8) * 2 - 1
+    tokens = encoder(gray)
     assert tokens.shape == (2, 9, 16)
     assert not tokens.requires_grad
-    torch.testing.assert_close(encoder(grey.expand(-1, 3, -1, -1)), tokens)
+    torch.testing.assert_close(encoder(gray.expand(-1, 3, -1, -1)), tokens)
     # black and white are where the network was trained to have them
     pixels = torch.nn.functional.interpolate(
-        grey.expand(-1, 3, -1, -1) / 2 + 0.5, size=(42, 42), mode="bicubic", antialias=True
+        gray.expand(-1, 3, -1, -1) / 2 + 0.5, size=(42, 42), mode="bicubic", antialias=True
     )
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     inputs = (pixels - mean[:, None, None]) / std[:, None, None]

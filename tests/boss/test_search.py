@@ -1,4 +1,4 @@
-"""BOSS: costs, dynamic programmes, scores and segments against closed forms and brute force."""
+"""BOSS: costs, dynamic programs, scores and segments against closed forms and brute force."""
 
 import math
 from itertools import combinations, pairwise, product
@@ -135,11 +135,11 @@ def test_costs_below_round_off_are_zero(dtype):
     assert set(costs.unique().tolist()) == {0.0, math.inf}
 
 
-# --- Bellman's programme -------------------------------------------------------------------------
+# --- Bellman's program -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n", range(2, 12))
-def test_the_programme_finds_what_brute_force_finds(n):
+def test_the_program_finds_what_brute_force_finds(n):
     """All subsets of up to 10 fine steps, for every number of steps."""
     fine = grids.power(n - 1, 1.3)
     for seed, num_steps in product(range(3), range(1, n)):
@@ -325,7 +325,7 @@ def test_the_end_point_grid_is_near_the_best_of_all(method):
 
 
 def test_steps_that_diverge_are_not_taken():
-    """Large early steps overflow; the programme passes them by."""
+    """Large early steps overflow; the program passes them by."""
 
     def explosive(x, t, cond=None):
         return torch.where(x > 3, 1e30 * x.square(), 20 * (t[:, None] < 0.2) * torch.ones_like(x))

@@ -320,8 +320,8 @@ def test_weights_vanish_as_selectors_in_high_dimension():
 
 
 @pytest.mark.parametrize(("batch", "expected"), [(2, 1.298), (8, 1.052), (64, 1.007)])
-def test_self_normalisation_is_biased_and_running_z_is_not(batch, expected):
-    # Batches of a size at once: classes of as many pairs, each normalised on its own.
+def test_self_normalization_is_biased_and_running_z_is_not(batch, expected):
+    # Batches of a size at once: classes of as many pairs, each normalized on its own.
     x0, x1 = normals(2_048_000, 1)
     square = (x0 - x1)[:, 0].square().double()
     w = weights(Gibbs(4.0, "sqeuclidean", "class"), x0, x1, torch.arange(len(x0)) // batch)

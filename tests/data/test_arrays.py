@@ -6,7 +6,7 @@ from hypothesis import given
 from flowkit.data.arrays import Arrays, from_uint8, positions
 
 
-def test_grey_levels_map_exactly_and_back():
+def test_gray_levels_map_exactly_and_back():
     levels = torch.arange(256, dtype=torch.uint8)
     mapped = from_uint8(levels)
     assert mapped.dtype == torch.float32

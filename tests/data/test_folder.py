@@ -18,8 +18,8 @@ def noise(height, width, channels=3, seed=0):
 def lanczos(size, pixels, start, length):
     """Weights (size, pixels) that reduce [start, start + length) of a row to ``size`` pixels."""
     scale = length / size
-    centres = start + (np.arange(size) + 0.5) * scale
-    u = (np.arange(pixels) + 0.5 - centres[:, None]) / scale
+    centers = start + (np.arange(size) + 0.5) * scale
+    u = (np.arange(pixels) + 0.5 - centers[:, None]) / scale
     weights = np.where(np.abs(u) < 3, np.sinc(u) * np.sinc(u / 3), 0)
     return weights / weights.sum(1, keepdims=True)
 
@@ -30,7 +30,7 @@ def test_crop_without_change_of_size_is_exact():
     assert np.array_equal(square(Image.fromarray(tall), 4).permute(1, 2, 0), tall[3:7])
 
 
-def test_reduction_is_one_lanczos_resampling_of_the_centred_square():
+def test_reduction_is_one_lanczos_resampling_of_the_centered_square():
     pixels = noise(60, 100, channels=1)
     ours = square(Image.fromarray(pixels), 10, channels=1)[0].double().numpy()
     expected = lanczos(10, 60, 0, 60) @ pixels.astype(float) @ lanczos(10, 100, 20, 60).T
@@ -59,8 +59,8 @@ def test_orientation_is_respected(tmp_path):
 
 
 def test_modes_are_converted():
-    grey = noise(5, 5, channels=1)
-    assert torch.equal(square(Image.fromarray(grey), 5), torch.tensor(grey).expand(3, 5, 5))
+    gray = noise(5, 5, channels=1)
+    assert torch.equal(square(Image.fromarray(gray), 5), torch.tensor(gray).expand(3, 5, 5))
     red = Image.new("RGB", (3, 3), (255, 0, 0))
     assert square(red, 3, channels=1).unique().tolist() == [76]  # ITU-R 601 luma of red
     palette = Image.fromarray(noise(6, 6)).quantize(8)
@@ -70,7 +70,7 @@ def test_modes_are_converted():
 
 
 def write_classes(root, counts):
-    """Images whose grey level is their number within all of the set."""
+    """Images whose gray level is their number within all of the set."""
     level = 0
     for name, count in counts.items():
         (root / name).mkdir()
@@ -170,5 +170,5 @@ def test_folders_that_make_no_data_set_are_refused(tmp_path):
 def test_arguments_out_of_range_are_refused(tmp_path):
     with pytest.raises(ValueError, match="image_size must be at least 1, got 0"):
         Folder(tmp_path, 0)
-    with pytest.raises(ValueError, match=r"channels must be 1 \(grey\) or 3 \(RGB\), got 4"):
+    with pytest.raises(ValueError, match=r"channels must be 1 \(gray\) or 3 \(RGB\), got 4"):
         Folder(tmp_path, 4, channels=4)

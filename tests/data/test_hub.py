@@ -12,7 +12,7 @@ datasets = pytest.importorskip("datasets")
 
 
 def make(count, first=0, names=("even", "odd")):
-    """Grey 6x4 images whose level is their number, labelled by its parity."""
+    """Gray 6x4 images whose level is their number, labeled by its parity."""
     labels = datasets.ClassLabel(names=list(names)) if names else datasets.Value("int64")
     features = datasets.Features({"image": datasets.Image(), "label": labels})
     levels = range(first, first + count)

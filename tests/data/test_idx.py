@@ -103,6 +103,6 @@ def test_fashion_mnist_has_its_known_shape():
     assert (data.num_classes, data.class_names[9]) == (10, "ankle boot")
     for name, share in (("train", 5500), ("val", 500), ("test", 1000)):
         assert data.split(name)[:]["cond"].bincount().tolist() == [share] * 10
-    # The training files' mean grey level is known to be 72.94 of 255.
+    # The training files' mean gray level is known to be 72.94 of 255.
     pixels = torch.cat([data.train[:]["x1"], data.val[:]["x1"]])
     assert (pixels.double().mean().item() + 1) * 127.5 == pytest.approx(72.94, abs=0.005)

@@ -394,7 +394,7 @@ def test_splits_travel_to_other_processes(autoencoder, tmp_path):
         (lambda a, r: encoded(pictures(), a, r, shard_size=0), "shard_size must be at least 1"),
         (lambda a, r: encoded(_points(), a, r), r"data must hold images \(C, H, W\), got shape"),
         (lambda a, r: encoded(_bad_labels(), a, r), r"cond of data must hold labels in \[0, 1\]"),
-        (lambda a, r: encoded(pictures(), _colour(), r), r"images must have shape \(B, 3, 8, 8\)"),
+        (lambda a, r: encoded(pictures(), _color(), r), r"images must have shape \(B, 3, 8, 8\)"),
     ],
 )
 def test_images_that_cannot_be_encoded_are_refused(autoencoder, tmp_path, run, message):
@@ -414,5 +414,5 @@ def _bad_labels():
     return data
 
 
-def _colour():
+def _color():
     return KLAutoencoder(autoencoder_kl((3, 8, 8), width=8, multipliers=(1, 2)))

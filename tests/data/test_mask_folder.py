@@ -20,7 +20,7 @@ def blocks(height, width, size, seed=0):
 
 
 def write(root, count=30, size=8):
-    """Images of three grey levels, and masks of the same pattern."""
+    """Images of three gray levels, and masks of the same pattern."""
     for part in ("images", "masks"):
         (root / part).mkdir(parents=True)
     for k in range(count):
@@ -40,7 +40,7 @@ def root(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "I;16", "RGB"])
-def test_labels_are_levels_indices_or_places_of_colours(tmp_path, mode):
+def test_labels_are_levels_indices_or_places_of_colors(tmp_path, mode):
     labels = blocks(8, 8, 1)
     image = Image.fromarray(labels)
     if mode == "P":
@@ -61,7 +61,7 @@ def test_bits_are_two_labels(tmp_path):
     assert read_mask(tmp_path / "mask.png", 8).tolist() == labels.astype(int).tolist()
 
 
-def test_a_palette_may_be_read_by_its_colours(tmp_path):
+def test_a_palette_may_be_read_by_its_colors(tmp_path):
     labels = blocks(8, 8, 1)
     image = Image.fromarray(2 - labels)
     image.putpalette(np.array(COLORS[::-1], np.uint8).tobytes())
@@ -110,7 +110,7 @@ def test_splits_are_disjoint_and_whole(root):
     assert torch.equal(batch["cond"], data.test[:]["cond"])
 
 
-def test_the_fingerprint_follows_masks_and_colours(root):
+def test_the_fingerprint_follows_masks_and_colors(root):
     def fingerprint(**options):
         data = MaskFolder(root, 8, **options)
         data.setup()
@@ -193,6 +193,6 @@ def test_what_is_no_mask_is_refused_by_its_name(root):
 
 
 @pytest.mark.parametrize("colors", [[[0, 0, 0]], [[0, 0], [1, 1]], [[0, 0, 0]] * 2, [[0, 0, 256]]])
-def test_bad_colours_are_refused(tmp_path, colors):
+def test_bad_colors_are_refused(tmp_path, colors):
     with pytest.raises(ValueError, match=r"colors must be two or more RGB triples in 0\.\.\.255"):
         MaskFolder(tmp_path, 8, colors=colors)

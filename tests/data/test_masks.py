@@ -65,7 +65,7 @@ def test_loaders_serve_masks():
     assert sum(len(b["x1"]) for b in batches) == len(data.test)
 
 
-def test_colours_count_by_their_mean():
+def test_colors_count_by_their_mean():
     images = torch.tensor([1.0, -1.0, -0.6]).reshape(1, 3, 1, 1)
     assert ForegroundRule(-0.25, classes=False)(images).item() == 1
     assert ForegroundRule(-0.15, classes=False)(images).item() == 0

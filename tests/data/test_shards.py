@@ -27,7 +27,7 @@ def write(file, members):
 
 @pytest.fixture
 def root(tmp_path):
-    """120 images in six files; the grey level is the number, the class its parity."""
+    """120 images in six files; the gray level is the number, the class its parity."""
     for shard in range(6):
         members = {}
         for number in range(20 * shard, 20 * shard + 20):

@@ -31,9 +31,9 @@ MOMENTS = {  # mean, then variances and covariance
 def test_moments_are_those_of_the_closed_form(name):
     points, _ = sample_toy(name, N, torch.Generator().manual_seed(0))
     mean, second = MOMENTS[name]
-    centred = points.double() - torch.tensor(mean)
+    centered = points.double() - torch.tensor(mean)
     products = torch.stack(
-        [*centred.T, centred[:, 0] ** 2, centred[:, 1] ** 2, centred.prod(1)], dim=1
+        [*centered.T, centered[:, 0] ** 2, centered[:, 1] ** 2, centered.prod(1)], dim=1
     )
     error = products.mean(0) - torch.tensor([0, 0, *second], dtype=torch.float64)
     assert (error.abs() < 5 * products.std(0) / math.sqrt(N)).all()
@@ -53,9 +53,9 @@ def test_gaussians_of_a_ring_sit_where_their_labels_say():
     points, labels = sample_toy("8gaussians", N, torch.Generator().manual_seed(2))
     for k in range(8):
         part = points[labels == k].double()
-        centre = torch.tensor([5 * math.cos(k * math.pi / 4), 5 * math.sin(k * math.pi / 4)])
+        center = torch.tensor([5 * math.cos(k * math.pi / 4), 5 * math.sin(k * math.pi / 4)])
         error = 5 * (0.1**0.25) / math.sqrt(len(part))
-        torch.testing.assert_close(part.mean(0), centre.double(), rtol=0, atol=error)
+        torch.testing.assert_close(part.mean(0), center.double(), rtol=0, atol=error)
         assert part.var(0).tolist() == pytest.approx([math.sqrt(0.1)] * 2, rel=0.07)
 
 

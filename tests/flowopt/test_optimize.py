@@ -148,11 +148,11 @@ def test_without_iterations_it_inverts_and_regenerates(method):
 
 
 def test_a_network_without_derivatives():
-    class Quantised:
+    class Quantized:
         def __call__(self, x, t, cond=None):
             return torch.round(CENTRED(x.detach(), t) * 64) / 64
 
-    edit = FlowOpt(ODESampler(10), num_iters=30)(Quantised(), data())
+    edit = FlowOpt(ODESampler(10), num_iters=30)(Quantized(), data())
     assert not edit.x.requires_grad
     assert (edit.residuals[-1] < 0.02).all()
     assert (edit.residuals[-1] < edit.residuals[0]).all()
@@ -278,7 +278,7 @@ def test_the_bound_of_a_symmetric_map_is_two_over_its_largest_eigenvalue(seed, n
     field = linear(basis @ torch.diag(values) @ basis.T)
     z = torch.randn(2, n, generator=generator, dtype=torch.float64)
     found = step_bound(field, ODESampler(1), z, rounds=200, generator=generator)
-    exact = 2 / values.max().item()  # neighbouring eigenvalues are told apart slowly
+    exact = 2 / values.max().item()  # neighboring eigenvalues are told apart slowly
     assert ((found.bound > (1 - 1e-6) * exact) & (found.bound < 1.02 * exact)).all()
     assert (found.cosine > 0).all()
 
@@ -515,7 +515,7 @@ def test_small_steps_do_not_stall():
 
 
 class Mean:
-    """Averages of neighbouring pairs: super-resolution by two."""
+    """Averages of neighboring pairs: super-resolution by two."""
 
     def __call__(self, x):
         return x.reshape(len(x), -1, 2).mean(-1)

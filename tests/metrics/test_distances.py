@@ -1,4 +1,4 @@
-"""Distances, intervals, straightness and quantisation against closed forms and brute force."""
+"""Distances, intervals, straightness and quantization against closed forms and brute force."""
 
 import math
 from collections import namedtuple
@@ -62,7 +62,7 @@ def test_frechet_of_commuting_covariances():
 def test_frechet_against_the_nuclear_norm(counts):
     """Full rank, one or both sets smaller than the 60 dimensions, and exactly as large.
 
-    With centred features A and B, ``tr (Σ_a Σ_b)^{1/2} = ‖A Bᵀ‖_* / √((N−1)(M−1))`` at any rank.
+    With centered features A and B, ``tr (Σ_a Σ_b)^{1/2} = ‖A Bᵀ‖_* / √((N−1)(M−1))`` at any rank.
     """
     a, b = normal(counts[0], 60, seed=1), normal(counts[1], 60, seed=2) @ random_cov(60, 3) + 1
     rows_a, rows_b = ((x - x.mean(0)) / (len(x) - 1) ** 0.5 for x in (a, b))
@@ -238,7 +238,7 @@ def test_kid_draws_and_errors():
         kid(a, b[:, 1:], 5, 10)
 
 
-# Neighbours
+# Neighbors
 
 
 def brute_prdc(real, fake, k):
@@ -368,7 +368,7 @@ def test_path_energy_takes_solutions_and_says_how_to_get_a_path():
 # Intervals
 
 
-# Quantisation and provenance
+# Quantization and provenance
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -123,12 +123,12 @@ def weights(tmp_path, monkeypatch):
     return tmp_path / "inception.pth"
 
 
-def test_inception_quantises_repeats_grey_and_hashes_its_file(weights):
+def test_inception_quantizes_repeats_gray_and_hashes_its_file(weights):
     features = inception(weights)
-    grey = torch.rand(60, 1, 4, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    expected = 2 * to_uint8(grey).double().mean((1, 2, 3))
-    assert torch.allclose(features(grey), expected[:, None].expand(-1, 2048))
-    assert torch.equal(features(grey), features(grey.expand(-1, 3, -1, -1)))
+    gray = torch.rand(60, 1, 4, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    expected = 2 * to_uint8(gray).double().mean((1, 2, 3))
+    assert torch.allclose(features(gray), expected[:, None].expand(-1, 2048))
+    assert torch.equal(features(gray), features(gray.expand(-1, 3, -1, -1)))
     assert features.name == "inception-v3"
     assert features.hash == hashlib.sha256(weights.read_bytes()).hexdigest()
     with pytest.raises(ValueError, match=r"images must have shape \(B, 1 or 3, H, W\), got"):
@@ -217,7 +217,7 @@ def test_image_metrics_is_a_record(digits, classifier, judge):
 
 
 def test_image_metrics_measures_images_as_saved(digits):
-    """A tenth of a grey level, and what sticks out of the range, are lost in a file."""
+    """A tenth of a gray level, and what sticks out of the range, are lost in a file."""
     train, test = digits[0][:100], digits[2]
     exact = to_uint8(train).float() / 127.5 - 1
     blurred = exact + 0.1 / 127.5

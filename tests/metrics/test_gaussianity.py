@@ -33,6 +33,6 @@ def test_structure_is_seen():
     assert gaussianity(torch.ones(1, 3, 4)).autocorrelation.item() == pytest.approx(1)
 
 
-def test_a_sample_needs_neighbours():
+def test_a_sample_needs_neighbors():
     with pytest.raises(ValueError, match="sides of z must be at least 2, got 1"):
         gaussianity(torch.randn(3, 1))

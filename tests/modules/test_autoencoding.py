@@ -83,7 +83,7 @@ def test_bad_arguments_are_refused():
 
 
 class Towards(nn.Module):
-    """Half the way to the masked image, or to a map's grey levels."""
+    """Half the way to the masked image, or to a map's gray levels."""
 
     def forward(self, x, t, cond=None):
         target = cond["masked"] if isinstance(cond, dict) else cond[:, None].float() / 4
@@ -105,7 +105,7 @@ def test_grid_shows_given_real_and_samples_row_by_row():
     assert torch.equal(condition_grid(module, {"x1": x}, 4, 3, ODESampler(2)), picture)
 
 
-def test_grid_shows_maps_as_grey_levels_and_latents_as_images():
+def test_grid_shows_maps_as_gray_levels_and_latents_as_images():
     torch.manual_seed(1)
     autoencoder = KLAutoencoder(network())
     module = LatentFlowMatching(GaussianFlow(0.0, 1.0), autoencoder)

@@ -99,7 +99,7 @@ def test_reflow_learns_the_pairs_of_the_teacher():
 
 @pytest.fixture
 def teacher(monkeypatch):
-    """What `load_run` gives: a labelled network of odd weights."""
+    """What `load_run` gives: a labeled network of odd weights."""
     module = ConditionalFlowMatching(MLP((2,), width=16, num_classes=3, activation="tanh"))
     module.loss({"x1": torch.randn(4, 2), "cond": torch.tensor([0, 1, 2, 3])})
     module.eval().requires_grad_(False)

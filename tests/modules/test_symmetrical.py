@@ -63,7 +63,7 @@ def test_the_loss_weighs_the_means_of_its_parts(times):
     expected = 0.7 * terms["image_loss"] + 0.3 * terms["label_loss"]
     torch.testing.assert_close(terms["loss"], expected)
     generator = torch.Generator().manual_seed(0)
-    y0 = module.codec.dequantise(module.codec.encode(batch["cond"]), generator)
+    y0 = module.codec.dequantize(module.codec.encode(batch["cond"]), generator)
     by_hand = module.joint.loss(batch["x1"], y0, generator=generator)
     torch.testing.assert_close((terms["image_loss"], terms["label_loss"]), by_hand)
 
@@ -73,7 +73,7 @@ def test_noise_and_mask_of_the_batch_and_edges_reach_the_joint_flow():
     batch = {"x1": torch.randn(6, 1, 8, 8), "cond": torch.arange(6) % 3}
     batch |= {"x0": torch.randn(6, 1, 8, 8), "mask": (torch.rand(6, 1, 8, 8) < 0.5).float()}
     found = module.loss(batch, draws[0])
-    y0 = module.states.encode(batch["cond"], dequantise=True, generator=draws[1])
+    y0 = module.states.encode(batch["cond"], dequantize=True, generator=draws[1])
     options = {"x0": batch["x0"], "mask": batch["mask"], "edges": 1.0, "generator": draws[1]}
     expected = module.joint.loss(batch["x1"], y0, **options)
     torch.testing.assert_close((found["image_loss"], found["label_loss"]), expected)
@@ -130,7 +130,7 @@ def test_class_weights_weigh_the_label_loss():
     batch = {"x1": torch.randn(6, 1, 8, 8), "cond": torch.tensor([0, 0, 1, 2, 2, 2])}
     terms = module.loss(batch, torch.Generator().manual_seed(0))
     generator = torch.Generator().manual_seed(0)
-    y0 = module.codec.dequantise(module.codec.encode(batch["cond"]), generator)
+    y0 = module.codec.dequantize(module.codec.encode(batch["cond"]), generator)
     weight = torch.tensor([1.0, 1, 5, 0, 0, 0])[:, None]
     by_hand = module.joint.loss(batch["x1"], y0, label_weight=weight, generator=generator)
     torch.testing.assert_close((terms["image_loss"], terms["label_loss"]), by_hand)
@@ -180,7 +180,7 @@ def test_the_noise_of_codes_does_not_lower_the_mean_of_many():
     codec = OneHot(10)
     states = LabelStates(codec, Identity())
     code = codec.encode(torch.tensor([3])).expand(4000, -1)
-    draws = codec.dequantise(code, torch.Generator().manual_seed(0))
+    draws = codec.dequantize(code, torch.Generator().manual_seed(0))
     clipped = codec.posterior(draws).mean(0)[3].item()
     assert clipped < 0.97
     assert states.posterior(draws[:, None])[0, 3].item() == pytest.approx(1, abs=0.01)
@@ -416,7 +416,7 @@ def test_cached_latents_train_as_their_images_do():
     terms = module().loss(batch, torch.Generator().manual_seed(0))
     fresh = module()
     generator = torch.Generator().manual_seed(0)
-    y0 = fresh.states.encode(masks, dequantise=True, generator=generator)
+    y0 = fresh.states.encode(masks, dequantize=True, generator=generator)
     by_hand = fresh.joint.loss(latents, y0, generator=generator)
     torch.testing.assert_close((terms["image_loss"], terms["label_loss"]), by_hand)
     with pytest.raises(ValueError, match=r"have the latents' size \(4, 4\), got \(3, 3\) of masks"):

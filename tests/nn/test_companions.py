@@ -49,7 +49,7 @@ def test_label_alone_is_guided_and_dropped():
 
 
 def test_map_is_reduced_by_learned_squares():
-    """Each pixel of the state is told of its own square of labels (and, mixed, its neighbours')."""
+    """Each pixel of the state is told of its own square of labels (and, mixed, its neighbors')."""
     net = Seen()
     velocity = SemanticMap(net, num_classes=3, factor=4, channels=2)
     velocity.reduce = velocity.reduce[0]  # the cut into squares alone

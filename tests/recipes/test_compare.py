@@ -38,7 +38,7 @@ ROWS = [
 
 @pytest.fixture
 def configured():
-    """Make configurations while Hydra is initialised, as it is within a command."""
+    """Make configurations while Hydra is initialized, as it is within a command."""
     with initialize_config_dir(CONF, version_base="1.3"):
         yield compose
 

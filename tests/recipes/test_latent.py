@@ -233,7 +233,7 @@ def test_networks_are_told_the_shape_of_latents_encoded_on_the_fly(network, conf
 
 
 def test_published_autoencoders_serve_as_well(configure, tmp_path):
-    """A folder as Stable Diffusion's: three colours, a scale, no size, inside a pipeline's."""
+    """A folder as Stable Diffusion's: three colors, a scale, no size, inside a pipeline's."""
     torch.manual_seed(0)
     AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 2,

@@ -104,14 +104,14 @@ def test_masks_are_predicted_measured_and_shown(mask_run, configure, tmp_path):
 
 
 def test_a_folder_of_images_and_masks_is_learnt_and_predicted(configure, tmp_path):
-    """Grey images, masks in three colours of which the last is ignored."""
+    """Gray images, masks in three colors of which the last is ignored."""
     colors = torch.tensor([[0, 0, 0], [255, 0, 0], [0, 0, 255]])
     labels = torch.randint(3, (60, 8, 8), generator=torch.Generator().manual_seed(0))
     for part in ("images", "masks"):
         (tmp_path / part).mkdir()
     for k, mask in enumerate(labels):
-        grey = (100 * mask).byte().numpy()
-        Image.fromarray(grey).save(tmp_path / "images" / f"{k}.png")
+        gray = (100 * mask).byte().numpy()
+        Image.fromarray(gray).save(tmp_path / "images" / f"{k}.png")
         Image.fromarray(colors[mask].byte().numpy()).save(tmp_path / "masks" / f"{k}.png")
     options = ["module=symmetrical", "data=mask_folder", f"data.root={tmp_path}", "data.channels=1"]
     options += ["data.image_size=8", "data.test_fraction=0.5", "codec@module.codec=one_hot_mask"]
@@ -271,7 +271,7 @@ def test_other_runs_cannot_label(tiny_run, configure):
         predict(configure("predict", f"run={tiny_run}"))
 
 
-def test_masks_have_colours():
+def test_masks_have_colors():
     images = colored(torch.tensor([[[0, 1, 2, 255]]]), num_classes=3)
     assert images.shape == (1, 3, 1, 4)
     assert torch.equal(images[0, :, 0, 0], -torch.ones(3))

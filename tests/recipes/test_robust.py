@@ -114,7 +114,7 @@ def _keyboard():
 
 
 class PressCtrlC(Callback):
-    """Interrupts its own process after an optimiser step, or amid the accumulation for the next."""
+    """Interrupts its own process after an optimizer step, or amid the accumulation for the next."""
 
     def __init__(self, step, batch, times=1):
         self.step, self.batch, self.times = step, batch, times

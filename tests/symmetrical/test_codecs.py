@@ -25,11 +25,11 @@ def _all_labels(codec):
 
 @pytest.mark.parametrize("kind", CODECS)
 @pytest.mark.parametrize("num_classes", [2, 3, 150, 1000])
-def test_dequantised_codes_are_decoded_to_their_labels(kind, num_classes):
+def test_dequantized_codes_are_decoded_to_their_labels(kind, num_classes):
     codec = kind(num_classes, q=0.5)
     assert isinstance(codec, Codec)
     labels = _all_labels(codec)
-    code = codec.dequantise(codec.encode(labels), torch.Generator().manual_seed(0))
+    code = codec.dequantize(codec.encode(labels), torch.Generator().manual_seed(0))
     assert torch.equal(codec.decode(code), labels)
     assert torch.equal(codec.posterior(code).argmax(1), labels)
 
@@ -55,7 +55,7 @@ def test_noise_is_uniform_of_the_stated_half_width(q, num_classes, which):
         q = min(q, 0.9)
     codec = kind(num_classes, q=q)
     zeros = torch.zeros(2000, codec.channels)
-    noise = codec.dequantise(zeros, torch.Generator().manual_seed(0))
+    noise = codec.dequantize(zeros, torch.Generator().manual_seed(0))
     half = q * codec.min_distance / (2 * math.sqrt(codec.channels))
     assert noise.abs().max() <= half * (1 + 1e-6)
     assert noise.std().item() == pytest.approx(half / math.sqrt(3), rel=0.05, abs=1e-9)
@@ -65,7 +65,7 @@ def test_noise_is_uniform_of_the_stated_half_width(q, num_classes, which):
 def test_no_noise_without_q():
     codec = OneHot(4, q=0.0)
     code = codec.encode(torch.arange(4))
-    assert torch.equal(codec.dequantise(code), code)
+    assert torch.equal(codec.dequantize(code), code)
 
 
 @pytest.mark.parametrize("kind", [OneHot, Simplex])
@@ -131,7 +131,7 @@ def test_ignored_pixels_are_zeros_and_do_not_count(kind):
     assert kind(4).counted(masks) is None
 
 
-def test_palettes_are_colours_in_the_range_of_images():
+def test_palettes_are_colors_in_the_range_of_images():
     colors = [[0, 0, 0], [128, 64, 128], [220, 20, 60]]
     code = RGBPalette(colors).encode(torch.tensor([[[0, 1, 2]]]))
     levels = ((code[0, :, 0].T + 1) * 127.5).round().int().tolist()
@@ -143,8 +143,8 @@ def test_palettes_are_colours_in_the_range_of_images():
         assert table.abs().max() <= 1
 
 
-def test_colours_too_close_for_the_noise_are_refused():
-    """Noise and rounding to 8 bits together must not reach another colour's half."""
+def test_colors_too_close_for_the_noise_are_refused():
+    """Noise and rounding to 8 bits together must not reach another color's half."""
     near = [[0, 0, 0], [0, 0, 3], [255, 0, 0]]
     RGBPalette(near, q=0.4)  # √3/0.6 = 2.9
     with pytest.raises(
@@ -158,11 +158,11 @@ def test_colours_too_close_for_the_noise_are_refused():
 
 
 @pytest.mark.parametrize("q", [0.5, 0.9])
-def test_the_closest_allowed_colours_survive_noise_and_rounding(q):
+def test_the_closest_allowed_colors_survive_noise_and_rounding(q):
     gap = math.floor(math.sqrt(3) / (1 - q)) + 1
     codec = RGBPalette([[100, 100, 100], [100, 100, 100 + gap]], q=q)
     masks = torch.randint(2, (1, 60, 60))
-    noisy = codec.dequantise(codec.encode(masks), torch.Generator().manual_seed(0))
+    noisy = codec.dequantize(codec.encode(masks), torch.Generator().manual_seed(0))
     stored = ((noisy + 1) * 127.5).round() / 127.5 - 1
     assert torch.equal(codec.decode(stored), masks)
 
