@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from flowkit.checks import check_between, expand_like
 from flowkit.types import Cond
-from flowkit.velocity import Velocity
+from flowkit.velocity import BoundVelocity, Velocity, bind
 
 Null = float | Tensor | Mapping[str, float | Tensor]
 
@@ -147,42 +147,24 @@ class ClassifierFree:
         return _Guided(self, cond, grid)
 
 
-class _Bound:
-    """A velocity bound for one solve, counting its network rows unless it does so itself."""
-
-    def __init__(self, velocity: Velocity, cond: Cond, grid: Tensor | None):
-        bind = getattr(velocity, "bind", None)
-        self.velocity = velocity if bind is None else bind(cond, grid)
-        self.begin_step = getattr(self.velocity, "begin_step", None)
-        self.called_rows = 0
-
-    def __call__(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        self.called_rows += len(x)
-        return self.velocity(x, t, cond)
-
-    @property
-    def rows(self) -> int:
-        return getattr(self.velocity, "rows", self.called_rows)
-
-
 class _Pair:
     """Two bound velocities that take their steps together."""
 
-    def __init__(self, first: _Bound, second: _Bound):
+    def __init__(self, first: BoundVelocity, second: BoundVelocity):
         self.fields = first, second
+        self.distinct = (first,) if first is second else (first, second)
 
     @property
     def rows(self) -> int:
-        return sum(field.rows for field in self.fields)
+        return sum(field.rows for field in self.distinct)
 
     @property
     def edges(self) -> list[float]:
-        return sorted({edge for f in self.fields for edge in getattr(f.velocity, "edges", ())})
+        return sorted({edge for field in self.distinct for edge in field.edges})
 
     def begin_step(self, t_left: float, t_right: float) -> None:
-        for field in self.fields:
-            if field.begin_step is not None:
-                field.begin_step(t_left, t_right)
+        for field in self.distinct:
+            field.begin_step(t_left, t_right)
 
 
 class _Guided(_Pair):
@@ -194,9 +176,11 @@ class _Guided(_Pair):
 
     def __init__(self, guidance: ClassifierFree, cond: Cond, grid: Tensor | None):
         self.guidance, self.cond, self.null = guidance, cond, replace_cond(cond, guidance.null)
-        self.separate = hasattr(guidance.velocity, "bind")
-        conds = (cond, self.null)
-        super().__init__(*(_Bound(guidance.velocity, c, grid) for c in conds))
+        field = bind(guidance.velocity, cond, grid)
+        self.separate = field.prepared
+        super().__init__(
+            field, bind(guidance.velocity, self.null, grid) if self.separate else field
+        )
 
     @cached_property
     def both(self) -> Cond:
@@ -264,12 +248,16 @@ class _Autoguided(_Pair):
 
     def __init__(self, guidance: Autoguidance, cond: Cond, grid: Tensor | None):
         self.scale = guidance.scale
-        super().__init__(*(_Bound(f, cond, grid) for f in (guidance.velocity, guidance.weak)))
+        super().__init__(*(bind(f, cond, grid) for f in (guidance.velocity, guidance.weak)))
 
     def __call__(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
         field, weak = self.fields
         v = field(x, t, cond)
-        return v if self.scale == 1 else torch.lerp(weak(x, t, cond), v, self.scale)
+        if self.scale == 1:
+            return v
+        # a copy, since the two fields may share an output buffer
+        v = v.clone()
+        return torch.lerp(weak(x, t, cond), v, self.scale)
 
 
 def _concatenate(a: Cond, b: Cond) -> Cond:

@@ -1,7 +1,6 @@
 """Log-likelihoods of data under a flow, each with its own error."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -11,7 +10,7 @@ from torch import Tensor
 from flowkit.checks import check_at_least, check_choice, check_whole
 from flowkit.sampling import ADAPTIVE, ODESampler
 from flowkit.types import Cond
-from flowkit.velocity import Velocity
+from flowkit.velocity import BoundVelocity, Velocity, bind
 
 
 class LogLikelihood(NamedTuple):
@@ -106,17 +105,9 @@ class _Augmented:
     def __init__(self, velocity: Velocity, probes: Tensor, exact: bool):
         self.velocity, self.probes, self.exact = velocity, probes, exact
 
-    def bind(self, cond: Cond, grid: Tensor) -> "_Augmented":
-        bind = getattr(self.velocity, "bind", None)
-        return self if bind is None else _Augmented(bind(cond, grid), self.probes, self.exact)
-
-    @property
-    def edges(self) -> Sequence[float]:
-        return getattr(self.velocity, "edges", ())
-
-    def begin_step(self, left: float, right: float) -> None:
-        if (begin := getattr(self.velocity, "begin_step", None)) is not None:
-            begin(left, right)
+    def bind(self, cond: Cond, grid: Tensor | None = None) -> BoundVelocity:
+        bound = bind(self.velocity, cond, grid)
+        return bound.wrapped(_Augmented(bound, self.probes, self.exact))
 
     def __call__(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
         with torch.enable_grad():

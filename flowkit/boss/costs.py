@@ -10,7 +10,7 @@ from torch.nn.functional import pad
 from flowkit.checks import as_grid, check_at_least, check_choice
 from flowkit.sampling import ODESampler
 from flowkit.types import Cond, take
-from flowkit.velocity import Velocity
+from flowkit.velocity import Velocity, bind
 
 Field = Callable[[Tensor, float], Tensor]
 """A velocity at one time for the whole batch: ``field(x (B, *), t) -> (B, *)``."""
@@ -227,8 +227,7 @@ def anchors(
 
 def make_field(velocity: Velocity, x: Tensor, cond: Cond, grid: Tensor) -> Field:
     """Bind a velocity for a walk along the grid, as a function of a state and a float time."""
-    bind = getattr(velocity, "bind", None)
-    bound = velocity if bind is None else bind(cond, grid)
+    bound = bind(velocity, cond, grid)
     dtype = torch.promote_types(x.dtype, torch.float32)
 
     def field(x: Tensor, t: float) -> Tensor:

@@ -25,7 +25,7 @@ from flowkit.sampling.solvers import (
     with_edges,
 )
 from flowkit.types import Cond
-from flowkit.velocity import Velocity
+from flowkit.velocity import Velocity, bind
 
 Callback = Callable[[int, float, Tensor], Tensor | None]
 
@@ -163,17 +163,17 @@ class ODESampler:
     def _run(self, times, velocity, x, cond, return_path, callback, step=None) -> Solution:
         if not x.is_floating_point():
             raise TypeError(f"x must be a floating-point tensor, got {x.dtype}")
-        bind = getattr(velocity, "bind", None)
-        field = Field(velocity if bind is None else bind(cond, self.times), x, cond)
+        bound = bind(velocity, cond, self.times)
+        field, before = Field(bound, x, cond), (bound.nfe, bound.rows)
         path = x.new_empty((len(times), *x.shape)) if return_path else None
         after = _after_step(path, x, callback)
-        times, after = with_edges(times, getattr(field.velocity, "edges", ()), after)
+        times, after = with_edges(times, bound.edges, after)
         if self.method in ADAPTIVE:
             tolerances = {"rtol": self.rtol, "atol": self.atol}
             x = adaptive(field, x, times, after, method=self.method, **tolerances)
         else:
             x = fixed(field, x, times.tolist(), after, step or STEPS[self.method]())
-        return Solution(x, field.nfe, field.rows, path)
+        return Solution(x, bound.nfe - before[0], bound.rows - before[1], path)
 
 
 def seeded_noise(

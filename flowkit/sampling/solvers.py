@@ -9,26 +9,26 @@ from torch import Tensor
 
 from flowkit.checks import check_same_shape
 from flowkit.types import Cond
-from flowkit.velocity import Velocity
+from flowkit.velocity import BoundVelocity
 
 CLOSE = 1e-6  # times that differ by less are one: grids may come in float32
 
 
 class Field:
-    """The velocity of one solve as a function of a float time, counting its evaluations."""
+    """The velocity of one solve as a function of a float time."""
 
-    __slots__ = ("cond", "in_place", "nfe", "t", "velocity")
+    __slots__ = ("checked", "cond", "in_place", "t", "velocity")
 
-    def __init__(self, velocity: Velocity, x: Tensor, cond: Cond):
+    def __init__(self, velocity: BoundVelocity, x: Tensor, cond: Cond):
         dtype = torch.promote_types(x.dtype, torch.float32)
         self.t = torch.empty(len(x), dtype=dtype, device=x.device)
-        self.velocity, self.cond, self.nfe, self.in_place = velocity, cond, 0, True
+        self.velocity, self.cond, self.in_place, self.checked = velocity, cond, True, False
 
     def at(self, x: Tensor, t: float) -> Tensor:
         v = self.velocity(x, self.t.fill_(t), self.cond)
-        if not self.nfe:
+        if not self.checked:
             check_same_shape(v, x, ("velocity(x, t, cond)", "x"))
-        self.nfe += 1
+            self.checked = True
         if v.requires_grad:  # the graph may hold on to the state and to the times
             self.in_place, self.t = False, torch.empty_like(self.t)
         return v
@@ -38,14 +38,12 @@ class Field:
         return x.add_(v, alpha=h) if self.in_place else _stage(x, v, h)
 
     @property
-    def rows(self) -> int:
-        return getattr(self.velocity, "rows", self.nfe * len(self.t))
-
-    @property
     def begin_step(self) -> Callable[[float, float], None] | None:
-        """Tells the velocity the step, in either direction as its left and its right end."""
-        tell = getattr(self.velocity, "begin_step", None)
-        return tell and (lambda t, end: tell(min(t, end), max(t, end)))
+        """Tell the velocity a step, in either direction as its left and its right end."""
+        if not self.velocity.follows_steps:
+            return None
+        tell = self.velocity.begin_step
+        return lambda t, end: tell(min(t, end), max(t, end))
 
 
 def with_edges(times: Tensor, edges: Sequence[float], after):
@@ -168,7 +166,6 @@ def adaptive(field: Field, x: Tensor, times: Tensor, after, **options: Any) -> T
         # gradients flow through the sizes of the steps, so the time keeps its graph
         v = field.velocity(x, t.to(field.t).expand_as(field.t), field.cond)
         check_same_shape(v, x, ("velocity(x, t, cond)", "x"))
-        field.nfe += 1
         return v
 
     begin_step = field.begin_step

@@ -184,6 +184,10 @@ class JointField:
         self.flow, self.channels, self.code_ndim = flow, channels, code_ndim
         self.across, self.scale, self.rows = across, scale, 0
 
+    def bind(self, cond: Cond = None, grid: Tensor | None = None) -> "JointField":
+        """Return a field that counts the rows of one solve."""
+        return JointField(self.flow, self.channels, self.code_ndim, self.across, self.scale)
+
     def __call__(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
         """Velocity ``(B, C + K, *)`` of packed states ``x``."""
         x, y = unpack(x, self.channels, self.code_ndim)
