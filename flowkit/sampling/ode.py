@@ -164,7 +164,7 @@ class ODESampler:
         if not x.is_floating_point():
             raise TypeError(f"x must be a floating-point tensor, got {x.dtype}")
         bound = bind(velocity, cond, self.times)
-        field, before = Field(bound, x, cond), (bound.nfe, bound.rows)
+        field, rows = Field(bound, x, cond), bound.rows
         path = x.new_empty((len(times), *x.shape)) if return_path else None
         after = _after_step(path, x, callback)
         times, after = with_edges(times, bound.edges, after)
@@ -173,7 +173,8 @@ class ODESampler:
             x = adaptive(field, x, times, after, method=self.method, **tolerances)
         else:
             x = fixed(field, x, times.tolist(), after, step or STEPS[self.method]())
-        return Solution(x, bound.nfe - before[0], bound.rows - before[1], path)
+        bound.count(field.nfe, field.nfe * len(x))
+        return Solution(x, field.nfe, bound.rows - rows, path)
 
 
 def seeded_noise(
