@@ -77,7 +77,7 @@ class DropCond(nn.Module):
     tensor([10, 10])
     """
 
-    def __init__(self, prob: float, null: Null):
+    def __init__(self, prob: float, null: Null) -> None:
         super().__init__()
         check_between(prob, 0, 1, "prob")
         if null is None:
@@ -129,7 +129,7 @@ class ClassifierFree:
     null: Null
     interval: tuple[float, float] = (0.0, 1.0)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         low, high = self.interval
         if not 0 <= low <= high <= 1:
             raise ValueError(
@@ -150,7 +150,7 @@ class ClassifierFree:
 class _Pair:
     """Two bound velocities that take their steps together."""
 
-    def __init__(self, first: BoundVelocity, second: BoundVelocity):
+    def __init__(self, first: BoundVelocity, second: BoundVelocity) -> None:
         self.fields = first, second
         self.distinct = (first,) if first is second else (first, second)
 
@@ -170,11 +170,12 @@ class _Pair:
 class _Guided(_Pair):
     """`ClassifierFree` during one solve.
 
-    A velocity that itself wants to be bound (it caches) is bound once for each condition and
-    called twice; any other is called once on the doubled batch where that is faster.
+    A velocity that offers ``bind`` (it caches something for a condition) is bound once for each
+    condition and called twice. Any other velocity is called once on the doubled batch where one
+    call is faster than two.
     """
 
-    def __init__(self, guidance: ClassifierFree, cond: Cond, grid: Tensor | None):
+    def __init__(self, guidance: ClassifierFree, cond: Cond, grid: Tensor | None) -> None:
         self.guidance, self.cond, self.null = guidance, cond, replace_cond(cond, guidance.null)
         field = bind(guidance.velocity, cond, grid)
         self.separate = field.prepared
@@ -230,7 +231,7 @@ class Autoguidance:
     weak: Velocity
     scale: float
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not abs(self.scale) < float("inf"):
             raise ValueError(f"scale must be finite, got {self.scale}")
 
@@ -246,7 +247,7 @@ class Autoguidance:
 class _Autoguided(_Pair):
     """`Autoguidance` during one solve."""
 
-    def __init__(self, guidance: Autoguidance, cond: Cond, grid: Tensor | None):
+    def __init__(self, guidance: Autoguidance, cond: Cond, grid: Tensor | None) -> None:
         self.scale = guidance.scale
         super().__init__(*(bind(f, cond, grid) for f in (guidance.velocity, guidance.weak)))
 

@@ -35,15 +35,17 @@ def log_likelihood(
     probes: int = 1,
     generator: torch.Generator | None = None,
 ) -> LogLikelihood:
-    """``log p(x1) = log N(x0; 0, I) − ∫₀¹ div v(x_t, t) dt`` along the flow through ``x1``.
+    """Return log-likelihoods under the flow, with an estimate of their errors.
+
+    ``log p(x1) = log N(x0; 0, I) − ∫₀¹ div v(x_t, t) dt`` along the flow through ``x1``.
 
     The divergence is exact (one backward pass per dimension), or Hutchinson's estimate
     ``εᵀ (∂v/∂x) ε`` with Rademacher probes ``ε``, fixed during the solve. The integration error is
     the difference to a solve with half the steps (adaptive methods: ten times the tolerances);
-    the probes' error is bounded from the same backward passes by
-    ``Var ≤ 2 ‖J‖² = 2 E‖Jᵀε‖²``, integrated as if fully correlated in time (far above it where the
-    Jacobian is nearly diagonal, and probes make no error). With few steps the value is meaningless,
-    and the reported error says so.
+    the error of the probes is bounded from the same backward passes by
+    ``Var ≤ 2 ‖J‖² = 2 E‖Jᵀε‖²``, integrated as if the errors were fully correlated in time. The
+    bound is far above the error where the Jacobian is nearly diagonal. With few steps the value
+    means nothing, and the reported error is large.
 
     Source: Grathwohl et al., *FFJORD*, 2018 (arXiv 1810.01367), equations 4 and 8; the error
     estimates are ours.
@@ -102,7 +104,7 @@ def _integrate(
 class _Augmented:
     """``d/dt (x, ℓ, e) = (v, div v, bound on the standard deviation of the estimate)``."""
 
-    def __init__(self, velocity: Velocity, probes: Tensor, exact: bool):
+    def __init__(self, velocity: Velocity, probes: Tensor, exact: bool) -> None:
         self.velocity, self.probes, self.exact = velocity, probes, exact
 
     def bind(self, cond: Cond, grid: Tensor | None = None) -> BoundVelocity:

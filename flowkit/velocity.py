@@ -48,14 +48,13 @@ class BoundVelocity:
 
     __slots__ = ("_begin_step", "_rows", "_source", "edges", "nfe", "prepared", "velocity")
 
-    def __init__(self, velocity: Velocity, prepared: bool = False):
-        begin_step = getattr(velocity, "begin_step", None)
+    def __init__(self, velocity: Velocity, prepared: bool = False) -> None:
+        begin_step: Any = getattr(velocity, "begin_step", None)
+        tells = callable(begin_step)
         # Other velocities are strangers to the protocol: a graph network has edges of its own.
-        takes_part = prepared or callable(begin_step)
+        takes_part = prepared or tells
         self.velocity, self.prepared = velocity, prepared
-        self._begin_step: Callable[[float, float], None] | None = (
-            begin_step if callable(begin_step) else None
-        )
+        self._begin_step: Callable[[float, float], Any] | None = begin_step if tells else None
         self._source: Any = velocity if takes_part and hasattr(velocity, "rows") else None
         self.edges: tuple[float, ...] = _times(getattr(velocity, "edges", ())) if takes_part else ()
         self.nfe = self._rows = 0
