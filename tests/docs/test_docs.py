@@ -1,6 +1,6 @@
 """Every block of code in the documentation runs; what its machine lacks is composed and checked.
 
-The blocks of a page run from top to bottom in one empty folder: Python in one namespace, commands in
+The blocks of a page run from top to bottom in one folder: Python in one namespace, commands in
 this process and on tiny sizes. The folder holds what pages may take for granted: a run,
 ``runs/quickstart``, and a few pictures.
 """
