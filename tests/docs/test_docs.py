@@ -198,6 +198,7 @@ def save_bytes(image: torch.Tensor, file: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules after import:RuntimeWarning")
 @pytest.mark.parametrize("page", pages_with("python", "bash"), ids=name)
 def test_page_runs(page, things, tmp_path, monkeypatch):
     folder = tmp_path / "folder"
