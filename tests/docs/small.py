@@ -22,7 +22,6 @@ OPTIONS = {
     "report": {"num_samples": 20, "solvers": "[euler,heun]", "nfe": "[4]"},
     "boss": {
         "budgets": "[3]",
-        "num_steps": 3,
         "fine_steps": 12,
         "start": 16,
         "limit": 32,

@@ -176,7 +176,7 @@ def things(tmp_path_factory):
     color = torch.nn.functional.interpolate(images, scale_factor=2).expand(-1, 3, -1, -1)
     for kind in ("photos/cats", "photos/dogs", "scenes/images", "scenes/masks", "mine"):
         (root / kind).mkdir(parents=True)
-    for k in range(60):
+    for k in range(120):
         picture = (color[k] * 127.5 + 127.5).byte()
         save_bytes(picture, root / "photos" / ("cats", "dogs")[k % 2] / f"{k}.png")
         save_bytes(picture, root / "scenes" / "images" / f"{k}.png")
