@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 import torch
 
 from flowkit.couplings import Independent, MinibatchOT
-from flowkit.data.toy import sample
+from flowkit.data import sample_toy as sample
 from flowkit.losses import flow_matching_loss
 from flowkit.modules import load_run
 from flowkit.nn import MLP

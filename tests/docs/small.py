@@ -14,7 +14,7 @@ WIDTHS = {
     "unet2d": {"width": 16, "multipliers": "[1,2]"},
     "BlockwiseDiT": {"width": 24, "heads": 2, "trunk_depth": 1},
     "BlockwiseMLP": {"width": 16, "trunk_depth": 1},
-    "autoencoder_kl": {"width": 16, "multipliers": "[1,2]"},
+    "autoencoder_kl": {"width": 16},
 }
 OPTIONS = {
     "sample": {"num_samples": 12, "batch_size": 12},
@@ -43,7 +43,7 @@ OPTIONS = {
     "inpaint": {"num_images": 2, "num_samples": 2},
     "semantic": {"num_images": 12, "rows": 2, "columns": 1},
     "pareto": {"num_samples": 20, "nfe": "[6]", "repetitions": 1},
-    "tokens": {"steps": 3, "sizes.width": 16, "sizes.depth": 1},
+    "tokens": {"steps": 3, "sizes.depth": 1},
     "epsilon": {"num_samples": 100},
     "encode": {"shard_size": 1000},
 }

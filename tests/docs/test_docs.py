@@ -7,6 +7,7 @@ this process and on tiny sizes. The folder holds what pages may take for granted
 
 import os
 import re
+import runpy
 import shlex
 import shutil
 import sys
@@ -23,19 +24,18 @@ from omegaconf import DictConfig, OmegaConf
 
 from flowkit.__main__ import main, recipes
 from flowkit.data import Digits
-from flowkit.metrics.pictures import save_picture
 from tests.conftest import CONF
 from tests.docs.small import small
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 LANGUAGES = {"python", "bash", "yaml", "text"}
-FENCE = re.compile(r"^(?P<indent> *)(?P<fence>`{3,})(?P<language>[\w-]*).*?$")
+FENCE = re.compile(r"^(?P<indent> *)(?P<fence>`{3,})(?P<language>[\w-]*)( title=\"(?P<file>.*)\")?$")
 
 # Folders and files that no page makes: their commands are composed, and not run.
 ELSEWHERE = re.compile(
     r"runs/(fashion|big|symmetrical_masks|symmetrical_fashion|symmetrical_latent|xl2)\w*(/.*)?"
-    r"|stable-diffusion-3|imagenet|tars|weights-inception.pth|mnist"
+    r"|stable-diffusion-3|imagenet|sd_vae|tars|weights-inception.pth|mnist|owner/name"
 )
 PATHS = (
     "run",
@@ -59,6 +59,8 @@ class Block(NamedTuple):
     language: str
     code: str
     line: int
+    file: str | None
+    """Where a reader is to put it."""
 
 
 class Command(NamedTuple):
@@ -76,7 +78,8 @@ def blocks(page: Path) -> list[Block]:
         if opened is None and fence:
             opened, lines = (fence, number), []
         elif opened and fence and fence["fence"] == opened[0]["fence"] and not fence["language"]:
-            found.append(Block(opened[0]["language"], "\n".join(lines), opened[1]))
+            first, line = opened
+            found.append(Block(first["language"], "\n".join(lines), line, first["file"]))
             opened = None
         elif opened:
             lines.append(line.removeprefix(opened[0]["indent"]))
@@ -137,6 +140,8 @@ def test_commands_compose(page, monkeypatch):
                 check_extras(words, where)
             elif words[:2] == ["jupyter", "lab"]:
                 assert all((ROOT / path).exists() for path in words[2:]), where
+            elif words[0] == "python":
+                assert any(other.file == words[1] for other in blocks(page)), where
             else:
                 pytest.fail(f"{where}: no test knows {words[0]}")
 
@@ -172,12 +177,12 @@ def things(tmp_path_factory):
     data = Digits()
     data.setup()
     images, labels = data.test[:]["x1"], data.test[:]["cond"]
-    save_picture(images[labels == 3][:1], root / "three.png", columns=1, zoom=1)
+    save_bytes(gray(images[labels == 3][0]), root / "three.png")
     color = torch.nn.functional.interpolate(images, scale_factor=2).expand(-1, 3, -1, -1)
-    for kind in ("photos/cats", "photos/dogs", "scenes/images", "scenes/masks", "mine"):
+    for kind in ("photos/cats", "photos/dogs", "scenes/images", "scenes/masks"):
         (root / kind).mkdir(parents=True)
     for k in range(120):
-        picture = (color[k] * 127.5 + 127.5).byte()
+        picture = gray(color[k])
         save_bytes(picture, root / "photos" / ("cats", "dogs")[k % 2] / f"{k}.png")
         save_bytes(picture, root / "scenes" / "images" / f"{k}.png")
         save_bytes(picture[:1] // 52, root / "scenes" / "masks" / f"{k}.png")
@@ -188,6 +193,10 @@ def things(tmp_path_factory):
     finally:
         os.chdir(here)
     return root
+
+
+def gray(image: torch.Tensor) -> torch.Tensor:
+    return (image * 127.5 + 127.5).byte()
 
 
 def save_bytes(image: torch.Tensor, file: Path) -> None:
@@ -207,13 +216,18 @@ def test_page_runs(page, things, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [str(folder), *sys.path])
     names, resumed = {"__name__": "__page__"}, 0
     for block in blocks(page):
-        if block.language == "python":
+        if block.file:
+            (folder / block.file).parent.mkdir(parents=True, exist_ok=True)
+            (folder / block.file).write_text(block.code)
+        elif block.language == "python":
             torch.manual_seed(0)
             code = "\n" * block.line + block.code  # so that errors name the page's line
             exec(compile(code, str(page), "exec"), names)
         elif block.language == "bash":
             for command in commands(block):
-                if command.words[0] == "flowkit" and len(command.words) > 1:
+                if command.words[0] == "python":
+                    run_script(command.words[1:])
+                elif command.words[0] == "flowkit" and len(command.words) > 1:
                     resumed += any(word.startswith("resume=") for word in command.words)
                     run(command.words[1:], f"{name(page)}:{command.line}", resumed)
 
@@ -248,6 +262,17 @@ def run(words: list[str], where: str = "", resumed: int = 0) -> None:
         os.environ.clear()
         os.environ.update(environment)
         torch.set_num_threads(threads)
+        GlobalHydra.instance().clear()
+
+
+def run_script(words: list[str]) -> None:
+    saved = sys.argv
+    GlobalHydra.instance().clear()
+    try:
+        sys.argv = words
+        runpy.run_path(words[0], run_name="__main__")
+    finally:
+        sys.argv = saved
         GlobalHydra.instance().clear()
 
 
