@@ -35,7 +35,7 @@ OPTIONS = {
     "compare_edits": {
         "num_inverted": 4,
         "num_edited": 4,
-        "num_steps": 2,
+        "num_steps": 5,
         "solves": "[2]",
         "rows": 1,
     },
