@@ -45,7 +45,7 @@ def plain(axes, **options):
 
 
 def color(t):
-    """From grey at noise to orange at data."""
+    """From gray at noise to orange at data."""
     return plt.matplotlib.colors.LinearSegmentedColormap.from_list("t", [GREY, BLUE, ORANGE])(
         float(t)
     )
@@ -100,7 +100,7 @@ def hero(path, run):
     axes.scatter(*path[0, :700].T, s=5, color=GREY, linewidths=0)
     axes.scatter(*path[-1].T, s=4, color=ORANGE, linewidths=0, alpha=0.8, zorder=3)
     plain(axes, aspect="equal", **LIMITS)
-    left.suptitle("points: noise (grey) flows to data (orange)", fontsize=11)
+    left.suptitle("points: noise (gray) flows to data (orange)", fontsize=11)
     panels = right.subplots(len(shown), 10)
     for row, k in zip(panels, shown, strict=True):
         for image, panel in zip(states[k], row, strict=True):

@@ -55,7 +55,7 @@ def arrow(axes, start, end, **options):
 
 
 def label(axes, x, y, text, **options):
-    """A grey note."""
+    """A gray note."""
     axes.text(x, y, text, fontsize=9, color=GREY, **{"ha": "center", "va": "center"} | options)
 
 

@@ -5,11 +5,13 @@ this process and on tiny sizes. The folder holds what pages may take for granted
 ``runs/quickstart``, and a few pictures.
 """
 
+import importlib.util
 import os
 import re
 import runpy
 import shlex
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -30,7 +32,9 @@ from tests.docs.small import small
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 LANGUAGES = {"python", "bash", "yaml", "text"}
-FENCE = re.compile(r"^(?P<indent> *)(?P<fence>`{3,})(?P<language>[\w-]*)( title=\"(?P<file>.*)\")?$")
+FENCE = re.compile(
+    r"^(?P<indent> *)(?P<fence>`{3,})(?P<language>[\w-]*)( title=\"(?P<file>.*)\")?$"
+)
 
 # Folders and files that no page makes: their commands are composed, and not run.
 ELSEWHERE = re.compile(
@@ -114,6 +118,38 @@ def composed(recipe: str, overrides: list[str]) -> DictConfig:
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_blocks_are_of_languages_that_are_tested(page):
     assert {block.language for block in blocks(page)} <= LANGUAGES
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_links_and_pictures_are_there(page):
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
+        if not target.startswith("http"):
+            written_at_build = target.endswith("commands.md")
+            assert written_at_build or (page.parent / target).exists(), target
+
+
+def test_the_command_reference_names_every_recipe_and_option():
+    spec = importlib.util.spec_from_file_location("hooks", ROOT / "docs" / "hooks.py")
+    hooks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hooks)
+    text = hooks.commands()
+    for recipe in recipes():
+        assert f"## flowkit {recipe}\n" in text
+        for key in OmegaConf.load(ROOT / "conf" / f"{recipe}.yaml"):
+            assert key in ("defaults", "hydra") or f"{key}:" in text, (recipe, key)
+
+
+@pytest.mark.slow
+def test_the_site_builds_and_fetches_nothing(tmp_path):
+    pytest.importorskip("mkdocstrings")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-d", str(tmp_path)]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    for page in tmp_path.rglob("*.html"):
+        fetched = re.findall(
+            r"<(?:script|link|img)[^>]+(?:src|href)=\"(?:https?:)?//", page.read_text()
+        )
+        assert not fetched, page
 
 
 @pytest.mark.parametrize("page", pages_with("yaml"), ids=name)
