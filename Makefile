@@ -34,7 +34,7 @@ bench: .venv/.installed
 	$(BIN)/python -m pytest tests/benchmarks --benchmark-only -s
 
 docs: .venv/.installed
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo open build/site/index.html
 
 clean:
