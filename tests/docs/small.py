@@ -11,7 +11,7 @@ WIDTHS = {
     "MLP": {"width": 16, "depth": 1},
     "ResidualMLP": {"width": 16, "depth": 1},
     "DiT": {"width": 24, "depth": 1, "heads": 2},
-    "unet2d": {"width": 16, "multipliers": "[1,2]"},
+    "unet2d": {"width": 16, "multipliers": "[1,1]"},
     "BlockwiseDiT": {"width": 24, "heads": 2, "trunk_depth": 1},
     "BlockwiseMLP": {"width": 16, "trunk_depth": 1},
     "autoencoder_kl": {"width": 16},
@@ -42,7 +42,7 @@ OPTIONS = {
     "consistency": {"num_samples": 20},
     "inpaint": {"num_images": 2, "num_samples": 2},
     "semantic": {"num_images": 12, "rows": 2, "columns": 1},
-    "pareto": {"num_samples": 20, "nfe": "[6]", "repetitions": 1},
+    "pareto": {"num_samples": 10, "nfe": "[6]", "repetitions": 1},
     "tokens": {"steps": 3, "sizes.depth": 1},
     "epsilon": {"num_samples": 100},
     "encode": {"shard_size": 1000},
@@ -68,13 +68,13 @@ def small(recipe: str, given: list[str], cfg: DictConfig, resumed: int) -> list[
 
 
 def _training(cfg: DictConfig, resumed: int, go_on: bool) -> Iterator[tuple[str, Any]]:
-    yield "trainer.max_steps", 6 + 2 * resumed
-    yield "trainer.val_check_interval", 6
+    yield "trainer.max_steps", 4 + 2 * resumed
+    yield "trainer.val_check_interval", 4
     yield "trainer.enable_progress_bar", "false"
     yield "++trainer.limit_val_batches", 1
     if go_on:
         return
-    yield "batch_size", 12
+    yield "batch_size", 6
     yield "trainer.accelerator", "cpu"
     yield from _data(cfg.data).items()
     if OmegaConf.select(cfg, "callback.ema._target_"):

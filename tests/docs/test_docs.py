@@ -128,6 +128,13 @@ def test_links_and_pictures_are_there(page):
             assert written_at_build or (page.parent / target).exists(), target
 
 
+@pytest.mark.parametrize("page", pages_with("python"), ids=name)
+def test_python_imports_public_packages_only(page):
+    """A reader learns ``flowkit.boss``, never ``flowkit.boss.search``."""
+    code = "\n".join(block.code for block in blocks(page) if block.language == "python")
+    assert not re.findall(r"(?:from|import) flowkit\.\w+\.\S+", code)
+
+
 def test_the_command_reference_names_every_recipe_and_option():
     spec = importlib.util.spec_from_file_location("hooks", ROOT / "docs" / "hooks.py")
     hooks = importlib.util.module_from_spec(spec)
