@@ -1,6 +1,7 @@
 """Layers, packaging and the command."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
+
+from flowkit import __version__
 
 ROOT = Path(__file__).parent.parent
 
@@ -30,6 +34,23 @@ def test_library_files_read_in_one_sitting():
         if (lines := file.read_text().count("\n")) > 370
     }
     assert not long
+
+
+def test_hooks_are_local_and_run_what_make_check_runs():
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert [repo["repo"] for repo in hooks] == ["local"]
+    entries = [hook["entry"].replace(".venv/bin/", "") for hook in hooks[0]["hooks"]]
+    check = (ROOT / "Makefile").read_text().partition("\ncheck:")[2].partition("\n\n")[0]
+    commands = re.findall(r"\$\(BIN\)/(ruff \w+|[\w-]+)", check)
+    assert [entry.partition(" --")[0] for entry in entries] == commands
+
+
+def test_the_version_is_that_of_citation_and_changelog():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert {"cff-version", "message", "title", "authors"} <= set(citation)  # what CFF requires
+    assert citation["version"] == __version__
+    newest = (ROOT / "CHANGELOG.md").read_text().partition("\n## ")[2].split()[0]
+    assert newest == __version__
 
 
 def test_bare_command_lists_every_recipe_with_a_line():
