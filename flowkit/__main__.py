@@ -138,7 +138,7 @@ def check_experiment(recipe: str, arguments: list[str]) -> None:
     Hydra is told of other folders by other means, the check is left to it.
 
     Raises:
-        ValueError: If it is another recipe's, or there is none of this name.
+        ValueError: If it is another recipe's, or no file has this name.
     """
     own = experiments(recipe)
     folders = []
@@ -198,7 +198,7 @@ def _for_the_user(error: BaseException) -> str | None:
 
 
 def _plain(error: BaseException) -> str:
-    """What Hydra says, in a line where it is a slip on the command line."""
+    """Return what Hydra says, in a line where it is a slip on the command line."""
     text = str(error)
     if missing := re.match(r".*Missing mandatory value: (\S+)", text, re.DOTALL):
         return f"{missing[1]} must be given, as {missing[1]}=..."

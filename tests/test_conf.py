@@ -9,6 +9,7 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
+import flowkit.recipes.train  # noqa: F401  # registers what configurations of shapes refer to
 from flowkit.__main__ import experiments, recipes
 from flowkit.autoencoders import KLAutoencoder
 from flowkit.modules.checkpoints import build
