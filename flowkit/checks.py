@@ -3,11 +3,17 @@
 Every message reads ``<argument> must <rule>, got <value>[; <fix>]``.
 """
 
+import functools
 import math
-from collections.abc import Collection, Sequence
+import warnings
+from collections.abc import Callable, Collection, Sequence
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def expand_like(t: Tensor, x: Tensor) -> Tensor:
@@ -130,3 +136,48 @@ def check_finite(x: Tensor, name: str) -> None:
     if not bool(torch.isfinite(x).all()):
         bad = int((~torch.isfinite(x)).sum())
         raise ValueError(f"{name} must be finite, got {bad} NaN or infinite of {x.numel()} values")
+
+
+def renamed_arguments(
+    *, since: str, removed_in: str, **names: str
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Let a function take keyword arguments under their old names, too, for a while.
+
+    The function itself, and its signature, know the new names only. A test fails once flowkit's
+    version has reached ``removed_in``, so that old names do go.
+
+    Args:
+        since: The version of flowkit that renamed them.
+        removed_in: The version from which on old names are errors.
+        names: ``old="new"`` for each.
+
+    Raises:
+        TypeError: When the function is called with an argument under both of its names.
+
+    >>> @renamed_arguments(since="0.2.0", removed_in="0.4.0", colour="color")
+    ... def paint(color: str) -> str:
+    ...     return f"all in {color}"
+    >>> paint(color="red")
+    'all in red'
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(function)
+        def renamed(*args: P.args, **kwargs: P.kwargs) -> R:
+            for old, new in names.items():
+                if old not in kwargs:
+                    continue
+                if new in kwargs:
+                    raise TypeError(f"{new} must be given once, got {old} as well, its old name")
+                warnings.warn(
+                    f"{old} is named {new} since flowkit {since}; "
+                    f"flowkit {removed_in} will not take {old}",
+                    FutureWarning,
+                    stacklevel=2,
+                )
+                kwargs[new] = kwargs.pop(old)
+            return function(*args, **kwargs)
+
+        return renamed
+
+    return decorate

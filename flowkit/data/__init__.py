@@ -1,5 +1,6 @@
 """Data sets as Lightning data modules that yield ``flowkit.types.Batch``."""
 
+from flowkit.data.arrays import Arrays
 from flowkit.data.cache import write_cache
 from flowkit.data.digits import Digits
 from flowkit.data.folder import Folder
@@ -15,6 +16,7 @@ from flowkit.data.toy import Toy, sample_toy
 
 __all__ = [
     "IDX",
+    "Arrays",
     "Digits",
     "Folder",
     "Hub",
