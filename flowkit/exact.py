@@ -33,7 +33,7 @@ class GaussianFlow:
     mean: float | Tensor
     std: float | Tensor
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not bool((torch.as_tensor(self.std) > 0).all()):
             raise ValueError(f"std must be positive, got {self.std}")
 
@@ -82,7 +82,7 @@ class MixtureFlow:
     means: Tensor
     stds: Tensor
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         components = len(self.means)
         for name in ("weights", "stds"):
             value = getattr(self, name)

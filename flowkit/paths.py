@@ -145,7 +145,7 @@ class Linear(Interpolant):
     sigma_min: float = 0.0
     sigma: float = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 <= self.sigma_min < 1:
             raise ValueError(f"sigma_min must lie in [0, 1), got {self.sigma_min}")
         check_at_least(self.sigma, 0, "sigma")
@@ -189,7 +189,7 @@ class VP(Interpolant):
     beta_min: float = 0.1
     beta_max: float = 20.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 <= self.beta_min < self.beta_max:
             raise ValueError(
                 "beta_min must lie in [0, beta_max), "
@@ -226,7 +226,7 @@ class Affine(Interpolant):
     a: Callable[[Tensor], Tensor]
     b: Callable[[Tensor], Tensor]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
         for name, function, rule in (("a", self.a, (0, 1)), ("b", self.b, (None, 0))):
             for time, value, wanted in zip((0, 1), function(ends).tolist(), rule, strict=True):
@@ -257,7 +257,7 @@ class BrownianBridge:
 
     sigma: float
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_at_least(self.sigma, 0, "sigma")
 
     def sample(

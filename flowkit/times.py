@@ -55,7 +55,7 @@ class LogitNormal:
     mean: float = 0.0
     std: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_positive(self.std, "std")
 
     def __call__(
@@ -77,7 +77,7 @@ class Beta:
     a: float
     b: float
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_positive(self.a, "a")
         check_positive(self.b, "b")
 

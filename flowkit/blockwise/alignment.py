@@ -69,7 +69,7 @@ class Projector(nn.Sequential):
     torch.Size([1, 4, 768])
     """
 
-    def __init__(self, inputs: int, outputs: int, width: int = 2048):
+    def __init__(self, inputs: int, outputs: int, width: int = 2048) -> None:
         super().__init__(
             nn.Linear(inputs, width),
             nn.SiLU(),
@@ -89,7 +89,7 @@ class StoredTokens:
         ValueError: If the file is none; when called, if an image's tokens are not in it.
     """
 
-    def __init__(self, file: str | Path):
+    def __init__(self, file: str | Path) -> None:
         from safetensors import safe_open
 
         if file is None or not Path(file).is_file():
@@ -163,7 +163,7 @@ class DINOv2(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, model: Any = "facebook/dinov2-base", size: int = 224):
+    def __init__(self, model: Any = "facebook/dinov2-base", size: int = 224) -> None:
         super().__init__()
         if isinstance(model, str | Path):
             try:

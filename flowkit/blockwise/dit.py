@@ -70,7 +70,7 @@ class BlockwiseDiT(Blockwise):
         mlp_ratio: float = 4.0,
         num_classes: int | None = None,
         feature_mode: str = "full",
-    ):
+    ) -> None:
         count = len(check_edges(edges)) - 1
         depths = each(stack_depth, count, "stack_depth")
         widths = each(width if stack_width is None else stack_width, count, "stack_width")
@@ -103,7 +103,7 @@ class DiTTrunk(nn.Module):
         heads: int,
         rank: int | None = None,
         mlp_ratio: float = 4.0,
-    ):
+    ) -> None:
         super().__init__()
         check_at_least(depth, 1, "trunk_depth")
         self.shape, self.width = tuple(int(n) for n in shape), width
@@ -129,7 +129,7 @@ class DiTTrunk(nn.Module):
 class _Head(nn.Module):
     """What stacks of one width share: their way in, most of their modulation, their way out."""
 
-    def __init__(self, shape: Sequence[int], patch: int, width: int, trunk_width: int):
+    def __init__(self, shape: Sequence[int], patch: int, width: int, trunk_width: int) -> None:
         super().__init__()
         inputs = trunk_width + trunk_width  # [c; h_token]
         self.patches = PatchEmbed(shape, patch, width)
@@ -152,7 +152,7 @@ class DiTStack(nn.Module):
         heads: int,
         rank: int | None = None,
         mlp_ratio: float = 4.0,
-    ):
+    ) -> None:
         super().__init__()
         check_at_least(depth, 1, "stack_depth")
         self.trunk, self.width = Part(trunk), width
@@ -194,7 +194,7 @@ class DiTResidual(nn.Module):
         heads: int,
         mlp_ratio: float = 4.0,
         sees_start: bool = False,
-    ):
+    ) -> None:
         super().__init__()
         check_at_least(depth, 1, "residual_depth")
         self.trunk, self.sees_start = Part(trunk), sees_start
@@ -236,7 +236,7 @@ class _Block(DiTBlock):
         mlp_ratio: float,
         cond_width: int | None = None,
         rank: int | None = None,
-    ):
+    ) -> None:
         super().__init__(width, heads, mlp_ratio)
         size = width // heads
         if size % 4:
@@ -258,7 +258,7 @@ class _Block(DiTBlock):
 class _LowRank(nn.Module):
     """``shared + U V c``, with ``U`` zero at the start."""
 
-    def __init__(self, inputs: int, rank: int, outputs: int):
+    def __init__(self, inputs: int, rank: int, outputs: int) -> None:
         super().__init__()
         self.down, self.up = nn.Linear(inputs, rank), zeroed(nn.Linear(rank, outputs))
 

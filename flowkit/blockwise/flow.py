@@ -77,7 +77,7 @@ class Blockwise(nn.Module):
         edges: Tensor | Sequence[float] | int,
         feature_residual: Any = None,
         feature_mode: str = "full",
-    ):
+    ) -> None:
         super().__init__()
         self.edges: tuple[float, ...] = check_edges(edges)
         if len(stacks) != self.num_segments:
@@ -222,7 +222,7 @@ class BlockwiseSolve:
         reach: For each segment, the largest fraction of it that features are carried over.
     """
 
-    def __init__(self, flow: Blockwise, mode: str, reach: Sequence[float] | None = None):
+    def __init__(self, flow: Blockwise, mode: str, reach: Sequence[float] | None = None) -> None:
         self.flow, self.mode, self.reach = flow, mode, reach
         self.segment: int | None = None
         self.anchor: _Anchor | None = None

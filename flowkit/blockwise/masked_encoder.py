@@ -35,7 +35,7 @@ class MaskedEncoder(nn.Module):
         width: int = 64,
         depth: int = 4,
         heads: int = 4,
-    ):
+    ) -> None:
         super().__init__()
         check_at_least(depth, 1, "depth")
         shape = [int(n) for n in shape]

@@ -48,7 +48,7 @@ class BlockwiseMLP(Blockwise):
         num_classes: int | None = None,
         dropout: float = 0.0,
         feature_mode: str = "full",
-    ):
+    ) -> None:
         depths = each(stack_depth, len(check_edges(edges)) - 1, "stack_depth")
         trunk = MLPTrunk(shape, width, trunk_depth, num_classes, dropout)
         stacks = [MLPStack(trunk, depth, dropout) for depth in depths]
@@ -66,7 +66,7 @@ class MLPTrunk(nn.Module):
         depth: int,
         num_classes: int | None = None,
         dropout: float = 0.0,
-    ):
+    ) -> None:
         super().__init__()
         check_at_least(width, 1, "width")
         check_at_least(depth, 1, "trunk_depth")
@@ -92,7 +92,7 @@ class MLPTrunk(nn.Module):
 class MLPStack(nn.Module):
     """The blocks of one segment."""
 
-    def __init__(self, trunk: MLPTrunk, depth: int, dropout: float = 0.0):
+    def __init__(self, trunk: MLPTrunk, depth: int, dropout: float = 0.0) -> None:
         super().__init__()
         check_at_least(depth, 1, "stack_depth")
         self.trunk = Part(trunk)
@@ -118,7 +118,7 @@ class MLPResidual(nn.Module):
     Zero at the start, since the blocks' gates are.
     """
 
-    def __init__(self, trunk: MLPTrunk, depth: int, dropout: float = 0.0):
+    def __init__(self, trunk: MLPTrunk, depth: int, dropout: float = 0.0) -> None:
         super().__init__()
         check_at_least(depth, 1, "residual_depth")
         self.trunk = Part(trunk)
@@ -136,6 +136,6 @@ class MLPResidual(nn.Module):
 
 
 class _Block(_ResidualBlock):
-    def __init__(self, width: int, cond_width: int, dropout: float):
+    def __init__(self, width: int, cond_width: int, dropout: float) -> None:
         super().__init__(width, dropout)
         self.modulation = modulation(cond_width, width, 3)

@@ -36,7 +36,7 @@ class Usage:
 class PlainStack(nn.Module):
     """A whole network as the stack of a segment: it looks at no features."""
 
-    def __init__(self, net: nn.Module):
+    def __init__(self, net: nn.Module) -> None:
         super().__init__()
         self.net = net
 
@@ -65,7 +65,7 @@ class Part(Generic[M]):
     A copy of a whole refers to the whole's copy; a copy of one part alone to the same module.
     """
 
-    def __init__(self, module: M):
+    def __init__(self, module: M) -> None:
         self.module = module
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Part[M]":

@@ -121,7 +121,7 @@ class _Search:
         fine: Tensor,
         method: str,
         target: Tensor,
-    ):
+    ) -> None:
         self.velocity, self.x0, self.cond = velocity, x0, cond
         self.fine, self.method, self.target = fine, method, target
 

@@ -52,7 +52,7 @@ class _Memory(nn.Module):
 
     refine: bool
 
-    def __init__(self, size: int = 1024):
+    def __init__(self, size: int = 1024) -> None:
         super().__init__()
         check_at_least(size, 1, "size")
         self.size = size

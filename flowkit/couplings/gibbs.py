@@ -71,7 +71,7 @@ class Gibbs(nn.Module):
         normalize: Normalize = "batch",
         debias: Debias = None,
         pool: int = 1,
-    ):
+    ) -> None:
         super().__init__()
         if not epsilon > 0:
             raise ValueError(

@@ -28,7 +28,7 @@ class Inpainting(nn.Module):
     torch.Size([2, 4, 8, 8])
     """
 
-    def __init__(self, net: nn.Module):
+    def __init__(self, net: nn.Module) -> None:
         super().__init__()
         self.net = net
 
@@ -70,7 +70,7 @@ class SemanticMap(nn.Module):
     torch.Size([2, 4, 8, 8])
     """
 
-    def __init__(self, net: nn.Module, num_classes: int, factor: int, channels: int = 4):
+    def __init__(self, net: nn.Module, num_classes: int, factor: int, channels: int = 4) -> None:
         super().__init__()
         sizes = {"num_classes": num_classes, "factor": factor, "channels": channels}
         for name, size in sizes.items():

@@ -50,7 +50,7 @@ class DiffusersVelocity(nn.Module):
         time_scale: float = 1000.0,
         channels_last: bool = False,
         drop_sigma: bool = False,
-    ):
+    ) -> None:
         from diffusers.models.embeddings import LabelEmbedding
 
         super().__init__()

@@ -47,7 +47,7 @@ class PatchEmbed(nn.Module):
 
     positions: Tensor
 
-    def __init__(self, shape: Sequence[int], patch: int, width: int):
+    def __init__(self, shape: Sequence[int], patch: int, width: int) -> None:
         super().__init__()
         channels, height, columns = shape
         if height % patch or columns % patch:
@@ -87,7 +87,7 @@ class DiTBlock(nn.Module):
 
     def __init__(
         self, width: int, heads: int, mlp_ratio: float = 4.0, cond_width: int | None = None
-    ):
+    ) -> None:
         super().__init__()
         if width % heads:
             raise ValueError(f"heads must divide the width {width}, got {heads}")
@@ -125,7 +125,7 @@ class PatchOutput(nn.Module):
         cond_width: Size of ``c``; ``None`` for ``width``.
     """
 
-    def __init__(self, width: int, size: int, cond_width: int | None = None):
+    def __init__(self, width: int, size: int, cond_width: int | None = None) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.modulation = modulation(cond_width or width, width, 2)
@@ -178,7 +178,7 @@ class DiT(nn.Module):
         in_channels: int | None = None,
         num_times: int = 1,
         gradient_checkpointing: bool = False,
-    ):
+    ) -> None:
         super().__init__()
         if len(shape) != 3:
             raise ValueError(f"shape must be (C, H, W), got {tuple(shape)}")

@@ -94,7 +94,7 @@ class TimeLabelEmbedding(nn.Module):
         num_classes: int | None = None,
         num_times: int = 1,
         frequencies: int = 256,
-    ):
+    ) -> None:
         super().__init__()
         check_at_least(num_times, 1, "num_times")
         self.num_classes, self.frequencies = num_classes, frequencies

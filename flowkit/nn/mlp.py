@@ -57,7 +57,7 @@ class MLP(nn.Module):
         cond_dim: int | None = None,
         activation: str = "selu",
         num_times: int = 1,
-    ):
+    ) -> None:
         super().__init__()
         if num_classes is not None and cond_dim is not None:
             raise ValueError(
@@ -132,7 +132,7 @@ class ResidualMLP(nn.Module):
         num_classes: int | None = None,
         dropout: float = 0.0,
         num_times: int = 1,
-    ):
+    ) -> None:
         super().__init__()
         check_at_least(width, 1, "width")
         check_at_least(depth, 1, "depth")
@@ -157,7 +157,7 @@ class ResidualMLP(nn.Module):
 
 
 class _ResidualBlock(nn.Module):
-    def __init__(self, width: int, dropout: float):
+    def __init__(self, width: int, dropout: float) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
         self.modulation = modulation(width, width, 3)
