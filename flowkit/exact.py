@@ -49,9 +49,7 @@ class GaussianFlow:
         return mean + slope * (x - s * mean)
 
     def solution(self, x0: Tensor) -> Tensor:
-        """Return the exact solution ``mean + std x0 (B, *)`` at ``t = 1``, from ``x0 (B, *)`` at
-        ``t = 0``.
-        """
+        """Return the exact state ``mean + std x0 (B, *)`` at ``t = 1``, for the start ``x0``."""
         mean, std = self._parameters(x0)
         return mean + std * x0
 
