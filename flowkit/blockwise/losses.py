@@ -9,20 +9,17 @@ Generation*, 2025 (arXiv 2510.21167).
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from flowkit.blockwise.flow import Blockwise
-from flowkit.checks import check_at_least, check_choice, check_same_shape, expand_like
+from flowkit.checks import check_choice, check_same_shape, expand_like
 from flowkit.couplings import Coupling, Independent
-from flowkit.losses import flow_matching_loss
 from flowkit.paths import Linear, Path
-from flowkit.times import Device, Stratified, Times, Uniform
+from flowkit.times import Stratified, Times, Uniform
 from flowkit.types import Batch, Cond, Pairs
-from flowkit.velocity import Velocity
 
 Drop = Callable[[Cond, torch.Generator | None], Cond]
 
@@ -286,61 +283,3 @@ def _segment_squares(
     if log_weight is not None:
         rows = rows * log_weight.exp().to(rows)
     return segment_mean(rows, segment, counts)
-
-
-@dataclass(frozen=True)
-class _Within:
-    """Stratified times in the interval [``low``, ``high``)."""
-
-    low: float
-    high: float
-
-    def __call__(
-        self, batch: int, device: Device = None, generator: torch.Generator | None = None
-    ) -> Tensor:
-        """Draw ``batch`` times."""
-        return self.low + (self.high - self.low) * Stratified()(batch, device, generator)
-
-
-@torch.no_grad()
-def loss_by_time(
-    velocity: Velocity,
-    batch: Batch,
-    num_intervals: int = 20,
-    path: Path = Linear(),
-    coupling: Coupling = Independent(),
-    generator: torch.Generator | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Measure the flow-matching loss of a velocity in equal intervals of time.
-
-    `flowkit.blockwise.equal_burden` divides time by this loss. The loss includes a part that no
-    network can remove. To exclude this part, subtract the loss of a larger network.
-
-    Args:
-        velocity: A trained velocity.
-        batch: Data; every interval uses the whole batch.
-        num_intervals: Number of intervals ``K``, at least 1.
-        path: Path, as in training.
-        coupling: Coupling, as in training.
-        generator: Source of noise and times.
-
-    Returns:
-        Ends of the intervals ``(K + 1,)`` and their losses ``(K,)``.
-
-    Raises:
-        ValueError: If ``num_intervals`` is below 1.
-
-    >>> from flowkit.exact import GaussianFlow
-    >>> times, loss = loss_by_time(GaussianFlow(2.0, 0.5), {"x1": 2 + torch.randn(99, 2) / 2}, 5)
-    >>> times.shape, loss.shape
-    (torch.Size([6]), torch.Size([5]))
-    """
-    check_at_least(num_intervals, 1, "num_intervals")
-    ends = torch.linspace(0, 1, num_intervals + 1, dtype=torch.float64)
-    losses = [
-        flow_matching_loss(
-            velocity, batch, path, coupling, _Within(low, high), generator=generator
-        )["loss"].cpu()
-        for low, high in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True)
-    ]
-    return ends, torch.stack(losses)

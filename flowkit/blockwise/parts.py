@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from flowkit.checks import as_grid, check_at_least
@@ -107,41 +106,6 @@ def check_edges(edges: Tensor | Sequence[float] | int) -> tuple[float, ...]:
     if (times[0], times[-1]) != (0.0, 1.0):
         raise ValueError(f"edges must increase from 0 to 1, got {list(times)}")
     return times
-
-
-def equal_burden(times: Tensor, burden: Tensor, num_segments: int) -> Tensor:
-    """Return edges of segments with equal ``∫ burden dt``.
-
-    Args:
-        times: Ends ``(K + 1,)`` of ``K`` intervals from 0 to 1.
-        burden: Positive density ``(K,)`` in each interval, such as a network's loss by time (see
-            `flowkit.blockwise.loss_by_time`).
-        num_segments: Number of segments ``M``, at least 1.
-
-    Returns:
-        Edges ``(M + 1,)`` in float64.
-
-    Raises:
-        ValueError: If ``times`` do not increase from 0 to 1, the burden is not positive and finite,
-            or there is not one number per interval.
-
-    >>> equal_burden(torch.tensor([0.0, 0.5, 1.0]), torch.tensor([3.0, 1.0]), 2)
-    tensor([0.0000, 0.3333, 1.0000], dtype=torch.float64)
-    """
-    check_at_least(num_segments, 1, "num_segments")
-    ends = torch.tensor(check_edges(times), dtype=torch.float64)
-    density = torch.as_tensor(burden, dtype=torch.float64, device="cpu")
-    if density.shape != (len(ends) - 1,):
-        raise ValueError(
-            f"burden must hold one number per interval, {len(ends) - 1}, got {tuple(density.shape)}"
-        )
-    if not bool((density > 0).all()) or not bool(density.isfinite().all()):
-        raise ValueError(f"burden must be positive and finite, got {density.tolist()}")
-    total = torch.cat([density.new_zeros(1), (density * ends.diff()).cumsum(0)])
-    wanted = torch.arange(1, num_segments, dtype=torch.float64) / num_segments * total[-1]
-    k = torch.searchsorted(total, wanted).clamp(1, len(density)) - 1
-    inner = ends[k] + (wanted - total[k]) / density[k]
-    return as_grid(torch.cat([ends[:1], inner, ends[-1:]]), "edges")
 
 
 def each(value: int | Sequence[int], count: int, name: str) -> list[int]:
