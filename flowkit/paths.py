@@ -92,16 +92,11 @@ class Interpolant:
         return PathSample(x_t.to(x1.dtype), t, (da * x1 + db * x0).to(x1.dtype))
 
     def to_data(self, x_t: Tensor, t: Tensor, v: Tensor) -> Tensor:
-        """Convert a velocity to the expected data ``E[x1 | x_t] (B, *)``.
+        """Return the expected data ``E[x1 | x_t]`` for states and velocities ``x_t, v (B, *)``.
 
         The equation is ``(s² v − b b' x_t) / (a' s² − a b b')`` with ``s² = b² + sigma²``. With
         ``sigma = 0``, the equation is exact for any source. With ``sigma > 0``, it assumes a
         standard normal source.
-
-        Args:
-            x_t: States ``(B, *)``.
-            t: Times ``(B,)`` in [0, 1].
-            v: Velocities ``(B, *)``.
 
         Raises:
             ValueError: If shapes differ or a time lies outside [0, 1].
@@ -116,16 +111,11 @@ class Interpolant:
         return (s2 * v - b * db * x_t) / (da * s2 - a * b * db)
 
     def to_noise(self, x_t: Tensor, t: Tensor, v: Tensor) -> Tensor:
-        """Convert a velocity to the expected source ``E[x0 | x_t] (B, *)``.
+        """Return the expected source ``E[x0 | x_t]`` for states and velocities ``x_t, v (B, *)``.
 
         The equation is ``(a' x_t − a v) / (a' b − a b')`` with ``sigma = 0``, for any source. With
         ``sigma > 0``, it is ``b (x_t − a E[x1 | x_t]) / (b² + sigma²)``, for a standard normal
         source.
-
-        Args:
-            x_t: States ``(B, *)``.
-            t: Times ``(B,)`` in [0, 1].
-            v: Velocities ``(B, *)``.
 
         Raises:
             ValueError: If shapes differ or a time lies outside [0, 1].
@@ -139,15 +129,10 @@ class Interpolant:
         return b * (x_t - a * self.to_data(x_t, t, v)) / (b**2 + self.sigma**2)
 
     def to_score(self, x_t: Tensor, t: Tensor, v: Tensor) -> Tensor:
-        """Convert a velocity to the score ``∇ log p_t(x_t) (B, *)``, for a standard normal source.
+        """Return the score ``∇ log p_t(x_t)`` for states and velocities ``x_t, v (B, *)``.
 
-        The equation is ``−(x_t − a E[x1 | x_t]) / (b² + sigma²)``. With ``sigma = 0``, the score is
-        unbounded at ``b = 0``, so at ``t = 1``.
-
-        Args:
-            x_t: States ``(B, *)``.
-            t: Times ``(B,)`` in [0, 1].
-            v: Velocities ``(B, *)``.
+        The equation is ``−(x_t − a E[x1 | x_t]) / (b² + sigma²)``, for a standard normal source.
+        With ``sigma = 0``, the score is unbounded at ``b = 0``, so at ``t = 1``.
 
         Raises:
             ValueError: If shapes differ, a time lies outside [0, 1], or ``t = 1`` with ``b(1) = 0``

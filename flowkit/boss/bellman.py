@@ -19,7 +19,7 @@ def bellman_grid(costs: Tensor, fine_grid: Tensor | int, num_steps: int) -> Tens
     The grid has the same ends as the fine grid.
 
     The dynamic program is ``V(j, 1) = c[j, n−1]``, ``V(j, m) = min_{j<i<n−1} c[j, i] + V(i, m−1)``.
-    The grid follows the minima from ``j = 0``. The time is ``O(num_steps n²)``. If several grids
+    The grid follows the minima from ``j = 0``. The effort is ``O(num_steps n²)``. If several grids
     have the least cost, the result is the most even of them (least sum of squared steps).
 
     Args:
@@ -144,9 +144,9 @@ def converged_costs(
 ) -> tuple[Tensor, BellmanInterval]:
     """Return step costs of enough noise samples for a stable Bellman grid.
 
-    The number of noise samples doubles until two conditions hold. The interval of the value lies
-    within ``± tolerance`` of the value, relatively. The intervals of the times are on average no
-    wider than ``tolerance`` of the whole grid. The number also stops at ``limit``.
+    The number of noise samples doubles until two conditions hold, or until ``limit``. First, the
+    interval of the value is at most ``2 tolerance`` times the value wide. Second, the intervals of
+    the times are on average at most ``tolerance`` times the length of the grid wide.
 
     Args:
         velocity: The velocity, with guidance if the sampler uses guidance.

@@ -123,7 +123,7 @@ def optimize_grid(
 
     Two thirds of the noise samples make the grids; the last third gives the scores. A grid other
     than the uniform grid wins only if its gain is larger than the standard error of the gain.
-    `search_rows` tells the number of evaluations.
+    `search_rows` returns the number of evaluations.
 
     The error at the last time measures the distance between samples and the reference's samples. It
     does not measure the quality of images. To choose by quality, compare distributions on all

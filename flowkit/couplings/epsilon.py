@@ -14,7 +14,7 @@ Target = Literal["elbow", "ess", "corr"]
 
 
 class EpsilonChoice(NamedTuple):
-    """A choice of ε, and the curves that the choice was read from; see `suggest_epsilon`.
+    """Choice of ε, and the curves from which it was read; see `suggest_epsilon`.
 
     ``epsilon``: the chosen value. ``epsilons (n,)``: the values of ε of the curves. ``ess (n,)``:
     the effective number of pairs ``ESS/N`` at each ε. ``tilt_variance (n,)``: the relative variance

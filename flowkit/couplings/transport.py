@@ -142,9 +142,7 @@ def assign(cost: Tensor) -> Tensor:
         matrix = cost.detach().cpu().numpy()
         matrix = np.subtract(matrix, matrix.min(0, initial=np.inf), dtype=np.float64)
     _, columns = linear_sum_assignment(matrix)
-    return torch.from_numpy(columns.argsort()).to(
-        cost.device
-    )  # inverts columns of rows to rows of columns
+    return torch.from_numpy(columns.argsort()).to(cost.device)  # rows of columns
 
 
 def potentials(cost: np.ndarray, num_stages: int, num_iters: int) -> tuple[np.ndarray, np.ndarray]:

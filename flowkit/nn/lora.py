@@ -42,7 +42,9 @@ def add_lora(net: nn.Module, rank: int) -> nn.Module:
     # Only these types: a subclass, as in attention, may be used without a call of the layer.
     layers = [n for n, m in net.named_modules() if type(m) in (nn.Linear, nn.Conv1d, nn.Conv2d)]
     if not layers:
-        raise ValueError("net must have linear or convolution layers, got none")
+        raise ValueError(
+            f"net must have linear or convolution layers, got {type(net).__name__} without them"
+        )
     pattern = "|".join(map(re.escape, layers))
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=pattern)
     return inject_adapter_in_model(config, net)

@@ -66,7 +66,7 @@ class MLP(nn.Module):
         super().__init__()
         if num_classes is not None and cond_dim is not None:
             raise ValueError(
-                f"cond_dim must be None where num_classes is given, got {cond_dim}; "
+                f"cond_dim must be None if num_classes is given, got {cond_dim}; "
                 "a network takes labels or float conditions"
             )
         check_choice(activation, ACTIVATIONS, "activation")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flowkit.adapters import DiffusersPipelineFlow
-from flowkit.adapters.pipelines import (
+from flowkit.adapters.published import (
     FLUX_EDITING,
     FLUX_INVERSION,
     SD3_EDITING,

@@ -114,7 +114,7 @@ def _map(cond):
 @pytest.mark.parametrize(
     ("run", "error", "message"),
     [
-        (lambda: _inpaint(None), TypeError, "mapping with masked and mask, got NoneType"),
+        (lambda: _inpaint(None), TypeError, "mapping with the names masked and mask, got NoneType"),
         (
             lambda: _inpaint({"mask": torch.zeros(2, 1, 3, 3)}),
             TypeError,
