@@ -131,8 +131,8 @@ class StoredTokens:
         if len(known) < len(found):
             raise ValueError(
                 f"images must have tokens in {self.file}, got {len(found) - len(known)} unknown "
-                f"of {len(found)}; run `flowkit tokens` with the same data, with mirrored images "
-                "if training mirrors images"
+                f"of {len(found)}; run `flowkit tokens` with the same data, which also stores "
+                "the tokens of mirrored images"
             )
         return self.tokens[known].to(images.device, torch.float32)
 

@@ -1,11 +1,11 @@
 """Corrections of the bias of Gibbs weights.
 
-Weights ``w = exp(−c/ε)`` on independent pairs change the density of both ends. The source's
-density is multiplied by ``h_x(x0) = E_x1 w``, and the data's by ``h_y(x1) = E_x0 w``. These factors are called
-*tilts*. Three classes reduce them, from the cheapest to the most exact. `RowSoftmax` keeps the
-source exact. `Division` divides the weights by both tilts once. `Potentials` repeats the division
-until both ends are exact, so the pairs follow the entropic optimal plan. All three are arguments of
-`flowkit.couplings.Gibbs`.
+Weights ``w = exp(−c/ε)`` on independent pairs change the density of both ends. The density of the
+source is multiplied by ``h_x(x0) = E_x1 w``, the density of the data by ``h_y(x1) = E_x0 w``. These
+factors are called *tilts*. Three classes reduce them, from the cheapest to the most exact.
+`RowSoftmax` keeps the source exact. `Division` divides the weights by both tilts once. `Potentials`
+repeats the division until both ends are exact, so the pairs follow the entropic optimal plan. All
+three are arguments of `flowkit.couplings.Gibbs`.
 """
 
 import math
