@@ -152,6 +152,11 @@ def store_tokens(
 
     Returns:
         The number of distinct images.
+
+    >>> import tempfile
+    >>> file = Path(tempfile.mkdtemp()) / "tokens.safetensors"
+    >>> store_tokens(file, [torch.zeros(3, 1, 4, 4)], lambda x: x.flatten(1)[:, :, None])
+    1
     """
     from safetensors.torch import save_file
 

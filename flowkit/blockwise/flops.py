@@ -126,6 +126,12 @@ def solve_cost(flow: Blockwise, x: Tensor, cond: Cond, num_samples: int) -> dict
     Returns:
         ``feature_mode``; ``reach``, the largest part of each segment over which features are
         reused; ``calls`` of each part; and ``gflops`` and ``gflops_without_attention`` per sample.
+
+    >>> from flowkit.blockwise.mlp import BlockwiseMLP
+    >>> flow, x = BlockwiseMLP((2,), edges=2, width=16), torch.zeros(4, 2)
+    >>> v = flow(x, torch.full((4,), 0.7))
+    >>> solve_cost(flow, x, None, num_samples=4)["calls"]
+    {'stacks.1': 1, 'trunk': 1}
     """
     flops = used_flops(flow.usage, part_flops(flow, x, cond))
     return {
