@@ -73,9 +73,8 @@ def shifted(num_steps: int, shift: float) -> Tensor:
     """
     check_positive(shift, "shift")
     t = uniform(num_steps)
-    return as_grid(
-        t / (t + shift * (1 - t))
-    )  # the same formula for t, without cancellation at t = 0
+    # This is the same formula for t, without cancellation at t = 0.
+    return as_grid(t / (t + shift * (1 - t)))
 
 
 def blockwise(edges: Tensor | Sequence[float], steps: int | Sequence[int]) -> Tensor:

@@ -13,7 +13,7 @@ from flowkit.sampling import ODESampler
 from flowkit.types import Cond, take
 from flowkit.velocity import Velocity
 
-PROGRAM_NOISES = 64  # noise samples of the dynamic program; in tests, more gave the same grids
+PROGRAM_NOISES = 64  # for the dynamic program; in experiments, more noises gave the same grids
 SEARCH_WALKS = 8  # budget of the search, in solves on the whole fine grid
 
 

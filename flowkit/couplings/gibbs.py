@@ -284,4 +284,4 @@ def _class_normalized(
 
 _MEMORY = 1000  # number of batches in the running mean of log Z
 _ROWS = 256  # largest number of samples that telemetry uses
-_LOG_TINY = -87.0  # exp of a smaller number is 0 in float32
+_LOG_TINY = -87.0  # exp of a smaller number underflows in float32
