@@ -153,7 +153,7 @@ def test_a_grid_made_for_something_else_is_warned_about(
 ):
     file = f"sampler.grid.file={searched[0]}/grid.json"
     options = ["guidance=2", "sampler=from_file", file, "num_samples=2", change]
-    with pytest.warns(UserWarning, match=rf"grid of .* should be used with {named}"):
+    with pytest.warns(UserWarning, match=rf"grid in .* should be used with {named}"):
         sample(configure("sample", f"run={tiny_run}", f"out={tmp_path}", *options))
 
 
