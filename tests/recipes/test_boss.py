@@ -229,7 +229,7 @@ def test_half_finished_pairs_are_gone_on_with(tiny_run, configure, tmp_path):
     whole = {f.name: f.read_bytes() for f in (tmp_path / "p").glob("*.safetensors")}
     assert len(whole) == 3
     (tmp_path / "p" / "pairs-00001.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"hold all 3 shards, got none called pairs-00001"):
+    with pytest.raises(FileNotFoundError, match=r"hold all 3 shards, got no pairs-00001"):
         Pairs(tmp_path / "p").setup()
     kept = (tmp_path / "p" / "pairs-00000.safetensors").stat().st_mtime_ns
     pairs(configure("pairs", *make))
