@@ -66,8 +66,8 @@ class SplitData(LightningDataModule):
     """Data module with the splits train, val and test; the superclass of all data modules here.
 
     Training batches come from an endless `flowkit.data.stream.Stream`. A resumed run continues the
-    stream at the right step. The splits val and test are read in order. Each rank takes its own share of a
-    batch, so Lightning's trainer needs ``max_epochs=-1``, ``max_steps`` and
+    stream at the right step. The splits val and test are read in order. Each rank takes its
+    own share of a batch, so Lightning's trainer needs ``max_epochs=-1``, ``max_steps`` and
     ``use_distributed_sampler=False``.
 
     A new data set is a subclass with a method ``load``.

@@ -180,7 +180,7 @@ def test_what_is_no_mask_is_refused_by_its_name(root):
     Image.fromarray(np.array(COLORS, np.uint8)[blocks(8, 16, 2)]).save(file)
     data = MaskFolder(root, 8)
     data.setup()
-    with pytest.raises(ValueError, match=r"07.png \(mask must hold a label per pixel, got mode"):
+    with pytest.raises(ValueError, match=r"07.png \(mask must hold one label per pixel, got"):
         [data.split(name)[:] for name in ("train", "val", "test")]
     other = np.array(COLORS, np.uint8)[blocks(8, 16, 2)]
     other[3, 9] = [1, 2, 3]
