@@ -1,6 +1,6 @@
 """Records of an evaluation: metrics with the features and the reference they depend on."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -142,7 +142,7 @@ def point_metrics(
     if grid is None:
         raise ValueError("grid must be given with a path, got None")
     energy = path_energy(path, grid)
-    states = path if isinstance(path, Tensor) else path.path
+    states = path if isinstance(path, Tensor) else cast(Tensor, path.path)
     transport = wasserstein2(states[0], real)
     return record | {
         "transport_w2": transport,
