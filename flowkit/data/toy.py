@@ -32,6 +32,7 @@ def _circle(count: int) -> Tensor:
 
 
 def _gaussian(n: int, generator: torch.Generator | None) -> Samples:
+    """Draw from N(0, I)."""
     return torch.randn(n, 2, generator=generator), None
 
 
@@ -46,10 +47,12 @@ def _gaussians(count: int) -> Callable[[int, torch.Generator | None], Samples]:
 
 
 def _mixture(n: int, generator: torch.Generator | None) -> Samples:
+    """Draw from two Gaussians, see `sample_toy`."""
     return _components(torch.tensor([[-2.0, 0.0], [2.0, 0.0]]), 0.5, n, generator)
 
 
 def _moons(n: int, generator: torch.Generator | None) -> Samples:
+    """Draw from two half circles, see `sample_toy`."""
     labels = torch.randint(2, (n,), generator=generator)
     angle = math.pi * torch.rand(n, generator=generator)
     arc = torch.stack([angle.cos(), angle.sin()], dim=1)
@@ -58,6 +61,7 @@ def _moons(n: int, generator: torch.Generator | None) -> Samples:
 
 
 def _checkerboard(n: int, generator: torch.Generator | None) -> Samples:
+    """Draw from eight cells of a checkerboard, see `sample_toy`."""
     cells = torch.randint(8, (n,), generator=generator)
     column = cells // 2
     corner = torch.stack([column, 2 * (cells % 2) + column % 2], dim=1)
