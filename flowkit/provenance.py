@@ -1,4 +1,4 @@
-"""How a number was obtained: hashes of tensors and versions of packages."""
+"""Provenance of results: hashes of tensors and versions of packages."""
 
 import hashlib
 import platform
@@ -12,12 +12,12 @@ from flowkit._version import __version__
 
 
 def tensor_hash(tensors: Tensor | Iterable[Tensor] | Mapping[str, Tensor]) -> str:
-    """SHA-256 of one or several tensors: names, dtypes, shapes and bytes.
+    """Compute the SHA-256 of one or several tensors: of their names, dtypes, shapes and bytes.
 
-    The device does not enter, nor the order of a mapping (a ``state_dict``, say).
+    The device and the order of a mapping (for example a ``state_dict``) do not change the hash.
 
     Args:
-        tensors: A tensor, several, or a mapping from names to tensors.
+        tensors: One tensor, several tensors, or a mapping from names to tensors.
 
     Returns:
         64 hexadecimal digits.
@@ -42,7 +42,9 @@ def tensor_hash(tensors: Tensor | Iterable[Tensor] | Mapping[str, Tensor]) -> st
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, flowkit and the installed packages that numbers depend on.
+    """Return the versions of Python, flowkit and the installed packages that results depend on.
+
+    Packages that are not installed are left out.
 
     >>> sorted(versions())[:2]
     ['POT', 'diffusers']

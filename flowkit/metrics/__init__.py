@@ -1,4 +1,10 @@
-"""Metrics: plain functions on tensors, and the record that an evaluation leaves behind."""
+"""Metrics of samples, images, labels and trajectories, as functions on tensors.
+
+`image_metrics` and `point_metrics` compute all metrics of images or points and return a record for
+JSON. The functions below them compute one metric each: Fréchet distances, kernel distance,
+precision and recall, Wasserstein distance, path energy, and the quality of labels and masks.
+Feature networks map images to vectors, in which these distances are measured.
+"""
 
 from flowkit.metrics.evaluate import image_metrics, point_metrics
 from flowkit.metrics.features import (

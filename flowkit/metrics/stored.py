@@ -1,4 +1,4 @@
-"""Features of real images, computed once."""
+"""Features stored on disk, so that they are computed only once."""
 
 import hashlib
 import os
@@ -14,11 +14,13 @@ from flowkit.provenance import tensor_hash
 
 
 class StoredFeatures:
-    """Features that are kept in a folder, under a hash of the network and of the 8-bit images.
+    """Features with a cache in a folder.
+
+    The name of a file is a hash of the feature network and of the 8-bit images.
 
     Args:
-        features: What computes them where they are not there yet.
-        folder: Where they are kept; made when needed.
+        features: The feature network, for images whose features are not stored.
+        folder: The folder of the cache. It is created if it does not exist.
 
     >>> import tempfile, torch
     >>> from flowkit.metrics import Pixels
@@ -27,12 +29,12 @@ class StoredFeatures:
     (torch.Size([2, 16]), 1)
     """
 
-    def __init__(self, features: Features, folder: str | Path):
+    def __init__(self, features: Features, folder: str | Path) -> None:
         self.features, self.folder = features, Path(folder)
         self.name, self.hash = features.name, features.hash
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Features ``(B, F)`` of images ``(B, C, H, W)`` in [-1, 1]."""
+        """Return the features ``(B, F)`` of images ``(B, C, H, W)`` in [-1, 1]."""
         content = f"{self.name} {self.hash} {tensor_hash(to_uint8(images))}"
         key = hashlib.sha256(content.encode()).hexdigest()
         file = self.folder / f"features-{key[:32]}.safetensors"

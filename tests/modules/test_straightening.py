@@ -130,7 +130,9 @@ def test_the_student_starts_as_the_teacher_exactly(teacher, lora_rank):
 
 def test_another_network_is_refused(teacher):
     module = Straightening(student_net(width=8), start="runs/a")
-    with pytest.raises(ValueError, match="velocity must be the network of the run runs/a, got ano"):
+    with pytest.raises(
+        ValueError, match="velocity must be the network of the run runs/a, got other"
+    ):
         module.setup("fit")
 
 
@@ -175,7 +177,7 @@ def test_the_teacher_makes_segments_of_the_conditions(teacher, grid, monkeypatch
 
 
 def test_without_a_teacher_batches_must_be_pairs():
-    with pytest.raises(RuntimeError, match=r"start must be a run, .* or train on data=pairs"):
+    with pytest.raises(RuntimeError, match=r"start must be a run folder .* or train on data=pairs"):
         Straightening(student_net()).loss({"x1": torch.zeros(4, 2)})
 
 

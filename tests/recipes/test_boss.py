@@ -229,7 +229,7 @@ def test_half_finished_pairs_are_gone_on_with(tiny_run, configure, tmp_path):
     whole = {f.name: f.read_bytes() for f in (tmp_path / "p").glob("*.safetensors")}
     assert len(whole) == 3
     (tmp_path / "p" / "pairs-00001.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"hold all 3 shards, got none called pairs-00001"):
+    with pytest.raises(FileNotFoundError, match=r"hold all 3 shards, got no pairs-00001"):
         Pairs(tmp_path / "p").setup()
     kept = (tmp_path / "p" / "pairs-00000.safetensors").stat().st_mtime_ns
     pairs(configure("pairs", *make))
@@ -244,7 +244,7 @@ def test_pairs_have_no_test_split(tiny_run, configure, tmp_path):
     data = Pairs(tmp_path / "p")
     data.setup()
     assert data.summary() == "Pairs: 48 train, 2 val pairs of shape (1, 8, 8), 10 classes"
-    with pytest.raises(RuntimeError, match="split must be train or val of pairs, got test; a stud"):
+    with pytest.raises(RuntimeError, match="split must be train or val of pairs, got test; compare a stud"):
         _ = data.test
     assert data.source["_target_"] == "flowkit.data.Digits"
 

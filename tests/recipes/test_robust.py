@@ -137,7 +137,7 @@ def test_ctrl_c_ends_after_the_step_which_is_saved(configure, tmp_path, batch, c
     options = [*OPTIONS, "trainer.accumulate_grad_batches=2"]
     train(configure("train", *options, f"run_dir={tmp_path / 'whole'}"))
     run, before = tmp_path / "run", signal.getsignal(signal.SIGINT)
-    with pytest.raises(SystemExit, match=f"stopped at step 8; go on by resume={run}"):
+    with pytest.raises(SystemExit, match=f"stopped at step 8; continue with resume={run}"):
         train(configure("train", *options, f"run_dir={run}", _press(7, batch)))
     assert "stopping after this step" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGINT) is before
@@ -182,7 +182,7 @@ def test_a_full_disk_is_an_error_that_leaves_the_last_checkpoint(configure, tmp_
     file = tmp_path / "checkpoints" / "last.ckpt"
     node = f"+callback.room={{_target_: tests.recipes.test_robust.NoRoom, file: {file}}}"
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    message = r"checkpoint must be .* got .*checkpoints at step 10: .*; the last one is as it was"
+    message = r"folder must have room .* got .*checkpoints at step 10: .*; last.ckpt is unchanged"
     try:
         with pytest.raises(RuntimeError, match=message):
             train(configure("train", *OPTIONS, f"run_dir={tmp_path}", node))
