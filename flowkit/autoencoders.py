@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowkit.checks import check_at_least, check_finite
+from flowkit.nn.frozen import Frozen
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL  # type: ignore[attr-defined]
@@ -64,7 +65,7 @@ class Posterior(NamedTuple):
         return self.mean + self.std * noise
 
 
-class KLAutoencoder(nn.Module):
+class KLAutoencoder(Frozen, frozen=("vae",)):
     """A frozen ``AutoencoderKL`` of diffusers, between images ``x`` and scaled latents ``z``.
 
     ``z = (E(x) − mean) / std`` and ``x = D(mean + std z)``, where ``E(x)`` is drawn from the
@@ -108,8 +109,7 @@ class KLAutoencoder(nn.Module):
         super().__init__()
         if not (hasattr(vae, "config") and "latent_channels" in vae.config):
             raise TypeError(f"vae must be an AutoencoderKL of diffusers, got {type(vae).__name__}")
-        # In the dictionary, since an attribute would become a part of this module.
-        self.__dict__["vae"] = vae.eval().requires_grad_(False)
+        self.vae = vae
         config = self.vae.config
         if image_shape is None and not isinstance(config.sample_size, int):
             image_shape = (config.in_channels, *config.sample_size)
@@ -294,10 +294,6 @@ class KLAutoencoder(nn.Module):
             setattr(self, name, tensor)
         # Once, of the weights as they came: a later dtype or device is no other autoencoder.
         self.hash = _hash(self.vae.state_dict(), self.config)
-
-    def _apply(self, fn: Callable, recurse: bool = True) -> "KLAutoencoder":
-        self.vae._apply(fn, recurse)
-        return super()._apply(fn, recurse)
 
 
 def pad_to_multiple(images: Tensor, factor: int) -> Tensor:

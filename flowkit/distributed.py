@@ -1,7 +1,9 @@
-"""The processes of a distributed training: which one this is, and tensors of all of them.
+"""The processes of a training: which one this is, how far it is, and tensors of all of them.
 
 Without ``torch.distributed`` there is one process, and everything here is free.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,3 +52,16 @@ def mean_over_ranks(x: Tensor) -> Tensor:
     x = x.detach().clone()
     all_reduce(x)
     return x / world
+
+
+def batches_seen(trainer: Any) -> int:
+    """Return how many training batches a rank has seen, in all fits that were resumed.
+
+    Unlike optimizer steps it is right for gradient accumulation and for several optimizers.
+    Lightning restores it before it asks for a loader. It is a counter of Lightning's own, which
+    may change with its version: it is read here alone.
+
+    Args:
+        trainer: Lightning's.
+    """
+    return trainer.fit_loop.epoch_loop.batch_progress.total.processed

@@ -12,6 +12,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint, TQDMProgressBar
 
 from flowkit.checks import check_at_least
+from flowkit.distributed import batches_seen
 from flowkit.metrics.pictures import save_picture
 from flowkit.modules.flow import FlowModule, Guidance, brings_start
 from flowkit.sampling import ODESampler, seeded_noise
@@ -167,7 +168,7 @@ class StopOnInterrupt(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Stop, if asked to, where no gradients wait for those of further batches."""
-        if self.asked and _batches_seen(trainer) % trainer.accumulate_grad_batches == 0:
+        if self.asked and batches_seen(trainer) % trainer.accumulate_grad_batches == 0:
             trainer.should_stop = True
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -208,7 +209,7 @@ class StepProgress(TQDMProgressBar):
         bar.total = None
         if trainer.max_steps >= 0:
             bar.total = trainer.max_steps * trainer.accumulate_grad_batches
-        bar.initial = bar.n = _batches_seen(trainer)
+        bar.initial = bar.n = batches_seen(trainer)
 
     def on_train_epoch_start(self, *args: Any) -> None:
         """Go on: the training stream is endless."""
@@ -217,7 +218,7 @@ class StepProgress(TQDMProgressBar):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Move the bar."""
-        seen = _batches_seen(trainer)
+        seen = batches_seen(trainer)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, seen - 1)
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
@@ -225,7 +226,3 @@ class StepProgress(TQDMProgressBar):
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
         return metrics  # type: ignore[return-value]
-
-
-def _batches_seen(trainer: Trainer) -> int:
-    return cast(Any, trainer.fit_loop.epoch_loop.batch_progress.total).processed

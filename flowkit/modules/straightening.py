@@ -19,7 +19,7 @@ from flowkit.types import Batch
 from flowkit.velocity import Velocity
 
 
-class Straightening(FlowModule):
+class Straightening(FlowModule, frozen=("teacher",)):
     """Regress chords of a teacher's trajectories: BOSS fine-tuning, or reflow.
 
     In a batch of segments, with ``t0`` and ``t1``, the velocity at their start is the chord,
@@ -78,8 +78,7 @@ class Straightening(FlowModule):
         if lora_rank:
             add_lora(cast(nn.Module, velocity), lora_rank)
         self.start, self.grid, self.fine_steps = start, grid, fine_steps
-        self.guidance, self.times = guidance, times
-        self.__dict__["teacher"] = None  # no part of this module: it is not trained or stored
+        self.guidance, self.times, self.teacher = guidance, times, None
 
     teacher: FlowModule | None
 
@@ -113,7 +112,7 @@ class Straightening(FlowModule):
             )
         student.load_state_dict(cast(dict[str, Tensor], taken))
         self.sample_shape = teacher.sample_shape
-        self.__dict__["teacher"] = teacher
+        self.teacher = teacher.to(self.device)
 
     def merged(self) -> nn.Module:
         """Return a copy of the student with its adapters merged into the weights."""
@@ -128,7 +127,7 @@ class Straightening(FlowModule):
         """
         made = "taught_by" in batch or "t0" in batch
         if self.teacher is not None and not made:
-            batch = self._teach(self.teacher.to(self.device), batch, generator)
+            batch = self._teach(self.teacher, batch, generator)
         elif "x0" in batch:
             ours = getattr(self.autoencoder, "hash", None)
             batch = self.encode(cast(Batch, {"encoded_by": ours, **batch}))  # states as they are
