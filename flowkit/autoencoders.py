@@ -1,6 +1,5 @@
 """Autoencoders: between what users see (images) and what a flow runs on (latents)."""
 
-import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from flowkit.checks import check_at_least, check_finite
 from flowkit.nn.frozen import Frozen
+from flowkit.provenance import content_hash
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL  # type: ignore[attr-defined]
@@ -293,13 +293,27 @@ class KLAutoencoder(Frozen, frozen=("vae",)):
             check_finite(tensor, f"the {name} of latents")
             setattr(self, name, tensor)
         # Once, of the weights as they came: a later dtype or device is no other autoencoder.
-        self.hash = _hash(self.vae.state_dict(), self.config)
+        self.hash = content_hash(self.vae.state_dict(), _text(self.config))
 
 
 def pad_to_multiple(images: Tensor, factor: int) -> Tensor:
     """Repeat the last row and column of ``(B, C, H, W)`` until ``factor`` divides both sides."""
     extra = [-side % factor for side in images.shape[-2:]]
     return F.pad(images, (0, extra[1], 0, extra[0]), "replicate") if any(extra) else images
+
+
+def mean_latents(autoencoder: Autoencoder, images: Tensor) -> Tensor:
+    """Latents of images that are to be known: the posterior's mean, if there is a posterior.
+
+    Args:
+        autoencoder: One with ``posterior(images)``, or one whose `encode` draws nothing.
+        images: ``(B, C, H, W)`` in [-1, 1].
+
+    >>> mean_latents(Identity(), torch.ones(1, 2))
+    tensor([[1., 1.]])
+    """
+    posterior = getattr(autoencoder, "posterior", None)
+    return autoencoder.encode(images) if posterior is None else posterior(images).mean
 
 
 def identity(autoencoder: Autoencoder) -> dict[str, Any]:
@@ -312,8 +326,12 @@ def identity(autoencoder: Autoencoder) -> dict[str, Any]:
     """
     found = {name: getattr(autoencoder, name, None) for name in ("hash", "config")}
     if found["hash"] is None and isinstance(autoencoder, nn.Module):
-        found["hash"] = _hash(autoencoder.state_dict(), {})
+        found["hash"] = content_hash(autoencoder.state_dict(), _text({}))
     return found
+
+
+def _text(config: Mapping[str, Any]) -> str:
+    return json.dumps(config, sort_keys=True)
 
 
 def check_identity(stored: Mapping[str, Any], autoencoder: Autoencoder, made: str) -> None:
@@ -341,12 +359,3 @@ def check_identity(stored: Mapping[str, Any], autoencoder: Autoencoder, made: st
             else "give the folder of that one"
         )
     )
-
-
-def _hash(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> str:
-    """SHA-256 of weights and config."""
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    for name, value in sorted(weights.items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

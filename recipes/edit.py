@@ -19,7 +19,7 @@ from torch import Tensor
 
 from flowkit.checks import check_between
 from flowkit.flowopt import Edit, FlowOpt
-from flowkit.metrics import to_uint8
+from flowkit.metrics import from_uint8, to_uint8
 from flowkit.metrics.gaussianity import gaussianity
 from flowkit.metrics.pictures import save_picture
 from flowkit.provenance import versions
@@ -82,7 +82,7 @@ def read_image(file: str | Path, channels: int) -> Tensor:
     Raises:
         ValueError: If the file is no picture.
     """
-    return _read(file, "L" if channels == 1 else "RGB", "image") / 127.5 - 1
+    return from_uint8(_read(file, "L" if channels == 1 else "RGB", "image"))
 
 
 def read_mask(file: str | Path, image: Tensor, x1: Tensor) -> Tensor:

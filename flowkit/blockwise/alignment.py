@@ -8,12 +8,15 @@ al., *Representation Alignment for Generation*, 2024 (arXiv 2410.06940), for the
 import hashlib
 import math
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from flowkit.provenance import write_atomically
 
 FORMAT = "flowkit-tokens-1"
 
@@ -131,7 +134,7 @@ def store_tokens(file: str | Path, batches: Iterable[Tensor], encoder: Any) -> i
             tokens = F.normalize(encoder(images).float(), dim=-1).half().cpu()
         kept.update(zip(content_keys(images), tokens, strict=True))
     tensors = {"keys": torch.tensor([*kept]), "tokens": torch.stack([*kept.values()])}
-    save_file(tensors, file, metadata={"format": FORMAT})
+    write_atomically(Path(file), partial(save_file, tensors, metadata={"format": FORMAT}))
     return len(kept)
 
 

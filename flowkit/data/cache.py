@@ -6,11 +6,10 @@ posterior's ``mean`` and ``std`` of its images and, where they are mirrored too,
 same of their mirror images; beside them ``cond``, or ``cond.<name>`` for each of several.
 """
 
-import functools
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from flowkit.checks import check_at_least, check_finite, check_labels
 from flowkit.data.arrays import Index, Split, positions
 from flowkit.data.splits import SplitData
 from flowkit.data.stream import InOrder
+from flowkit.provenance import write_atomically
 from flowkit.types import Batch, Cond
 
 INDEX = "index.json"
@@ -76,9 +76,7 @@ def write_cache(
         batches = InOrder(shard.part, batch_size)
         loader = DataLoader(batches, batch_size=None, num_workers=data.num_workers)
         columns = _encode(loader, autoencoder, shard.mirror, data.num_classes, done)
-        partial = shard.file.with_suffix(".partial")
-        save_file(columns, partial, metadata=shard.tag)
-        os.replace(partial, shard.file)
+        write_atomically(shard.file, partial(save_file, columns, metadata=shard.tag))
     index = {
         "autoencoder": identity(autoencoder),
         "image_shape": list(data.shape),
@@ -98,9 +96,8 @@ def write_cache(
             for name in SPLITS
         },
     }
-    partial = root / f"{INDEX}.partial"
-    partial.write_text(json.dumps(index, indent=2) + "\n")
-    os.replace(partial, root / INDEX)
+    text = json.dumps(index, indent=2) + "\n"
+    write_atomically(root / INDEX, lambda file: file.write_text(text))
     return index
 
 
@@ -260,7 +257,7 @@ def _check_shard(file: Path, made: Mapping[str, str], expected: list[int]) -> No
         )
 
 
-@functools.cache
+@cache
 def open_shard(file: str, version: int) -> Columns:
     """The tensors of a shard, mapped into memory: read from disk when touched, once a process.
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from flowkit.checks import check_at_least
-from flowkit.data.arrays import Index, from_uint8, positions
+from flowkit.data.arrays import Index, positions
 from flowkit.data.splits import SplitData, partition
+from flowkit.metrics.pictures import from_uint8
 from flowkit.types import Batch
 
 if TYPE_CHECKING:

@@ -1,6 +1,5 @@
 """What recipes want to happen while training: pictures, checkpoints, progress."""
 
-import os
 import signal
 import sys
 import threading
@@ -15,6 +14,7 @@ from flowkit.checks import check_at_least
 from flowkit.distributed import batches_seen
 from flowkit.metrics.pictures import save_picture
 from flowkit.modules.flow import FlowModule, Guidance, brings_start
+from flowkit.provenance import write_atomically
 from flowkit.sampling import ODESampler, seeded_noise
 from flowkit.types import take
 
@@ -102,6 +102,9 @@ class LastCheckpoint(Checkpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The step of a resumed run is saved; it must not be again amid gradients of the next."""
         self.saved_step = trainer.global_step
+        if trainer.is_global_zero:  # what a process left that died while writing
+            for left in self.folder.glob("last.ckpt.*.partial"):
+                left.unlink()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -112,17 +115,15 @@ class LastCheckpoint(Checkpoint):
         if step == self.saved_step or (step % self.every_n_steps and not last_one):
             return
         self.saved_step = step
-        partial, last = self.folder / "last.ckpt.partial", self.folder / "last.ckpt"
+        last = self.folder / "last.ckpt"
         try:
-            trainer.save_checkpoint(partial)
-            if trainer.is_global_zero:
-                _flush(partial)
-                os.replace(partial, last)
-                _flush(self.folder)
+            if not trainer.is_global_zero:
+                trainer.save_checkpoint(last)  # takes part, and writes nothing
+            else:
+                write_atomically(last, trainer.save_checkpoint)
                 for superseded in Path(trainer.default_root_dir).glob("hpc_ckpt_*.ckpt"):
                     superseded.unlink(missing_ok=True)
         except OSError as error:
-            partial.unlink(missing_ok=True)
             kept = "the last one is as it was" if last.is_file() else "there is none yet"
             raise RuntimeError(
                 f"checkpoint must be written to a folder with room, got {self.folder} at step "
@@ -184,15 +185,6 @@ class StopOnInterrupt(Callback):
     ) -> None:
         """Give Ctrl-C back."""
         self._restore()
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file, or the names in a folder, have reached the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class StepProgress(TQDMProgressBar):
