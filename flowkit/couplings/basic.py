@@ -28,7 +28,6 @@ from flowkit.couplings.transport import (
     check_cost,
     cost_matrix,
     entropic_plan,
-    paired_cost,
     pairwise,
     points,
 )
@@ -47,7 +46,6 @@ __all__ = [
     "RowSoftmax",
     "Sinkhorn",
     "cost_matrix",
-    "paired_cost",
     "suggest_epsilon",
 ]
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowkit.checks import check_choice, check_same_shape
+from flowkit.checks import check_choice
 
 Cost = str | Callable[[Tensor, Tensor], Tensor]
 """A name in ``COSTS`` or ``cost(a (..., d), b (..., d)) -> (...)`` that broadcasts."""
@@ -24,17 +24,6 @@ COSTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "cityblock": lambda a, b: (a - b).abs().sum(-1),
     "inner": lambda a, b: -2 * (a * b).sum(-1),
 }
-
-
-def paired_cost(x0: Tensor, x1: Tensor, cost: Cost = "sqeuclidean") -> Tensor:
-    """Return ``c(x0_i, x1_i) (N,)`` in float32, of the flattened ``x0, x1 (N, *)``.
-
-    >>> paired_cost(torch.zeros(2, 2), torch.tensor([[3.0, 4.0], [0.0, 1.0]]), "euclidean")
-    tensor([5., 1.])
-    """
-    check_same_shape(x0, x1)
-    check_cost(cost)
-    return paired(points(x0), points(x1), cost)
 
 
 @torch.no_grad()

@@ -61,8 +61,8 @@ def look_up(table: Tensor, labels: Tensor) -> Tensor:
         raise
 
 
-def sinusoid(t: Tensor, dim: int, scale: float = 1000.0, max_period: float = 1e4) -> Tensor:
-    """Sines and cosines ``(..., dim)`` of ``scale·t·ω_k``, with ``ω_k = max_period^(−2k/dim)``.
+def sinusoid(t: Tensor, dim: int, scale: float = 1000.0) -> Tensor:
+    """Sines and cosines ``(..., dim)`` of ``scale·t·ω_k``, with ``ω_k = 10000^(−2k/dim)``.
 
     Computed in float32 at least: half precision cannot tell angles of a thousand radians apart.
 
@@ -71,7 +71,7 @@ def sinusoid(t: Tensor, dim: int, scale: float = 1000.0, max_period: float = 1e4
     """
     dtype = torch.promote_types(t.dtype, torch.float32)
     k = torch.arange(dim // 2, dtype=dtype, device=t.device)
-    angles = scale * t.to(dtype)[..., None] * torch.exp(-math.log(max_period) * 2 * k / dim)
+    angles = scale * t.to(dtype)[..., None] * torch.exp(-math.log(10_000) * 2 * k / dim)
     return torch.cat([angles.cos(), angles.sin()], -1)
 
 
