@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from flowkit.checks import check_at_least, check_finite
 from flowkit.nn.frozen import Frozen
+from flowkit.paths import noise_like
 from flowkit.provenance import content_hash
 
 if TYPE_CHECKING:
@@ -59,10 +60,7 @@ class Posterior(NamedTuple):
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
         """Draw ``mean + std ε``."""
-        noise = torch.randn(
-            self.mean.shape, dtype=self.mean.dtype, device=self.mean.device, generator=generator
-        )
-        return self.mean + self.std * noise
+        return self.mean + self.std * noise_like(self.mean, generator)
 
 
 class KLAutoencoder(Frozen, frozen=("vae",)):

@@ -9,7 +9,7 @@ from torch import Tensor
 from flowkit.checks import check_same_shape, check_times, expand_like
 from flowkit.couplings import Coupling, Independent
 from flowkit.distributed import mean_over_ranks
-from flowkit.paths import Linear, Path
+from flowkit.paths import Linear, Path, noise_like
 from flowkit.times import Times, Uniform
 from flowkit.types import Batch, Cond, Pairs
 from flowkit.velocity import Velocity
@@ -43,7 +43,7 @@ def draw_pairs(
     """
     x1, x0 = batch["x1"], batch.get("x0")
     if x0 is None:
-        x0 = torch.randn(x1.shape, dtype=x1.dtype, device=x1.device, generator=generator)
+        x0 = noise_like(x1, generator)
     pairs = coupling.pair(x0, x1, batch.get("cond"), generator)
     if batch.get("mask") is not None and pairs.x1 is not x1:
         raise ValueError(f"mask must come with a coupling that keeps x1, got {coupling}")

@@ -6,7 +6,7 @@ import platform
 from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ def tensor_hash(tensors: Tensor | Iterable[Tensor] | Mapping[str, Tensor]) -> st
     if isinstance(tensors, Tensor):
         tensors = [tensors]
     if isinstance(tensors, Mapping):
-        named = sorted(tensors.items())
+        named = sorted(cast(Mapping[str, Tensor], tensors).items())
     else:
         named = [(str(i), tensor) for i, tensor in enumerate(tensors)]
     return _digest(named, "", "{}:{}:{};")

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flowkit.autoencoders import pad_to_multiple
+from flowkit.autoencoders import Posterior, pad_to_multiple
 from flowkit.checks import check_at_least
 from flowkit.modules.resume import ADAMW, ExactResume, MakeOptimizer, MakeScheduler
 from flowkit.types import Batch
@@ -59,10 +59,7 @@ class Autoencoding(ExactResume, frozen=("perceptual",)):
         images, vae = batch["x1"], cast(Any, self.vae)
         factor = 2 ** (len(vae.config.block_out_channels) - 1)
         law = vae.encode(pad_to_multiple(images, factor)).latent_dist
-        noise = torch.randn(
-            law.mean.shape, dtype=law.mean.dtype, device=law.mean.device, generator=generator
-        )
-        decoded = vae.decode(law.mean + law.std * noise).sample
+        decoded = vae.decode(Posterior(law.mean, law.std).sample(generator)).sample
         decoded = decoded[..., : images.shape[-2], : images.shape[-1]]
         terms = {"l1": F.l1_loss(decoded, images), "kl": law.kl().mean()}
         loss = terms["l1"] + self.kl_weight * terms["kl"] / images[0].numel()

@@ -17,7 +17,7 @@ from torch import Tensor
 from flowkit.checks import check_same_shape, expand_like
 from flowkit.distributed import mean_over_ranks
 from flowkit.guidance import combine
-from flowkit.paths import Linear
+from flowkit.paths import Linear, noise_like
 from flowkit.sampling import ODESampler, Solution
 from flowkit.sampling.ode import Callback
 from flowkit.types import Cond
@@ -104,8 +104,8 @@ class JointFlow:
             The image's loss and the label's, each a mean over its own (counted) elements.
         """
         t, s = self._draw_times(len(x1), x1.device, boundary_share, generator)
-        image = PATH.sample(_noise(x1, generator) if x0 is None else x0, x1, t)
-        label = PATH.sample(y0, _noise(y0, generator), s)
+        image = PATH.sample(noise_like(x1, generator) if x0 is None else x0, x1, t)
+        label = PATH.sample(y0, noise_like(y0, generator), s)
         y_s = label.x_t
         if self.two_times:
             mask = _times(mask, expand_like(t < 1, x1))
@@ -300,10 +300,6 @@ def unpack(state: Tensor, channels: int, code_ndim: int) -> tuple[Tensor, Tensor
     """Undo `pack`: images, and codes of ``code_ndim`` dimensions, being the means of planes."""
     x, y = state[:, :channels], state[:, channels:]
     return x, y if code_ndim == state.ndim else y.flatten(2).mean(2)
-
-
-def _noise(x: Tensor, generator: torch.Generator | None) -> Tensor:
-    return torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
 
 
 def _times(weight: Tensor | None, factor: Tensor) -> Tensor:
