@@ -1,8 +1,10 @@
-"""Ranks of a distributed training, and tensors collected from all ranks.
+"""Ranks and progress of a distributed training, and tensors collected from all ranks.
 
 A rank is the number of a process, from 0. Without ``torch.distributed`` there is one process, and
 these functions return their input at no cost.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,3 +67,16 @@ def mean_over_ranks(x: Tensor) -> Tensor:
     x = x.detach().clone()
     all_reduce(x)
     return x / world
+
+
+def batches_seen(trainer: Any) -> int:
+    """Return how many training batches a rank has seen, in all fits that were resumed.
+
+    Unlike optimizer steps it is right for gradient accumulation and for several optimizers.
+    Lightning restores it before it asks for a loader. It is a counter of Lightning's own, which
+    may change with its version: it is read here alone.
+
+    Args:
+        trainer: Lightning's.
+    """
+    return trainer.fit_loop.epoch_loop.batch_progress.total.processed

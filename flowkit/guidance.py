@@ -24,6 +24,24 @@ Null = float | Tensor | Mapping[str, float | Tensor]
 DOUBLED_ROWS, DOUBLED_NUMBERS = 256, 8192
 
 
+def combine(v: Tensor, v_null: Tensor, scale: float | Tensor) -> Tensor:
+    """Classifier-free guidance of two velocities, ``v_null + scale (v − v_null)``.
+
+    ``scale = 1`` returns ``v`` and ``scale = 0`` returns ``v_null``, both exactly. Source: Ho &
+    Salimans, *Classifier-Free Diffusion Guidance*, 2022 (arXiv 2207.12598), equation 6, with
+    ``scale = 1 + w``.
+
+    Args:
+        v: The conditional velocity ``(B, *)``.
+        v_null: The unconditional one, or a weaker model's.
+        scale: A number γ, or a tensor of the velocities' type that broadcasts to them.
+
+    >>> combine(torch.tensor([2.0]), torch.tensor([0.5]), 3.0)
+    tensor([5.])
+    """
+    return torch.lerp(v_null, v, scale)
+
+
 def replace_cond(cond: Cond, null: Null, where: Tensor | None = None) -> Cond:
     """Return ``cond`` with the null condition in place, for all samples or ``where (B,)`` is true.
 
@@ -198,11 +216,11 @@ class _Guided(_Pair):
                 return field(x, t, self.cond)
             if not bool(inside.all()):  # each sample has a time of its own
                 v, v_null = self._evaluate(x, t)
-                return torch.where(expand_like(inside, x), torch.lerp(v_null, v, scale), v)
+                return torch.where(expand_like(inside, x), combine(v, v_null, scale), v)
         if scale == 0:
             return null_field(x, t, self.null)
         v, v_null = self._evaluate(x, t)
-        return torch.lerp(v_null, v, scale)
+        return combine(v, v_null, scale)
 
     def _evaluate(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """The conditional and the unconditional velocity."""
@@ -258,7 +276,7 @@ class _Autoguided(_Pair):
             return v
         # a copy, since the two fields may share an output buffer
         v = v.clone()
-        return torch.lerp(weak(x, t, cond), v, self.scale)
+        return combine(v, weak(x, t, cond), self.scale)
 
 
 def _concatenate(a: Cond, b: Cond) -> Cond:

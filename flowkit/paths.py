@@ -88,7 +88,7 @@ class Interpolant:
         a, b, da, db = self.coefficients(expand_like(t, x1))
         x_t = a * x1 + b * x0
         if self.sigma:
-            x_t = x_t + self.sigma * _noise_like(x1, generator)
+            x_t = x_t + self.sigma * noise_like(x1, generator)
         return PathSample(x_t.to(x1.dtype), t, (da * x1 + db * x0).to(x1.dtype))
 
     def to_data(self, x_t: Tensor, t: Tensor, v: Tensor) -> Tensor:
@@ -333,11 +333,15 @@ class BrownianBridge:
         s = expand_like(t, x1)
         width = (s * (1 - s)).sqrt()
         slope = torch.where(width > 0, (1 - 2 * s) / (2 * width), 0.0)
-        noise = self.sigma * _noise_like(x1, generator)
+        noise = self.sigma * noise_like(x1, generator)
         x_t, u = (1 - s) * x0 + s * x1 + width * noise, x1 - x0 + slope * noise
         return PathSample(x_t.to(x1.dtype), t, u.to(x1.dtype))
 
 
-def _noise_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Draw standard normal noise of the shape, type and device of ``x``."""
+def noise_like(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Draw standard normal noise of the shape, type and device of ``x``.
+
+    >>> noise_like(torch.zeros(2, 3, dtype=torch.float64)).dtype
+    torch.float64
+    """
     return torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)

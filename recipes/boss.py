@@ -25,8 +25,7 @@ from flowkit.boss import (
     search_rows,
 )
 from flowkit.boss.costs import check_num_steps
-from flowkit.data.arrays import from_uint8
-from flowkit.metrics import Features, frechet_distance, to_uint8
+from flowkit.metrics import Features, as_saved, frechet_distance
 from flowkit.modules import FlowModule, load_run
 from flowkit.modules.checkpoints import read_config
 from flowkit.provenance import versions
@@ -204,12 +203,12 @@ def _distance(
         raise ValueError(f"metric must be null for a run of no images, got data of {data.shape}")
     features: Features = instantiate(cfg.metric)(data)
     test = data.test[:]
-    real = features(from_uint8(to_uint8(test["x1"])))
+    real = features(as_saved(test["x1"]))
     x0, cond, source, _ = like_test(cfg, module, test, data)
 
     def measure(sampler: ODESampler) -> dict[str, Any]:
         samples, cost = draw(module, x0, cond, sampler, guidance)
-        distance = frechet_distance(features(from_uint8(to_uint8(samples))), real)
+        distance = frechet_distance(features(as_saved(samples)), real)
         return {
             "frechet_distance": distance,
             "frechet_nfe": cost["nfe"],

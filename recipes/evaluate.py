@@ -29,8 +29,7 @@ from flowkit.metrics import (
     point_metrics,
     to_uint8,
 )
-from flowkit.metrics.evaluate import as_saved
-from flowkit.metrics.pictures import save_picture
+from flowkit.metrics.pictures import as_saved, save_picture
 from flowkit.modules import FlowModule
 from flowkit.modules.checkpoints import read_config
 from flowkit.modules.flow import Guidance, labels_of

@@ -21,8 +21,7 @@ from torch import Tensor
 from flowkit import grids
 from flowkit.checks import check_at_least
 from flowkit.data import SplitData
-from flowkit.metrics import StoredFeatures, frechet_distance, to_uint8, wasserstein2
-from flowkit.metrics.evaluate import as_saved
+from flowkit.metrics import StoredFeatures, as_saved, frechet_distance, wasserstein2
 from flowkit.modules.checkpoints import read_config
 from flowkit.provenance import versions
 from flowkit.runs.features import cache_folder
@@ -149,7 +148,7 @@ def _measure(cfg: DictConfig, data: SplitData, test: Tensor) -> Measure:
         reference = stored(as_saved(test))
         floor = frechet_distance(stored(as_saved(train)), reference)
         name = f"Fréchet distance ({features.name})"
-        see = lambda x: features(as_saved(to_uint8(x)))  # noqa: E731
+        see = lambda x: features(as_saved(x))  # noqa: E731
         return Measure(name, features.hash, see, frechet_distance, reference, floor)
     reference = test[:count]
     floor = wasserstein2(train[: len(reference)], reference)

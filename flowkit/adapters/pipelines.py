@@ -9,6 +9,7 @@ from torch import Tensor
 from flowkit.adapters.families import Flux, StableDiffusion3
 from flowkit.adapters.published import Published
 from flowkit.checks import as_grid, check_at_least, expand_like
+from flowkit.guidance import combine
 from flowkit.types import Cond
 
 
@@ -194,7 +195,7 @@ class _Bound:
         if self.scale is None:
             return v
         v, v_null = v.chunk(2)
-        return torch.lerp(v_null, v, expand_like(_rows(self.scale, 1, batch), v).to(v.dtype))
+        return combine(v, v_null, expand_like(_rows(self.scale, 1, batch), v).to(v.dtype))
 
 
 def _rows(value: Tensor, parts: int, batch: int) -> Tensor:

@@ -9,12 +9,15 @@ Yu et al., *Representation Alignment for Generation*, 2024 (arXiv 2410.06940), f
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from flowkit.provenance import write_atomically
 
 FORMAT = "flowkit-tokens-1"
 
@@ -166,7 +169,7 @@ def store_tokens(
             tokens = F.normalize(encoder(images).float(), dim=-1).half().cpu()
         kept.update(zip(content_keys(images), tokens, strict=True))
     tensors = {"keys": torch.tensor([*kept]), "tokens": torch.stack([*kept.values()])}
-    save_file(tensors, file, metadata={"format": FORMAT})
+    write_atomically(Path(file), partial(save_file, tensors, metadata={"format": FORMAT}))
     return len(kept)
 
 

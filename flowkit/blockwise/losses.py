@@ -8,7 +8,7 @@ Source: *Blockwise Flow Matching: Improving Flow Matching Models For Efficient H
 Generation*, 2025 (arXiv 2510.21167).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,11 +17,10 @@ from torch import Tensor
 from flowkit.blockwise.flow import Blockwise
 from flowkit.checks import check_choice, check_same_shape, expand_like
 from flowkit.couplings import Coupling, Independent
+from flowkit.losses import Drop, draw_pairs, draw_states, time_dtype
 from flowkit.paths import Linear, Path
 from flowkit.times import Stratified, Times, Uniform
 from flowkit.types import Batch, Cond, Pairs
-
-Drop = Callable[[Cond, torch.Generator | None], Cond]
 
 
 class SegmentDraw(NamedTuple):
@@ -183,26 +182,18 @@ def draw_segments(
             "batch must hold no t0 and t1, got chords, which are not the velocity of "
             f"{type(path).__name__}() within a segment; train a Straightening instead"
         )
-    x1, cond = batch["x1"], batch.get("cond")
-    x0 = batch.get("x0")
-    if x0 is None:
-        x0 = torch.randn(x1.shape, dtype=x1.dtype, device=x1.device, generator=generator)
-    pairs = coupling.pair(x0, x1, cond, generator)
-    if "mask" in batch and pairs.x1 is not x1:
-        raise ValueError(f"mask must come with a coupling that keeps x1, got {coupling}")
-    count, device = len(pairs.x1), x1.device
+    pairs = draw_pairs(batch, coupling, generator)
+    count, device, dtype = len(pairs.x1), pairs.x1.device, time_dtype(pairs.x1)
     active = torch.tensor(segments or range(flow.num_segments), device=device)
     dealt = torch.arange(count, device=device) + turn * count
     shuffled = torch.randperm(count, generator=generator, device=device)
     segment = active[dealt % len(active)][shuffled]
-    dtype = torch.promote_types(x1.dtype, torch.float32)
     if isinstance(times, Uniform | Stratified):
         t = _stratified(flow, segment, dtype, generator)
     else:
         t = _restricted(flow, segment, times, generator).to(dtype)
-    x_t, t, u = path.sample(pairs.x0, pairs.x1, t, generator)
-    cond = pairs.cond if drop_cond is None else drop_cond(pairs.cond, generator)
-    return SegmentDraw(pairs, x_t, t, u, cond, segment, batch.get("mask"))
+    states = draw_states(pairs, t, path, drop_cond, generator)
+    return SegmentDraw(pairs, *states, segment, batch.get("mask"))
 
 
 def _stratified(

@@ -1,17 +1,18 @@
 """Small image encoder that needs no labels and no downloads."""
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
 from flowkit.checks import check_at_least, check_between
 from flowkit.nn.dit import PatchEmbed, patchify
+from flowkit.nn.stored import Stored
 
 
-class MaskedEncoder(nn.Module):
+class MaskedEncoder(Stored):
     """Vision transformer that predicts masked patches; its tokens describe the image.
 
     Train one with `train_masked_encoder`.
@@ -86,15 +87,8 @@ class MaskedEncoder(nn.Module):
         error = self.pixels(self(images, mask)) - patchify(images, self.patches.patch)
         return error[mask].square().mean()
 
-    def save(self, file: str | Path) -> None:
-        """Write weights and architecture to one safetensors file."""
-        from safetensors.torch import save_file
-
-        weights = {name: value.contiguous() for name, value in self.state_dict().items()}
-        save_file(weights, file, metadata={"config": json.dumps(self.config)})
-
     @classmethod
-    def load(cls, file: str | Path) -> "MaskedEncoder":
+    def load(cls, file: str | Path) -> Self:
         """Read a file that `save` wrote; the encoder is frozen and on the CPU.
 
         Raises:
@@ -106,20 +100,11 @@ class MaskedEncoder(nn.Module):
         >>> MaskedEncoder.load(file).config["width"]
         16
         """
-        from safetensors import safe_open
-
         if file is None or not Path(file).is_file():
             raise ValueError(
                 f"file must hold an encoder, got {file}; train one with `flowkit tokens`"
             )
-        with safe_open(file, framework="pt") as stored:
-            config = (stored.metadata() or {}).get("config")
-            if config is None:
-                raise ValueError(f"file must be written by MaskedEncoder.save, got {file}")
-            weights = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-        net = cls(**json.loads(config))
-        net.load_state_dict(weights)
-        return net.eval().requires_grad_(False)
+        return super().load(file)
 
 
 def train_masked_encoder(

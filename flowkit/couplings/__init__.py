@@ -13,7 +13,7 @@ from flowkit.couplings.basic import Coupling, Independent, MinibatchOT, Sinkhorn
 from flowkit.couplings.debiasing import Division, Potentials, RowSoftmax
 from flowkit.couplings.epsilon import EpsilonChoice, suggest_epsilon
 from flowkit.couplings.gibbs import Gibbs
-from flowkit.couplings.transport import cost_matrix, paired_cost
+from flowkit.couplings.transport import cost_matrix
 from flowkit.types import Pairs
 
 __all__ = [
@@ -28,6 +28,5 @@ __all__ = [
     "RowSoftmax",
     "Sinkhorn",
     "cost_matrix",
-    "paired_cost",
     "suggest_epsilon",
 ]

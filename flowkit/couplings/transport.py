@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowkit.checks import check_choice, check_same_shape
+from flowkit.checks import check_choice
 
 if TYPE_CHECKING:
     from threadpoolctl import ThreadpoolController
@@ -29,25 +29,6 @@ COSTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "cityblock": lambda a, b: (a - b).abs().sum(-1),
     "inner": lambda a, b: -2 * (a * b).sum(-1),
 }
-
-
-def paired_cost(x0: Tensor, x1: Tensor, cost: Cost = "sqeuclidean") -> Tensor:
-    """Return the costs ``c(x0_i, x1_i) (N,)`` in float32, for flattened ``x0, x1 (N, *)``.
-
-    Args:
-        x0: Source samples ``(N, *)``.
-        x1: Data ``(N, *)``.
-        cost: A name or a function, as for `flowkit.couplings.MinibatchOT`.
-
-    Raises:
-        ValueError: If shapes differ, the name is unknown, or the function returns another shape.
-
-    >>> paired_cost(torch.zeros(2, 2), torch.tensor([[3.0, 4.0], [0.0, 1.0]]), "euclidean")
-    tensor([5., 1.])
-    """
-    check_same_shape(x0, x1)
-    check_cost(cost)
-    return paired(points(x0), points(x1), cost)
 
 
 @torch.no_grad()

@@ -1,6 +1,5 @@
 """Protocol of a split, and splits held in memory as tensors."""
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, cast
@@ -8,6 +7,8 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
+from flowkit.metrics.pictures import from_uint8
+from flowkit.provenance import content_hash
 from flowkit.types import Batch
 
 Index = slice | Sequence[int] | Tensor
@@ -32,15 +33,6 @@ class Split(Protocol):
     def fingerprint(self) -> str:
         """Return a SHA-256 of the content. Caches and evaluation records store it."""
         ...
-
-
-def from_uint8(images: Tensor) -> Tensor:
-    """Map gray levels 0…255 to float32 values in [-1, 1]: ``x / 127.5 - 1``.
-
-    >>> from_uint8(torch.tensor([0, 51, 255], dtype=torch.uint8))
-    tensor([-1.0000, -0.6000,  1.0000])
-    """
-    return images.float().div_(127.5).sub_(1)
 
 
 def positions(index: Index, length: int) -> Tensor:
@@ -126,8 +118,4 @@ class Arrays:
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of the names, types, shapes and bytes of all columns."""
-        digest = hashlib.sha256()
-        for key, column in sorted(self.columns.items()):
-            digest.update(f"{key} {column.dtype} {tuple(column.shape)}\n".encode())
-            digest.update(column.contiguous().numpy().tobytes())
-        return digest.hexdigest()
+        return content_hash(self.columns)

@@ -8,11 +8,10 @@ mirrored, the rows of the mirror images follow those of the images. The conditio
 the rows of a batch are read.
 """
 
-import functools
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from flowkit.checks import check_at_least, check_finite, check_labels
 from flowkit.data.arrays import Index, Split, positions
 from flowkit.data.splits import SplitData
 from flowkit.data.stream import InOrder
+from flowkit.provenance import write_atomically
 from flowkit.types import Batch, Cond
 
 INDEX = "index.json"
@@ -80,9 +80,7 @@ def write_cache(
         batches = InOrder(shard.part, batch_size)
         loader = DataLoader(batches, batch_size=None, num_workers=data.num_workers)
         columns = _encode(loader, autoencoder, shard.mirror, data.num_classes, done)
-        partial = shard.file.with_suffix(".partial")
-        save_file(columns, partial, metadata=shard.tag)
-        os.replace(partial, shard.file)
+        write_atomically(shard.file, partial(save_file, columns, metadata=shard.tag))
     index = {
         "autoencoder": identity(autoencoder),
         "image_shape": list(data.shape),
@@ -102,9 +100,8 @@ def write_cache(
             for name in SPLITS
         },
     }
-    partial = root / f"{INDEX}.partial"
-    partial.write_text(json.dumps(index, indent=2) + "\n")
-    os.replace(partial, root / INDEX)
+    text = json.dumps(index, indent=2) + "\n"
+    write_atomically(root / INDEX, lambda file: file.write_text(text))
     return index
 
 
@@ -280,7 +277,7 @@ def _check_shard(file: Path, made: Mapping[str, str], expected: list[int]) -> No
         )
 
 
-@functools.cache
+@cache
 def open_shard(file: str, version: int) -> Columns:
     """Open a shard as tensors that are mapped into memory, once per process.
 

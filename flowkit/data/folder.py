@@ -12,8 +12,9 @@ from torch import Tensor
 
 from flowkit.checks import check_at_least
 from flowkit.couplings import Coupling
-from flowkit.data.arrays import Index, from_uint8, positions
+from flowkit.data.arrays import Index, positions
 from flowkit.data.splits import SplitData, partition
+from flowkit.metrics.pictures import from_uint8
 from flowkit.types import Batch
 
 if TYPE_CHECKING:

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from flowkit.checks import check_choice, check_labels
 from flowkit.couplings import Coupling
-from flowkit.data.arrays import Index, from_uint8, positions
+from flowkit.data.arrays import Index, positions
 from flowkit.data.folder import check_image_format, square
 from flowkit.data.splits import SplitData, partition
+from flowkit.metrics.pictures import from_uint8
 from flowkit.types import Batch
 
 

@@ -2,11 +2,11 @@
 
 import hashlib
 import io
-import os
 import tarfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from flowkit.data.arrays import Index, positions
 from flowkit.data.folder import SUFFIXES, check_image_format, decoded
 from flowkit.data.splits import SplitData, partition
 from flowkit.data.stream import keyed_generator
+from flowkit.provenance import write_atomically
 from flowkit.types import Batch
 
 INDEX = "index.safetensors"
@@ -224,9 +225,7 @@ def read_index(root: Path, files: Sequence[Path]) -> dict[str, Tensor]:
     names = ("shard", "offset", "size", "label")[: 3 if None in labels else 4]
     columns = {name: torch.tensor([s[k] for s in samples]) for k, name in enumerate(names)}
     with suppress(OSError, SafetensorError):
-        partial = index.with_suffix(f".{os.getpid()}.partial")  # other ranks write theirs
-        save_file(columns, partial, metadata={"files": digest})
-        partial.replace(index)
+        write_atomically(index, partial(save_file, columns, metadata={"files": digest}))
     return columns
 
 

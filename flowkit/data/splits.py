@@ -13,6 +13,7 @@ from flowkit.checks import check_at_least, check_choice
 from flowkit.couplings import Coupling
 from flowkit.data.arrays import Split
 from flowkit.data.stream import InOrder, Steps, Stream, keyed_generator
+from flowkit.distributed import batches_seen
 from flowkit.types import Batch
 
 
@@ -227,12 +228,8 @@ class SplitData(LightningDataModule):
         return self.trainer.global_rank, self.trainer.world_size
 
     def _consumed(self) -> int:
-        # Batches rather than optimizer steps: right for gradient accumulation and for several
-        # optimizers, too. Lightning restores the count before it asks for the loader.
         trainer = cast(Any, self.trainer)
-        if trainer is None or trainer.overfit_batches:
-            return 0
-        return trainer.fit_loop.epoch_loop.batch_progress.total.processed
+        return 0 if trainer is None or trainer.overfit_batches else batches_seen(trainer)
 
     def _loader(self, batches: Dataset[Batch], sampler: Steps | None = None) -> DataLoader[Batch]:
         """Return a loader over whole batches, which need no collation."""

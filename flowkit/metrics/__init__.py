@@ -23,7 +23,7 @@ from flowkit.metrics.frechet import (
 from flowkit.metrics.judges import Judge, PixelSVC, agreement
 from flowkit.metrics.labels import classification_metrics
 from flowkit.metrics.neighbors import PRDC, KernelDistance, kid, prdc
-from flowkit.metrics.pictures import colored, save_picture, to_uint8
+from flowkit.metrics.pictures import as_saved, colored, from_uint8, save_picture, to_uint8
 from flowkit.metrics.stored import StoredFeatures
 from flowkit.metrics.straightness import normalized_path_energy, path_energy, wasserstein2
 
@@ -38,11 +38,13 @@ __all__ = [
     "Pixels",
     "StoredFeatures",
     "agreement",
+    "as_saved",
     "classification_metrics",
     "colored",
     "frechet_distance",
     "frechet_from_moments",
     "frechet_unbiased",
+    "from_uint8",
     "image_metrics",
     "inception",
     "kid",

@@ -10,7 +10,7 @@ from flowkit.metrics.features import Features
 from flowkit.metrics.frechet import frechet_distance, frechet_unbiased
 from flowkit.metrics.judges import Judge, agreement
 from flowkit.metrics.neighbors import kid, prdc
-from flowkit.metrics.pictures import to_uint8
+from flowkit.metrics.pictures import as_saved
 from flowkit.metrics.straightness import normalized_path_energy, path_energy, wasserstein2
 from flowkit.provenance import tensor_hash
 from flowkit.sampling import Solution
@@ -184,8 +184,3 @@ def _wilson(hits: Tensor) -> list[float]:
 
     interval = binomtest(int(hits.sum()), len(hits)).proportion_ci(method="wilson")
     return [float(interval.low), float(interval.high)]
-
-
-def as_saved(images: Tensor) -> Tensor:
-    """Return images, in [-1, 1] or 8-bit, as they come back in [-1, 1] from 8-bit files."""
-    return (images if images.dtype == torch.uint8 else to_uint8(images)).float() / 127.5 - 1

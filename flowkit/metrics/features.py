@@ -1,7 +1,6 @@
 """Feature networks: they map images in [-1, 1] to vectors and have a name and a hash."""
 
 import hashlib
-import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from flowkit.checks import check_at_least, check_labels
 from flowkit.metrics.pictures import to_uint8
+from flowkit.nn.stored import Stored
 from flowkit.provenance import tensor_hash
 
 
@@ -49,7 +49,7 @@ class Pixels:
         return images.flatten(1)
 
 
-class ConvClassifier(nn.Module):
+class ConvClassifier(Stored):
     """Convolutional classifier; the output of its layer before the last gives the features.
 
     Layers: two 3×3 convolutions, each with batch norm, SiLU and 2×2 max pooling, then a linear
@@ -130,31 +130,6 @@ class ConvClassifier(nn.Module):
     def predict(self, images: Tensor) -> Tensor:
         """Return the most probable classes ``(B,)`` of images ``(B, C, H, W)``."""
         return self.logits(images).argmax(-1)
-
-    def save(self, file: str | Path) -> None:
-        """Write weights and architecture to one safetensors file."""
-        from safetensors.torch import save_file
-
-        weights = {name: value.contiguous() for name, value in self.state_dict().items()}
-        save_file(weights, file, metadata={"config": json.dumps(self.config)})
-
-    @classmethod
-    def load(cls, file: str | Path) -> "ConvClassifier":
-        """Read a file of `save`, and return the classifier in evaluation mode on the CPU.
-
-        Raises:
-            ValueError: If the file was not written by `save`.
-        """
-        from safetensors import safe_open
-
-        with safe_open(file, framework="pt") as stored:
-            config = (stored.metadata() or {}).get("config")
-            if config is None:
-                raise ValueError(f"file must be written by ConvClassifier.save, got {file}")
-            weights = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-        net = cls(**json.loads(config))
-        net.load_state_dict(weights)
-        return net.eval()
 
 
 def train_classifier(

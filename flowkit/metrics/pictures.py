@@ -98,7 +98,7 @@ def to_uint8(images: Tensor) -> Tensor:
     """Map [-1, 1] to 0...255: ``round(127.5 (x + 1))`` after clamping, halves to even.
 
     Rounding, where truncation would darken images by half a gray level on average. The inverse
-    is ``x / 127.5 - 1``, exact on all 256 levels from float32 on.
+    is `from_uint8`.
 
     Args:
         images: Floats ``(B, *)`` in [-1, 1]; what lies outside is clamped.
@@ -119,3 +119,26 @@ def to_uint8(images: Tensor) -> Tensor:
     # Half precision cannot hold 255 levels around 0 and 1 once shifted.
     wide = images.to(torch.promote_types(images.dtype, torch.float32))
     return wide.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
+
+
+def from_uint8(pixels: Tensor) -> Tensor:
+    """Map gray levels 0...255 to float32 in [-1, 1]: ``x / 127.5 - 1``.
+
+    It undoes `to_uint8`, and `to_uint8` undoes it on all 256 levels.
+
+    Args:
+        pixels: Bytes, or other numbers, of any shape.
+
+    >>> from_uint8(torch.tensor([0, 51, 255], dtype=torch.uint8))
+    tensor([-1.0000, -0.6000,  1.0000])
+    """
+    return pixels.to(torch.float32, copy=True).div_(127.5).sub_(1)
+
+
+def as_saved(images: Tensor) -> Tensor:
+    """Return images, in [-1, 1] or 8-bit, as they come back in [-1, 1] from 8-bit files.
+
+    >>> as_saved(torch.tensor([0.0, 2.0]))
+    tensor([0.0039, 1.0000])
+    """
+    return from_uint8(images if images.dtype == torch.uint8 else to_uint8(images))

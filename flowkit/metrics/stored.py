@@ -1,7 +1,7 @@
 """Features stored on disk, so that they are computed only once."""
 
 import hashlib
-import os
+from functools import partial
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flowkit.metrics.features import Features
 from flowkit.metrics.pictures import to_uint8
-from flowkit.provenance import tensor_hash
+from flowkit.provenance import tensor_hash, write_atomically
 
 
 class StoredFeatures:
@@ -43,7 +43,6 @@ class StoredFeatures:
         except (FileNotFoundError, SafetensorError):
             found = self.features(images)
         self.folder.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(f".{os.getpid()}.partial")
-        save_file({"features": found.contiguous()}, partial)
-        os.replace(partial, file)
+        tensors = {"features": found.contiguous()}
+        write_atomically(file, partial(save_file, tensors))
         return found

@@ -1,6 +1,5 @@
 """Callbacks of training: pictures of samples, checkpoints, Ctrl-C and the progress bar."""
 
-import os
 import signal
 import sys
 import threading
@@ -12,8 +11,10 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint, TQDMProgressBar
 
 from flowkit.checks import check_at_least
+from flowkit.distributed import batches_seen
 from flowkit.metrics.pictures import save_picture
 from flowkit.modules.flow import FlowModule, Guidance, brings_start
+from flowkit.provenance import write_atomically
 from flowkit.sampling import ODESampler, seeded_noise
 from flowkit.types import take
 
@@ -114,6 +115,9 @@ class LastCheckpoint(Checkpoint):
         gradients of the next step.
         """
         self.saved_step = trainer.global_step
+        if trainer.is_global_zero:  # what a process left that died while writing
+            for left in self.folder.glob("last.ckpt.*.partial"):
+                left.unlink()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -124,17 +128,15 @@ class LastCheckpoint(Checkpoint):
         if step == self.saved_step or (step % self.every_n_steps and not last_one):
             return
         self.saved_step = step
-        partial, last = self.folder / "last.ckpt.partial", self.folder / "last.ckpt"
+        last = self.folder / "last.ckpt"
         try:
-            trainer.save_checkpoint(partial)
-            if trainer.is_global_zero:
-                _flush(partial)
-                os.replace(partial, last)
-                _flush(self.folder)
+            if not trainer.is_global_zero:
+                trainer.save_checkpoint(last)  # takes part, and writes nothing
+            else:
+                write_atomically(last, trainer.save_checkpoint)
                 for superseded in Path(trainer.default_root_dir).glob("hpc_ckpt_*.ckpt"):
                     superseded.unlink(missing_ok=True)
         except OSError as error:
-            partial.unlink(missing_ok=True)
             kept = "last.ckpt is unchanged" if last.is_file() else "there is no last.ckpt yet"
             raise RuntimeError(
                 f"folder must have room for a checkpoint, got {self.folder} at step "
@@ -187,7 +189,7 @@ class StopOnInterrupt(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Stop the training after Ctrl-C, as soon as no accumulated gradients are left."""
-        if self.asked and _batches_seen(trainer) % trainer.accumulate_grad_batches == 0:
+        if self.asked and batches_seen(trainer) % trainer.accumulate_grad_batches == 0:
             trainer.should_stop = True
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -203,15 +205,6 @@ class StopOnInterrupt(Callback):
     ) -> None:
         """Restore the old handler of Ctrl-C after an error."""
         self._restore()
-
-
-def _flush(path: Path) -> None:
-    """Wait until the content of a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class StepProgress(TQDMProgressBar):
@@ -234,7 +227,7 @@ class StepProgress(TQDMProgressBar):
         bar.total = None
         if trainer.max_steps >= 0:
             bar.total = trainer.max_steps * trainer.accumulate_grad_batches
-        bar.initial = bar.n = _batches_seen(trainer)
+        bar.initial = bar.n = batches_seen(trainer)
 
     def on_train_epoch_start(self, *args: Any) -> None:
         """Leave the bar as it is, since the training stream has no epochs."""
@@ -243,7 +236,7 @@ class StepProgress(TQDMProgressBar):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Move the bar to the number of batches since the start of the training."""
-        seen = _batches_seen(trainer)
+        seen = batches_seen(trainer)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, seen - 1)
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
@@ -251,7 +244,3 @@ class StepProgress(TQDMProgressBar):
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
         return metrics  # type: ignore[return-value]
-
-
-def _batches_seen(trainer: Trainer) -> int:
-    return cast(Any, trainer.fit_loop.epoch_loop.batch_progress.total).processed

@@ -19,7 +19,7 @@ from flowkit.types import Batch
 from flowkit.velocity import Velocity
 
 
-class Straightening(FlowModule):
+class Straightening(FlowModule, frozen=("teacher",)):
     """BOSS fine-tuning or reflow: regression of the chords of a teacher's trajectories.
 
     A batch of segments holds ``t0`` and ``t1``. The velocity at the start of a segment learns the
@@ -85,8 +85,7 @@ class Straightening(FlowModule):
         if lora_rank:
             add_lora(cast(nn.Module, velocity), lora_rank)
         self.start, self.grid, self.fine_steps = start, grid, fine_steps
-        self.guidance, self.times = guidance, times
-        self.__dict__["teacher"] = None  # no part of this module: it is not trained or stored
+        self.guidance, self.times, self.teacher = guidance, times, None
 
     teacher: FlowModule | None
 
@@ -127,7 +126,7 @@ class Straightening(FlowModule):
             )
         student.load_state_dict(cast(dict[str, Tensor], taken))
         self.sample_shape = teacher.sample_shape
-        self.__dict__["teacher"] = teacher
+        self.teacher = teacher.to(self.device)
 
     def merged(self) -> nn.Module:
         """Return a copy of the student whose LoRA adapters are added to its weights."""
@@ -150,7 +149,7 @@ class Straightening(FlowModule):
         """
         made = "taught_by" in batch or "t0" in batch
         if self.teacher is not None and not made:
-            batch = self._teach(self.teacher.to(self.device), batch, generator)
+            batch = self._teach(self.teacher, batch, generator)
         elif "x0" in batch:
             ours = getattr(self.autoencoder, "hash", None)
             batch = self.encode(cast(Batch, {"encoded_by": ours, **batch}))  # states stay as is

@@ -82,10 +82,10 @@ def look_up(table: Tensor, labels: Tensor) -> Tensor:
         raise
 
 
-def sinusoid(t: Tensor, dim: int, scale: float = 1000.0, max_period: float = 1e4) -> Tensor:
+def sinusoid(t: Tensor, dim: int, scale: float = 1000.0) -> Tensor:
     """Return sinusoids ``(..., dim)`` of times: cosines and sines of ``scale·t·ω_k``.
 
-    The frequencies are ``ω_k = max_period^(−2k/dim)``; all cosines come before all sines.
+    The frequencies are ``ω_k = 10000^(−2k/dim)``; all cosines come before all sines.
 
     The precision is at least float32, because half precision cannot resolve angles of a thousand
     radians.
@@ -94,14 +94,13 @@ def sinusoid(t: Tensor, dim: int, scale: float = 1000.0, max_period: float = 1e4
         t: Times or positions ``(...)``.
         dim: Size of the result, an even number.
         scale: Factor of ``t``.
-        max_period: Ratio of the largest and smallest period, about.
 
     >>> sinusoid(torch.tensor([0.0]), 4)
     tensor([[1., 1., 0., 0.]])
     """
     dtype = torch.promote_types(t.dtype, torch.float32)
     k = torch.arange(dim // 2, dtype=dtype, device=t.device)
-    angles = scale * t.to(dtype)[..., None] * torch.exp(-math.log(max_period) * 2 * k / dim)
+    angles = scale * t.to(dtype)[..., None] * torch.exp(-math.log(10_000) * 2 * k / dim)
     return torch.cat([angles.cos(), angles.sin()], -1)
 
 

@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from flowkit.adapters import DiffusersPipelineFlow
+from flowkit.autoencoders import mean_latents
 from flowkit.modules import FlowModule, load_run
 from flowkit.modules.checkpoints import read_config
 from flowkit.provenance import tensor_hash
@@ -75,9 +76,7 @@ class RunFlow:
             raise ValueError(
                 f"image must have the size of the run's, {self.image_shape}, got {shape}; resize it"
             )
-        autoencoder: Any = self.module.autoencoder
-        posterior = getattr(autoencoder, "posterior", None)
-        states = autoencoder.encode(images) if posterior is None else posterior(images).mean
+        states = mean_latents(self.module.autoencoder, images)
         if tuple(states.shape[1:]) != self.module.sample_shape:
             raise ValueError(
                 "run must have a flow of images and nothing else, got one of states of shape "

@@ -17,9 +17,8 @@ from flowkit.couplings import (
     MinibatchOT,
     Sinkhorn,
     cost_matrix,
-    paired_cost,
 )
-from flowkit.couplings.transport import COSTS, assign, entropic_plan
+from flowkit.couplings.transport import COSTS, assign, entropic_plan, paired, points
 
 INF = float("inf")
 seeds = st.integers(0, 2**31)
@@ -35,7 +34,7 @@ def normals(seed: int, batch: int, *shape: int) -> tuple[torch.Tensor, torch.Ten
 
 
 def total(x0, x1, cost="sqeuclidean") -> float:
-    return float(paired_cost(x0, x1, cost).double().sum())
+    return float(paired(points(x0), points(x1), cost).double().sum())
 
 
 def partner(x0: torch.Tensor, paired: torch.Tensor) -> list[int]:
@@ -69,7 +68,7 @@ def test_named_costs_are_their_formulas(name, dim):
     matrix = cost_matrix(x0, x1, name)
     assert_close(matrix.double(), expected, rtol=1e-5, atol=1e-4)
     assert_close(cost_matrix(x0, x1, COSTS[name]), matrix, rtol=1e-5, atol=1e-4)
-    assert_close(paired_cost(x0, x1, name), matrix.diagonal(), rtol=1e-5, atol=1e-4)
+    assert_close(paired(x0, x1, name), matrix.diagonal(), rtol=1e-5, atol=1e-4)
 
 
 def test_a_cost_function_need_not_be_symmetric_and_is_evaluated_in_parts():
@@ -366,7 +365,6 @@ def test_independent_returns_its_inputs():
         (lambda: Sinkhorn(INF), r"reg must be positive and finite, got inf"),
         (lambda: Sinkhorn(1.0, max_iters=0), r"max_iters must be at least 1, got 0"),
         (lambda: Sinkhorn(1.0, "l2"), "cost must be one of"),
-        (lambda: paired_cost(torch.ones(2, 1), torch.ones(2, 1), "l2"), "cost must be one of"),
     ],
 )
 def test_bad_settings(make, match):

@@ -244,7 +244,9 @@ def test_pairs_have_no_test_split(tiny_run, configure, tmp_path):
     data = Pairs(tmp_path / "p")
     data.setup()
     assert data.summary() == "Pairs: 48 train, 2 val pairs of shape (1, 8, 8), 10 classes"
-    with pytest.raises(RuntimeError, match="split must be train or val of pairs, got test; compare a stud"):
+    with pytest.raises(
+        RuntimeError, match="split must be train or val of pairs, got test"
+    ):
         _ = data.test
     assert data.source["_target_"] == "flowkit.data.Digits"
 
