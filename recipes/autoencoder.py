@@ -68,6 +68,13 @@ def autoencoder(cfg: DictConfig) -> KLAutoencoder:
     images = (batch["x1"] for batch in data.dataloader("train", cfg.batch_size))
     network.fit_scale(_until(images, cfg.num_scale_images))
     network.save_pretrained(folder)
+    _measure(cfg, network, data, began)
+    return network
+
+
+def _measure(cfg: DictConfig, network: KLAutoencoder, data: SplitData, began: float) -> None:
+    """Write and print what reconstructions are worth."""
+    folder = Path(cfg.run_dir)
     features: Features = instantiate(cfg.metric)(data)
     metrics, pictures = measure(network, data, features, cfg.num_samples, cfg.seed)
     record = {
@@ -93,7 +100,6 @@ def autoencoder(cfg: DictConfig) -> KLAutoencoder:
     for name, value in rows.items():
         print(f"{name:<{max(map(len, rows))}}  {value}")
     print(f"picture   {picture}\nnetwork   {folder}")
-    return network
 
 
 def _refuse_overwriting(folder: Path, checkpoint: Path | None) -> None:

@@ -11,7 +11,7 @@ Seconds are of the sampling alone, of all processes together.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -84,34 +84,11 @@ def report(cfg: DictConfig) -> list[Row]:
         run.module.guided(run.guidance)  # refuses what the run was not trained for
     own.reuse_features(cfg.feature_mode, cfg.tolerance, cfg.seed)
     out = Path(cfg.out) if cfg.out else own.folder / "report"
-    if not OmegaConf.is_list(cfg.nfe):
-        raise TypeError(f"nfe must be a list of numbers, such as [4, 8], got {cfg.nfe}")
     cells = [(*cell, run) for cell in _cells(cfg) for run in runs]
-    if not cells:
-        raise ValueError(
-            f"nfe must hold a number that a solver can spend, got {list(cfg.nfe)} for "
-            f"{', '.join(cfg.solvers)}"
-        )
     x0, cond, source, _ = like_test(own, cfg)
     with fabric.rank_zero_first():
         measure = _measure(cfg, own, cond)
-    record = {
-        "weights": own.weights,
-        "sampling": {
-            "feature_mode": getattr(own.module.velocity, "feature_mode", None),
-            "tolerance": cfg.tolerance,
-            "seed": cfg.seed,
-            "num_samples": cfg.num_samples,
-        },
-        "measure": {
-            "name": measure.name,
-            "features": measure.hash,
-            "test": own.data.fingerprint("test"),
-            "floor": measure.real["distance"],
-            "real": measure.real,
-        },
-        "versions": versions(),
-    }
+    record = _record(cfg, own, measure)
     used = {**record, **source, "cond": hash_of(cond)}
     kept = _kept(out / "report.json", record)
     fabric.barrier()  # all have read what the first is about to write
@@ -135,6 +112,27 @@ def report(cfg: DictConfig) -> list[Row]:
     return rows
 
 
+def _record(cfg: DictConfig, run: Run, measure: Measure) -> dict[str, Any]:
+    """What all cells share."""
+    return {
+        "weights": run.weights,
+        "sampling": {
+            "feature_mode": getattr(run.module.velocity, "feature_mode", None),
+            "tolerance": cfg.tolerance,
+            "seed": cfg.seed,
+            "num_samples": cfg.num_samples,
+        },
+        "measure": {
+            "name": measure.name,
+            "features": measure.hash,
+            "test": run.data.fingerprint("test"),
+            "floor": measure.real["distance"],
+            "real": measure.real,
+        },
+        "versions": versions(),
+    }
+
+
 def _show(rows: list[Row], measure: Measure, out: Path) -> None:
     """Write the table and the pictures, of guidance where there are several scales."""
     table = _table(rows, measure)
@@ -152,9 +150,12 @@ def saved(num_steps: int, folder: str) -> Tensor | None:
     return grids.load(file) if file.is_file() else None
 
 
-def _cells(cfg: DictConfig) -> Iterator[tuple[str, str, ODESampler]]:
-    """Solver, name of the grid and sampler of every cell."""
+def _cells(cfg: DictConfig) -> list[tuple[str, str, ODESampler]]:
+    """Solver, name of the grid and sampler of every row and scale of guidance."""
+    if not OmegaConf.is_list(cfg.nfe):
+        raise TypeError(f"nfe must be a list of numbers, such as [4, 8], got {cfg.nfe}")
     made = {name: instantiate(node) for name, node in cfg.grids.items() if node}
+    cells = []
     for solver in cfg.solvers:
         if solver not in STEP:
             raise ValueError(f"solvers must be among {', '.join(STEP)}, got {solver}")
@@ -162,7 +163,13 @@ def _cells(cfg: DictConfig) -> Iterator[tuple[str, str, ODESampler]]:
             for nfe in cfg.nfe:
                 steps = nfe // STEP[solver] - (solver == "ab2")
                 if steps > 0 and (grid := make(steps)) is not None:
-                    yield solver, name, ODESampler(grid, solver)
+                    cells.append((solver, name, ODESampler(grid, solver)))
+    if not cells:
+        raise ValueError(
+            f"nfe must hold a number that a solver can spend, got {list(cfg.nfe)} for "
+            f"{', '.join(cfg.solvers)}"
+        )
+    return cells
 
 
 def _measure(cfg: DictConfig, run: Run, cond: Cond) -> Measure:

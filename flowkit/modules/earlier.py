@@ -38,6 +38,7 @@ NAMES = {
 # Keys of a class: their name now, or None where they had no effect and are gone.
 KEYS: dict[str, dict[str, str | None]] = {
     "flowkit.modules.BlockwiseFlowMatching": {"target": None},
+    "flowkit.modules.SymmetricalFlowMatching": {"edges": "boundary_share"},
 }
 
 

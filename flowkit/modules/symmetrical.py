@@ -76,7 +76,7 @@ class SymmetricalFlowMatching(FlowModule):
         codec: Between labels and codes. Labels are classes ``(B,)`` or masks ``(B, H, W)``.
         times: ``"two-time"`` or ``"symmetric"``.
         image_weight: ``w`` in [0, 1].
-        edges: Share of two-time training pairs with one side clean.
+        boundary_share: Share of two-time training pairs with one side clean.
         label_dropout: Probability of hiding a label in training, which guidance and images without
             labels need.
         class_weights: One per class, on the label loss of its images or pixels. The probabilities
@@ -107,7 +107,7 @@ class SymmetricalFlowMatching(FlowModule):
         codec: Codec,
         times: Literal["two-time", "symmetric"] = "two-time",
         image_weight: float = 0.5,
-        edges: float = 0.5,
+        boundary_share: float = 0.5,
         label_dropout: float = 0.0,
         class_weights: Sequence[float] | None = None,
         autoencoder: Autoencoder = Identity(),
@@ -117,9 +117,9 @@ class SymmetricalFlowMatching(FlowModule):
         super().__init__(velocity, autoencoder, None, optimizer, lr_scheduler)
         check_choice(times, ("two-time", "symmetric"), "times")
         check_between(image_weight, 0, 1, "image_weight")
-        check_between(edges, 0, 1, "edges")
+        check_between(boundary_share, 0, 1, "boundary_share")
         check_between(label_dropout, 0, 1, "label_dropout")
-        self.codec, self.times, self.edges = codec, times, edges
+        self.codec, self.times, self.boundary_share = codec, times, boundary_share
         self.image_weight, self.label_dropout = image_weight, label_dropout
         self.class_weights = checked_class_weights(class_weights, self.states.codec.num_classes)
         if times == "symmetric" and label_dropout > 0:
@@ -153,7 +153,7 @@ class SymmetricalFlowMatching(FlowModule):
             x0=batch.get("x0"),
             mask=batch.get("mask"),
             label_weight=self.states.weight(labels, y0, self.class_weights),
-            edges=self.edges,
+            boundary_share=self.boundary_share,
             label_dropout=self.label_dropout if self.training else 0.0,
             generator=generator,
         )

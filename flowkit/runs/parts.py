@@ -91,24 +91,12 @@ def draw_parts(
         seconds of all processes together and their number, and for a blockwise run see
         `block_cost`. Both are empty on other processes than the first.
     """
-    module, size, flow = run.module, len(x0[0]), run.module.velocity
+    size = len(x0[0])
 
     def make(number: int) -> Columns:
-        if isinstance(flow, Blockwise):
-            flow.usage.clear()
-        began, batch = time.perf_counter(), x0[number]
+        batch = x0[number]
         conditions = take(cond, slice(number * size, number * size + len(batch)))
-        solution = module.solve(batch, sampler, conditions, run.guidance)
-        spent = {"nfe": solution.nfe * len(batch), "rows": solution.rows}
-        with torch.no_grad():
-            samples = module.autoencoder.decode(solution.x).cpu()
-            spent["seconds"] = time.perf_counter() - began  # of sampling, not of what follows
-            columns = finish(samples)
-        if isinstance(flow, Blockwise):
-            spent |= {f"calls {part}": n for part, n in flow.usage.calls.items()}
-            spent |= {f"rows {part}": n for part, n in flow.usage.rows.items()}
-        costs = {f"cost {k}": torch.tensor([v], dtype=torch.float64) for k, v in spent.items()}
-        return {**columns, **costs}
+        return _drawn(run, batch, conditions, sampler, finish)
 
     if parts is None:
         numbers = tqdm(range(len(x0)), desc="sampling", leave=False, disable=None)
@@ -119,10 +107,10 @@ def draw_parts(
         return {}, {}
     spent: Counter[str] = Counter()
     for part in made:
-        for name in [name for name in part if name.startswith("cost ")]:
-            spent[name.removeprefix("cost ")] += part.pop(name).item()
+        for name in [name for name in part if name.startswith(COST)]:
+            spent[name.removeprefix(COST)] += part.pop(name).item()
     columns = {name: torch.cat([part[name] for part in made]) for name in made[0]}
-    count = len(next(iter(columns.values())))
+    count, flow = len(next(iter(columns.values()))), run.module.velocity
     if isinstance(flow, Blockwise):  # also what other processes did, and earlier calls
         flow.usage.clear()
         for kind, counter in (("calls ", flow.usage.calls), ("rows ", flow.usage.rows)):
@@ -133,8 +121,32 @@ def draw_parts(
         "network_rows_per_sample": spent["rows"] / count,
         "seconds": round(spent["seconds"], 3),
         "world_size": 1 if parts is None else parts.fabric.world_size,
-        **block_cost(module, x0[0], cond, count),
+        **block_cost(run.module, x0[0], cond, count),
     }
+
+
+COST = "cost "  # what a batch took, kept beside its columns
+
+
+def _drawn(
+    run: "Run", x0: Tensor, cond: Cond, sampler: ODESampler, finish: Callable[[Tensor], Columns]
+) -> Columns:
+    """What is kept of one batch, and what it took."""
+    flow = run.module.velocity
+    if isinstance(flow, Blockwise):
+        flow.usage.clear()
+    began = time.perf_counter()
+    solution = run.module.solve(x0, sampler, cond, run.guidance)
+    spent = {"nfe": solution.nfe * len(x0), "rows": solution.rows}
+    with torch.no_grad():
+        samples = run.module.autoencoder.decode(solution.x).cpu()
+        spent["seconds"] = time.perf_counter() - began  # of sampling, not of what follows
+        columns = finish(samples)
+    if isinstance(flow, Blockwise):
+        spent |= {f"calls {part}": n for part, n in flow.usage.calls.items()}
+        spent |= {f"rows {part}": n for part, n in flow.usage.rows.items()}
+    costs = {COST + k: torch.tensor([v], dtype=torch.float64) for k, v in spent.items()}
+    return {**columns, **costs}
 
 
 def block_cost(module: FlowModule, x0: Tensor, cond: Cond, num_samples: int) -> dict[str, Any]:

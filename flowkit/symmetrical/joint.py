@@ -74,18 +74,19 @@ class JointFlow:
         x0: Tensor | None = None,
         mask: Tensor | None = None,
         label_weight: Tensor | None = None,
-        edges: float = 0.5,
+        boundary_share: float = 0.5,
         label_dropout: float = 0.0,
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Mean squared errors of the image's and of the label's velocity, at random times.
 
         With one time it is uniform. With two, ``(t, s)`` is uniform in the square but for a share
-        ``edges``, half of which has the label clean (``s = 0``) and half the image (``t = 1``). A
-        clean side is never moved, so that its loss, which would be noise alone, is left out. Of the
-        pairs with a clean image, half have nothing but noise for a label (``s = 1``): that corner
-        is all that one step sees. A class that every pixel of a mask repeats shows through much
-        noise, and away from the corner the network need not know it from the image.
+        ``boundary_share``, half of which has the label clean (``s = 0``) and half the image
+        (``t = 1``). A clean side is never moved, so that its loss, which would be noise alone, is
+        left out. Of the pairs with a clean image, half have nothing but noise for a label
+        (``s = 1``): that corner is all that one step sees. A class that every pixel of a mask
+        repeats shows through much noise, and away from the corner the network need not know it
+        from the image.
 
         Args:
             x1: Images ``(B, C, *)``.
@@ -93,7 +94,7 @@ class JointFlow:
             x0: Noise of the images; drawn if None.
             mask: Weight of the images' elements, broadcastable to them.
             label_weight: Weight of the codes' elements, broadcastable to them.
-            edges: Share of pairs with one clean side, for two times.
+            boundary_share: Share of pairs with one clean side, for two times.
             label_dropout: Probability of hiding a label: zeros for its code, with two times at
                 ``s = 1``, and no label loss.
             generator: Draws everything.
@@ -101,7 +102,7 @@ class JointFlow:
         Returns:
             The image's loss and the label's, each a mean over its own (counted) elements.
         """
-        t, s = self._draw_times(len(x1), x1.device, edges, generator)
+        t, s = self._draw_times(len(x1), x1.device, boundary_share, generator)
         image = PATH.sample(_noise(x1, generator) if x0 is None else x0, x1, t)
         label = PATH.sample(y0, _noise(y0, generator), s)
         y_s = label.x_t

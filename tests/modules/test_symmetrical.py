@@ -68,14 +68,15 @@ def test_the_loss_weighs_the_means_of_its_parts(times):
     torch.testing.assert_close((terms["image_loss"], terms["label_loss"]), by_hand)
 
 
-def test_noise_and_mask_of_the_batch_and_edges_reach_the_joint_flow():
-    module, draws = _images(edges=1.0), [torch.Generator().manual_seed(0) for _ in range(2)]
+def test_what_the_batch_holds_and_the_share_of_the_boundary_reach_the_joint_flow():
+    module = _images(boundary_share=1.0)
+    draws = [torch.Generator().manual_seed(0) for _ in range(2)]
     batch = {"x1": torch.randn(6, 1, 8, 8), "cond": torch.arange(6) % 3}
     batch |= {"x0": torch.randn(6, 1, 8, 8), "mask": (torch.rand(6, 1, 8, 8) < 0.5).float()}
     found = module.loss(batch, draws[0])
     y0 = module.states.encode(batch["cond"], dequantize=True, generator=draws[1])
-    options = {"x0": batch["x0"], "mask": batch["mask"], "edges": 1.0, "generator": draws[1]}
-    expected = module.joint.loss(batch["x1"], y0, **options)
+    options = {"x0": batch["x0"], "mask": batch["mask"], "generator": draws[1]}
+    expected = module.joint.loss(batch["x1"], y0, boundary_share=1.0, **options)
     torch.testing.assert_close((found["image_loss"], found["label_loss"]), expected)
     for left_out in ("x0", "mask"):
         other = {name: value for name, value in batch.items() if name != left_out}
@@ -100,7 +101,7 @@ def test_without_label_weight_label_outputs_get_exactly_no_gradient():
 def test_ignored_pixels_get_exactly_no_gradient(times):
     answer = torch.zeros(6, 4, 8, 8, requires_grad=True)
     codec = OneHotMask(3, ignore_index=255)
-    module = SymmetricalFlowMatching(lambda state, t: answer, codec, times, edges=0.0)
+    module = SymmetricalFlowMatching(lambda state, t: answer, codec, times, boundary_share=0.0)
     masks = torch.randint(3, (6, 8, 8))
     masks[:, 2:4, 5] = 255
     module.loss({"x1": torch.randn(6, 1, 8, 8), "cond": masks})["loss"].backward()
@@ -397,7 +398,7 @@ def test_latent_training_draws_images_from_the_posterior_but_not_masks():
         return torch.zeros_like(state)
 
     codec = RGBPalette([[0, 0, 0], [255, 255, 255]], q=0.0)
-    module = SymmetricalFlowMatching(network, codec, autoencoder=Blocks(), edges=1.0)
+    module = SymmetricalFlowMatching(network, codec, autoencoder=Blocks(), boundary_share=1.0)
     images, masks = torch.zeros(2000, 3, 2, 2), torch.zeros(2000, 2, 2).long()
     module.loss({"x1": images, "cond": masks})
     state, t = seen[0]
@@ -487,7 +488,7 @@ def test_bad_arguments_are_refused():
     options = {"velocity": _net(), "codec": OneHot(3)}
     with pytest.raises(ValueError, match="times must be one of symmetric, two-time, got 'both'"):
         SymmetricalFlowMatching(**options, times="both")
-    for name in ("image_weight", "edges", "label_dropout"):
+    for name in ("image_weight", "boundary_share", "label_dropout"):
         with pytest.raises(ValueError, match=rf"{name} must lie in \[0, 1\], got 1.5"):
             SymmetricalFlowMatching(**options, **{name: 1.5})
     with pytest.raises(ValueError, match="class_weights must hold 3 weights, one per class, got 2"):

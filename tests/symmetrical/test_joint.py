@@ -69,7 +69,7 @@ def test_targets_are_the_derivatives_of_the_states(two_times):
     def state(shift):
         network, Shifted.shift = Recorder(), shift
         flow, generator = Shifted(network, two_times), torch.Generator().manual_seed(1)
-        image_loss, label_loss = flow.loss(x1, y0, edges=0.0, generator=generator)
+        image_loss, label_loss = flow.loss(x1, y0, boundary_share=0.0, generator=generator)
         return network.calls[0][0], image_loss, label_loss
 
     dx = (state((h, 0))[0] - state((-h, 0))[0])[:, :3] / (2 * h)
@@ -79,7 +79,7 @@ def test_targets_are_the_derivatives_of_the_states(two_times):
     assert image_loss.item() == pytest.approx(dx.square().mean().item(), abs=1e-4)
     assert label_loss.item() == pytest.approx(dy.square().mean().item(), abs=1e-4)
     knowing, Shifted.shift = Shifted(lambda *_: torch.cat([dx, dy], 1), two_times), (0.0, 0.0)
-    losses = knowing.loss(x1, y0, edges=0.0, generator=torch.Generator().manual_seed(1))
+    losses = knowing.loss(x1, y0, boundary_share=0.0, generator=torch.Generator().manual_seed(1))
     assert max(losses).item() < 1e-12
 
 
@@ -109,7 +109,7 @@ def test_masks_and_points_are_joined_as_they_are():
 
 def test_two_times_cover_the_square_and_its_edges():
     x1, y0 = torch.zeros(20_000, 1), torch.zeros(20_000, 1)
-    _, times = _loss_call(True, x1, y0, edges=0.5)
+    _, times = _loss_call(True, x1, y0, boundary_share=0.5)
     t, s = times.unbind(1)
     clean_label, clean_image = s == 0, t == 1
     assert not bool((clean_label & clean_image).any())
@@ -123,7 +123,7 @@ def test_two_times_cover_the_square_and_its_edges():
         quadrants / inside.sum(), torch.full_like(quadrants, 0.25), atol=0.02, rtol=0
     )
     assert t[clean_label].mean().item() == pytest.approx(0.5, abs=0.02)
-    _, times = _loss_call(True, x1, y0, edges=0.0)
+    _, times = _loss_call(True, x1, y0, boundary_share=0.0)
     assert not bool((times == 1).any() or (times == 0).any())
 
 
@@ -131,7 +131,7 @@ def test_clean_sides_carry_no_loss():
     """With all pairs on the edges, half of them move the image and half the label, not both."""
     x1, y0 = 3 + torch.zeros(4000, 1), 3 + torch.zeros(4000, 1)
     network = Recorder()
-    image_loss, label_loss = JointFlow(network).loss(x1, y0, edges=1.0)
+    image_loss, label_loss = JointFlow(network).loss(x1, y0, boundary_share=1.0)
     state, times = network.calls[0]
     assert bool(((times[:, 0] == 1) | (times[:, 1] == 0)).all())
     # E(3 − ξ)² = 10 for what moves; the clean side is exactly its data
@@ -143,23 +143,23 @@ def test_clean_sides_carry_no_loss():
     def wrong_on_clean_sides(state, t):
         return 1e3 * torch.stack([(t[:, 0] == 1), (t[:, 1] == 0)], 1).float()
 
-    losses = JointFlow(wrong_on_clean_sides).loss(x1, y0, edges=1.0)
+    losses = JointFlow(wrong_on_clean_sides).loss(x1, y0, boundary_share=1.0)
     assert max(losses).item() < 11
 
 
 @pytest.mark.parametrize("two_times", [False, True])
 def test_hidden_labels_are_zeros_without_loss(two_times):
     x1, y0 = torch.randn(5000, 1), torch.full((5000, 2), 2.0)
-    state, times = _loss_call(two_times, x1, y0, label_dropout=0.3, edges=0.0)
+    state, times = _loss_call(two_times, x1, y0, label_dropout=0.3, boundary_share=0.0)
     hidden = (state[:, 1:] == 0).all(1)
     assert hidden.float().mean().item() == pytest.approx(0.3, abs=0.02)
     if two_times:
         assert bool((times[hidden, 1] == 1).all())
         assert bool((times[~hidden, 1] < 1).all())
     flow = JointFlow(Recorder(), two_times)
-    _, label_loss = flow.loss(x1, y0, label_dropout=0.3, edges=0.0)
+    _, label_loss = flow.loss(x1, y0, label_dropout=0.3, boundary_share=0.0)
     assert label_loss.item() == pytest.approx(5, abs=0.3)  # E(ξ − 2)², of those that have labels
-    image_loss, label_loss = flow.loss(x1, y0, label_dropout=1.0, edges=0.0)
+    image_loss, label_loss = flow.loss(x1, y0, label_dropout=1.0, boundary_share=0.0)
     assert label_loss.item() == 0
     assert image_loss.item() == pytest.approx(2, abs=0.2)
 
