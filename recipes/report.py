@@ -77,18 +77,19 @@ def report(cfg: DictConfig) -> list[Row]:
     fabric = launch(cfg)
     check_at_least(cfg.num_samples, 2, "num_samples")
     scales = list(cfg.guidance) if OmegaConf.is_list(cfg.guidance) else [cfg.guidance]
-    check_at_least(len(scales), 1, "number of guidance scales")
-    own = Run.load(cfg.run, cfg.weights, fabric.device)
-    runs = [own if scale is None else replace(own, guidance=scale) for scale in scales]
+    if not scales or (None in scales and len(scales) > 1):
+        raise ValueError(f"guidance must be null, a number or several, got {scales}")
+    first = Run.load(cfg.run, cfg.weights, fabric.device, scales[0])
+    runs = [first, *(replace(first, guidance=scale) for scale in scales[1:])]
     for run in runs:
         run.module.guided(run.guidance)  # refuses what the run was not trained for
-    own.reuse_features(cfg.feature_mode, cfg.tolerance, cfg.seed)
-    out = Path(cfg.out) if cfg.out else own.folder / "report"
+    first.reuse_features(cfg.feature_mode, cfg.tolerance, cfg.seed)
+    out = Path(cfg.out) if cfg.out else first.folder / "report"
     cells = [(*cell, run) for cell in _cells(cfg) for run in runs]
-    x0, cond, source, _ = like_test(own, cfg)
+    x0, cond, source, _ = like_test(first, cfg)
     with fabric.rank_zero_first():
-        measure = _measure(cfg, own, cond)
-    record = _record(cfg, own, measure)
+        measure = _measure(cfg, first, cond)
+    record = _record(cfg, first, measure)
     used = {**record, **source, "cond": hash_of(cond)}
     kept = _kept(out / "report.json", record)
     fabric.barrier()  # all have read what the first is about to write

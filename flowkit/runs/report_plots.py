@@ -19,19 +19,21 @@ def lines_of(rows: list[Row], *names: str) -> dict[str, list[Row]]:
 
 
 def plot(rows: list[Row], measure: str, floor: float, file: Path) -> None:
-    """Distance over evaluations, and over time; a color a solver, a line style a grid."""
+    """Distance over evaluations, and over time; a color a solver and scale of guidance, a line style a grid."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter
 
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
-    solvers, names = (list(dict.fromkeys(row[key] for row in rows)) for key in ("solver", "grid"))
+    colored = list(dict.fromkeys((row["solver"], row["guidance"]) for row in rows))
+    names = list(dict.fromkeys(row["grid"] for row in rows))
     styles = ["-", "--", ":", "-."]
     labels = ("evaluations of the network", "milliseconds a sample")
     for axes, key, label in zip(panels, ("nfe", "milliseconds"), labels, strict=True):
         for name, mine in lines_of(rows, "solver", "grid", "guidance").items():
-            color, style = solvers.index(mine[0]["solver"]), names.index(mine[0]["grid"])
-            line = {"color": f"C{color}", "linestyle": styles[style % 4], "marker": "o", "ms": 4}
+            color = colored.index((mine[0]["solver"], mine[0]["guidance"]))
+            style = styles[names.index(mine[0]["grid"]) % 4]
+            line = {"color": f"C{color}", "linestyle": style, "marker": "o", "ms": 4}
             axes.plot(*([row[k] for row in mine] for k in (key, "distance")), label=name, **line)
         axes.axhline(floor, color="0.5", lw=1, label="training samples")
         axes.set(xscale="log", yscale="log", xlabel=label)
