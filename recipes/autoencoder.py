@@ -29,10 +29,11 @@ from flowkit.metrics.pictures import save_picture
 from flowkit.modules import LastCheckpoint
 from flowkit.modules.autoencoding import Autoencoding, FeatureError
 from flowkit.modules.callbacks import StepProgress, StopOnInterrupt
-from flowkit.modules.checkpoints import CHECKPOINT, CONFIG
+from flowkit.modules.checkpoints import CHECKPOINT, CONFIG, UNRESOLVED
 from flowkit.provenance import versions
-from flowkit.runs.parts import quiet
-from flowkit.runs.resuming import UNRESOLVED, find_checkpoint, resumed, unfinished
+from flowkit.runs.processes import quiet
+from flowkit.runs.resuming import find_checkpoint, resumed, unfinished
+from flowkit.runs.splits import prepared
 
 
 def autoencoder(cfg: DictConfig) -> KLAutoencoder:
@@ -45,9 +46,7 @@ def autoencoder(cfg: DictConfig) -> KLAutoencoder:
         unfinished(checkpoint, cfg.trainer.max_steps)
     _refuse_overwriting(folder, checkpoint)
     seed_everything(cfg.seed, workers=True, verbose=False)
-    data = instantiate(cfg.data)
-    data.prepare_data()
-    data.setup()
+    data = prepared(instantiate(cfg.data))
     cfg.shape, cfg.num_classes = list(data.shape), data.num_classes
     vae, perceptual = instantiate(cfg.vae), instantiate(cfg.perceptual)
     module = Autoencoding(
@@ -69,6 +68,13 @@ def autoencoder(cfg: DictConfig) -> KLAutoencoder:
     images = (batch["x1"] for batch in data.dataloader("train", cfg.batch_size))
     network.fit_scale(_until(images, cfg.num_scale_images))
     network.save_pretrained(folder)
+    _measure(cfg, network, data, began)
+    return network
+
+
+def _measure(cfg: DictConfig, network: KLAutoencoder, data: SplitData, began: float) -> None:
+    """Write and print what reconstructions are worth."""
+    folder = Path(cfg.run_dir)
     features: Features = instantiate(cfg.metric)(data)
     metrics, pictures = measure(network, data, features, cfg.num_samples, cfg.seed)
     record = {
@@ -94,7 +100,6 @@ def autoencoder(cfg: DictConfig) -> KLAutoencoder:
     for name, value in rows.items():
         print(f"{name:<{max(map(len, rows))}}  {value}")
     print(f"picture   {picture}\nnetwork   {folder}")
-    return network
 
 
 def _refuse_overwriting(folder: Path, checkpoint: Path | None) -> None:

@@ -23,6 +23,7 @@ from flowkit.blockwise import equal_burden, loss_by_time
 from flowkit.modules import FlowModule, load_run
 from flowkit.modules.checkpoints import read_config
 from flowkit.recipes.train import train
+from flowkit.runs.splits import prepared
 
 KEPT = ("data", "path", "coupling", "autoencoder", "guidance")  # of the run
 
@@ -84,9 +85,7 @@ def edges(cfg: DictConfig) -> list[float]:
     given = edges_of(6 if cfg.edges is None else cfg.edges)
     if not cfg.equal_burden:
         return given
-    run, data = load_run(cfg.run), instantiate(cfg.data)
-    data.prepare_data()
-    data.setup()
+    run, data = load_run(cfg.run), prepared(instantiate(cfg.data))
     path, coupling = instantiate(cfg.path), instantiate(cfg.coupling)
     generator = torch.Generator().manual_seed(cfg.seed)
     batch = run.encode(data.val[:2000], generator)

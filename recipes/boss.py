@@ -26,13 +26,11 @@ from flowkit.boss import (
 )
 from flowkit.boss.costs import check_num_steps
 from flowkit.metrics import Features, as_saved, frechet_distance
-from flowkit.modules import FlowModule, load_run
-from flowkit.modules.checkpoints import read_config
 from flowkit.provenance import versions
-from flowkit.runs.grid_plots import Row, markdown, plot
-from flowkit.runs.parts import draw, usable_device
-from flowkit.runs.records import weights
-from flowkit.runs.starts import FRESH, Starts, like_test, test_data
+from flowkit.runs import Run
+from flowkit.runs.grid_plots import Row, plot, table_of
+from flowkit.runs.parts import draw
+from flowkit.runs.starts import FRESH, Starts, like_test
 from flowkit.sampling import ODESampler
 from flowkit.types import Cond
 from flowkit.velocity import Velocity
@@ -48,26 +46,21 @@ def boss(cfg: DictConfig) -> dict[str, Any]:
     Returns:
         The provenance of the grid, which holds all scores.
     """
-    run = Path(cfg.run)
-    out = Path(cfg.out) if cfg.out else run / "boss"
-    trained, module = read_config(run), load_run(run).to(usable_device(cfg.device))
-    guidance = trained["guidance"] if cfg.guidance is None else cfg.guidance
-    guidance = None if guidance == 1 else guidance
-    velocity, starts = module.guided(guidance), Starts(module, trained, cfg.seed, cfg.device)
+    run = Run.load(cfg.run, cfg.weights, cfg.device, cfg.guidance)
+    out = Path(cfg.out) if cfg.out else run.folder / "boss"
+    velocity, starts = run.velocity, run.starts(cfg.seed)
     budgets = sorted({*cfg.budgets, cfg.num_steps})
     for budget in budgets:
         check_num_steps(budget, grids.uniform(cfg.fine_steps))
-    distance = None if cfg.metric is None else _distance(cfg, module, trained, guidance)
-    _announce(cfg, budgets, guided=guidance is not None)
+    distance = None if cfg.metric is None else _distance(cfg, run)
+    _announce(cfg, budgets, guided=velocity is not run.module.velocity)
     found, interval, costs_noises = _search(cfg, velocity, starts, budgets)
     table, reference = _compare(cfg, velocity, found, *starts(FRESH, cfg.fresh_noises))
     if distance is not None:
         for row in tqdm(table, desc="Fréchet distances", leave=False, disable=None):
             row.update(distance(_sampler(row, found, cfg.method)))
     made = {
-        "model_hash": weights(module)["hash"],
-        "method": cfg.method,
-        "guidance": guidance,
+        **run.made_with(cfg.method),
         "condition": "none" if starts(0, 1)[1] is None else "all in turn",
         "fine_steps": cfg.fine_steps,
         "seed": cfg.seed,
@@ -127,7 +120,7 @@ def _write(
             grids.save(result.grid, out / "grid.json", **record)
         else:
             grids.save(result.grid, out / f"grid-{budget}.json", **own, **made)
-    table, best = markdown(made["comparison"]), found[num_steps]
+    table, best = table_of(made["comparison"]), found[num_steps]
     (out / "table.md").write_text(table)
     plot(best.grids, best.winner, made["comparison"], out / "grid.png")
     print(f"{table}\nbest      {best.winner}, {num_steps} steps\ngrid      {out / 'grid.json'}")
@@ -190,24 +183,21 @@ def _sampler(row: Row, found: dict[int, OptimizedGrid], method: str) -> ODESampl
     return ODESampler(found[row["steps"]].grids[row["grid"]], method)
 
 
-def _distance(
-    cfg: DictConfig, module: FlowModule, trained: dict[str, Any], guidance: float | None
-) -> Callable[[ODESampler], dict[str, Any]]:
+def _distance(cfg: DictConfig, run: Run) -> Callable[[ODESampler], dict[str, Any]]:
     """A function that measures samples like ``flowkit evaluate``: their Fréchet distance and NFE.
 
     Raises:
         ValueError: If the run is not one of images.
     """
-    data = test_data(trained)
+    data = run.data
     if len(data.shape) != 3:
         raise ValueError(f"metric must be null for a run of no images, got data of {data.shape}")
     features: Features = instantiate(cfg.metric)(data)
-    test = data.test[:]
-    real = features(as_saved(test["x1"]))
-    x0, cond, source, _ = like_test(cfg, module, test, data)
+    real = features(as_saved(data.test[:]["x1"]))
+    x0, cond, source, _ = like_test(run, cfg)
 
     def measure(sampler: ODESampler) -> dict[str, Any]:
-        samples, cost = draw(module, x0, cond, sampler, guidance)
+        samples, cost = draw(run, x0, cond, sampler)
         distance = frechet_distance(features(as_saved(samples)), real)
         return {
             "frechet_distance": distance,

@@ -29,6 +29,7 @@ from flowkit.checks import check_at_least
 from flowkit.recipes.evaluate import evaluate
 from flowkit.recipes.train import train
 from flowkit.runs.parts import file_name
+from flowkit.runs.tables import markdown
 
 Row = dict[str, Any]
 
@@ -127,9 +128,7 @@ def write_table(rows: list[Row], out: Path, metrics: Iterable[str] | None = None
         records.append(record)
         lines.append([problem, coupling, str(len(group)), *cells])
     header = ["problem", "coupling", "seeds", *columns]
-    rule = ["---"] * 2 + ["---:"] * (len(header) - 2)
-    text = "".join(f"| {' | '.join(line)} |\n" for line in [header, rule, *lines])
-    (out / "table.md").write_text(text)
+    (out / "table.md").write_text(markdown(header, lines, names=(0, 1)))
     with (out / "table.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, records[0])
         writer.writeheader()

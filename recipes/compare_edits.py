@@ -28,8 +28,8 @@ from flowkit.modules.flow import labels_of
 from flowkit.paths import Linear
 from flowkit.provenance import versions
 from flowkit.runs.editing import RunFlow
-from flowkit.runs.records import weights, write_record
-from flowkit.runs.starts import test_data
+from flowkit.runs.records import write_record
+from flowkit.runs.tables import markdown
 from flowkit.sampling import ODESampler, seeded_noise
 
 Row = dict[str, Any]
@@ -38,7 +38,7 @@ Row = dict[str, Any]
 def compare_edits(cfg: DictConfig) -> dict[str, Any]:
     """Compare as configured; writes ``inversions`` and ``edits`` as tables and pictures."""
     model = RunFlow.load(cfg)
-    data = test_data(model.trained)
+    data = model.run.data
     folder = Path(cfg.out or Path(cfg.run) / "edits" / "comparison")
     files = [folder / f for f in ("report.json", "inversions.png", "edits.png", "strip.png")]
     inversions = compare_inversions(cfg, model, data) if cfg.num_inverted else []
@@ -47,7 +47,7 @@ def compare_edits(cfg: DictConfig) -> dict[str, Any]:
         "inversions": inversions,
         "edits": edits,
         "settings": OmegaConf.to_container(cfg, resolve=True),
-        "weights": weights(model.module),
+        "weights": model.record(),
         "versions": versions(),
     }
     write_record(record, files)
@@ -104,11 +104,11 @@ def compare_inversions(cfg: DictConfig, model: RunFlow, data: SplitData) -> list
 def inversion_table(rows: list[Row]) -> str:
     """One line per method, one column per number of evaluations."""
     budgets = sorted({row["nfe"] for row in rows})
-    lines = [["RMSE at evaluations", *map(str, budgets)], ["---", *["---:"] * len(budgets)]]
+    lines = []
     for name in dict.fromkeys(row["series"] for row in rows):
         values = {row["nfe"]: row["rmse"] for row in rows if row["series"] == name}
         lines.append([name, *(f"{values[n]:.5f}" if n in values else "" for n in budgets)])
-    return _markdown(lines)
+    return markdown(["RMSE at evaluations", *map(str, budgets)], lines)
 
 
 # --- edits ------------------------------------------------------------------------------------
@@ -124,8 +124,7 @@ def compare_targets(
     judge = PixelSVC(train["x1"], labels_of(train, data.num_classes))
     images = test["x1"][labels_of(test, data.num_classes) == cfg.source][: cfg.num_edited]
     x1 = model.encode(images.to(cfg.device))
-    trained = model.trained["guidance"] or 1.0
-    scale = trained if cfg.target_guidance is None else cfg.target_guidance
+    scale = model.guidance if cfg.target_guidance is None else cfg.target_guidance
     source = model.condition(cfg.source, 1.0, "source", len(x1))
     target = model.condition(cfg.target, scale, "target", len(x1))
     grid, rows, strip = ODESampler(cfg.num_steps).times, [], None
@@ -160,19 +159,14 @@ def compare_targets(
 
 def edit_table(rows: list[Row], scores: Iterable[float]) -> str:
     """The least distance to the source of each series at which enough results are of the target."""
-    lines = [["series", *(f"distance at a score of {s:g}" for s in scores)]]
-    lines.append(["---", *["---:"] * (len(lines[0]) - 1)])
+    lines = []
     for name in dict.fromkeys(row["series"] for row in rows):
         line = [name]
         for score in scores:
             near = [r["distance"] for r in rows if r["series"] == name and r["score"] >= score]
             line.append(f"{min(near):.3f}" if near else "")
         lines.append(line)
-    return _markdown(lines)
-
-
-def _markdown(lines: list[list[str]]) -> str:
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return markdown(["series", *(f"distance at a score of {s:g}" for s in scores)], lines)
 
 
 def plot(rows: list[Row], x: str, y: str, file: Path, log: bool = False) -> None:

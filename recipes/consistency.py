@@ -13,7 +13,6 @@ from typing import Any, cast
 
 import hydra
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor
 from tqdm import tqdm
@@ -25,12 +24,11 @@ from flowkit.metrics import PixelSVC, agreement
 from flowkit.metrics.labels import segmentation_metrics
 from flowkit.metrics.pictures import colored, save_picture
 from flowkit.modules import SymmetricalFlowMatching
-from flowkit.modules.checkpoints import read_config
-from flowkit.provenance import versions
 from flowkit.recipes.predict import symmetrical
-from flowkit.runs.parts import draw, usable_device
-from flowkit.runs.records import describe, weights, write_record
-from flowkit.runs.starts import choose_labels, noise_batches, test_data
+from flowkit.runs import Run
+from flowkit.runs.parts import draw
+from flowkit.runs.records import write_record
+from flowkit.runs.starts import choose_labels, noise_batches
 from flowkit.sampling import ODESampler
 
 
@@ -38,20 +36,18 @@ def consistency(cfg: DictConfig) -> dict[str, Any]:
     """Measure as configured; writes ``consistency.json`` and pictures."""
     check_at_least(cfg.num_samples, 1, "num_samples")
     check_at_least(cfg.batch_size, 1, "batch_size")
-    run = Path(cfg.run)
-    out = Path(cfg.out) if cfg.out else run / "consistency"
-    trained, module = read_config(run), symmetrical(run).to(usable_device(cfg.device))
-    data, sampler = test_data(trained), instantiate(cfg.sampler)
-    guidance = trained["guidance"] if cfg.guidance is None else cfg.guidance
+    run = Run.load(cfg.run, cfg.weights, cfg.device, cfg.guidance)
+    out = Path(cfg.out) if cfg.out else run.folder / "consistency"
+    module, data, sampler = symmetrical(run), run.data, run.sampler(cfg.sampler)
     test = data.test[: cfg.num_samples]
     labels = test.get("cond")
     if data.num_classes is not None:
         labels = choose_labels(None, cfg.num_samples, data.num_classes)
-    if not isinstance(labels, Tensor) or module.sample_shape is None:
+    if not isinstance(labels, Tensor):
         raise RuntimeError("run must have been trained on data with labels or masks, got none")
     seeds = range(cfg.seed, cfg.seed + len(labels))
-    noise = noise_batches(module.sample_shape, seeds, cfg.batch_size)
-    images, cost = draw(module, noise, labels, sampler, guidance)
+    noise = noise_batches(run.sample_shape, seeds, cfg.batch_size)
+    images, cost = draw(run, noise, labels, sampler)
     read = _reader(module, data, cfg.batch_size)
     metrics: dict[str, Any] = {"images_of_labels": read(images, labels)}
     pictures = {"images_of_labels": (images, labels)}
@@ -59,19 +55,14 @@ def consistency(cfg: DictConfig) -> dict[str, Any]:
         pairs = _pairs(module, sampler, seeds, cfg.batch_size)
         metrics["pairs"] = read(*pairs)
         pictures["pairs"] = pairs
-    record = {
-        "metrics": metrics,
-        "weights": weights(module),
-        "sampling": {
-            **describe(sampler, guidance),
-            **cost,
-            "times": module.times,
-            "num_samples": len(labels),
-            "seeds": [seeds.start, seeds.stop],
-        },
-        "data": {"name": type(data).__name__, "test": data.fingerprint("test")},
-        "versions": versions(),
+    sampling = {
+        **run.describe(sampler),
+        **cost,
+        "times": module.times,
+        "num_samples": len(labels),
+        "seeds": [seeds.start, seeds.stop],
     }
+    record = run.record(sampling, metrics=metrics)
     files = [out / "consistency.json", *(out / f"{name}.png" for name in pictures)]
     write_record(record, files)
     print(f"images and pairs: {len(labels)}")

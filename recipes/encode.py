@@ -17,13 +17,12 @@ from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from flowkit.data.cache import SPLITS, write_cache
+from flowkit.runs.splits import prepared
 
 
 def encode(cfg: DictConfig) -> dict[str, Any]:
     """Encode as configured; returns the index of the cache."""
-    data = instantiate(cfg.data)
-    data.prepare_data()
-    data.setup()
+    data = prepared(instantiate(cfg.data))
     autoencoder = instantiate(cfg.autoencoder).to(cfg.device)
     source = cast(dict[str, Any], OmegaConf.to_container(cfg.data, resolve=True))
     total = sum(len(data.split(name)) for name in SPLITS)

@@ -16,14 +16,12 @@ from omegaconf import DictConfig
 from flowkit.checks import check_at_least
 from flowkit.couplings import EpsilonChoice, cost_matrix, suggest_epsilon
 from flowkit.couplings.epsilon import variance_components
-from flowkit.data import SplitData
+from flowkit.runs.splits import prepared
 
 
 def epsilon(cfg: DictConfig) -> EpsilonChoice:
     """Choose as configured; writes ``epsilon.json`` and ``epsilon.png``."""
-    data: SplitData = instantiate(cfg.data)
-    data.prepare_data()
-    data.setup()
+    data = prepared(instantiate(cfg.data))
     generator = torch.Generator().manual_seed(cfg.seed)
     order = torch.randperm(len(data.train), generator=generator)[: cfg.num_samples]
     check_at_least(len(order), 2, "num_samples")

@@ -19,7 +19,6 @@ from lightning.fabric import Fabric
 from omegaconf import DictConfig
 from torch import Tensor
 
-from flowkit.data import SplitData
 from flowkit.metrics import (
     Features,
     Pixels,
@@ -30,15 +29,13 @@ from flowkit.metrics import (
     to_uint8,
 )
 from flowkit.metrics.pictures import as_saved, save_picture
-from flowkit.modules import FlowModule
-from flowkit.modules.checkpoints import read_config
-from flowkit.modules.flow import Guidance, labels_of
-from flowkit.provenance import versions
+from flowkit.modules.flow import labels_of
+from flowkit.runs import Run
 from flowkit.runs.features import cache_folder
-from flowkit.runs.parts import Columns, Parts, block_cost, draw_parts, hash_of, launch
-from flowkit.runs.records import describe, make_sampler, weights, write_record
-from flowkit.runs.run import loaded
-from flowkit.runs.starts import given_source, like_test, start, test_data
+from flowkit.runs.parts import Columns, Parts, block_cost, draw_parts, hash_of
+from flowkit.runs.processes import launch
+from flowkit.runs.records import write_record
+from flowkit.runs.starts import given_source, like_test, start
 from flowkit.sampling import ADAPTIVE, ODESampler
 from flowkit.types import Batch
 
@@ -58,27 +55,17 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     Returns:
         The record; an empty one on other processes than the first.
     """
-    run, fabric = Path(cfg.run), launch(cfg)
-    out = Path(cfg.out) if cfg.out else run
-    trained = read_config(run)
-    guidance = trained["guidance"] if cfg.guidance is None else cfg.guidance
-    module = loaded(cfg, fabric.device, guidance)
-    data = test_data(trained)
-    sampler = make_sampler(cfg.sampler, module, guidance)
-    module.guided(guidance)  # before features are made, which may take minutes
-    if len(data.shape) == 3:
-        found = _measure_images(cfg, module, data, sampler, guidance, fabric)
+    fabric = launch(cfg)
+    run = Run.load(cfg.run, cfg.weights, fabric.device, cfg.guidance)
+    run.reuse_features(cfg.feature_mode, cfg.tolerance, cfg.seed)
+    sampler, out = run.sampler(cfg.sampler), Path(cfg.out or cfg.run)
+    if len(run.data.shape) == 3:
+        found = _measure_images(cfg, run, sampler, fabric)
     else:
-        found = _measure_points(cfg, module, data, sampler, guidance)
+        found = _measure_points(cfg, run, sampler)
     if found is None or not fabric.is_global_zero:
         return {}
-    record = {
-        "metrics": found.metrics,
-        "weights": weights(module),
-        "sampling": found.sampling,
-        "data": {"name": type(data).__name__, "test": data.fingerprint("test")},
-        "versions": versions(),
-    }
+    record = run.record(found.sampling, metrics=found.metrics)
     files = [out / "metrics.json", out / "samples.png"]
     write_record(record, files)
     save_picture(found.shown, files[1], found.columns)
@@ -88,28 +75,24 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
 
 
 def _measure_images(
-    cfg: DictConfig,
-    module: FlowModule,
-    data: SplitData,
-    sampler: ODESampler,
-    guidance: Guidance,
-    fabric: Fabric,
+    cfg: DictConfig, run: Run, sampler: ODESampler, fabric: Fabric
 ) -> Measured | None:
+    data = run.data
     with fabric.rank_zero_first():  # a classifier is trained once
         features: Features = instantiate(cfg.metric)(data)
     test = data.test[:]
-    x0, cond, source, chosen = like_test(cfg, module, test, data)
+    x0, cond, source, chosen = like_test(run, cfg)
 
     def finish(samples: Tensor) -> Columns:
         images = to_uint8(samples)
         return {"images": images, "features": features(as_saved(images))}
 
-    used = {"weights": weights(module), **describe(sampler, guidance), **source}
+    used = {"weights": run.weights, **run.describe(sampler), **source}
     used |= {"mode": [cfg.feature_mode, cfg.tolerance], "features": features.hash}
     used["cond"] = hash_of(cond)
     used["test"] = data.fingerprint("test")  # of which given source samples are
     parts = Parts(Path(cfg.out or cfg.run), used, fabric)
-    drawn, cost = draw_parts(module, x0, cond, sampler, guidance, finish, parts)
+    drawn, cost = draw_parts(run, x0, cond, sampler, finish, parts)
     if not fabric.is_global_zero:
         return None
     samples = drawn["images"]
@@ -130,7 +113,7 @@ def _measure_images(
         generated_features=drawn["features"],
     )
     parts.remove()
-    sampling = {**describe(sampler, guidance), **cost, **source}
+    sampling = {**run.describe(sampler), **cost, **source}
     sampling["conditions"] = None if cond is None else chosen
     if labels is None:
         return Measured(metrics, sampling, as_saved(samples[:100]))
@@ -146,24 +129,22 @@ def picture_rows(labels: Tensor) -> tuple[Tensor, int]:
     return torch.stack(columns, 1).flatten(), len(columns)
 
 
-def _measure_points(
-    cfg: DictConfig, module: FlowModule, data: SplitData, sampler: ODESampler, guidance: Guidance
-) -> Measured:
-    test = data.test[: cfg.num_samples]
+def _measure_points(cfg: DictConfig, run: Run, sampler: ODESampler) -> Measured:
+    test = run.data.test[: cfg.num_samples]
     size = len(test["x1"])
-    x0, source = start(module, cfg, size, given_source(test, data))
+    x0, source = start(run, cfg, size, given_source(test, run.data))
     if sampler.method in ADAPTIVE and len(sampler.times) < 101:
         # The path's energy is a sum over the grid, which these solvers need not follow.
         sampler = replace(sampler, grid=100)
     cond = test.get("cond")
-    solution = module.solve(torch.cat(list(x0)), sampler, cond, guidance, return_path=True)
+    solution = run.module.solve(torch.cat(list(x0)), sampler, cond, run.guidance, return_path=True)
     path = solution.path if solution.path is None else solution.path.cpu()
     metrics = point_metrics(test["x1"], solution.x.cpu(), path, sampler.times)
     sampling = {
-        **describe(sampler, guidance),
+        **run.describe(sampler),
         "nfe": solution.nfe,
         "network_rows_per_sample": solution.rows / size,
-        **block_cost(module, x0[0], cond, size),
+        **block_cost(run.module, x0[0], cond, size),
         **source,
         "batch_size": size,  # their paths are measured together, by one process
         "world_size": 1,
@@ -196,9 +177,6 @@ def _report(metrics: dict[str, Any]) -> None:
     width = max(map(len, rows))
     for name, value in rows.items():
         print(f"{name:<{width}}  {value}")
-
-
-# --- feature networks by name, for conf/metric -------------------------------------------------
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="evaluate")

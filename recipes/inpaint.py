@@ -5,11 +5,9 @@ flowkit inpaint run=runs/inpainting kind=strokes num_samples=8 sampler.grid=50
 """
 
 from pathlib import Path
-from typing import Any, cast
 
 import hydra
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor
 from tqdm import tqdm
@@ -17,59 +15,54 @@ from tqdm import tqdm
 from flowkit.checks import check_at_least
 from flowkit.inpainting import RandomMasks
 from flowkit.metrics.pictures import save_picture
-from flowkit.modules import LatentFlowMatching, load_run
-from flowkit.modules.checkpoints import read_config
-from flowkit.modules.flow import labels_of
-from flowkit.provenance import versions
-from flowkit.runs.parts import usable_device
-from flowkit.runs.records import describe, weights, write_record
-from flowkit.runs.starts import test_data
+from flowkit.modules import LatentFlowMatching
+from flowkit.modules.flow import Guidance, labels_of
+from flowkit.runs import Run
+from flowkit.runs.records import write_record
+from flowkit.sampling import ODESampler
 
 
 def inpaint(cfg: DictConfig) -> Tensor:
     """Inpaint as configured; writes ``inpainted.json`` and a picture: hole, image, fillings."""
     check_at_least(cfg.num_images, 1, "num_images")
-    run = Path(cfg.run)
-    module = load_run(run).to(usable_device(cfg.device))
+    labeled = cfg.labels or cfg.guidance is not None
+    # Without labels the run's own guidance has nothing to lead to.
+    run = Run.load(cfg.run, cfg.weights, cfg.device, cfg.guidance if labeled else 1)
+    module = run.module
     if not isinstance(module, LatentFlowMatching) or module.masks is None:
         raise TypeError(
             f"run must be trained with module=inpainting, got {type(module).__name__} without masks"
         )
-    data, sampler = test_data(read_config(run)), instantiate(cfg.sampler)
+    data, sampler = run.data, run.sampler(cfg.sampler)
     test = data.test[: cfg.num_images]
     images, labels = test["x1"], labels_of(test, data.num_classes) if cfg.labels else None
     masks = module.masks if cfg.kind is None else RandomMasks(cfg.kind)
     size = (images.shape[-2], images.shape[-1])
     mask = masks(len(images), size, torch.Generator().manual_seed(cfg.seed))
-    filled = fill(cfg, module, images, mask, labels, sampler)
+    filled = fill(cfg, module, images, mask, labels, sampler, run.guidance)
     pasted = torch.where(mask[:, None] > 0, filled, images[:, None])
 
-    folder = Path(cfg.out) if cfg.out else run / "inpainted"
-    record = {
-        "metrics": {
-            "paste_back": cfg.paste_back,
-            **compare(pasted if cfg.paste_back else filled, images, mask),
-            "own_known_error": compare(filled, images, mask)["known_error"],
-        },
-        "weights": weights(module),
-        "sampling": {
-            **describe(sampler, cfg.guidance),
-            "num_images": len(images),
-            "num_samples": cfg.num_samples,
-            "seeds": [cfg.seed, cfg.seed + len(images) * cfg.num_samples],
-            "labels": labels is not None,
-            "masks": {"kind": masks.kind, "most": masks.most, "seed": cfg.seed},
-        },
-        "data": {"name": type(data).__name__, "test": data.fingerprint("test")},
-        "versions": versions(),
+    metrics = {
+        "paste_back": cfg.paste_back,
+        **compare(pasted if cfg.paste_back else filled, images, mask),
+        "own_known_error": compare(filled, images, mask)["known_error"],
     }
+    sampling = {
+        **run.describe(sampler),
+        "num_images": len(images),
+        "num_samples": cfg.num_samples,
+        "seeds": [cfg.seed, cfg.seed + len(images) * cfg.num_samples],
+        "labels": labels is not None,
+        "masks": {"kind": masks.kind, "most": masks.most, "seed": cfg.seed},
+    }
+    folder = Path(cfg.out) if cfg.out else run.folder / "inpainted"
     files = [folder / "inpainted.json", folder / "inpainted.png"]
-    write_record(record, files)
+    write_record(run.record(sampling, metrics=metrics), files)
     shown = pasted if cfg.paste_back else filled
     given = torch.where(mask > 0, 0.0, images)
     picture = torch.cat([given[:, None], images[:, None], shown], 1).flatten(0, 1)
     save_picture(picture, files[1], cfg.num_samples + 2)
-    for name, value in cast(dict[str, Any], record["metrics"]).items():
+    for name, value in metrics.items():
         print(f"{name:<16} {value if isinstance(value, bool) else round(value, 4)}")
     print(f"picture   {files[1]}\nnumbers   {files[0]}")
     return shown
@@ -81,7 +74,8 @@ def fill(
     images: Tensor,
     mask: Tensor,
     labels: Tensor | None,
-    sampler: Any,
+    sampler: ODESampler,
+    guidance: Guidance,
 ) -> Tensor:
     """The flow's own fillings ``(B, num_samples, C, H, W)``, known pixels not pasted back."""
     parts = []
@@ -96,7 +90,7 @@ def fill(
                 sampler,
                 None if labels is None else labels[rows],
                 range(first, first + len(images[rows]) * cfg.num_samples),
-                cfg.guidance,
+                guidance,
                 paste_back=False,
             ).cpu()
         )

@@ -24,12 +24,8 @@ from tqdm import tqdm
 from flowkit import grids
 from flowkit.boss import segments
 from flowkit.data.pairs import FORMAT, FORMAT_VERSION, RECORD, to_columns
-from flowkit.modules import load_run
-from flowkit.modules.checkpoints import read_config
 from flowkit.provenance import versions, write_atomically
-from flowkit.runs.parts import usable_device
-from flowkit.runs.records import weights
-from flowkit.runs.starts import Starts
+from flowkit.runs import Run
 from flowkit.types import Cond
 from flowkit.velocity import Velocity
 
@@ -41,20 +37,15 @@ def pairs(cfg: DictConfig) -> Path:
     """
     from safetensors.torch import save_file
 
-    run, out = Path(cfg.run), Path(cfg.out)
-    module, trained = load_run(run).to(usable_device(cfg.device)), read_config(run)
-    guidance = trained["guidance"] if cfg.guidance is None else cfg.guidance
-    guidance = None if guidance == 1 else guidance
-    velocity = module.guided(guidance)
-    starts = Starts(module, trained, cfg.seed, cfg.device)
-    made_with = {"model_hash": weights(module)["hash"], "guidance": guidance}
-    wanted = read_grids(cfg.grid, {**made_with, "method": "euler"})
+    run, out = Run.load(cfg.run, cfg.weights, cfg.device, cfg.guidance), Path(cfg.out)
+    velocity, starts, made_with = run.velocity, run.starts(cfg.seed), run.made_with("euler")
+    wanted = read_grids(cfg.grid, made_with)
     record = {
         **_record(cfg, made_with, wanted),
-        "num_classes": trained["num_classes"],
+        "num_classes": run.num_classes,
         "x0_is_noise": starts.are_noise,
-        "encoded_by": getattr(module.autoencoder, "hash", None),
-        "source": trained["data"],
+        "encoded_by": getattr(run.module.autoencoder, "hash", None),
+        "source": run.config["data"],
     }
     _begin(out, record, wanted)
     bar = tqdm(total=cfg.num_noises, desc="noises", disable=None)
@@ -88,7 +79,6 @@ def _record(cfg: DictConfig, made_with: dict[str, Any], wanted: list[Tensor]) ->
         "provenance": {
             **made_with,
             "grids": [grid.tolist() for grid in wanted],
-            "method": "euler",
             "fine_steps": cfg.fine_steps,
             "seeds": [cfg.seed, cfg.seed + cfg.num_noises],
             "shard_size": cfg.shard_size,

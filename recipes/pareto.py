@@ -38,34 +38,30 @@ from flowkit.blockwise import (
 from flowkit.boss import step_costs
 from flowkit.data import SplitData
 from flowkit.metrics import Features, PixelSVC, as_saved, frechet_distance
-from flowkit.modules import FlowModule, load_run
-from flowkit.modules.checkpoints import read_config
+from flowkit.modules import FlowModule
 from flowkit.provenance import versions
+from flowkit.runs import Run
 from flowkit.runs.pareto_plots import Row, plot, short, write_table
-from flowkit.runs.parts import draw, file_name, usable_device
-from flowkit.runs.records import describe, weights
-from flowkit.runs.run import measure_drift
-from flowkit.runs.starts import Starts, choose_labels, start, test_data
+from flowkit.runs.parts import draw, file_name
+from flowkit.runs.starts import choose_labels, start
 from flowkit.sampling import ODESampler, seeded_noise
 
 
 class Point(NamedTuple):
     """A way to sample a run."""
 
-    run: Path
-    module: FlowModule
+    run: Run
     mode: str
     sampler: ODESampler
-    guidance: float | None
     variant: str | None = None  # of the same mode and number of steps
     reach: Mapping[str, tuple[float, ...]] = MappingProxyType({})  # how far features are reused
 
     def ready(self) -> FlowModule:
         """The module, set to this way of sampling."""
-        flow = self.module.velocity
+        flow = self.run.module.velocity
         if isinstance(flow, Blockwise):
             flow.feature_mode, flow.reach = self.mode, dict(self.reach)
-        return self.module
+        return self.run.module
 
 
 def pareto(cfg: DictConfig) -> list[Row]:
@@ -77,16 +73,15 @@ def pareto(cfg: DictConfig) -> list[Row]:
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
     groups = {name: folders(chosen) for name, chosen in cfg.runs.items()}
-    first = read_config(next(iter(groups.values()))[0])
-    measure = Measure(cfg, first)
-    rows, timed = [], []
+    measure, rows, timed = None, [], []
     for name, runs in groups.items():
-        for run in runs:
-            module = load_run(run).to(usable_device(cfg.device))
-            held_out = measure.held_out_loss(module)
-            for point in points(cfg, name, run, module):
+        for folder in runs:
+            run = Run.load(folder, cfg.weights, cfg.device, cfg.guidance)
+            measure = measure or Measure(cfg, run.data)  # all are measured by the first one's data
+            held_out = measure.held_out_loss(run.module)
+            for point in points(cfg, name, run):
                 samples, cost = sample(cfg, point, measure.labels)
-                row = {"name": name, "run": str(run), "mode": point.mode}
+                row = {"name": name, "run": str(folder), "mode": point.mode}
                 row |= {"variant": point.variant, "held_out_loss": held_out, **cost}
                 rows.append({**row, **measure(samples)})
                 timed.append(point)
@@ -121,9 +116,8 @@ SHOWN = ("name", "mode", "variant", "nfe", "gflops", "frechet_distance", "class_
 class Measure:
     """Fréchet distance to the test split, and whether samples are recognized as their class."""
 
-    def __init__(self, cfg: DictConfig, trained: dict[str, Any]):
-        self.data: SplitData = test_data(trained)
-        self.cfg, test = cfg, self.data.test[:]
+    def __init__(self, cfg: DictConfig, data: SplitData):
+        self.data, self.cfg, test = data, cfg, data.test[:]
         self.features: Features = instantiate(cfg.metric)(self.data)
         self.name = {"name": self.features.name, "hash": self.features.hash}
         self.reference = self._embed(test["x1"])
@@ -154,27 +148,25 @@ class Measure:
         return loss.mean().item()
 
 
-def points(cfg: DictConfig, name: str, run: Path, module: FlowModule) -> Iterator[Point]:
+def points(cfg: DictConfig, name: str, run: Run) -> Iterator[Point]:
     """Ways to sample a run; with a trunk the drift of its features is measured, and written."""
-    flow, guidance = module.velocity, read_config(run).get("guidance")
-    guidance = guidance if cfg.guidance is None else cfg.guidance
+    flow = run.module.velocity
     if not isinstance(flow, Blockwise):
         for nfe in cfg.nfe:
-            yield Point(run, module, "full", ODESampler(nfe), guidance)
+            yield Point(run, "full", ODESampler(nfe))
         return
     known = {"full": True, "cached": flow.trunk, "fra": flow.feature_residual}
     modes = [mode for mode in cfg.modes if known[mode] is not None]
-    point = Point(run, module, "full", ODESampler(1), guidance)
-    name = file_name(f"{name}-{run.name}")
-    rates = {} if modes == ["full"] else drift_rates(cfg, name, point)
-    allocate = Allocator(cfg, name, point) if cfg.allocate else None
+    name = file_name(f"{name}-{run.folder.name}")
+    rates = {} if modes == ["full"] else drift_rates(cfg, name, run)
+    allocate = Allocator(cfg, name, run) if cfg.allocate else None
     for nfe in cfg.nfe:
         steps, rest = divmod(nfe, flow.num_segments)
         if rest:
             continue
         even = ODESampler(grids.blockwise(flow.edges, steps))
         for mode in modes:
-            point = Point(run, module, mode, even, guidance)
+            point = Point(run, mode, even)
             yield point
             if steps == 1:
                 continue
@@ -186,9 +178,9 @@ def points(cfg: DictConfig, name: str, run: Path, module: FlowModule) -> Iterato
                     yield point._replace(variant=f"refreshed at {tolerance:g}", reach=flow.reach)
 
 
-def drift_rates(cfg: DictConfig, name: str, point: Point) -> dict[str, list[float]]:
+def drift_rates(cfg: DictConfig, name: str, run: Run) -> dict[str, list[float]]:
     """Rates of the drift of reused features, which is printed and kept beside the table."""
-    drift = measure_drift(point.module, read_config(point.run), point.guidance, cfg.seed)
+    drift = run.feature_drift(cfg.seed)
     file = Path(cfg.out) / f"drift-{name}.txt"
     file.write_text(drift.table() + "\n")
     print(f"drift     {file}\n{drift.table()}")
@@ -201,18 +193,16 @@ class Allocator:
     It costs no more than that many in every segment; its grid is kept beside the table.
     """
 
-    def __init__(self, cfg: DictConfig, name: str, point: Point):
-        self.flow: Any = point.module.velocity
+    def __init__(self, cfg: DictConfig, name: str, run: Run):
+        self.flow: Any = run.module.velocity
         self.stem = f"{Path(cfg.out) / 'grid'}-{name}"
         self.fine_steps = 2 * max(cfg.nfe) // self.flow.num_segments
         # other noises than those that are sampled
-        starts = Starts(point.module, read_config(point.run), cfg.seed, cfg.device)
-        self.x0, cond = starts(cfg.num_samples, 64)
+        self.x0, cond = run.starts(cfg.seed)(cfg.num_samples, 64)
         self.parts = part_flops(self.flow, self.x0, cond)
         fine = grids.blockwise(self.flow.edges, self.fine_steps)
-        self.costs = step_costs(point.module.guided(point.guidance), self.x0, fine, cond)
-        self.made = {"model_hash": weights(point.module)["hash"], "method": "euler"}
-        self.made["guidance"] = None if point.guidance == 1 else point.guidance
+        self.costs = step_costs(run.velocity, self.x0, fine, cond)
+        self.made = run.made_with("euler")
 
     def __call__(self, mode: str, steps: int) -> ODESampler:
         prices = [step_prices(self.parts, m, mode) for m in range(self.flow.num_segments)]
@@ -226,10 +216,9 @@ class Allocator:
 
 def sample(cfg: DictConfig, point: Point, labels: Tensor | None) -> tuple[Tensor, Row]:
     """Draw samples, and count what that took per sample."""
-    module = point.ready()
-    x0, source = start(module, cfg, cfg.num_samples)
-    samples, cost = draw(module, x0, labels, point.sampler, point.guidance)
-    flow = module.velocity
+    run, flow = point.run, point.ready().velocity
+    x0, source = start(run, cfg, cfg.num_samples)
+    samples, cost = draw(run, x0, labels, point.sampler)
     if not isinstance(flow, Blockwise):
         one = network_flops(flow, x0[0], labels)
         scale = cost["network_rows_per_sample"] / 1e9
@@ -239,8 +228,8 @@ def sample(cfg: DictConfig, point: Point, labels: Tensor | None) -> tuple[Tensor
         parts = part_flops(flow, x0[0], labels)
         cost |= {"steps_per_segment": steps, "predicted_gain": predicted_gain(parts, steps)}
     del cost["seconds"]  # timed apart
-    sampling = {**describe(point.sampler, point.guidance), **source}
-    return samples, {**cost, "weights": weights(module), "sampling": sampling}
+    sampling = {**run.describe(point.sampler), **source}
+    return samples, {**cost, "weights": run.weights, "sampling": sampling}
 
 
 def wall_times(cfg: DictConfig, timed: list[Point], labels: Tensor | None) -> list[float]:
@@ -254,7 +243,7 @@ def wall_times(cfg: DictConfig, timed: list[Point], labels: Tensor | None) -> li
             module = point.ready()
             x0 = seeded_noise(module.sample_shape, range(size))
             began = time.perf_counter()
-            module.solve(x0, point.sampler, cond, point.guidance).x.cpu()
+            module.solve(x0, point.sampler, cond, point.run.guidance).x.cpu()
             seconds.append(time.perf_counter() - began)
             bar.update()
     return [median(seconds) / size for seconds in spent]

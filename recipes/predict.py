@@ -23,12 +23,10 @@ from flowkit.checks import check_at_least
 from flowkit.data import SplitData
 from flowkit.metrics.labels import classification_metrics, segmentation_metrics
 from flowkit.metrics.pictures import colored, save_picture
-from flowkit.modules import SymmetricalFlowMatching, load_run
-from flowkit.modules.checkpoints import read_config
-from flowkit.provenance import versions
-from flowkit.runs.parts import usable_device
-from flowkit.runs.records import describe, weights, write_record
-from flowkit.runs.starts import test_data
+from flowkit.modules import SymmetricalFlowMatching
+from flowkit.runs import Run
+from flowkit.runs.records import write_record
+from flowkit.runs.splits import prepared
 from flowkit.sampling import ODESampler
 
 
@@ -42,35 +40,28 @@ def predict(cfg: DictConfig) -> dict[str, Any]:
     masks ``labels (N, H, W)`` and ``confidence``.
     """
     check_at_least(cfg.batch_size, 1, "batch_size")
-    run = Path(cfg.run)
-    out = Path(cfg.out) if cfg.out else run / "predicted"
-    module = symmetrical(run).to(usable_device(cfg.device))
-    data = _data(cfg, read_config(run))
-    sampler: ODESampler = instantiate(cfg.sampler)
+    run = Run.load(cfg.run, cfg.weights, cfg.device)
+    out = Path(cfg.out) if cfg.out else run.folder / "predicted"
+    module, sampler = symmetrical(run), run.sampler(cfg.sampler)
+    data = run.data if cfg.data is None else prepared(instantiate(cfg.data), "test")
     found, cost = label(module, data.split(cfg.split), sampler, cfg)
-    record = {
-        "metrics": _measure(module, found, _comparable(found.pop("truth", None), data, module)),
-        "weights": weights(module),
-        "sampling": {
-            **describe(sampler, None),
-            **cost,
-            "times": module.times,
-            "draws": cfg.draws,
-            "seeds": [cfg.seed, cfg.seed + len(found["labels"])],
-        },
-        "data": {
-            "name": type(data).__name__,
-            "split": cfg.split,
-            "fingerprint": data.fingerprint(cfg.split),
-        },
-        "versions": versions(),
+    metrics = _measure(module, found, _comparable(found.pop("truth", None), data, module))
+    sampling = {
+        **run.describe(sampler),
+        "guidance": None,  # leads to labels, not from images to them
+        **cost,
+        "times": module.times,
+        "draws": cfg.draws,
+        "seeds": [cfg.seed, cfg.seed + len(found["labels"])],
     }
+    fingerprint = data.fingerprint(cfg.split)
+    read = {"name": type(data).__name__, "split": cfg.split, "fingerprint": fingerprint}
+    record = run.record(sampling, metrics=metrics, data=read)
     files = [out / "predicted.json", out / "predicted.pt", out / "predicted.png"]
     write_record(record, files)
     if cfg.probabilities is False:
         found.pop("probabilities", None)
     torch.save(found, files[1])
-    metrics = record["metrics"]
     print(f"{'images':<24}  {len(found['labels'])}")
     for name, value in {**metrics.get("selective", {}), **metrics}.items():
         if isinstance(value, float):
@@ -85,19 +76,18 @@ def predict(cfg: DictConfig) -> dict[str, Any]:
     return record
 
 
-def symmetrical(run: Path) -> SymmetricalFlowMatching:
-    """Load a run that can label images.
+def symmetrical(run: Run) -> SymmetricalFlowMatching:
+    """The module of a run that can label images.
 
     Raises:
         TypeError: If it is of another method.
     """
-    module = load_run(run)
-    if not isinstance(module, SymmetricalFlowMatching):
+    if not isinstance(run.module, SymmetricalFlowMatching):
         raise TypeError(
             "run must be of SymmetricalFlowMatching (module=symmetrical) to label images, "
-            f"got {type(module).__name__}"
+            f"got {type(run.module).__name__}"
         )
-    return module
+    return run.module
 
 
 def label(
@@ -134,15 +124,6 @@ def label(
         "seconds": round(seconds, 3),
     }
     return found, cost
-
-
-def _data(cfg: DictConfig, trained: dict[str, Any]) -> SplitData:
-    if cfg.data is None:
-        return test_data(trained)
-    data: SplitData = instantiate(cfg.data)
-    data.prepare_data()
-    data.setup("test")
-    return data
 
 
 def _comparable(

@@ -2,13 +2,17 @@
 
 flowkit report run=runs/quickstart
 flowkit report run=runs/quickstart solvers=[euler,heun] nfe=[4,8,16] num_samples=5000
+flowkit report run=runs/latent guidance=[1,1.5,2] solvers=[heun] nfe=[50] grids.shifted=null
 
 Quality is the Fréchet distance of images, or the W2 of points, to the test split; its floor is that
-of as many training samples. Seconds are of the sampling alone, of all processes together.
+of as many training samples. Images are also measured by precision, recall and how many of them a
+judge recognizes as their class; several scales of guidance have a picture of what these trade.
+Seconds are of the sampling alone, of all processes together.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,67 +24,101 @@ from torch import Tensor
 
 from flowkit import grids
 from flowkit.checks import check_at_least
-from flowkit.data import SplitData
-from flowkit.metrics import StoredFeatures, as_saved, frechet_distance, wasserstein2
-from flowkit.modules.checkpoints import read_config
+from flowkit.metrics import (
+    PixelSVC,
+    StoredFeatures,
+    agreement,
+    as_saved,
+    frechet_distance,
+    prdc,
+    to_uint8,
+    wasserstein2,
+)
+from flowkit.modules.flow import labels_of
 from flowkit.provenance import versions
+from flowkit.runs import Run
 from flowkit.runs.features import cache_folder
-from flowkit.runs.parts import Parts, draw_parts, hash_of, launch
-from flowkit.runs.records import describe, weights
-from flowkit.runs.run import loaded
-from flowkit.runs.starts import like_test, test_data
+from flowkit.runs.parts import Columns, Parts, draw_parts, hash_of
+from flowkit.runs.processes import launch
+from flowkit.runs.report_plots import Row, plot, plot_guidance
+from flowkit.runs.starts import like_test
+from flowkit.runs.tables import markdown
 from flowkit.sampling import ODESampler
+from flowkit.types import Batch, Cond
 
-Row = dict[str, Any]
 STEP = {"euler": 1, "ab2": 1, "midpoint": 2, "heun": 2, "rk4": 4}
 """Evaluations of a step; ab2 needs one more to start."""
 
 
 class Measure(NamedTuple):
-    """How good samples are: the distance of what is seen of them to what is seen of the data."""
+    """How good samples are, by what is seen of them, and what data samples reach."""
 
     name: str
     hash: str | None
     """Of the features."""
-    see: Callable[[Tensor], Tensor]
-    distance: Callable[[Tensor, Tensor], float]
-    reference: Tensor
-    floor: float
-    """The distance of as many training samples."""
+    see: Callable[[Tensor], Columns]
+    numbers: Callable[[Columns], dict[str, float]]
+    """``distance`` and other numbers."""
+    real: dict[str, float]
+    """Those of as many training samples; of the test split how many a judge recognizes."""
 
 
 def report(cfg: DictConfig) -> list[Row]:
     """Measure as configured; writes ``report.json``, ``report.md`` and ``report.png``.
 
+    With several scales of guidance also ``guidance.png``.
+
     Returns:
-        A row per cell: ``solver``, ``grid``, ``nfe``, ``steps``, ``distance`` and ``milliseconds``;
-        none on other processes than the first.
+        A row per cell: ``solver``, ``grid``, ``guidance``, ``nfe``, ``steps``, ``distance``,
+        ``milliseconds``, ``network_rows_per_sample``, and of images ``precision``, ``recall``,
+        ``density``, ``coverage`` and, of classes, ``class_agreement``; none on other processes
+        than the first.
     """
-    run, fabric = Path(cfg.run), launch(cfg)
-    out = Path(cfg.out) if cfg.out else run / "report"
+    fabric = launch(cfg)
     check_at_least(cfg.num_samples, 2, "num_samples")
-    trained = read_config(run)
-    guidance = trained["guidance"] if cfg.guidance is None else cfg.guidance
-    module = loaded(cfg, fabric.device, guidance)
-    module.guided(guidance)
-    if not OmegaConf.is_list(cfg.nfe):
-        raise TypeError(f"nfe must be a list of numbers, such as [4, 8], got {cfg.nfe}")
-    cells = list(_cells(cfg))
-    if not cells:
-        raise ValueError(
-            f"nfe must hold a number that a solver can spend, got {list(cfg.nfe)} for "
-            f"{', '.join(cfg.solvers)}"
-        )
-    data = test_data(trained)
-    test = data.test[:]
+    scales = list(cfg.guidance) if OmegaConf.is_list(cfg.guidance) else [cfg.guidance]
+    if not scales or (None in scales and len(scales) > 1):
+        raise ValueError(f"guidance must be null, a number or several, got {scales}")
+    first = Run.load(cfg.run, cfg.weights, fabric.device, scales[0])
+    runs = [first, *(replace(first, guidance=scale) for scale in scales[1:])]
+    for run in runs:
+        run.module.guided(run.guidance)  # refuses what the run was not trained for
+    first.reuse_features(cfg.feature_mode, cfg.tolerance, cfg.seed)
+    out = Path(cfg.out) if cfg.out else first.folder / "report"
+    cells = [(*cell, run) for cell in _cells(cfg) for run in runs]
+    x0, cond, source, _ = like_test(first, cfg)
     with fabric.rank_zero_first():
-        measure = _measure(cfg, data, test["x1"])
-    x0, cond, source, _ = like_test(cfg, module, test, data)
-    record = {
-        "weights": weights(module),
+        measure = _measure(cfg, first, cond)
+    record = _record(cfg, first, measure)
+    used = {**record, **source, "cond": hash_of(cond)}
+    kept = _kept(out / "report.json", record)
+    fabric.barrier()  # all have read what the first is about to write
+    rows: list[Row] = []
+    for solver, name, sampler, run in cells:
+        key = json.dumps(run.describe(sampler))
+        if key not in kept:
+            parts = Parts(out, {**used, **run.describe(sampler)}, fabric)
+            drawn, cost = draw_parts(run, x0, cond, sampler, measure.see, parts)
+            kept[key] = {}
+            if fabric.is_global_zero:
+                kept[key] = _measured(measure, drawn, cost, sampler)
+                parts.remove()
+        cell = {"solver": solver, "grid": name, "guidance": run.guidance}
+        rows.append({**cell, **kept[key], "key": key})
+        if fabric.is_global_zero:  # after every cell: a long table can be read as it grows
+            (out / "report.json").write_text(json.dumps({**record, "rows": rows}, indent=2) + "\n")
+    if not fabric.is_global_zero:
+        return []
+    _show(rows, measure, out)
+    return rows
+
+
+def _record(cfg: DictConfig, run: Run, measure: Measure) -> dict[str, Any]:
+    """What all cells share."""
+    return {
+        "weights": run.weights,
         "sampling": {
-            "guidance": guidance,
-            "feature_mode": getattr(module.velocity, "feature_mode", None),
+            "feature_mode": getattr(run.module.velocity, "feature_mode", None),
             "tolerance": cfg.tolerance,
             "seed": cfg.seed,
             "num_samples": cfg.num_samples,
@@ -88,35 +126,23 @@ def report(cfg: DictConfig) -> list[Row]:
         "measure": {
             "name": measure.name,
             "features": measure.hash,
-            "test": data.fingerprint("test"),
-            "floor": measure.floor,
+            "test": run.data.fingerprint("test"),
+            "floor": measure.real["distance"],
+            "real": measure.real,
         },
         "versions": versions(),
     }
-    used = {**record, **source, "cond": hash_of(cond)}
-    finish = lambda x: {"seen": measure.see(x)}  # noqa: E731
-    kept = _kept(out / "report.json", record)
-    fabric.barrier()  # all have read what the first is about to write
-    rows: list[Row] = []
-    for solver, name, sampler in cells:
-        key = json.dumps(describe(sampler, guidance))
-        if key not in kept:
-            parts = Parts(out, {**used, **describe(sampler, guidance)}, fabric)
-            drawn, cost = draw_parts(module, x0, cond, sampler, guidance, finish, parts)
-            kept[key] = {}
-            if fabric.is_global_zero:
-                kept[key] = _measured(measure, drawn["seen"], cost, sampler)
-                parts.remove()
-        rows.append({"solver": solver, "grid": name, **kept[key], "key": key})
-        if fabric.is_global_zero:  # after every cell: a long table can be read as it grows
-            (out / "report.json").write_text(json.dumps({**record, "rows": rows}, indent=2) + "\n")
-    if not fabric.is_global_zero:
-        return []
+
+
+def _show(rows: list[Row], measure: Measure, out: Path) -> None:
+    """Write the table and the pictures, of guidance where there are several scales."""
     table = _table(rows, measure)
     (out / "report.md").write_text(table)
-    _plot(rows, measure, out / "report.png")
+    plot(rows, measure.name, measure.real["distance"], out / "report.png")
     print(f"{table}\npicture   {out / 'report.png'}")
-    return rows
+    if len({row["guidance"] for row in rows}) > 1:
+        plot_guidance(rows, measure.name, measure.real, out / "guidance.png")
+        print(f"guidance  {out / 'guidance.png'}")
 
 
 def saved(num_steps: int, folder: str) -> Tensor | None:
@@ -125,9 +151,12 @@ def saved(num_steps: int, folder: str) -> Tensor | None:
     return grids.load(file) if file.is_file() else None
 
 
-def _cells(cfg: DictConfig) -> Iterator[tuple[str, str, ODESampler]]:
-    """Solver, name of the grid and sampler of every cell."""
+def _cells(cfg: DictConfig) -> list[tuple[str, str, ODESampler]]:
+    """Solver, name of the grid and sampler of every row and scale of guidance."""
+    if not OmegaConf.is_list(cfg.nfe):
+        raise TypeError(f"nfe must be a list of numbers, such as [4, 8], got {cfg.nfe}")
     made = {name: instantiate(node) for name, node in cfg.grids.items() if node}
+    cells = []
     for solver in cfg.solvers:
         if solver not in STEP:
             raise ValueError(f"solvers must be among {', '.join(STEP)}, got {solver}")
@@ -135,35 +164,75 @@ def _cells(cfg: DictConfig) -> Iterator[tuple[str, str, ODESampler]]:
             for nfe in cfg.nfe:
                 steps = nfe // STEP[solver] - (solver == "ab2")
                 if steps > 0 and (grid := make(steps)) is not None:
-                    yield solver, name, ODESampler(grid, solver)
+                    cells.append((solver, name, ODESampler(grid, solver)))
+    if not cells:
+        raise ValueError(
+            f"nfe must hold a number that a solver can spend, got {list(cfg.nfe)} for "
+            f"{', '.join(cfg.solvers)}"
+        )
+    return cells
 
 
-def _measure(cfg: DictConfig, data: SplitData, test: Tensor) -> Measure:
-    count = cfg.num_samples
+def _measure(cfg: DictConfig, run: Run, cond: Cond) -> Measure:
+    data, test, count = run.data, run.data.test[:], cfg.num_samples
     order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(cfg.seed))
-    train = data.train[order[:count]]["x1"]
-    if len(data.shape) == 3:
-        features = instantiate(cfg.metric)(data)
-        stored = StoredFeatures(features, cache_folder())
-        reference = stored(as_saved(test))
-        floor = frechet_distance(stored(as_saved(train)), reference)
-        name = f"Fréchet distance ({features.name})"
-        see = lambda x: features(as_saved(x))  # noqa: E731
-        return Measure(name, features.hash, see, frechet_distance, reference, floor)
-    reference = test[:count]
-    floor = wasserstein2(train[: len(reference)], reference)
-    return Measure("W2", None, lambda x: x, wasserstein2, reference, floor)
+    if len(data.shape) != 3:
+        reference = test["x1"][:count]
+        train = data.train[order[: len(reference)]]["x1"]
+        real = {"distance": wasserstein2(train, reference)}
+        far = lambda drawn: {"distance": wasserstein2(drawn["points"], reference)}  # noqa: E731
+        return Measure("W2", None, lambda x: {"points": x}, far, real)
+    features = instantiate(cfg.metric)(data)
+    stored = StoredFeatures(features, cache_folder())
+    reference = stored(as_saved(test["x1"]))
+
+    def see(samples: Tensor) -> Columns:
+        images = to_uint8(samples)
+        return {"images": images, "features": features(as_saved(images))}
+
+    def distances(seen: Tensor) -> dict[str, float]:
+        neighbors = min(5, len(seen) - 1, len(reference) - 1)
+        near = prdc(reference, seen, k=neighbors)._asdict()
+        return {"distance": frechet_distance(seen, reference), **near}
+
+    recognized, real = _judge(run, order, cond)
+
+    def numbers(drawn: Columns) -> dict[str, float]:
+        return {**distances(drawn["features"]), **recognized(drawn["images"])}
+
+    real |= distances(stored(as_saved(data.train[order[:count]]["x1"])))
+    return Measure(f"Fréchet distance ({features.name})", features.hash, see, numbers, real)
+
+
+def _judge(
+    run: Run, order: Tensor, cond: Cond
+) -> tuple[Callable[[Tensor], dict[str, float]], dict[str, float]]:
+    """What says how many images are recognized as their class, and how many of the test split."""
+    data, test = run.data, run.data.test[:]
+    train = data.train[order[:10_000]]
+    seen, shown = labels_of(train, data.num_classes), labels_of(test, data.num_classes)
+    labels = labels_of(Batch(x1=test["x1"], cond=cond), data.num_classes)
+    if labels is None or seen is None or shown is None:
+        return lambda images: {}, {}
+    judge = PixelSVC(train["x1"], seen)
+
+    def recognized(images: Tensor, classes: Tensor = labels) -> dict[str, float]:
+        hits = agreement(judge, as_saved(images), classes)
+        return {"class_agreement": hits.double().mean().item()}
+
+    return recognized, recognized(test["x1"], shown)
 
 
 def _measured(
-    measure: Measure, seen: Tensor, cost: dict[str, Any], sampler: ODESampler
+    measure: Measure, drawn: Columns, cost: dict[str, Any], sampler: ODESampler
 ) -> dict[str, Any]:
     """The numbers of a cell."""
     return {
         "nfe": round(cost["nfe"]),
         "steps": len(sampler.times) - 1,
-        "distance": measure.distance(seen, measure.reference),
-        "milliseconds": 1e3 * cost["seconds"] / len(seen),
+        **measure.numbers(drawn),
+        "milliseconds": 1e3 * cost["seconds"] / len(next(iter(drawn.values()))),
+        "network_rows_per_sample": cost["network_rows_per_sample"],
     }
 
 
@@ -172,50 +241,23 @@ def _kept(file: Path, record: Mapping[str, Any]) -> dict[str, Row]:
     earlier = json.loads(file.read_text()) if file.is_file() else {}
     if any(earlier.get(name) != value for name, value in record.items()):
         return {}
-    names = ("nfe", "steps", "distance", "milliseconds")
-    return {row["key"]: {name: row[name] for name in names} for row in earlier["rows"]}
+    cell = ("solver", "grid", "guidance", "key")
+    return {row["key"]: {k: v for k, v in row.items() if k not in cell} for row in earlier["rows"]}
 
 
 def _table(rows: list[Row], measure: Measure) -> str:
-    header = ["solver", "grid", "steps", "NFE", measure.name, "ms a sample"]
-    lines = [header, ["---", "---", *["---:"] * 4]]
+    """A line a cell, with the columns that it has numbers for."""
+    several = len({row["guidance"] for row in rows}) > 1
+    more = [n for n in ("class_agreement", "precision", "recall") if n in rows[0]]
+    header = ["solver", "grid", *(["guidance"] if several else []), "steps", "NFE", measure.name]
+    lines = []
     for row in rows:
-        numbers = [f"{row['distance']:.3f}", f"{row['milliseconds']:.2f}"]
-        lines.append([row["solver"], row["grid"], str(row["steps"]), str(row["nfe"]), *numbers])
-    text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    return f"{text}\nAs many training samples: {measure.floor:.3f}\n"
-
-
-def _plot(rows: list[Row], measure: Measure, file: Path) -> None:
-    """Distance over evaluations, and over time; a color a solver, a line style a grid."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, NullFormatter
-
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
-    solvers, names = (list(dict.fromkeys(row[key] for row in rows)) for key in ("solver", "grid"))
-    styles = ["-", "--", ":", "-."]
-    labels = ("evaluations of the network", "milliseconds a sample")
-    for axes, key, label in zip(panels, ("nfe", "milliseconds"), labels, strict=True):
-        for k, solver in enumerate(solvers):
-            for j, name in enumerate(names):
-                mine = [row for row in rows if (row["solver"], row["grid"]) == (solver, name)]
-                line = {"color": f"C{k}", "linestyle": styles[j % 4], "marker": "o", "ms": 4}
-                values = [[row[name] for row in mine] for name in (key, "distance")]
-                axes.plot(*values, label=f"{solver}, {name}", **line)
-        axes.axhline(measure.floor, color="0.5", lw=1, label="training samples")
-        axes.set(xscale="log", yscale="log", xlabel=label)
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axis.set_major_formatter("{x:g}")
-            axis.set_minor_formatter(NullFormatter())
-        axes.grid(alpha=0.3)
-    counts = sorted({row["nfe"] for row in rows})
-    panels[0].set_xticks(counts, map(str, counts))
-    panels[0].minorticks_off()
-    panels[0].set_ylabel(measure.name)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
-    figure.savefig(file, dpi=120)
+        scale = [str(row["guidance"])] if several else []
+        cost = [str(row["steps"]), str(row["nfe"])]
+        numbers = [f"{row[n]:.3f}" for n in ("distance", *more)] + [f"{row['milliseconds']:.2f}"]
+        lines.append([row["solver"], row["grid"], *scale, *cost, *numbers])
+    text = markdown([*header, *(n.replace("_", " ") for n in more), "ms a sample"], lines, (0, 1))
+    return f"{text}\nAs many training samples: {measure.real['distance']:.3f}\n"
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="report")

@@ -18,12 +18,11 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from flowkit.metrics.pictures import save_picture
-from flowkit.modules.checkpoints import read_config
-from flowkit.provenance import versions
-from flowkit.runs.parts import Parts, draw_parts, hash_of, launch
-from flowkit.runs.records import describe, make_sampler, weights, write_record
-from flowkit.runs.run import loaded
-from flowkit.runs.starts import choose_labels, choose_samples, given_source, start, test_data
+from flowkit.runs import Run
+from flowkit.runs.parts import Parts, draw_parts, hash_of
+from flowkit.runs.processes import launch
+from flowkit.runs.records import write_record
+from flowkit.runs.starts import choose_labels, choose_samples, given_source, start
 
 
 def sample(cfg: DictConfig) -> Tensor:
@@ -32,49 +31,42 @@ def sample(cfg: DictConfig) -> Tensor:
     Returns:
         The samples; none on other processes than the first.
     """
-    run, fabric = Path(cfg.run), launch(cfg)
-    trained, module = read_config(run), loaded(cfg, fabric.device, cfg.guidance)
-    sampler = make_sampler(cfg.sampler, module, cfg.guidance)
+    fabric = launch(cfg)
+    run = Run.load(cfg.run, cfg.weights, fabric.device, cfg.guidance)
+    run.reuse_features(cfg.feature_mode, cfg.tolerance, cfg.seed)
+    sampler = run.sampler(cfg.sampler)
     chosen = "all classes in turn" if cfg.labels is None else "the labels asked for, in turn"
-    if trained.get("needs_data"):
-        data = test_data(trained)
-        batch = choose_samples(data, cfg.labels, cfg.num_samples)
+    if run.brings_starts:
+        batch = choose_samples(run.data, cfg.labels, cfg.num_samples)
         cond, size, chosen = batch.get("cond"), len(batch["x1"]), "of the test split"
-        x0, source = start(module, cfg, size, given_source(batch, data))
+        x0, source = start(run, cfg, size, given_source(batch, run.data))
     else:
-        cond = choose_labels(cfg.labels, cfg.num_samples, trained["num_classes"])
-        x0, source = start(module, cfg, cfg.num_samples)
-    folder = Path(cfg.out) if cfg.out else run / "drawn"
-    used = {"weights": weights(module), **describe(sampler, cfg.guidance), **source}
+        cond = choose_labels(cfg.labels, cfg.num_samples, run.num_classes)
+        x0, source = start(run, cfg, cfg.num_samples)
+    folder = Path(cfg.out) if cfg.out else run.folder / "drawn"
+    used = {"weights": run.weights, **run.describe(sampler), **source}
     used |= {"mode": [cfg.feature_mode, cfg.tolerance], "cond": hash_of(cond)}
     parts = Parts(folder, used, fabric)
-    drawn, cost = draw_parts(module, x0, cond, sampler, cfg.guidance, parts=parts)
+    drawn, cost = draw_parts(run, x0, cond, sampler, parts=parts)
     if not fabric.is_global_zero:
         return torch.empty(0)
 
     samples = drawn["samples"]
-    record = {
-        "weights": used["weights"],
-        "sampling": {
-            **describe(sampler, cfg.guidance),
-            **cost,
-            **source,
-            "conditions": None if cond is None else chosen,
-            "labels": None if cfg.labels is None else list(cfg.labels),
-            "cond": hash_of(cond),
-        },
-        "versions": versions(),
+    sampling = {
+        **run.describe(sampler),
+        **cost,
+        **source,
+        "conditions": None if cond is None else chosen,
+        "labels": None if cfg.labels is None else list(cfg.labels),
+        "cond": hash_of(cond),
     }
     files = [folder / f"samples.{kind}" for kind in ("json", "png", "pt")]
-    write_record(record, files)
+    write_record(run.record(sampling), files)
     torch.save({"samples": samples, "cond": cond}, files[2])
     save_picture(samples, files[1])
     parts.remove()
     print(f"picture   {files[1]}\nsamples   {files[2]}")
     return samples
-
-
-# --- records -----------------------------------------------------------------------------------
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="sample")

@@ -9,7 +9,6 @@ from typing import Any
 
 import hydra
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor
 
@@ -17,31 +16,28 @@ from flowkit.checks import check_at_least
 from flowkit.data.masks import ForegroundRule, Masks
 from flowkit.metrics import PixelSVC, agreement
 from flowkit.metrics.pictures import save_picture
-from flowkit.modules import LatentFlowMatching, load_run
-from flowkit.modules.checkpoints import read_config
+from flowkit.modules import LatentFlowMatching
 from flowkit.modules.condition_grid import condition_grid
-from flowkit.provenance import versions
-from flowkit.runs.parts import draw, usable_device
-from flowkit.runs.records import describe, weights, write_record
-from flowkit.runs.starts import start, test_data
+from flowkit.runs import Run
+from flowkit.runs.parts import draw
+from flowkit.runs.records import write_record
+from flowkit.runs.starts import start
 
 
 def semantic(cfg: DictConfig) -> dict[str, Any]:
     """Draw as configured; writes ``semantic.json`` and a picture: map, image, samples."""
     check_at_least(cfg.num_images, 1, "num_images")
-    run = Path(cfg.run)
-    trained, module = read_config(run), load_run(run).to(usable_device(cfg.device))
-    data = test_data(trained)
+    run = Run.load(cfg.run, cfg.weights, cfg.device, cfg.guidance)
+    module, data = run.module, run.data
     if not isinstance(data, Masks) or not isinstance(module, LatentFlowMatching):
         raise TypeError(
             "run must be trained with module=latent on masks made by a rule, "
             f"got {type(module).__name__} on {type(data).__name__}"
         )
-    guidance = trained["guidance"] if cfg.guidance is None else cfg.guidance
-    sampler, test = instantiate(cfg.sampler), data.test[: cfg.num_images]
+    sampler, test = run.sampler(cfg.sampler), data.test[: cfg.num_images]
     images, maps = test["x1"], test["cond"]
-    x0, source = start(module, cfg, len(maps))
-    samples, cost = draw(module, x0, maps, sampler, guidance)
+    x0, source = start(run, cfg, len(maps))
+    samples, cost = draw(run, x0, maps, sampler)
     generator = torch.Generator(module.device).manual_seed(cfg.seed)
     with torch.no_grad():
         parts = images.to(module.device).split(cfg.batch_size)
@@ -57,19 +53,15 @@ def semantic(cfg: DictConfig) -> dict[str, Any]:
         judge = PixelSVC(train["x1"], _classes(train["cond"]))
         metrics["class_agreement"] = _mean(agreement(judge, samples, _classes(maps)))
         metrics["class_agreement_of_real"] = _mean(agreement(judge, images, _classes(maps)))
-    record = {
-        "metrics": metrics,
-        "weights": weights(module),
-        "sampling": {**describe(sampler, guidance), **cost, **source, "conditions": "test split"},
-        "rule": {"threshold": data.rule.threshold, "classes": data.rule.classes},
-        "data": {"name": type(data.images).__name__, "test": data.fingerprint("test")},
-        "versions": versions(),
-    }
-    folder = Path(cfg.out) if cfg.out else run / "semantic"
+    sampling = {**run.describe(sampler), **cost, **source, "conditions": "test split"}
+    rule = {"threshold": data.rule.threshold, "classes": data.rule.classes}
+    seen = {"name": type(data.images).__name__, "test": data.fingerprint("test")}
+    record = run.record(sampling, metrics=metrics, rule=rule, data=seen)
+    folder = Path(cfg.out) if cfg.out else run.folder / "semantic"
     files = [folder / "semantic.json", folder / "semantic.png"]
     write_record(record, files)
     rows = min(cfg.rows, len(maps))
-    shown = condition_grid(module, test, rows, cfg.columns, sampler, guidance, cfg.seed)
+    shown = condition_grid(module, test, rows, cfg.columns, sampler, run.guidance, cfg.seed)
     save_picture(shown, files[1], cfg.columns + 2)
     for name, value in metrics.items():
         print(f"{name:<24} {value:.4f}")

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from flowkit.blockwise import MaskedEncoder, store_tokens, train_masked_encoder
 from flowkit.data import SplitData
+from flowkit.runs.splits import prepared
 
 
 def tokens(cfg: DictConfig) -> Path:
@@ -27,9 +28,7 @@ def tokens(cfg: DictConfig) -> Path:
     Returns:
         The file of tokens.
     """
-    data: SplitData = instantiate(cfg.data)
-    data.prepare_data()
-    data.setup()
+    data = prepared(instantiate(cfg.data))
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
     encoder = trained(cfg, data, out) if cfg.encoder is None else instantiate(cfg.encoder)()

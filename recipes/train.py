@@ -26,14 +26,16 @@ from flowkit.modules.callbacks import StepProgress, StopOnInterrupt
 from flowkit.modules.checkpoints import (
     CHECKPOINT,
     CONFIG,
+    UNRESOLVED,
     newest_checkpoint,
     read_config,
     restore,
 )
 from flowkit.modules.flow import brings_start
 from flowkit.modules.sharding import even_validation, shard_if_asked
-from flowkit.runs.parts import quiet, say
-from flowkit.runs.resuming import UNRESOLVED, find_checkpoint, resumed, unfinished
+from flowkit.runs.processes import quiet, say
+from flowkit.runs.resuming import find_checkpoint, resumed, unfinished
+from flowkit.runs.splits import prepared
 from flowkit.symmetrical import LabelStates
 from flowkit.symmetrical.inputs import check_labeled
 
@@ -58,9 +60,7 @@ def train(cfg: DictConfig) -> FlowModule:
     state = None if checkpoint is None else unfinished(checkpoint, cfg.trainer.max_steps)
     _refuse_overwriting(folder, checkpoint)
     seed_everything(cfg.seed, workers=True, verbose=False)
-    data = instantiate(cfg.data)
-    data.prepare_data()
-    data.setup()
+    data = prepared(instantiate(cfg.data))
     say(f"data      {data.summary()}")
     module = _module(cfg, data)
     if checkpoint is not None and state is not None:

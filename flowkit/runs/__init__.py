@@ -6,8 +6,10 @@ from flowkit.runs.features import (
     inception_features,
     pixel_features,
 )
+from flowkit.runs.run import Run
 
 __all__ = [
+    "Run",
     "classifier_features",
     "features_for",
     "inception_features",

@@ -10,10 +10,8 @@ from torch import Tensor
 
 from flowkit.adapters import DiffusersPipelineFlow
 from flowkit.autoencoders import mean_latents
-from flowkit.modules import FlowModule, load_run
-from flowkit.modules.checkpoints import read_config
 from flowkit.provenance import tensor_hash
-from flowkit.runs.records import weights
+from flowkit.runs.run import Run
 from flowkit.sampling import ODESampler
 from flowkit.types import Cond
 from flowkit.velocity import BoundVelocity, bind
@@ -34,30 +32,30 @@ class Settings(NamedTuple):
 class RunFlow:
     """A run as a velocity whose guidance travels in the condition, so that it may differ."""
 
-    def __init__(self, module: FlowModule, trained: dict[str, Any]):
-        self.module, self.trained = module, trained
-        self.image_shape = tuple(trained.get("image_shape") or trained["shape"])
+    def __init__(self, run: Run):
+        self.run, self.module = run, run.module
+        self.guidance: float = run.config.get("guidance") or 1.0
+        self.image_shape = tuple(run.config.get("image_shape") or run.config["shape"])
         self.channels = self.image_shape[0]
 
     @classmethod
     def load(cls, cfg: DictConfig) -> "RunFlow":
         """Load the run of a configuration; its flow must be one of images."""
-        trained = read_config(cfg.run)
-        flow = cls(load_run(cfg.run).to(cfg.device), trained)
+        flow = cls(Run.load(cfg.run, cfg.weights, cfg.device))
         if len(flow.image_shape) != 3:
-            raise ValueError(f"run must be one of images, got data of shape {trained['shape']}")
+            shape = flow.run.config["shape"]
+            raise ValueError(f"run must be one of images, got data of shape {shape}")
         return flow
 
     def defaults(self, inverting: bool) -> Settings:
         """An edit takes small steps, so that there are iterates to choose from."""
-        guidance = self.trained["guidance"] or 1.0
         if inverting:
             return Settings(10, 0, 30, "auto", True, 1.0, 1.0)
-        return Settings(10, 0, 12, 0.1, True, 1.0, guidance)
+        return Settings(10, 0, 12, 0.1, True, 1.0, self.guidance)
 
     def condition(self, label: Any, guidance: float, name: str, batch: int = 1) -> Cond:
         """The condition of a class, or of a run without classes."""
-        classes = self.trained["num_classes"]
+        classes = self.run.num_classes
         if classes is None:
             if label is not None:
                 raise ValueError(f"{name} must be null for a run without classes, got {label}")
@@ -94,7 +92,7 @@ class RunFlow:
 
     def record(self) -> dict[str, Any]:
         """Which weights these are."""
-        return weights(self.module)
+        return self.run.weights
 
     def __call__(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
         """Velocity of the run under a condition of `condition`."""

@@ -15,7 +15,7 @@ from flowkit.metrics import (
     train_classifier,
 )
 from flowkit.modules.flow import labels_of
-from flowkit.runs.parts import say
+from flowkit.runs.processes import say
 
 
 def features_for(data: SplitData, seed: int) -> Features:

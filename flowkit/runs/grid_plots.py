@@ -5,25 +5,24 @@ from typing import Any
 
 from torch import Tensor
 
+from flowkit.runs.tables import markdown
+
 Row = dict[str, Any]
 
 
-def markdown(table: list[Row]) -> str:
+def table_of(rows: list[Row]) -> str:
     """One line per grid and number of evaluations; the recommended grid in bold."""
-    distances = any("frechet_distance" in row for row in table)
-    lines = [["NFE", "grid", "end-point error", "of uniform"]]
-    if distances:
-        lines[0].append("Fréchet distance")
-    lines.append(["---:", "---", "---:", "---:", "---:"][: len(lines[0])])
-    uniform = {row["nfe"]: row["error"] for row in table if row["grid"] == "uniform"}
-    for row in table:
+    distances = any("frechet_distance" in row for row in rows)
+    header, lines = ["NFE", "grid", "end-point error", "of uniform"], []
+    uniform = {row["nfe"]: row["error"] for row in rows if row["grid"] == "uniform"}
+    for row in rows:
         name = f"**{row['grid']}**" if row["recommended"] else row["grid"]
         ratio = f"{row['error'] / uniform[row['nfe']]:.3f}" if row["nfe"] in uniform else ""
         line = [str(row["nfe"]), name, f"{row['error']:.4f}", ratio]
         if distances:
             line.append(f"{row['frechet_distance']:.2f}" if "frechet_distance" in row else "")
         lines.append(line)
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return markdown([*header, "Fréchet distance"] if distances else header, lines, names=[1])
 
 
 def plot(candidates: dict[str, Tensor], winner: str, table: list[Row], file: Path) -> None:

@@ -4,6 +4,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from flowkit.runs.tables import markdown
+
 Row = dict[str, Any]
 
 
@@ -20,27 +22,29 @@ def write_table(rows: list[Row], gains: list[Row], file: Path) -> None:
     """Write means and deviations over seeds, and the gains."""
     columns = ("held_out_loss", "gflops", "seconds", "frechet_distance", "class_agreement")
     header = ["name", "features", "NFE", "seeds", *(c.replace("_", " ") for c in columns)]
-    lines = [header, ["---"] * 2 + ["---:"] * (len(header) - 2)]
+    lines = []
     for (name, mode, variant, nfe), group in grouped(rows).items():
         label = mode if variant is None else f"{mode}, {variant}"
         cells = [_mean([row[c] for row in group]) for c in columns]
         lines.append([name, label, f"{nfe:g}", str(len(group)), *cells])
-    text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    text = markdown(header, lines, names=(0, 1))
     if gains:
-        text += "\nFRA against full features, times less:\n\n"
-        text += "| run | steps a segment | predicted FLOPs | counted FLOPs | wall time |\n"
-        text += "| --- | ---: | ---: | ---: | ---: |\n"
-        for g in gains:
-            numbers = " | ".join(f"{g[key]:.2f}" for key in ("predicted", "flops", "time"))
-            text += f"| {g['run']} | {g['steps_per_segment']} | {numbers} |\n"
+        header = ["run", "steps a segment", "predicted FLOPs", "counted FLOPs", "wall time"]
+        lines = [
+            [g["run"], str(g["steps_per_segment"])]
+            + [f"{g[key]:.2f}" for key in ("predicted", "flops", "time")]
+            for g in gains
+        ]
+        text += f"\nFRA against full features, times less:\n\n{markdown(header, lines)}"
     file.write_text(text)
 
 
 def _mean(values: list[float | None]) -> str:
-    if any(value is None for value in values):
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
         return ""
-    mean = short(fmean(values))
-    return mean if len(values) == 1 else f"{mean} ± {short(stdev(values))}"
+    mean = short(fmean(known))
+    return mean if len(known) == 1 else f"{mean} ± {short(stdev(known))}"
 
 
 def short(value: Any) -> str:

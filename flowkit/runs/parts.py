@@ -4,79 +4,29 @@ import hashlib
 import json
 import shutil
 import time
-import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning.fabric import Fabric
-from lightning.fabric.utilities import rank_zero_only
-from omegaconf import DictConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from flowkit.blockwise import Blockwise, solve_cost
-from flowkit.checks import check_at_least
 from flowkit.modules import FlowModule
 from flowkit.provenance import tensor_hash, write_atomically
 from flowkit.sampling import ODESampler
 from flowkit.types import Cond, take
 
+if TYPE_CHECKING:
+    from flowkit.runs.run import Run
+
 Columns = dict[str, Tensor]
-say = rank_zero_only(print)  # once, whatever the number of processes
-
-
-def quiet() -> None:
-    """Leave out what Lightning warns about in its own code: a user can do nothing about it."""
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
-
-
-def usable_device(name: str) -> torch.device:
-    """Return a device of this machine.
-
-    Raises:
-        ValueError: If there is no such device.
-    """
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(
-            f"device must be one of this machine's, such as cpu, got {name}: {reason}"
-        ) from error
-    return device
-
-
-def launch(cfg: DictConfig) -> Fabric:
-    """Start ``devices`` processes on each of ``num_nodes`` machines, of which this is the first.
-
-    Under torchrun or SLURM they have been started already. One process is left alone.
-
-    Raises:
-        ValueError: If this machine has no such device.
-    """
-    check_at_least(cfg.devices, 1, "devices")
-    check_at_least(cfg.num_nodes, 1, "num_nodes")
-    several = cfg.devices * cfg.num_nodes > 1
-    if several and ":" in cfg.device:
-        raise ValueError(
-            f"device must be a kind of device with devices={cfg.devices}, got {cfg.device}"
-        )
-    device = usable_device(cfg.device)
-    fabric = Fabric(
-        accelerator=device.type,
-        devices=cfg.devices if device.index is None else [device.index],
-        num_nodes=cfg.num_nodes,
-        strategy="ddp" if several else "auto",
-    )
-    fabric.launch()
-    return fabric
 
 
 class Parts:
@@ -118,22 +68,20 @@ class Parts:
 
 
 def draw_parts(
-    module: FlowModule,
+    run: "Run",
     x0: Sequence[Tensor],
     cond: Cond,
     sampler: ODESampler,
-    guidance: Any,
     finish: Callable[[Tensor], Columns] = lambda samples: {"samples": samples},
     parts: Parts | None = None,
 ) -> tuple[Columns, dict[str, Any]]:
     """Carry batches of source samples to data, and keep what ``finish`` makes of them.
 
     Args:
-        module: The flow.
+        run: The run, whose guidance leads.
         x0: Source samples, in batches of one size but the last.
         cond: Conditions of all samples.
         sampler: The solver and its grid.
-        guidance: Guidance.
         finish: From a batch of samples, on the CPU, to named tensors of as many rows.
         parts: Where batches are kept until all are done, and the processes that share them.
 
@@ -142,24 +90,12 @@ def draw_parts(
         seconds of all processes together and their number, and for a blockwise run see
         `block_cost`. Both are empty on other processes than the first.
     """
-    size, flow = len(x0[0]), module.velocity
+    size = len(x0[0])
 
     def make(number: int) -> Columns:
-        if isinstance(flow, Blockwise):
-            flow.usage.clear()
-        began, batch = time.perf_counter(), x0[number]
+        batch = x0[number]
         conditions = take(cond, slice(number * size, number * size + len(batch)))
-        solution = module.solve(batch, sampler, conditions, guidance)
-        spent = {"nfe": solution.nfe * len(batch), "rows": solution.rows}
-        with torch.no_grad():
-            samples = module.autoencoder.decode(solution.x).cpu()
-            spent["seconds"] = time.perf_counter() - began  # of sampling, not of what follows
-            columns = finish(samples)
-        if isinstance(flow, Blockwise):
-            spent |= {f"calls {part}": n for part, n in flow.usage.calls.items()}
-            spent |= {f"rows {part}": n for part, n in flow.usage.rows.items()}
-        costs = {f"cost {k}": torch.tensor([v], dtype=torch.float64) for k, v in spent.items()}
-        return {**columns, **costs}
+        return _drawn(run, batch, conditions, sampler, finish)
 
     if parts is None:
         numbers = tqdm(range(len(x0)), desc="sampling", leave=False, disable=None)
@@ -170,10 +106,10 @@ def draw_parts(
         return {}, {}
     spent: Counter[str] = Counter()
     for part in made:
-        for name in [name for name in part if name.startswith("cost ")]:
-            spent[name.removeprefix("cost ")] += part.pop(name).item()
+        for name in [name for name in part if name.startswith(COST)]:
+            spent[name.removeprefix(COST)] += part.pop(name).item()
     columns = {name: torch.cat([part[name] for part in made]) for name in made[0]}
-    count = len(next(iter(columns.values())))
+    count, flow = len(next(iter(columns.values()))), run.module.velocity
     if isinstance(flow, Blockwise):  # also what other processes did, and earlier calls
         flow.usage.clear()
         for kind, counter in (("calls ", flow.usage.calls), ("rows ", flow.usage.rows)):
@@ -184,8 +120,32 @@ def draw_parts(
         "network_rows_per_sample": spent["rows"] / count,
         "seconds": round(spent["seconds"], 3),
         "world_size": 1 if parts is None else parts.fabric.world_size,
-        **block_cost(module, x0[0], cond, count),
+        **block_cost(run.module, x0[0], cond, count),
     }
+
+
+COST = "cost "  # what a batch took, kept beside its columns
+
+
+def _drawn(
+    run: "Run", x0: Tensor, cond: Cond, sampler: ODESampler, finish: Callable[[Tensor], Columns]
+) -> Columns:
+    """What is kept of one batch, and what it took."""
+    flow = run.module.velocity
+    if isinstance(flow, Blockwise):
+        flow.usage.clear()
+    began = time.perf_counter()
+    solution = run.module.solve(x0, sampler, cond, run.guidance)
+    spent = {"nfe": solution.nfe * len(x0), "rows": solution.rows}
+    with torch.no_grad():
+        samples = run.module.autoencoder.decode(solution.x).cpu()
+        spent["seconds"] = time.perf_counter() - began  # of sampling, not of what follows
+        columns = finish(samples)
+    if isinstance(flow, Blockwise):
+        spent |= {f"calls {part}": n for part, n in flow.usage.calls.items()}
+        spent |= {f"rows {part}": n for part, n in flow.usage.rows.items()}
+    costs = {COST + k: torch.tensor([v], dtype=torch.float64) for k, v in spent.items()}
+    return {**columns, **costs}
 
 
 def block_cost(module: FlowModule, x0: Tensor, cond: Cond, num_samples: int) -> dict[str, Any]:
@@ -219,12 +179,8 @@ def _read(file: Path) -> Columns:
 
 
 def draw(
-    module: FlowModule,
-    x0: Sequence[Tensor],
-    cond: Cond,
-    sampler: ODESampler,
-    guidance: float | None,
+    run: "Run", x0: Sequence[Tensor], cond: Cond, sampler: ODESampler
 ) -> tuple[Tensor, dict[str, Any]]:
     """Carry batches of source samples to data, with a progress bar; the short `draw_parts`."""
-    columns, cost = draw_parts(module, x0, cond, sampler, guidance)
+    columns, cost = draw_parts(run, x0, cond, sampler)
     return columns["samples"], cost

@@ -1,15 +1,17 @@
 """Going on with a run that was stopped."""
 
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from flowkit.modules.checkpoints import newest_checkpoint, read_checkpoint
-
-UNRESOLVED = "unresolved.yaml"  # the configuration with its references, for `resume` to change
-
+from flowkit.modules.checkpoints import (
+    UNRESOLVED,
+    newest_checkpoint,
+    read_checkpoint,
+    read_config,
+)
 
 CHANGEABLE = ("trainer.", "callback.", "logger.", "optimizer.", "lr_scheduler.")
 
@@ -46,7 +48,7 @@ def resumed(cfg: DictConfig, overrides: list[str]) -> DictConfig:
     folder = Path(cfg.resume)
     if not (folder / UNRESOLVED).is_file():
         raise FileNotFoundError(f"resume must be a run folder with {UNRESOLVED}, got {folder}")
-    stored = cast(DictConfig, OmegaConf.load(folder / UNRESOLVED))
+    stored = OmegaConf.create(read_config(folder, UNRESOLVED))
     if missing := set(cfg) - set(stored):
         raise ValueError(
             f"resume must be a run of the same recipe, got {folder}, which knows no "

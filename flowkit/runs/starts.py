@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from omegaconf import DictConfig
@@ -11,11 +11,12 @@ from torch import Tensor
 
 from flowkit.checks import check_at_least
 from flowkit.data import SplitData
-from flowkit.modules import FlowModule
-from flowkit.modules.checkpoints import build
 from flowkit.modules.flow import brings_start, labels_of
 from flowkit.sampling import seeded_noise
 from flowkit.types import Batch, Cond, take, to_device
+
+if TYPE_CHECKING:
+    from flowkit.runs.run import Run
 
 FRESH = 1_000_000  # where the starts begin that nothing is chosen or trained with
 
@@ -27,25 +28,27 @@ class Starts:
     the training split in turn, from number `FRESH` on the test split.
 
     Args:
-        module: The run's.
-        trained: The run's configuration.
+        shape: Of one state.
+        num_classes: Of the run; None is none.
         seed: Of the first noise.
         device: Where to put them.
+        data: What brings source samples or conditions; None is noise and labels.
 
     Attributes:
         are_noise: Whether source samples are standard normal noise.
-
-    Raises:
-        RuntimeError: If the run has not seen a batch.
     """
 
-    def __init__(self, module: FlowModule, trained: dict[str, Any], seed: int, device: str):
-        if module.sample_shape is None:
-            raise RuntimeError("run must have trained at least one step, got no sample shape")
-        self.shape, self.num_classes = module.sample_shape, trained["num_classes"]
-        self.seed, self.device = seed, device
-        self.data = test_data(trained) if trained.get("needs_data") else None
-        self.are_noise = self.data is None or given_source(self.data.train[:1], self.data) is None
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        num_classes: int | None,
+        seed: int,
+        device: torch.device,
+        data: SplitData | None = None,
+    ):
+        self.shape, self.num_classes, self.seed = shape, num_classes, seed
+        self.device, self.data = device, data
+        self.are_noise = data is None or given_source(data.train[:1], data) is None
 
     def __call__(self, first: int, count: int) -> tuple[Tensor, Cond]:
         """Return starts ``first`` to ``first + count``."""
@@ -82,15 +85,6 @@ def choose_labels(labels: Any, num_samples: int, num_classes: int | None) -> Ten
     return wanted.repeat(-(-num_samples // len(wanted)))[:num_samples]
 
 
-def test_data(trained: dict[str, Any]) -> SplitData:
-    """Read the data that a run was trained on, from its configuration; of latents, their images."""
-    data = build(trained["data"])
-    data.prepare_data()
-    data.setup("test")
-    images = getattr(data, "source", None)
-    return test_data({"data": images}) if isinstance(images, dict) else data
-
-
 def choose_samples(data: SplitData, labels: Any, num_samples: int) -> Batch:
     """Return the first samples of the test split, or the first with the labels asked for.
 
@@ -112,7 +106,7 @@ def given_source(batch: Batch, data: SplitData) -> Tensor | None:
 
 
 def start(
-    module: FlowModule, cfg: DictConfig, num_samples: int, x0: Tensor | None = None
+    run: "Run", cfg: DictConfig, num_samples: int, x0: Tensor | None = None
 ) -> tuple[Sequence[Tensor], dict[str, Any]]:
     """Cut source samples into batches: those given, or noise of seeds ``cfg.seed, …``.
 
@@ -125,13 +119,11 @@ def start(
     """
     for name, number in (("num_samples", num_samples), ("batch_size", cfg.batch_size)):
         check_at_least(number, 1, name)
-    if module.sample_shape is None:
-        raise RuntimeError("run must have trained at least one step, got no sample shape")
-    record = {"num_samples": num_samples, "batch_size": cfg.batch_size}
+    shape, record = run.sample_shape, {"num_samples": num_samples, "batch_size": cfg.batch_size}
     if x0 is not None:
         return list(x0.split(cfg.batch_size)), {**record, "source": "test split", "seeds": None}
     seeds = range(cfg.seed, cfg.seed + num_samples)
-    batches = noise_batches(module.sample_shape, seeds, cfg.batch_size)
+    batches = noise_batches(shape, seeds, cfg.batch_size)
     return batches, {**record, "source": "noise", "seeds": [seeds.start, seeds.stop]}
 
 
@@ -141,7 +133,7 @@ def noise_batches(shape: tuple[int, ...], seeds: range, batch_size: int) -> Sequ
 
 
 @dataclass(frozen=True)
-class _Noise(Sequence):
+class _Noise(Sequence[Tensor]):
     """Batches of noise, drawn when asked for."""
 
     shape: tuple[int, ...]
@@ -151,25 +143,24 @@ class _Noise(Sequence):
     def __len__(self) -> int:
         return math.ceil(len(self.seeds) / self.batch_size)
 
-    def __getitem__(self, number):
+    def __getitem__(self, number: Any) -> Tensor:
         if not 0 <= number < len(self):
             raise IndexError(number)
         first = number * self.batch_size
         return seeded_noise(self.shape, self.seeds[first : first + self.batch_size])
 
 
-def like_test(
-    cfg: DictConfig, module: FlowModule, test: Batch, data: SplitData
-) -> tuple[Sequence[Tensor], Cond, dict[str, Any], str]:
+def like_test(run: "Run", cfg: DictConfig) -> tuple[Sequence[Tensor], Cond, dict[str, Any], str]:
     """What samples start from that are to be compared with the test split.
 
     Returns:
         Batches of source samples, the conditions of all, a record of the former and one of the
         latter.
     """
+    data, test = run.data, run.data.test[:]
     rows, chosen = _rows_like(test, data, cfg.num_samples)
     given = given_source(test, data)
-    x0, source = start(module, cfg, len(rows), None if given is None else given[rows])
+    x0, source = start(run, cfg, len(rows), None if given is None else given[rows])
     return x0, take(test.get("cond"), rows), source, chosen
 
 

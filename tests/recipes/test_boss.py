@@ -17,7 +17,7 @@ from flowkit.recipes.evaluate import evaluate
 from flowkit.recipes.pairs import pairs
 from flowkit.recipes.sample import sample
 from flowkit.recipes.train import train
-from flowkit.runs.records import weights
+from flowkit.runs import Run
 from flowkit.sampling import ODESampler, seeded_noise
 from tests.recipes.conftest import TINY
 
@@ -49,7 +49,9 @@ def searched(tiny_run, tmp_path_factory):
 
 def test_the_grid_is_saved_with_its_provenance(searched, tiny_run):
     out, record = searched
-    grid = grids.load(out / "grid.json", {"model_hash": weights(tiny_run)["hash"], "guidance": 2})
+    grid = grids.load(
+        out / "grid.json", {"model_hash": Run.load(tiny_run).weights["hash"], "guidance": 2}
+    )
     stored = grids.provenance(out / "grid.json")
     assert stored == json.loads(json.dumps(record))
     assert grid.tolist() == stored["grids"][stored["objective"]]
@@ -208,7 +210,7 @@ def test_pairs_are_what_the_teacher_makes(searched, tiny_run, configure, tmp_pat
     times = set() if grid == "null" else {"t0", "t1"}
     assert set(columns) == {"x0", "x1", "cond"} | times
     assert set(data.train[:]) == {*columns, "taught_by", "encoded_by"}
-    assert data.train[:]["taught_by"] == weights(tiny_run)["hash"]
+    assert data.train[:]["taught_by"] == Run.load(tiny_run).weights["hash"]
     for key, column in columns.items():
         by_noise = torch.cat([part[key].unflatten(0, (50, -1)) for part in made], 1)
         torch.testing.assert_close(column, by_noise.flatten(0, 1), rtol=1e-4, atol=1e-4)
@@ -244,9 +246,7 @@ def test_pairs_have_no_test_split(tiny_run, configure, tmp_path):
     data = Pairs(tmp_path / "p")
     data.setup()
     assert data.summary() == "Pairs: 48 train, 2 val pairs of shape (1, 8, 8), 10 classes"
-    with pytest.raises(
-        RuntimeError, match="split must be train or val of pairs, got test"
-    ):
+    with pytest.raises(RuntimeError, match="split must be train or val of pairs, got test"):
         _ = data.test
     assert data.source["_target_"] == "flowkit.data.Digits"
 

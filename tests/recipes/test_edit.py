@@ -14,6 +14,7 @@ from flowkit.guidance import ClassifierFree
 from flowkit.modules import load_run
 from flowkit.recipes.compare_edits import compare_edits, edit_table
 from flowkit.recipes.edit import edit, read_image
+from flowkit.runs import Run
 from flowkit.runs.editing import RunFlow
 from flowkit.sampling import ODESampler
 from tests.adapters import tiny_pipelines
@@ -162,16 +163,18 @@ def test_pictures_of_another_size(tiny_run, digit, photo, configure, tmp_path):
 
 
 def test_guidance_of_a_run_that_was_not_trained_for_it(tiny_run):
-    module = load_run(tiny_run)
-    module.drop_cond = None
-    model = RunFlow(module, {"shape": [1, 8, 8], "num_classes": 10, "guidance": None})
+    run = Run.load(tiny_run)
+    run.module.drop_cond = None
+    model = RunFlow(run)
     with pytest.raises(ValueError, match="guidance must be null or 1 for a model"):
         model.condition(3, 2.0, "source")
     assert model.condition(3, 1.0, "source")["label"].tolist() == [3]
 
 
 def test_a_run_without_classes(tiny_run):
-    model = RunFlow(load_run(tiny_run), {"shape": [1, 8, 8], "num_classes": None, "guidance": None})
+    run = Run.load(tiny_run)
+    run.config["num_classes"] = None
+    model = RunFlow(run)
     assert model.condition(None, 1.0, "source") is None
     with pytest.raises(ValueError, match="target must be null for a run without classes, got 8"):
         model.condition(8, 1.0, "target")
@@ -266,8 +269,7 @@ def test_the_table_holds_the_least_distance_of_sufficient_scores():
 
 def test_flowopt_on_a_batch_of_a_run(tiny_run):
     """Guidance in the condition serves batches, too."""
-    module = load_run(tiny_run)
-    model = RunFlow(module, {"shape": [1, 8, 8], "num_classes": 10, "guidance": 2.0})
+    model = RunFlow(Run.load(tiny_run))
     x1 = torch.rand(3, 1, 8, 8) * 2 - 1
     flowopt = FlowOpt(ODESampler(3), 0.2, 1)
     together = flowopt(model, x1, *(model.condition(k, 2.0, "c", 3) for k in (3, 8)))

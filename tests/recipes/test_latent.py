@@ -22,9 +22,9 @@ from flowkit.recipes.autoencoder import autoencoder
 from flowkit.recipes.encode import encode
 from flowkit.recipes.evaluate import evaluate
 from flowkit.recipes.inpaint import inpaint
+from flowkit.recipes.report import report
 from flowkit.recipes.sample import sample
 from flowkit.recipes.semantic import semantic
-from flowkit.recipes.sweep import sweep
 from flowkit.recipes.train import train
 from tests.conftest import CONF
 
@@ -308,20 +308,23 @@ def test_resuming_from_a_cache_goes_on_exactly(network, cache, configure, tmp_pa
         assert torch.equal(value, states[1][name]), name
 
 
-def test_sweep_evaluates_every_scale_once(run, configure, tmp_path):
-    options = [f"run={run}", "metric=pixels", "num_samples=20", "sampler.grid=2"]
-    cfg = configure("sweep", *options, f"out={tmp_path}", "scales=[0,1.5]")
-    rows = sweep(cfg)
-    times = [f.stat().st_mtime_ns for f in sorted(tmp_path.glob("*/metrics.json"))]
-    assert sweep(cfg) == rows
-    assert times == [f.stat().st_mtime_ns for f in sorted(tmp_path.glob("*/metrics.json"))]
-    alone = evaluate(configure("evaluate", *options, f"out={tmp_path}/alone", "guidance=1.5"))
+def test_report_measures_every_scale_as_evaluate_does(run, configure, tmp_path):
+    options = [f"run={run}", "metric=pixels", "num_samples=20"]
+    cells = ["solvers=[heun]", "nfe=[4]", "grids.shifted=null", f"out={tmp_path}"]
+    rows = report(configure("report", *options, *cells, "guidance=[0,1.5]"))
     assert [row["guidance"] for row in rows] == [0, 1.5]
     assert [row["network_rows_per_sample"] for row in rows] == [4, 8]
-    assert rows[1]["frechet_distance"] == alone["metrics"]["frechet_distance"]
-    assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
-    with (tmp_path / "sweep.csv").open() as lines:
-        assert [row["guidance"] for row in csv.DictReader(lines)] == ["0", "1.5"]
+    alone = ["sampler.grid=2", f"out={tmp_path}/alone", "guidance=1.5"]
+    metrics = evaluate(configure("evaluate", *options, *alone))["metrics"]
+    assert rows[1]["distance"] == pytest.approx(metrics["frechet_distance"])
+    for name in ("precision", "recall", "density", "coverage", "class_agreement"):
+        assert rows[1][name] == pytest.approx(metrics[name]), name
+    real = json.loads((tmp_path / "report.json").read_text())["measure"]["real"]
+    assert real["class_agreement"] == metrics["judge"]["test_accuracy"]
+    assert "| heun | uniform | 1.5 | 2 | 4 |" in (tmp_path / "report.md").read_text()
+    assert (tmp_path / "guidance.png").read_bytes().startswith(b"\x89PNG")
+    again = report(configure("report", *options, *cells, "guidance=[0,1,1.5]"))
+    assert [again[0], again[2]] == rows  # with the milliseconds of the first call
 
 
 # --- conditions -----------------------------------------------------------------------------------

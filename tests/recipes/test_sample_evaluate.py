@@ -18,7 +18,7 @@ from flowkit.provenance import tensor_hash
 from flowkit.recipes.evaluate import evaluate, picture_rows
 from flowkit.recipes.sample import sample
 from flowkit.recipes.train import train
-from flowkit.runs import features_for
+from flowkit.runs import Run, features_for
 from flowkit.runs.parts import Parts, draw_parts
 from flowkit.runs.starts import choose_labels, proportional_rows
 from flowkit.sampling import ODESampler
@@ -73,14 +73,14 @@ def test_sample_writes_what_it_drew(tiny_run, configure, tmp_path):
 
 
 def test_seconds_are_of_sampling_alone(tiny_run):
-    module, x0 = load_run(tiny_run), [torch.randn(2, 1, 8, 8)]
+    run, x0 = Run.load(tiny_run), [torch.randn(2, 1, 8, 8)]
 
     def slow(samples):
         time.sleep(0.5)
         return {"samples": samples}
 
     cond = torch.tensor([0, 1])
-    assert draw_parts(module, x0, cond, ODESampler(2), None, slow)[1]["seconds"] < 0.4
+    assert draw_parts(run, x0, cond, ODESampler(2), slow)[1]["seconds"] < 0.4
 
 
 def test_labels_out_of_range_are_refused():
@@ -238,7 +238,7 @@ def test_a_perfect_model_of_unequal_classes_meets_the_floor(configure, tmp_path,
     train(cfg)
     monkeypatch.setattr(
         "flowkit.recipes.evaluate.draw_parts",
-        lambda module, x0, cond, sampler, guidance, finish, _: (finish(_shades(cond)), {}),
+        lambda run, x0, cond, sampler, finish, parts: (finish(_shades(cond)), {}),
     )
     options = [f"run={tmp_path}", *EVALUATE, "num_samples=100"]
     metrics = evaluate(configure("evaluate", *options))["metrics"]

@@ -1,0 +1,74 @@
+"""Names of earlier versions: one table, by which their runs are read."""
+
+from typing import Any
+
+# A name, or the module that names stood in, and where they stand now.
+NAMES = {
+    "flowkit.codecs": "flowkit.symmetrical",
+    "flowkit.data.latents": "flowkit.data",
+    "flowkit.data.pairs": "flowkit.data",
+    "flowkit.debiasing": "flowkit.couplings",
+    "flowkit.gibbs": "flowkit.couplings",
+    "flowkit.joint": "flowkit.symmetrical",
+    "flowkit.labelstates": "flowkit.symmetrical",
+    "flowkit.labelstates.LabelledImages": "flowkit.symmetrical.LabeledImages",
+    "flowkit.modules.blockwise": "flowkit.modules",
+    "flowkit.modules.callbacks": "flowkit.modules",
+    "flowkit.modules.condition_grid": "flowkit.modules",
+    "flowkit.modules.latent": "flowkit.modules",
+    "flowkit.modules.runs": "flowkit.modules",
+    "flowkit.modules.sharding": "flowkit.modules",
+    "flowkit.modules.straightening": "flowkit.modules",
+    "flowkit.modules.weighted": "flowkit.modules",
+    "flowkit.nn.Blockwise": "flowkit.blockwise.Blockwise",
+    "flowkit.nn.BlockwiseDiT": "flowkit.blockwise.BlockwiseDiT",
+    "flowkit.nn.BlockwiseMLP": "flowkit.blockwise.BlockwiseMLP",
+    "flowkit.nn.alignment": "flowkit.blockwise",
+    "flowkit.nn.blockwise": "flowkit.blockwise",
+    "flowkit.nn.blockwise_dit": "flowkit.blockwise",
+    "flowkit.nn.blockwise_mlp": "flowkit.blockwise",
+    "flowkit.nn.companions": "flowkit.nn",
+    "flowkit.nn.kl": "flowkit.nn",
+    "flowkit.nn.masked": "flowkit.blockwise",
+    "flowkit.nn.parts": "flowkit.blockwise",
+    "flowkit.nn.planes": "flowkit.symmetrical",
+    "flowkit.recipes.evaluate": "flowkit.runs",
+}
+
+# Keys of a class: their name now, or None where they had no effect and are gone.
+KEYS: dict[str, dict[str, str | None]] = {
+    "flowkit.modules.BlockwiseFlowMatching": {"target": None},
+    "flowkit.modules.SymmetricalFlowMatching": {"edges": "boundary_share"},
+}
+
+
+def current(node: Any) -> Any:
+    """Return a stored configuration in the names of this version.
+
+    >>> current({"_target_": "flowkit.nn.planes.NoisePath", "channels": 1})
+    {'_target_': 'flowkit.symmetrical.NoisePath', 'channels': 1}
+    """
+    if isinstance(node, list):
+        return [current(item) for item in node]
+    if not isinstance(node, dict):
+        return node
+    node = {key: current(value) for key, value in node.items()}
+    if isinstance(node.get("_target_"), str):
+        node["_target_"] = current_name(node["_target_"])
+        keys = KEYS.get(node["_target_"], {})
+        renamed = {keys.get(key, key): value for key, value in node.items()}
+        node = {key: value for key, value in renamed.items() if key is not None}
+    return node
+
+
+def current_name(name: str) -> str:
+    """Return the dotted name by which something is known now.
+
+    >>> current_name("flowkit.codecs.OneHot")
+    'flowkit.symmetrical.OneHot'
+    """
+    parts = name.split(".")
+    for cut in range(len(parts), 0, -1):  # the name itself before the module that it stood in
+        if (now := NAMES.get(".".join(parts[:cut]))) is not None:
+            return ".".join([now, *parts[cut:]])
+    return name

@@ -1,0 +1,71 @@
+"""The pictures of `flowkit report`: what samples cost, and what guidance trades."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def lines_of(rows: list[Row], *names: str) -> dict[str, list[Row]]:
+    """Rows that agree in what is named, by that; left out of the label is what all agree in."""
+    differing = [name for name in names if len({str(row[name]) for row in rows}) > 1]
+    lines: dict[str, list[Row]] = {}
+    for row in rows:
+        words = {"nfe": f"{row['nfe']} NFE", "guidance": f"guidance {row['guidance']}"}
+        label = ", ".join(words.get(name, str(row[name])) for name in differing or names[:1])
+        lines.setdefault(label, []).append(row)
+    return lines
+
+
+def plot(rows: list[Row], measure: str, floor: float, file: Path) -> None:
+    """Plot the distance over evaluations and time: a color a solver and scale, a line style a grid."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    colored = list(dict.fromkeys((row["solver"], row["guidance"]) for row in rows))
+    names = list(dict.fromkeys(row["grid"] for row in rows))
+    styles = ["-", "--", ":", "-."]
+    labels = ("evaluations of the network", "milliseconds a sample")
+    for axes, key, label in zip(panels, ("nfe", "milliseconds"), labels, strict=True):
+        for name, mine in lines_of(rows, "solver", "grid", "guidance").items():
+            color = colored.index((mine[0]["solver"], mine[0]["guidance"]))
+            style = styles[names.index(mine[0]["grid"]) % 4]
+            line = {"color": f"C{color}", "linestyle": style, "marker": "o", "ms": 4}
+            axes.plot(*([row[k] for row in mine] for k in (key, "distance")), label=name, **line)
+        axes.axhline(floor, color="0.5", lw=1, label="training samples")
+        axes.set(xscale="log", yscale="log", xlabel=label)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter(NullFormatter())
+        axes.grid(alpha=0.3)
+    counts = sorted({row["nfe"] for row in rows})
+    panels[0].set_xticks(counts, map(str, counts))
+    panels[0].minorticks_off()
+    panels[0].set_ylabel(measure)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    figure.savefig(file, dpi=120)
+
+
+def plot_guidance(rows: list[Row], measure: str, real: Mapping[str, float], file: Path) -> None:
+    """What guidance trades: a panel a measure over its scale, with what real samples reach."""
+    from matplotlib.figure import Figure
+
+    names = [n for n in ("distance", "class_agreement", "precision", "recall") if n in rows[0]]
+    figure = Figure(figsize=(3.2 * len(names), 2.8), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        lines = lines_of(rows, "solver", "grid", "nfe")
+        for label, mine in lines.items():
+            mine = sorted(mine, key=lambda row: row["guidance"])
+            values = ([row[key] for row in mine] for key in ("guidance", name))
+            axes.plot(*values, "o-", ms=4, label=label if len(lines) > 1 else None)
+        whose = "test samples" if name == "class_agreement" else "training samples"
+        axes.axhline(real[name], color="0.6", lw=1, label=whose)
+        title = measure if name == "distance" else name.replace("_", " ")
+        axes.set(title=title, xlabel="guidance")
+        axes.legend(fontsize=8)
+        axes.grid(alpha=0.3)
+    figure.savefig(file, dpi=120)
