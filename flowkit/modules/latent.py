@@ -1,7 +1,7 @@
 """Flow matching on the latents of an autoencoder."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import torch
@@ -150,7 +150,7 @@ class LatentFlowMatching(FlowModule):
         null = None if self.drop_cond is None else self.drop_cond.null
         if labels is not None:
             cond["label"] = labels
-        elif isinstance(null, dict) and "label" in null:
+        elif isinstance(null, Mapping) and "label" in null:
             cond["label"] = torch.full((len(images),), int(null["label"]))
         cond = {name: value.repeat_interleave(num_samples, 0) for name, value in cond.items()}
         drawn = self.sample(len(images) * num_samples, sampler, cond, seeds, guidance)

@@ -87,7 +87,7 @@ def test_a_class_has_its_parents_frozen_parts_and_none_of_its_childrens():
     assert "judge.weight" in learner.state_dict()
 
 
-@pytest.mark.parametrize("part", [None, torch.sin, "name"], ids=str)
+@pytest.mark.parametrize("part", [None, torch.sin, "name"], ids=["None", "function", "name"])
 def test_what_is_no_module_is_kept_as_it_is(part):
     learner = Learner(part).double()
     assert learner.guide is part
