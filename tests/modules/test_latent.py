@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import nn
 
 from flowkit.autoencoders import Identity, KLAutoencoder
@@ -337,6 +338,9 @@ def test_fillings_are_those_of_their_seeds_and_of_their_image():
     opened = module.inpaint(x, mask, 1, ODESampler(2), seeds=[1, 2])
     null = module.inpaint(x, mask, 1, ODESampler(2), torch.tensor([4, 4]), [1, 2])
     assert torch.equal(opened, null)
+    # also where the configuration brings the null label in a mapping of its own
+    module.drop_cond.null = OmegaConf.create({"label": 4})
+    assert torch.equal(module.inpaint(x, mask, 1, ODESampler(2), seeds=[1, 2]), null)
     with pytest.raises(ValueError, match=r"labels must be given with guidance, .* guidance 2"):
         module.inpaint(x, mask, 1, ODESampler(2), seeds=[1, 2], guidance=2.0)
 
