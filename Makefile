@@ -4,12 +4,12 @@ BIN := .venv/bin
 # Tests in as many processes as there are cores, but no more than memory is sure to hold.
 PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 
-.PHONY: quickstart test check bench clean
+.PHONY: quickstart test check bench docs clean
 
 .venv/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet -c constraints.txt torch==2.13.0
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev,hub,notebooks,slurm]'
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev,docs,hub,notebooks,slurm]'
 	touch $@
 
 quickstart: .venv/.installed
@@ -32,6 +32,10 @@ bench: .venv/.installed
 	@# A dependency of torchcfm that nothing here needs: built for another torch, it breaks imports.
 	$(BIN)/pip uninstall --quiet --yes torchvision
 	$(BIN)/python -m pytest tests/benchmarks --benchmark-only -s
+
+docs: .venv/.installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo open build/site/index.html
 
 clean:
 	rm -rf .venv build dist *.egg-info

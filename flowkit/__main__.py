@@ -11,7 +11,13 @@ from pathlib import Path
 from textwrap import fill
 from types import TracebackType
 
+import flowkit.conf
 import flowkit.recipes
+from flowkit import __version__
+
+EXPERIMENTS = Path(flowkit.conf.__path__[0]) / "experiment"
+CONFIG_DIR = ("--config-dir", "-cd")
+TAKE_A_VALUE = (*CONFIG_DIR, "--config-path", "-cp", "--config-name", "-cn")  # options of Hydra's
 
 
 def recipes() -> dict[str, str]:
@@ -22,10 +28,28 @@ def recipes() -> dict[str, str]:
     return found
 
 
+def experiments(recipe: str) -> list[str]:
+    """Return the names of a recipe's experiments, in alphabetical order.
+
+    A file of ``conf/experiment`` is of the recipe whose command its header states.
+    """
+    return [f.stem for f in sorted(EXPERIMENTS.glob("*.yaml")) if _recipe_of(f) == recipe]
+
+
+def _recipe_of(experiment: Path) -> str | None:
+    """The recipe in the line ``#   flowkit <recipe> experiment=<name>`` of a file's header."""
+    command = rf"^#   flowkit (\w+) experiment={experiment.stem}\b"
+    found = re.search(command, experiment.read_text(), re.MULTILINE)
+    return found[1] if found else None
+
+
 def main() -> None:
     """Run a recipe as a real module, so that Lightning can start it again for each device."""
     known = recipes()
     name = sys.argv[1] if len(sys.argv) > 1 else None
+    if name == "--version":
+        print(f"flowkit {__version__}")
+        return
     if name not in known:
         if name not in (None, "-h", "--help"):
             print(f"recipe must be one of {', '.join(known)}, got {name!r}\n", file=sys.stderr)
@@ -34,6 +58,7 @@ def main() -> None:
         for recipe, line in known.items():
             print(f"  {recipe:<{width}}  {line}")
         print("\n`flowkit <recipe> --help` lists a recipe's options and their choices.")
+        print("`flowkit --version` prints the version.")
         raise SystemExit(name not in (None, "-h", "--help"))
     del sys.argv[1]
     if {"-h", "--help"} & set(sys.argv[1:]):
@@ -42,6 +67,7 @@ def main() -> None:
     sys.path.insert(0, os.getcwd())  # a user's own classes are importable as _target_
     with ErrorInALine():
         check_overrides(sys.argv[1:])
+        check_experiment(name, sys.argv[1:])
         _errors_to_us()
         runpy.run_module(f"flowkit.recipes.{name}", run_name="__main__", alter_sys=True)
 
@@ -60,7 +86,9 @@ def explained(name: str) -> str:
     for entry in OmegaConf.create(text).defaults:
         key, chosen = next(iter(entry.items())) if not isinstance(entry, str) else (entry, None)
         group = key.removeprefix("override ").lstrip("/")
-        names = sorted(file.stem for file in (conf / group.partition("@")[0]).glob("*.yaml"))
+        folder_of_group = conf / group.partition("@")[0]
+        every = sorted(file.stem for file in folder_of_group.glob("*.yaml"))
+        names = experiments(name) if group == "experiment" else every
         if names:
             line = f"{group}={'null' if chosen is None else chosen}  # {', '.join(names)}"
             choices.append(fill(line, 100, subsequent_indent="    ", break_on_hyphens=False))
@@ -83,9 +111,9 @@ def check_overrides(overrides: list[str]) -> None:
         ValueError: If something has no value, or all loggers or callbacks are to be none, for
             which Hydra has no word.
     """
-    for override in overrides:
+    for before, override in zip(["", *overrides], overrides, strict=False):
         key, equal, value = override.partition("=")
-        if not equal and Path(override).exists():
+        if not equal and before not in TAKE_A_VALUE and Path(override).exists():
             raise ValueError(f"options must be name=value, got {override}; run={override}, say")
         path = value.strip("'\"")
         plain = path not in ("", "null") and not set(path) & set(",[$")  # no list, no reference
@@ -101,6 +129,40 @@ def check_overrides(overrides: list[str]) -> None:
             made = next(p for p in (Path(path), *Path(path).absolute().parents) if p.exists())
             if not (made.is_dir() and os.access(made, os.W_OK | os.X_OK)):
                 raise PermissionError(f"{key} must be a writable folder, got {path}")
+
+
+def check_experiment(recipe: str, arguments: list[str]) -> None:
+    """Require ``experiment`` to be one of a recipe's own, or of the user's own files.
+
+    The user's are ``<folder>/experiment/<name>.yaml`` for the folder after ``--config-dir``. Where
+    Hydra is told of other folders by other means, the check is left to it.
+
+    Raises:
+        ValueError: If it is another recipe's, or no file has this name.
+    """
+    own = experiments(recipe)
+    folders = []
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        key, equal, value = argument.partition("=")
+        if key in ("--config-path", "-cp", "hydra.searchpath"):
+            return
+        if key in CONFIG_DIR:
+            folders.append(Path(value if equal else following))
+    asked = [a.partition("=")[2].strip("'\"") for a in arguments if a.startswith("experiment=")]
+    names = [name for value in asked for name in value.split(",")]  # several for --multirun
+    for name in names:
+        plain = name not in ("", "null") and not set(name) & set("[]${}")
+        users = any((folder / "experiment" / f"{name}.yaml").is_file() for folder in folders)
+        if not plain or name in own or users:
+            continue
+        file = EXPERIMENTS / f"{name}.yaml"
+        if file.is_file() and (other := _recipe_of(file)):
+            fix = f"it is one of {other}'s: flowkit {other} experiment={name}"
+        elif own:
+            fix = f"there are {', '.join(own)}"
+        else:
+            continue  # Hydra says that there is no such option
+        raise ValueError(f"experiment must be one of {recipe}'s, got {name}; {fix}")
 
 
 class ErrorInALine(ContextDecorator):
@@ -136,7 +198,7 @@ def _for_the_user(error: BaseException) -> str | None:
 
 
 def _plain(error: BaseException) -> str:
-    """What Hydra says, in a line where it is a slip on the command line."""
+    """Return what Hydra says, in a line where it is a slip on the command line."""
     text = str(error)
     if missing := re.match(r".*Missing mandatory value: (\S+)", text, re.DOTALL):
         return f"{missing[1]} must be given, as {missing[1]}=..."

@@ -1,9 +1,8 @@
 """Autoencoders: between what users see (images) and what a flow runs on (latents)."""
 
-import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
@@ -12,6 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowkit.checks import check_at_least, check_finite
+from flowkit.nn.frozen import Frozen
+from flowkit.paths import noise_like
+from flowkit.provenance import content_hash
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL  # type: ignore[attr-defined]
@@ -58,13 +60,10 @@ class Posterior(NamedTuple):
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
         """Draw ``mean + std ε``."""
-        noise = torch.randn(
-            self.mean.shape, dtype=self.mean.dtype, device=self.mean.device, generator=generator
-        )
-        return self.mean + self.std * noise
+        return self.mean + self.std * noise_like(self.mean, generator)
 
 
-class KLAutoencoder(nn.Module):
+class KLAutoencoder(Frozen, frozen=("vae",)):
     """A frozen ``AutoencoderKL`` of diffusers, between images ``x`` and scaled latents ``z``.
 
     ``z = (E(x) − mean) / std`` and ``x = D(mean + std z)``, where ``E(x)`` is drawn from the
@@ -108,8 +107,7 @@ class KLAutoencoder(nn.Module):
         super().__init__()
         if not (hasattr(vae, "config") and "latent_channels" in vae.config):
             raise TypeError(f"vae must be an AutoencoderKL of diffusers, got {type(vae).__name__}")
-        # In the dictionary, since an attribute would become a part of this module.
-        self.__dict__["vae"] = vae.eval().requires_grad_(False)
+        self.vae = vae
         config = self.vae.config
         if image_shape is None and not isinstance(config.sample_size, int):
             image_shape = (config.in_channels, *config.sample_size)
@@ -293,17 +291,27 @@ class KLAutoencoder(nn.Module):
             check_finite(tensor, f"the {name} of latents")
             setattr(self, name, tensor)
         # Once, of the weights as they came: a later dtype or device is no other autoencoder.
-        self.hash = _hash(self.vae.state_dict(), self.config)
-
-    def _apply(self, fn: Callable, recurse: bool = True) -> "KLAutoencoder":
-        self.vae._apply(fn, recurse)
-        return super()._apply(fn, recurse)
+        self.hash = content_hash(self.vae.state_dict(), _text(self.config))
 
 
 def pad_to_multiple(images: Tensor, factor: int) -> Tensor:
     """Repeat the last row and column of ``(B, C, H, W)`` until ``factor`` divides both sides."""
     extra = [-side % factor for side in images.shape[-2:]]
     return F.pad(images, (0, extra[1], 0, extra[0]), "replicate") if any(extra) else images
+
+
+def mean_latents(autoencoder: Autoencoder, images: Tensor) -> Tensor:
+    """Latents of images that are to be known: the posterior's mean, if there is a posterior.
+
+    Args:
+        autoencoder: One with ``posterior(images)``, or one whose `encode` draws nothing.
+        images: ``(B, C, H, W)`` in [-1, 1].
+
+    >>> mean_latents(Identity(), torch.ones(1, 2))
+    tensor([[1., 1.]])
+    """
+    posterior = getattr(autoencoder, "posterior", None)
+    return autoencoder.encode(images) if posterior is None else posterior(images).mean
 
 
 def identity(autoencoder: Autoencoder) -> dict[str, Any]:
@@ -316,8 +324,12 @@ def identity(autoencoder: Autoencoder) -> dict[str, Any]:
     """
     found = {name: getattr(autoencoder, name, None) for name in ("hash", "config")}
     if found["hash"] is None and isinstance(autoencoder, nn.Module):
-        found["hash"] = _hash(autoencoder.state_dict(), {})
+        found["hash"] = content_hash(autoencoder.state_dict(), _text({}))
     return found
+
+
+def _text(config: Mapping[str, Any]) -> str:
+    return json.dumps(config, sort_keys=True)
 
 
 def check_identity(stored: Mapping[str, Any], autoencoder: Autoencoder, made: str) -> None:
@@ -345,12 +357,3 @@ def check_identity(stored: Mapping[str, Any], autoencoder: Autoencoder, made: st
             else "give the folder of that one"
         )
     )
-
-
-def _hash(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> str:
-    """SHA-256 of weights and config."""
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    for name, value in sorted(weights.items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

@@ -1,13 +1,20 @@
-"""Argument checks: the one place for the wording of errors.
+"""Checks of arguments, with one wording for all errors.
 
-Every message reads ``<argument> must <rule>, got <value>[; <fix>]``.
+Every message reads ``<argument> must <rule>, got <value>[; <fix>]``. A wrong value raises
+``ValueError``, a wrong type raises ``TypeError``.
 """
 
+import functools
 import math
-from collections.abc import Collection, Sequence
+import warnings
+from collections.abc import Callable, Collection, Sequence
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def expand_like(t: Tensor, x: Tensor) -> Tensor:
@@ -20,7 +27,12 @@ def expand_like(t: Tensor, x: Tensor) -> Tensor:
 
 
 def check_times(t: Tensor, batch: int, name: str = "t") -> None:
-    """Require ``t (batch,)`` of floats within [0, 1]."""
+    """Require a tensor ``t (batch,)`` of floats in [0, 1].
+
+    Raises:
+        ValueError: If the shape is wrong or a value lies outside [0, 1].
+        TypeError: If ``t`` does not hold floats.
+    """
     if t.shape != (batch,):
         raise ValueError(f"{name} must have shape ({batch},), got {tuple(t.shape)}")
     if not t.is_floating_point():
@@ -35,7 +47,11 @@ def check_times(t: Tensor, batch: int, name: str = "t") -> None:
 
 
 def check_same_shape(x0: Tensor, x1: Tensor, names: tuple[str, str] = ("x0", "x1")) -> None:
-    """Require two tensors of one shape, so that nothing broadcasts by accident."""
+    """Require two tensors of the same shape, so that no dimension broadcasts by accident.
+
+    Raises:
+        ValueError: If the shapes differ.
+    """
     if x0.shape != x1.shape:
         raise ValueError(
             f"{names[0]} must have the shape of {names[1]}, {tuple(x1.shape)}, "
@@ -44,9 +60,22 @@ def check_same_shape(x0: Tensor, x1: Tensor, names: tuple[str, str] = ("x0", "x1
 
 
 def as_grid(grid: Tensor | Sequence[float] | int, name: str = "grid") -> Tensor:
-    """Return sampling times as a 1-D float64 tensor, strictly increasing within [0, 1].
+    """Convert sampling times to a 1-D float64 tensor, strictly increasing within [0, 1].
 
-    An integer ``n`` means ``n`` uniform steps.
+    Args:
+        grid: At least 2 times, or the number ``n >= 1`` of uniform steps from 0 to 1.
+        name: Name of the argument in errors.
+
+    Returns:
+        The times ``(n + 1,)`` on the CPU.
+
+    Raises:
+        TypeError: If ``grid`` is a boolean.
+        ValueError: If there are fewer than 2 times, or they do not increase strictly, or one lies
+            outside [0, 1].
+
+    >>> as_grid(4)
+    tensor([0.0000, 0.2500, 0.5000, 0.7500, 1.0000], dtype=torch.float64)
     """
     if isinstance(grid, bool):
         raise TypeError(f"{name} must be a number of steps or a tensor of times, got {grid}")
@@ -66,7 +95,11 @@ def as_grid(grid: Tensor | Sequence[float] | int, name: str = "grid") -> Tensor:
 
 
 def check_whole(times: Tensor) -> None:
-    """Require the times of a sampler that goes all the way between noise and data."""
+    """Require times that start at 0 and end at 1: a whole solve from noise to data.
+
+    Raises:
+        ValueError: If the first time is not 0 or the last time is not 1.
+    """
     if times[0] != 0 or times[-1] != 1:
         raise ValueError(
             f"sampler.grid must run from 0 to 1, got {times[0].item()} to {times[-1].item()}"
@@ -74,47 +107,81 @@ def check_whole(times: Tensor) -> None:
 
 
 def _check_number(value: object, name: str) -> None:
-    """Refuse what the command line leaves as a word, which compares with nothing."""
+    """Refuse None, and a string: the command line keeps a value that is no number as a string."""
     if isinstance(value, str) or value is None:
         raise TypeError(f"{name} must be a number, got {value!r}")
 
 
 def check_at_least(value: float, minimum: float, name: str) -> None:
-    """Require a number ``value >= minimum``."""
+    """Require a number ``value >= minimum``.
+
+    Raises:
+        TypeError: If ``value`` is a string or None.
+        ValueError: If ``value < minimum`` or ``value`` is NaN.
+    """
     _check_number(value, name)
     if not (value >= minimum):
         raise ValueError(f"{name} must be at least {minimum}, got {value}")
 
 
 def check_positive(value: float, name: str) -> None:
-    """Require a finite number ``value > 0``."""
+    """Require a finite number ``value > 0``.
+
+    Raises:
+        TypeError: If ``value`` is a string or None.
+        ValueError: If ``value`` is not positive or not finite.
+    """
     _check_number(value, name)
     if not (value > 0 and math.isfinite(value)):
         raise ValueError(f"{name} must be positive and finite, got {value}")
 
 
 def check_between(value: float, low: float, high: float, name: str) -> None:
-    """Require a number ``low <= value <= high``."""
+    """Require a number ``low <= value <= high``.
+
+    Raises:
+        TypeError: If ``value`` is a string or None.
+        ValueError: If ``value`` lies outside ``[low, high]`` or is NaN.
+    """
     _check_number(value, name)
     if not (low <= value <= high):
         raise ValueError(f"{name} must lie in [{low}, {high}], got {value}")
 
 
 def check_choice(value: object, choices: Collection[str], name: str) -> None:
-    """Require one of a few names."""
+    """Require one of the names in ``choices``.
+
+    Raises:
+        ValueError: If ``value`` is not in ``choices``.
+    """
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(sorted(choices))}, got {value!r}")
 
 
 def as_labels(labels: Tensor, name: str = "cond") -> Tensor:
-    """Return integer labels as int64, in which no comparison wraps."""
+    """Convert integer labels to int64, so that comparisons with other integers do not overflow.
+
+    Raises:
+        TypeError: If ``labels`` holds floats, complex numbers or booleans.
+    """
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise TypeError(f"{name} must hold integer labels, got {labels.dtype}")
     return labels.long()
 
 
 def check_labels(labels: Tensor, num_classes: int, name: str = "cond", fix: str = "") -> None:
-    """Require integer labels in ``[0, num_classes)``; an error ends with the fix."""
+    """Require integer labels in ``[0, num_classes)``.
+
+    Args:
+        labels: Labels of any shape.
+        num_classes: Number of classes.
+        name: Name of the argument in errors.
+        fix: Advice at the end of the error message.
+
+    Raises:
+        TypeError: If ``labels`` does not hold integers.
+        ValueError: If a label lies outside the range.
+    """
     as_labels(labels, name)
     if labels.numel():
         low, high = (int(v) for v in torch.aminmax(labels))
@@ -126,7 +193,56 @@ def check_labels(labels: Tensor, num_classes: int, name: str = "cond", fix: str 
 
 
 def check_finite(x: Tensor, name: str) -> None:
-    """Require a tensor without NaN or infinity."""
+    """Require a tensor without NaN and infinity.
+
+    Raises:
+        ValueError: If a value is NaN or infinite.
+    """
     if not bool(torch.isfinite(x).all()):
         bad = int((~torch.isfinite(x)).sum())
         raise ValueError(f"{name} must be finite, got {bad} NaN or infinite of {x.numel()} values")
+
+
+def renamed_arguments(
+    *, since: str, removed_in: str, **names: str
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Let a function take keyword arguments under their old names, too, for a while.
+
+    The function itself, and its signature, know the new names only. A test fails once flowkit's
+    version has reached ``removed_in``, so that old names do go.
+
+    Args:
+        since: The version of flowkit that renamed them.
+        removed_in: The version from which on old names are errors.
+        names: ``old="new"`` for each.
+
+    Raises:
+        TypeError: When the function is called with an argument under both of its names.
+
+    >>> @renamed_arguments(since="0.2.0", removed_in="0.4.0", colour="color")
+    ... def paint(color: str) -> str:
+    ...     return f"all in {color}"
+    >>> paint(color="red")
+    'all in red'
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(function)
+        def renamed(*args: P.args, **kwargs: P.kwargs) -> R:
+            for old, new in names.items():
+                if old not in kwargs:
+                    continue
+                if new in kwargs:
+                    raise TypeError(f"{new} must be given once, got {old} as well, its old name")
+                warnings.warn(
+                    f"{old} is named {new} since flowkit {since}; "
+                    f"flowkit {removed_in} will not take {old}",
+                    FutureWarning,
+                    stacklevel=2,
+                )
+                kwargs[new] = kwargs.pop(old)
+            return function(*args, **kwargs)
+
+        return renamed
+
+    return decorate

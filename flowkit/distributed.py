@@ -1,7 +1,10 @@
-"""The processes of a distributed training: which one this is, and tensors of all of them.
+"""Ranks and progress of a distributed training, and tensors collected from all ranks.
 
-Without ``torch.distributed`` there is one process, and everything here is free.
+A rank is the number of a process, from 0. Without ``torch.distributed`` there is one process, and
+these functions return their input at no cost.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +19,7 @@ from torch.distributed import (
 
 
 def place() -> tuple[int, int]:
-    """Return this process's rank and the number of processes.
+    """Return the rank of this process and the number of processes.
 
     >>> place()
     (0, 1)
@@ -27,7 +30,13 @@ def place() -> tuple[int, int]:
 
 
 def gathered(x: Tensor) -> Tensor:
-    """Concatenate ``x (B, *)`` over all ranks, whose batches must be of one size; no gradient."""
+    """Concatenate ``x (B, *)`` over all ranks to ``(ranks · B, *)``, in the order of the ranks.
+
+    ``B`` must be the same on all ranks. With several ranks the result carries no gradient.
+
+    >>> gathered(torch.zeros(2, 3)).shape  # one process
+    torch.Size([2, 3])
+    """
     world = place()[1]
     if world == 1:
         return x
@@ -38,15 +47,36 @@ def gathered(x: Tensor) -> Tensor:
 
 
 def own(x: Tensor, batch: int) -> Tensor:
-    """Return this rank's part of a tensor like `gathered` returns."""
+    """Return the part ``(batch, *)`` of this rank from a result of `gathered`.
+
+    >>> own(gathered(torch.arange(3)), 3)
+    tensor([0, 1, 2])
+    """
     return x[place()[0] * batch :][:batch]
 
 
 def mean_over_ranks(x: Tensor) -> Tensor:
-    """Return the mean of ``x`` over all ranks; no gradient."""
+    """Return the mean of ``x (*)`` over all ranks. With several ranks it carries no gradient.
+
+    >>> mean_over_ranks(torch.tensor(2.0))
+    tensor(2.)
+    """
     world = place()[1]
     if world == 1:
         return x
     x = x.detach().clone()
     all_reduce(x)
     return x / world
+
+
+def batches_seen(trainer: Any) -> int:
+    """Return how many training batches a rank has seen, in all fits that were resumed.
+
+    Unlike optimizer steps it is right for gradient accumulation and for several optimizers.
+    Lightning restores it before it asks for a loader. It is a counter of Lightning's own, which
+    may change with its version: it is read here alone.
+
+    Args:
+        trainer: Lightning's.
+    """
+    return trainer.fit_loop.epoch_loop.batch_progress.total.processed

@@ -1,7 +1,8 @@
-"""Closed-form flows: velocities with known answers, for tests and for teaching.
+"""Closed-form flows: velocities with known solutions, for tests and for teaching.
 
-Both are the marginal velocity ``v(x, t) = E[x1 − x0 | x_t = x]`` of the linear path
-``x_t = (1−t) x0 + t x1`` between independent ``x0 ~ N(0, I)`` and Gaussian (mixture) data.
+Both flows are the marginal velocity ``v(x, t) = E[x1 − x0 | x_t = x]`` of the linear path
+``x_t = (1−t) x0 + t x1``. The ends are independent: ``x0 ~ N(0, I)``, and the data are Gaussian or
+a mixture of Gaussians.
 """
 
 import math
@@ -16,14 +17,18 @@ from flowkit.types import Cond
 
 @dataclass(frozen=True, eq=False)
 class GaussianFlow:
-    """The flow from ``N(0, I)`` to ``N(mean, std²)``, elementwise.
+    """Flow from ``N(0, I)`` to ``N(mean, std²)``, elementwise.
 
-    With ``s²(t) = (1−t)² + t² std²`` the marginal is ``N(t mean, s²)``, the velocity
-    ``v = mean + (t std² − (1−t)) / s² · (x − t mean)`` and the solution ``mean + std x0``.
+    With ``s²(t) = (1−t)² + t² std²``, the marginal distribution is ``N(t mean, s²)``, the velocity
+    is ``v = mean + (t std² − (1−t)) / s² · (x − t mean)``, and the solution is ``mean + std x0``.
 
     Args:
-        mean: A number or a tensor of a sample's shape.
-        std: Likewise, positive.
+        mean: Mean of the data: a number, or a tensor with the shape of a sample.
+        std: Standard deviation of the data: a number, or a tensor with the shape of a sample;
+            positive.
+
+    Raises:
+        ValueError: If ``std`` is not positive.
 
     >>> flow = GaussianFlow(mean=2.0, std=0.5)
     >>> flow.solution(torch.ones(1, 1))
@@ -33,28 +38,29 @@ class GaussianFlow:
     mean: float | Tensor
     std: float | Tensor
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not bool((torch.as_tensor(self.std) > 0).all()):
             raise ValueError(f"std must be positive, got {self.std}")
 
     def __call__(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
-        """Velocity ``(B, *)`` at ``x (B, *)`` and ``t (B,)``; ``cond`` is not used."""
+        """Return the velocity ``(B, *)`` at ``x (B, *)`` and ``t (B,)``; ``cond`` has no effect."""
         s, (mean, std) = expand_like(t, x), self._parameters(x)
         slope = (s * std**2 - (1 - s)) / ((1 - s) ** 2 + s**2 * std**2)
         return mean + slope * (x - s * mean)
 
     def solution(self, x0: Tensor) -> Tensor:
-        """The exact state at ``t = 1`` of the trajectory that starts at ``x0``."""
+        """Return the exact state ``mean + std x0 (B, *)`` at ``t = 1``, for the start ``x0``."""
         mean, std = self._parameters(x0)
         return mean + std * x0
 
     def log_prob(self, x1: Tensor) -> Tensor:
-        """Log-density ``(B,)`` of data, in nats."""
+        """Return the log density ``(B,)`` of data ``x1 (B, *)``, in nats."""
         mean, std = self._parameters(x1)
         log_density = -0.5 * (((x1 - mean) / std) ** 2 + math.log(2 * math.pi)) - std.log()
         return log_density.flatten(1).sum(1)
 
     def _parameters(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and standard deviation in the type and on the device of ``x``."""
         mean, std = (
             torch.as_tensor(p, dtype=x.dtype, device=x.device) for p in (self.mean, self.std)
         )
@@ -63,15 +69,19 @@ class GaussianFlow:
 
 @dataclass(frozen=True, eq=False)
 class MixtureFlow:
-    """The flow from ``N(0, I)`` to the mixture ``Σ_k weights_k N(means_k, stds_k² I)``.
+    """Flow from ``N(0, I)`` to the mixture ``Σ_k weights_k N(means_k, stds_k² I)``.
 
-    Its velocity is the average of the components' Gaussian velocities under the posterior of the
-    component given ``x_t``, ``r_k ∝ weights_k N(x; t means_k, ((1−t)² + t² stds_k²) I)``.
+    The velocity is the mean of the components' Gaussian velocities, with the posterior probability
+    of each component given ``x_t`` as its weight: ``r_k ∝ weights_k N(x; t means_k, ((1−t)² + t²
+    stds_k²) I)``.
 
     Args:
         weights: ``(K,)``, positive; normalized to sum 1.
-        means: ``(K, *)``, ``*`` being a sample's shape.
+        means: ``(K, *)``; ``*`` is the shape of a sample.
         stds: ``(K,)``, positive.
+
+    Raises:
+        ValueError: If ``weights`` or ``stds`` are not ``K`` positive numbers.
 
     >>> flow = MixtureFlow(torch.ones(2), torch.tensor([[-2.0], [2.0]]), torch.full((2,), 0.5))
     >>> flow(torch.zeros(1, 1), torch.tensor([0.5]))
@@ -82,7 +92,7 @@ class MixtureFlow:
     means: Tensor
     stds: Tensor
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         components = len(self.means)
         for name in ("weights", "stds"):
             value = getattr(self, name)
@@ -93,7 +103,7 @@ class MixtureFlow:
                 )
 
     def __call__(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
-        """Velocity ``(B, *)`` at ``x (B, *)`` and ``t (B,)``; ``cond`` is not used."""
+        """Return the velocity ``(B, *)`` at ``x (B, *)`` and ``t (B,)``; ``cond`` has no effect."""
         offset, s2 = self._offsets(x, t), self._variances(t)
         slope = (t[:, None] * self.stds.to(t) ** 2 - (1 - t[:, None])) / s2
         velocity = self.means.to(x) + _like(slope, offset) * offset
@@ -101,7 +111,7 @@ class MixtureFlow:
         return (_like(posterior, offset) * velocity).sum(1)
 
     def log_prob(self, x1: Tensor) -> Tensor:
-        """Log-density ``(B,)`` of data, in nats."""
+        """Return the log density ``(B,)`` of data ``x1 (B, *)``, in nats."""
         t = x1.new_ones(len(x1))
         log_joint = self._log_joint(self._offsets(x1, t), self._variances(t))
         return log_joint.logsumexp(1) - 0.5 * x1[0].numel() * math.log(2 * math.pi)
@@ -115,15 +125,15 @@ class MixtureFlow:
         return self.means[index] + expand_like(self.stds[index], noise) * noise
 
     def _offsets(self, x: Tensor, t: Tensor) -> Tensor:
-        """``x − t means_k`` of shape ``(B, K, *)``."""
+        """Return ``x − t means_k`` of shape ``(B, K, *)``."""
         return x[:, None] - expand_like(t, x[:, None]) * self.means.to(x)
 
     def _variances(self, t: Tensor) -> Tensor:
-        """``(1−t)² + t² stds_k²`` of shape ``(B, K)``."""
+        """Return ``(1−t)² + t² stds_k²`` of shape ``(B, K)``."""
         return (1 - t[:, None]) ** 2 + t[:, None] ** 2 * self.stds.to(t) ** 2
 
     def _log_joint(self, offset: Tensor, s2: Tensor) -> Tensor:
-        """``log weights_k N(x; t means_k, s2 I)`` up to a constant, ``(B, K)``."""
+        """Return ``log weights_k N(x; t means_k, s2 I)`` of shape ``(B, K)``, up to a constant."""
         d = offset[0, 0].numel()
         log_weights = (self.weights / self.weights.sum()).to(offset).log()
         return log_weights - offset.square().flatten(2).sum(2) / (2 * s2) - 0.5 * d * s2.log()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from flowkit.checks import check_between, expand_like
 from flowkit.types import Cond
-from flowkit.velocity import Velocity
+from flowkit.velocity import BoundVelocity, Velocity, bind
 
 Null = float | Tensor | Mapping[str, float | Tensor]
 
@@ -22,6 +22,24 @@ Null = float | Tensor | Mapping[str, float | Tensor]
 # convolution), 0.65-0.95 up to 64 rows of small states, near 1 at 256 rows of points or 8-16
 # thousand numbers of images, 1.0-1.6 beyond. On accelerators the batch is always doubled.
 DOUBLED_ROWS, DOUBLED_NUMBERS = 256, 8192
+
+
+def combine(v: Tensor, v_null: Tensor, scale: float | Tensor) -> Tensor:
+    """Classifier-free guidance of two velocities, ``v_null + scale (v − v_null)``.
+
+    ``scale = 1`` returns ``v`` and ``scale = 0`` returns ``v_null``, both exactly. Source: Ho &
+    Salimans, *Classifier-Free Diffusion Guidance*, 2022 (arXiv 2207.12598), equation 6, with
+    ``scale = 1 + w``.
+
+    Args:
+        v: The conditional velocity ``(B, *)``.
+        v_null: The unconditional one, or a weaker model's.
+        scale: A number γ, or a tensor of the velocities' type that broadcasts to them.
+
+    >>> combine(torch.tensor([2.0]), torch.tensor([0.5]), 3.0)
+    tensor([5.])
+    """
+    return torch.lerp(v_null, v, scale)
 
 
 def replace_cond(cond: Cond, null: Null, where: Tensor | None = None) -> Cond:
@@ -77,7 +95,7 @@ class DropCond(nn.Module):
     tensor([10, 10])
     """
 
-    def __init__(self, prob: float, null: Null):
+    def __init__(self, prob: float, null: Null) -> None:
         super().__init__()
         check_between(prob, 0, 1, "prob")
         if null is None:
@@ -129,7 +147,7 @@ class ClassifierFree:
     null: Null
     interval: tuple[float, float] = (0.0, 1.0)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         low, high = self.interval
         if not 0 <= low <= high <= 1:
             raise ValueError(
@@ -147,56 +165,41 @@ class ClassifierFree:
         return _Guided(self, cond, grid)
 
 
-class _Bound:
-    """A velocity bound for one solve, counting its network rows unless it does so itself."""
-
-    def __init__(self, velocity: Velocity, cond: Cond, grid: Tensor | None):
-        bind = getattr(velocity, "bind", None)
-        self.velocity = velocity if bind is None else bind(cond, grid)
-        self.begin_step = getattr(self.velocity, "begin_step", None)
-        self.called_rows = 0
-
-    def __call__(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        self.called_rows += len(x)
-        return self.velocity(x, t, cond)
-
-    @property
-    def rows(self) -> int:
-        return getattr(self.velocity, "rows", self.called_rows)
-
-
 class _Pair:
     """Two bound velocities that take their steps together."""
 
-    def __init__(self, first: _Bound, second: _Bound):
+    def __init__(self, first: BoundVelocity, second: BoundVelocity) -> None:
         self.fields = first, second
+        self.distinct = (first,) if first is second else (first, second)
 
     @property
     def rows(self) -> int:
-        return sum(field.rows for field in self.fields)
+        return sum(field.rows for field in self.distinct)
 
     @property
     def edges(self) -> list[float]:
-        return sorted({edge for f in self.fields for edge in getattr(f.velocity, "edges", ())})
+        return sorted({edge for field in self.distinct for edge in field.edges})
 
     def begin_step(self, t_left: float, t_right: float) -> None:
-        for field in self.fields:
-            if field.begin_step is not None:
-                field.begin_step(t_left, t_right)
+        for field in self.distinct:
+            field.begin_step(t_left, t_right)
 
 
 class _Guided(_Pair):
     """`ClassifierFree` during one solve.
 
-    A velocity that itself wants to be bound (it caches) is bound once for each condition and
-    called twice; any other is called once on the doubled batch where that is faster.
+    A velocity that offers ``bind`` (it caches something for a condition) is bound once for each
+    condition and called twice. Any other velocity is called once on the doubled batch where one
+    call is faster than two.
     """
 
-    def __init__(self, guidance: ClassifierFree, cond: Cond, grid: Tensor | None):
+    def __init__(self, guidance: ClassifierFree, cond: Cond, grid: Tensor | None) -> None:
         self.guidance, self.cond, self.null = guidance, cond, replace_cond(cond, guidance.null)
-        self.separate = hasattr(guidance.velocity, "bind")
-        conds = (cond, self.null)
-        super().__init__(*(_Bound(guidance.velocity, c, grid) for c in conds))
+        field = bind(guidance.velocity, cond, grid)
+        self.separate = field.prepared
+        super().__init__(
+            field, bind(guidance.velocity, self.null, grid) if self.separate else field
+        )
 
     @cached_property
     def both(self) -> Cond:
@@ -213,11 +216,11 @@ class _Guided(_Pair):
                 return field(x, t, self.cond)
             if not bool(inside.all()):  # each sample has a time of its own
                 v, v_null = self._evaluate(x, t)
-                return torch.where(expand_like(inside, x), torch.lerp(v_null, v, scale), v)
+                return torch.where(expand_like(inside, x), combine(v, v_null, scale), v)
         if scale == 0:
             return null_field(x, t, self.null)
         v, v_null = self._evaluate(x, t)
-        return torch.lerp(v_null, v, scale)
+        return combine(v, v_null, scale)
 
     def _evaluate(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """The conditional and the unconditional velocity."""
@@ -246,7 +249,7 @@ class Autoguidance:
     weak: Velocity
     scale: float
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not abs(self.scale) < float("inf"):
             raise ValueError(f"scale must be finite, got {self.scale}")
 
@@ -262,14 +265,18 @@ class Autoguidance:
 class _Autoguided(_Pair):
     """`Autoguidance` during one solve."""
 
-    def __init__(self, guidance: Autoguidance, cond: Cond, grid: Tensor | None):
+    def __init__(self, guidance: Autoguidance, cond: Cond, grid: Tensor | None) -> None:
         self.scale = guidance.scale
-        super().__init__(*(_Bound(f, cond, grid) for f in (guidance.velocity, guidance.weak)))
+        super().__init__(*(bind(f, cond, grid) for f in (guidance.velocity, guidance.weak)))
 
     def __call__(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
         field, weak = self.fields
         v = field(x, t, cond)
-        return v if self.scale == 1 else torch.lerp(weak(x, t, cond), v, self.scale)
+        if self.scale == 1:
+            return v
+        # a copy, since the two fields may share an output buffer
+        v = v.clone()
+        return combine(v, weak(x, t, cond), self.scale)
 
 
 def _concatenate(a: Cond, b: Cond) -> Cond:

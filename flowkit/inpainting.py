@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flowkit.autoencoders import Autoencoder, KLAutoencoder
+from flowkit.autoencoders import Autoencoder, KLAutoencoder, mean_latents
 from flowkit.checks import check_at_least, check_choice
 
 
@@ -139,10 +139,9 @@ def inpainting_cond(autoencoder: Autoencoder, images: Tensor, mask: Tensor) -> d
     """
     check_mask(mask, images)
     hidden = torch.where(mask > 0, 0.0, images)
+    masked = mean_latents(autoencoder, hidden)
     if isinstance(autoencoder, KLAutoencoder):
-        masked, mask = autoencoder.posterior(hidden).mean, autoencoder.pad(mask)
-    else:
-        masked = autoencoder.encode(hidden)
+        mask = autoencoder.pad(mask)
     small = F.interpolate(mask.to(images.dtype), tuple(masked.shape[-2:]), mode="nearest")
     return {"masked": masked, "mask": 2 * small - 1}
 

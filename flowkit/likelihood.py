@@ -1,7 +1,6 @@
 """Log-likelihoods of data under a flow, each with its own error."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -11,7 +10,7 @@ from torch import Tensor
 from flowkit.checks import check_at_least, check_choice, check_whole
 from flowkit.sampling import ADAPTIVE, ODESampler
 from flowkit.types import Cond
-from flowkit.velocity import Velocity
+from flowkit.velocity import BoundVelocity, Velocity, bind
 
 
 class LogLikelihood(NamedTuple):
@@ -36,15 +35,17 @@ def log_likelihood(
     probes: int = 1,
     generator: torch.Generator | None = None,
 ) -> LogLikelihood:
-    """``log p(x1) = log N(x0; 0, I) − ∫₀¹ div v(x_t, t) dt`` along the flow through ``x1``.
+    """Return log-likelihoods under the flow, with an estimate of their errors.
+
+    ``log p(x1) = log N(x0; 0, I) − ∫₀¹ div v(x_t, t) dt`` along the flow through ``x1``.
 
     The divergence is exact (one backward pass per dimension), or Hutchinson's estimate
     ``εᵀ (∂v/∂x) ε`` with Rademacher probes ``ε``, fixed during the solve. The integration error is
     the difference to a solve with half the steps (adaptive methods: ten times the tolerances);
-    the probes' error is bounded from the same backward passes by
-    ``Var ≤ 2 ‖J‖² = 2 E‖Jᵀε‖²``, integrated as if fully correlated in time (far above it where the
-    Jacobian is nearly diagonal, and probes make no error). With few steps the value is meaningless,
-    and the reported error says so.
+    the error of the probes is bounded from the same backward passes by
+    ``Var ≤ 2 ‖J‖² = 2 E‖Jᵀε‖²``, integrated as if the errors were fully correlated in time. The
+    bound is far above the error where the Jacobian is nearly diagonal. With few steps the value
+    means nothing, and the reported error is large.
 
     Source: Grathwohl et al., *FFJORD*, 2018 (arXiv 1810.01367), equations 4 and 8; the error
     estimates are ours.
@@ -103,20 +104,12 @@ def _integrate(
 class _Augmented:
     """``d/dt (x, ℓ, e) = (v, div v, bound on the standard deviation of the estimate)``."""
 
-    def __init__(self, velocity: Velocity, probes: Tensor, exact: bool):
+    def __init__(self, velocity: Velocity, probes: Tensor, exact: bool) -> None:
         self.velocity, self.probes, self.exact = velocity, probes, exact
 
-    def bind(self, cond: Cond, grid: Tensor) -> "_Augmented":
-        bind = getattr(self.velocity, "bind", None)
-        return self if bind is None else _Augmented(bind(cond, grid), self.probes, self.exact)
-
-    @property
-    def edges(self) -> Sequence[float]:
-        return getattr(self.velocity, "edges", ())
-
-    def begin_step(self, left: float, right: float) -> None:
-        if (begin := getattr(self.velocity, "begin_step", None)) is not None:
-            begin(left, right)
+    def bind(self, cond: Cond, grid: Tensor | None = None) -> BoundVelocity:
+        bound = bind(self.velocity, cond, grid)
+        return bound.wrapped(_Augmented(bound, self.probes, self.exact))
 
     def __call__(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
         with torch.enable_grad():

@@ -1,6 +1,7 @@
 """The flow-matching loss, for any training loop."""
 
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -8,10 +9,67 @@ from torch import Tensor
 from flowkit.checks import check_same_shape, check_times, expand_like
 from flowkit.couplings import Coupling, Independent
 from flowkit.distributed import mean_over_ranks
-from flowkit.paths import Linear, Path
+from flowkit.paths import Linear, Path, noise_like
 from flowkit.times import Times, Uniform
 from flowkit.types import Batch, Cond, Pairs
 from flowkit.velocity import Velocity
+
+Drop = Callable[[Cond, torch.Generator | None], Cond]
+
+
+class Draw(NamedTuple):
+    """States ``x_t (B, *)`` of pairs at times ``t (B,)``, where ``u`` is to be learnt.
+
+    ``cond`` is what the velocity is told.
+    """
+
+    x_t: Tensor
+    t: Tensor
+    u: Tensor
+    cond: Cond
+
+
+def draw_pairs(
+    batch: Batch, coupling: Coupling = Independent(), generator: torch.Generator | None = None
+) -> Pairs:
+    """Pair the data of a batch with its own ``x0``, or else with standard normal noise.
+
+    Raises:
+        ValueError: If the batch has a mask and the coupling moves ``x1``.
+
+    >>> pairs = draw_pairs({"x1": torch.ones(2, 1), "x0": torch.zeros(2, 1)})
+    >>> pairs.x0.flatten().tolist(), pairs.x1.flatten().tolist()
+    ([0.0, 0.0], [1.0, 1.0])
+    """
+    x1, x0 = batch["x1"], batch.get("x0")
+    if x0 is None:
+        x0 = noise_like(x1, generator)
+    pairs = coupling.pair(x0, x1, batch.get("cond"), generator)
+    if batch.get("mask") is not None and pairs.x1 is not x1:
+        raise ValueError(f"mask must come with a coupling that keeps x1, got {coupling}")
+    return pairs
+
+
+def draw_states(
+    pairs: Pairs,
+    t: Tensor,
+    path: Path = Linear(),
+    drop_cond: Drop | None = None,
+    generator: torch.Generator | None = None,
+) -> Draw:
+    """Go along the path to times ``t (B,)``, then drop conditions.
+
+    >>> draw = draw_states(Pairs(torch.zeros(1, 1), torch.ones(1, 1)), torch.tensor([0.25]))
+    >>> draw.x_t.item(), draw.u.item()
+    (0.25, 1.0)
+    """
+    x_t, t, u = path.sample(pairs.x0, pairs.x1, t, generator)
+    return Draw(x_t, t, u, pairs.cond if drop_cond is None else drop_cond(pairs.cond, generator))
+
+
+def time_dtype(x: Tensor) -> torch.dtype:
+    """The type of times beside data: at least float32, also beside half precision."""
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def flow_matching_loss(
@@ -20,7 +78,7 @@ def flow_matching_loss(
     path: Path = Linear(),
     coupling: Coupling = Independent(),
     times: Times = Uniform(),
-    drop_cond: Callable[[Cond, torch.Generator | None], Cond] | None = None,
+    drop_cond: Drop | None = None,
     generator: torch.Generator | None = None,
     observe: Callable[[Pairs], Mapping[str, Tensor]] | None = None,
 ) -> dict[str, Tensor]:
@@ -64,27 +122,18 @@ def flow_matching_loss(
     >>> bool((loss - 0.5 * torch.pi / 2).abs() < 0.05)
     True
     """
-    x1, cond = batch["x1"], batch.get("cond")
     _check_segments(batch, path, coupling)
-    x0 = batch.get("x0")
-    if x0 is None:
-        x0 = torch.randn(x1.shape, dtype=x1.dtype, device=x1.device, generator=generator)
-    pairs = coupling.pair(x0, x1, cond, generator)
-    # times have at least float32, also beside data in half precision
-    dtype = torch.promote_types(x1.dtype, torch.float32)
-    t = times(len(pairs.x1), x1.device, generator).to(dtype)
-    x_t, t, u = path.sample(pairs.x0, pairs.x1, t, generator)
+    pairs = draw_pairs(batch, coupling, generator)
+    t = times(len(pairs.x1), pairs.x1.device, generator).to(time_dtype(pairs.x1))
+    x_t, t, u, cond = draw_states(pairs, t, path, drop_cond, generator)
     if "t0" in batch and "t1" in batch:
         t0, length = batch["t0"], batch["t1"] - batch["t0"]
         t, u = t0 + length * t, u / expand_like(length, u)
-    cond = pairs.cond if drop_cond is None else drop_cond(pairs.cond, generator)
     v = velocity(x_t, t, cond)
     check_same_shape(v, u, ("velocity(x, t, cond)", "x"))
 
     weight = None if pairs.log_weight is None else expand_like(pairs.log_weight.exp().to(u), u)
     if (mask := batch.get("mask")) is not None:
-        if pairs.x1 is not x1:
-            raise ValueError(f"mask must come with a coupling that keeps x1, got {coupling}")
         weight = mask if weight is None else weight * mask
     loss, energy = _mean_square(v - u, weight, mask), _mean_square(u.detach(), weight, mask)
     seen = {} if observe is None else observe(pairs)

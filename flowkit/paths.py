@@ -1,9 +1,10 @@
-"""Probability paths: where a pair ``(x0, x1)`` is at time ``t``, and how fast it moves.
+"""Probability paths: the state ``x_t`` between ``x0`` and ``x1`` at time ``t``, and its velocity.
 
-Every path here is ``x_t = a(t) x1 + b(t) x0`` (plus noise of its own for two of them) with
-``a(0) = b(1) = 0`` in the limit, so that ``t = 0`` is the source and ``t = 1`` the data. A
-network trained on the velocity ``u = dx_t/dt`` learns ``v(x, t) = E[u | x_t = x]``, from which
-the expected data, the expected noise and the score follow by algebra.
+Every path here is ``x_t = a(t) x1 + b(t) x0``; two paths can add noise. At ``t = 0`` the state is
+the source (``a(0) = 0``), at ``t = 1`` the state is the data (``b(1) = 0``). Small exceptions, such
+as ``sigma_min``, are stated by the class. A network trained on the velocity ``u = dx_t/dt`` learns
+``v(x, t) = E[u | x_t = x]``. The expected data, the expected noise and the score follow from ``v``
+by algebra.
 
 Sources: Lipman et al., *Flow Matching for Generative Modeling*, 2022 (arXiv 2210.02747);
 Albergo & Vanden-Eijnden, *Building Normalizing Flows with Stochastic Interpolants*, 2022
@@ -24,7 +25,7 @@ from flowkit.checks import check_at_least, check_same_shape, check_times, expand
 
 
 class PathSample(NamedTuple):
-    """A point of a path: state ``x_t (B, *)``, time ``t (B,)``, target velocity ``u (B, *)``."""
+    """Point of a path: state ``x_t (B, *)``, time ``t (B,)``, target velocity ``u (B, *)``."""
 
     x_t: Tensor
     t: Tensor
@@ -32,7 +33,7 @@ class PathSample(NamedTuple):
 
 
 class Coefficients(NamedTuple):
-    """``x_t = a x1 + b x0`` and the derivatives ``da = a'(t)``, ``db = b'(t)``, all at ``t``."""
+    """Coefficients ``a, b`` of ``x_t = a x1 + b x0`` at ``t``, and their derivatives ``da, db``."""
 
     a: Tensor
     b: Tensor
@@ -42,22 +43,30 @@ class Coefficients(NamedTuple):
 
 @runtime_checkable
 class Path(Protocol):
-    """What training needs of a path."""
+    """Protocol of a path: an object with the method ``sample``."""
 
     def sample(
         self, x0: Tensor, x1: Tensor, t: Tensor, generator: torch.Generator | None = None
     ) -> PathSample:
-        """Return ``x_t`` and ``u`` for pairs ``(x0, x1)`` of shape ``(B, *)`` at ``t (B,)``."""
+        """Return ``x_t`` and ``u`` for pairs ``x0, x1 (B, *)`` at times ``t (B,)`` in [0, 1]."""
         ...
 
 
 class Interpolant:
-    """What all paths ``x_t = a(t) x1 + b(t) x0 + sigma ε`` share; only the coefficients differ."""
+    """Common part of all paths ``x_t = a(t) x1 + b(t) x0 + sigma ε`` with ``ε ~ N(0, I)``.
+
+    Subclasses define the coefficients ``a`` and ``b``. The noise ``ε`` does not depend on time, so
+    it does not enter ``u``.
+    """
 
     sigma: float = 0.0
 
     def coefficients(self, t: Tensor) -> Coefficients:
-        """Return ``a, b, a', b'`` at ``t``, elementwise."""
+        """Return ``a, b, a', b'`` at ``t``, elementwise.
+
+        Raises:
+            NotImplementedError: If a subclass does not define the coefficients.
+        """
         raise NotImplementedError
 
     def sample(
@@ -69,7 +78,7 @@ class Interpolant:
             x0: Source samples ``(B, *)``.
             x1: Data ``(B, *)``.
             t: Times ``(B,)`` in [0, 1].
-            generator: Draws ``ε`` where the path has noise of its own.
+            generator: Source of ``ε``, for ``sigma > 0``.
 
         Raises:
             ValueError: If shapes differ or a time lies outside [0, 1].
@@ -79,14 +88,21 @@ class Interpolant:
         a, b, da, db = self.coefficients(expand_like(t, x1))
         x_t = a * x1 + b * x0
         if self.sigma:
-            x_t = x_t + self.sigma * _noise_like(x1, generator)
+            x_t = x_t + self.sigma * noise_like(x1, generator)
         return PathSample(x_t.to(x1.dtype), t, (da * x1 + db * x0).to(x1.dtype))
 
     def to_data(self, x_t: Tensor, t: Tensor, v: Tensor) -> Tensor:
-        """Expected data ``E[x1 | x_t]``: ``(s² v − b b' x_t) / (a' s² − a b b')``.
+        """Return the expected data ``E[x1 | x_t]`` for states and velocities ``x_t, v (B, *)``.
 
-        Here ``s² = b² + sigma²``; with ``sigma = 0`` this is plain algebra for any source, with
-        ``sigma > 0`` it takes the source to be standard normal.
+        The equation is ``(s² v − b b' x_t) / (a' s² − a b b')`` with ``s² = b² + sigma²``. With
+        ``sigma = 0``, the equation is exact for any source. With ``sigma > 0``, it assumes a
+        standard normal source.
+
+        Raises:
+            ValueError: If shapes differ or a time lies outside [0, 1].
+
+        >>> Linear().to_data(torch.zeros(1, 2), torch.tensor([0.5]), torch.ones(1, 2))
+        tensor([[0.5000, 0.5000]])
         """
         a, b, da, db = self._checked(x_t, t, v)
         if not self.sigma:
@@ -95,10 +111,17 @@ class Interpolant:
         return (s2 * v - b * db * x_t) / (da * s2 - a * b * db)
 
     def to_noise(self, x_t: Tensor, t: Tensor, v: Tensor) -> Tensor:
-        """Expected source ``E[x0 | x_t]`` from the velocity, ``(a' x_t − a v) / (a' b − a b')``.
+        """Return the expected source ``E[x0 | x_t]`` for states and velocities ``x_t, v (B, *)``.
 
-        With ``sigma > 0`` it is ``b (x_t − a E[x1 | x_t]) / (b² + sigma²)``, for a standard
-        normal source.
+        The equation is ``(a' x_t − a v) / (a' b − a b')`` with ``sigma = 0``, for any source. With
+        ``sigma > 0``, it is ``b (x_t − a E[x1 | x_t]) / (b² + sigma²)``, for a standard normal
+        source.
+
+        Raises:
+            ValueError: If shapes differ or a time lies outside [0, 1].
+
+        >>> Linear().to_noise(torch.zeros(1, 2), torch.tensor([0.5]), torch.ones(1, 2))
+        tensor([[-0.5000, -0.5000]])
         """
         a, b, da, db = self._checked(x_t, t, v)
         if not self.sigma:
@@ -106,24 +129,30 @@ class Interpolant:
         return b * (x_t - a * self.to_data(x_t, t, v)) / (b**2 + self.sigma**2)
 
     def to_score(self, x_t: Tensor, t: Tensor, v: Tensor) -> Tensor:
-        """Score ``∇ log p_t(x_t) = −(x_t − a E[x1 | x_t]) / (b² + sigma²)`` of a normal source.
+        """Return the score ``∇ log p_t(x_t)`` for states and velocities ``x_t, v (B, *)``.
 
-        Without noise of its own a path's score is unbounded where ``b = 0``, at ``t = 1``.
+        The equation is ``−(x_t − a E[x1 | x_t]) / (b² + sigma²)``, for a standard normal source.
+        With ``sigma = 0``, the score is unbounded at ``b = 0``, so at ``t = 1``.
 
         Raises:
-            ValueError: If ``t = 1`` occurs on a path that ends in the data, without any noise.
+            ValueError: If shapes differ, a time lies outside [0, 1], or ``t = 1`` with ``b(1) = 0``
+                and ``sigma = 0``.
+
+        >>> Linear().to_score(torch.zeros(1, 2), torch.tensor([0.5]), torch.ones(1, 2))
+        tensor([[1., 1.]])
         """
         if not self.sigma:
             b = self._checked(x_t, t, v).b
             if bool(((expand_like(t, b) == 1) & (b < 1e-6)).any()):
                 raise ValueError(
-                    "t must lie in [0, 1) for to_score, got 1.0; the score is unbounded there"
+                    "t must lie in [0, 1) for to_score, got 1.0; the score is unbounded at t = 1"
                 )
             return -self.to_noise(x_t, t, v) / b
         a, b, _, _ = self._checked(x_t, t, v)
         return -(x_t - a * self.to_data(x_t, t, v)) / (b**2 + self.sigma**2)
 
     def _checked(self, x_t: Tensor, t: Tensor, v: Tensor) -> Coefficients:
+        """Check the arguments of a conversion, and return the coefficients at ``t``."""
         check_same_shape(v, x_t, ("v", "x_t"))
         check_times(t, len(x_t))
         return self.coefficients(expand_like(t, x_t))
@@ -131,11 +160,19 @@ class Interpolant:
 
 @dataclass(frozen=True)
 class Linear(Interpolant):
-    """The straight path ``x_t = (1 − (1−σ_min) t) x0 + t x1 + σ ε``, ``u = x1 − (1−σ_min) x0``.
+    """Straight path ``x_t = (1 − (1−σ_min) t) x0 + t x1 + σ ε``, ``u = x1 − (1−σ_min) x0``.
 
-    ``sigma_min`` is Lipman et al. (2022), equation 22; ``sigma`` is the constant width of Tong et
-    al. (2023), equation 14, whose ``ε`` does not move and so does not enter ``u``. Both default
-    to 0: rectified flow (Liu et al. 2022, arXiv 2209.03003).
+    With the defaults (both widths are 0) this is the path of rectified flow (Liu et al., 2022,
+    arXiv 2209.03003).
+
+    Args:
+        sigma_min: Width of the source that remains at ``t = 1``, in [0, 1): Lipman et al. (2022),
+            equation 22.
+        sigma: Constant width, at least 0: Tong et al. (2023), equation 14. The noise ``ε`` does not
+            depend on time, so it does not enter ``u``.
+
+    Raises:
+        ValueError: If a width is out of its range.
 
     >>> x0, x1 = torch.zeros(1, 2), torch.ones(1, 2)
     >>> Linear().sample(x0, x1, torch.tensor([0.25])).x_t
@@ -145,20 +182,20 @@ class Linear(Interpolant):
     sigma_min: float = 0.0
     sigma: float = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 <= self.sigma_min < 1:
             raise ValueError(f"sigma_min must lie in [0, 1), got {self.sigma_min}")
         check_at_least(self.sigma, 0, "sigma")
 
     def coefficients(self, t: Tensor) -> Coefficients:
-        """``a = t``, ``b = 1 − (1 − sigma_min) t``."""
+        """Return ``a = t``, ``b = 1 − (1 − sigma_min) t`` and their derivatives."""
         one = torch.ones_like(t)
         return Coefficients(t, 1 - (1 - self.sigma_min) * t, one, (self.sigma_min - 1) * one)
 
 
 @dataclass(frozen=True)
 class Cosine(Interpolant):
-    """The trigonometric path ``x_t = sin(πt/2) x1 + cos(πt/2) x0``, of constant variance.
+    """Trigonometric path ``x_t = sin(πt/2) x1 + cos(πt/2) x0``, of constant variance.
 
     Source: Albergo & Vanden-Eijnden (2022), equation 5.
 
@@ -167,20 +204,28 @@ class Cosine(Interpolant):
     """
 
     def coefficients(self, t: Tensor) -> Coefficients:
-        """``a = sin(πt/2)``, ``b = cos(πt/2)``."""
+        """Return ``a = sin(πt/2)``, ``b = cos(πt/2)`` and their derivatives."""
         half_pi = math.pi / 2
-        # cos(πt/2) as a sine, which is exactly 0 at t = 1 also in float32
+        # This form of cos(πt/2) is exactly 0 at t = 1, also in float32.
         a, b = torch.sin(half_pi * t), torch.sin(half_pi * (1 - t))
         return Coefficients(a, b, half_pi * b, -half_pi * a)
 
 
 @dataclass(frozen=True)
 class VP(Interpolant):
-    """The variance-preserving diffusion path, ``x_t = α(t) x1 + √(1 − α(t)²) x0``.
+    """Variance-preserving diffusion path ``x_t = α(t) x1 + √(1 − α(t)²) x0``.
 
-    ``log α(t) = −¼ (1−t)² (beta_max − beta_min) − ½ (1−t) beta_min``: Lipman et al. (2022),
-    equation 18, with time running from noise to data. At ``t = 0`` a trace ``α(0)`` of the data is
-    left, and at ``t = 1`` the velocity of the noise is unbounded (a number of order 1e18 there).
+    The coefficient is ``log α(t) = −¼ (1−t)² (beta_max − beta_min) − ½ (1−t) beta_min``: Lipman et
+    al. (2022), equation 18, with time from noise to data. At ``t = 0``, a small part ``α(0)`` of
+    the data remains. At ``t = 1``, the velocity of the noise is unbounded (here a number of order
+    1e18).
+
+    Args:
+        beta_min: Noise rate at the data, at least 0.
+        beta_max: Noise rate at the noise, above ``beta_min``.
+
+    Raises:
+        ValueError: If ``beta_min`` lies outside [0, ``beta_max``).
 
     >>> VP().sample(torch.zeros(1, 1), torch.ones(1, 1), torch.ones(1)).x_t
     tensor([[1.]])
@@ -189,7 +234,7 @@ class VP(Interpolant):
     beta_min: float = 0.1
     beta_max: float = 20.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 <= self.beta_min < self.beta_max:
             raise ValueError(
                 "beta_min must lie in [0, beta_max), "
@@ -197,10 +242,10 @@ class VP(Interpolant):
             )
 
     def coefficients(self, t: Tensor) -> Coefficients:
-        """``a = α(t)``, ``b = √(1 − α(t)²)``."""
+        """Return ``a = α(t)``, ``b = √(1 − α(t)²)`` and their derivatives."""
         s, spread = 1 - t, self.beta_max - self.beta_min
         log_a = -0.25 * s**2 * spread - 0.5 * s * self.beta_min
-        # the floor keeps u and the conversions free of 0/0 at t = 1
+        # The lower bound prevents 0/0 in u and in the conversions at t = 1.
         a, b = log_a.exp(), (-torch.expm1(2 * log_a)).sqrt().clamp_min(1e-20)
         da = a * (0.5 * s * spread + 0.5 * self.beta_min)
         return Coefficients(a, b, da, -a * da / b)
@@ -208,15 +253,17 @@ class VP(Interpolant):
 
 @dataclass(frozen=True)
 class Affine(Interpolant):
-    """Any path ``x_t = a(t) x1 + b(t) x0``, with derivatives by forward differentiation.
+    """Path ``x_t = a(t) x1 + b(t) x0`` of any coefficients.
+
+    The derivatives of the coefficients are computed by forward differentiation.
 
     Args:
         a: Weight of the data, a torch function with ``a(0) = 0`` and ``a(1) = 1``.
-        b: Weight of the source, with ``b(1) = 0``.
+        b: Weight of the source, a torch function with ``b(1) = 0``.
 
     Raises:
-        ValueError: If an end point is missed by more than 1e-3, so that source and data are
-            not where the sampler looks for them.
+        ValueError: If a value at an end point differs by more than 1e-3. The sampler starts at the
+            source and ends at the data, so the path must do the same.
 
     >>> quadratic = Affine(a=lambda t: t**2, b=lambda t: 1 - t**2)
     >>> quadratic.sample(torch.zeros(1, 1), torch.ones(1, 1), torch.tensor([0.5])).u
@@ -226,7 +273,7 @@ class Affine(Interpolant):
     a: Callable[[Tensor], Tensor]
     b: Callable[[Tensor], Tensor]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
         for name, function, rule in (("a", self.a, (0, 1)), ("b", self.b, (None, 0))):
             for time, value, wanted in zip((0, 1), function(ends).tolist(), rule, strict=True):
@@ -237,18 +284,25 @@ class Affine(Interpolant):
                     )
 
     def coefficients(self, t: Tensor) -> Coefficients:
-        """``a(t), b(t)`` and their forward derivatives."""
+        """Return ``a(t), b(t)`` and their derivatives by forward differentiation."""
         (a, da), (b, db) = (jvp(f, (t,), (torch.ones_like(t),))[:2] for f in (self.a, self.b))
         return Coefficients(a, b, da, db)
 
 
 @dataclass(frozen=True)
 class BrownianBridge:
-    """The bridge ``x_t = (1−t) x0 + t x1 + σ √(t(1−t)) ε`` of diffusion ``σ``.
+    """Brownian bridge ``x_t = (1−t) x0 + t x1 + σ √(t(1−t)) ε`` of diffusion ``σ``.
 
-    Its conditional velocity is ``u = x1 − x0 + σ (1−2t) / (2 √(t(1−t))) ε``, unbounded at both
-    ends, where this class leaves the (almost surely never drawn) second term out. With
-    `couplings.Sinkhorn(reg=2 σ²)` it is the Schrödinger bridge of Tong et al. (2023), equation 17.
+    Its conditional velocity is ``u = x1 − x0 + σ (1−2t) / (2 √(t(1−t))) ε``. The second term is
+    unbounded at both ends. Exactly at ``t = 0`` and ``t = 1``, which are drawn with probability 0,
+    this class leaves the second term out. With `couplings.Sinkhorn(reg=2 σ²)`, the path is the
+    Schrödinger bridge of Tong et al. (2023), equation 17.
+
+    Args:
+        sigma: Diffusion ``σ``, at least 0.
+
+    Raises:
+        ValueError: If ``sigma`` is negative.
 
     >>> x0, x1 = torch.zeros(1, 2), torch.ones(1, 2)
     >>> BrownianBridge(sigma=0.5).sample(x0, x1, torch.ones(1)).x_t
@@ -257,7 +311,7 @@ class BrownianBridge:
 
     sigma: float
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_at_least(self.sigma, 0, "sigma")
 
     def sample(
@@ -269,7 +323,7 @@ class BrownianBridge:
             x0: Source samples ``(B, *)``.
             x1: Data ``(B, *)``.
             t: Times ``(B,)`` in [0, 1].
-            generator: Draws ``ε``.
+            generator: Source of ``ε``.
 
         Raises:
             ValueError: If shapes differ or a time lies outside [0, 1].
@@ -279,10 +333,15 @@ class BrownianBridge:
         s = expand_like(t, x1)
         width = (s * (1 - s)).sqrt()
         slope = torch.where(width > 0, (1 - 2 * s) / (2 * width), 0.0)
-        noise = self.sigma * _noise_like(x1, generator)
+        noise = self.sigma * noise_like(x1, generator)
         x_t, u = (1 - s) * x0 + s * x1 + width * noise, x1 - x0 + slope * noise
         return PathSample(x_t.to(x1.dtype), t, u.to(x1.dtype))
 
 
-def _noise_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
+def noise_like(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Draw standard normal noise of the shape, type and device of ``x``.
+
+    >>> noise_like(torch.zeros(2, 3, dtype=torch.float64)).dtype
+    torch.float64
+    """
     return torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)

@@ -1,6 +1,7 @@
-"""Training-time distributions: which ``t`` in [0, 1] a batch is trained at.
+"""Distributions of training times: the law of ``t`` in [0, 1] for a training batch.
 
-Each is a callable ``times(batch, device=None, generator=None) -> (batch,)`` of float32.
+Each distribution is a callable ``times(batch, device=None, generator=None) -> (batch,)`` of float32
+values.
 """
 
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ Device = torch.device | str | None
 
 @runtime_checkable
 class Times(Protocol):
-    """What training needs of a time distribution."""
+    """Protocol of a distribution of training times."""
 
     def __call__(
         self, batch: int, device: Device = None, generator: torch.Generator | None = None
@@ -28,7 +29,7 @@ class Times(Protocol):
 
 @dataclass(frozen=True)
 class Uniform:
-    """``t ~ U[0, 1)``, the distribution of the flow-matching loss as published.
+    """Uniform times ``t ~ U[0, 1)``, the published distribution of the flow-matching loss.
 
     >>> Uniform()(3).shape
     torch.Size([3])
@@ -43,10 +44,17 @@ class Uniform:
 
 @dataclass(frozen=True)
 class LogitNormal:
-    """``t = sigmoid(mean + std z)``, ``z ~ N(0, 1)``: more weight on the middle times.
+    """Logit-normal times ``t = sigmoid(mean + std z)``, ``z ~ N(0, 1)``: most weight in the middle.
 
-    Source: Esser et al., *Scaling Rectified Flow Transformers*, 2024 (arXiv 2403.03206),
-    section 3.1. There ``t = 1`` is noise: a positive ``mean`` here leans to the data.
+    Args:
+        mean: Mean of the logit. A positive value moves times to the data.
+        std: Standard deviation of the logit, positive.
+
+    Raises:
+        ValueError: If ``std`` is not positive and finite.
+
+    Source: Esser et al., *Scaling Rectified Flow Transformers*, 2024 (arXiv 2403.03206), section
+    3.1. In the paper ``t = 1`` is noise, so the sign of ``mean`` is the opposite.
 
     >>> LogitNormal(mean=0.0, std=1.0)(3).shape
     torch.Size([3])
@@ -55,7 +63,7 @@ class LogitNormal:
     mean: float = 0.0
     std: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_positive(self.std, "std")
 
     def __call__(
@@ -68,7 +76,14 @@ class LogitNormal:
 
 @dataclass(frozen=True)
 class Beta:
-    """``t ~ Beta(a, b)``, with density proportional to ``t^(a−1) (1−t)^(b−1)``.
+    """Beta times ``t ~ Beta(a, b)``, with density proportional to ``t^(a−1) (1−t)^(b−1)``.
+
+    Args:
+        a: Positive. A large value moves times to the data.
+        b: Positive. A large value moves times to the noise.
+
+    Raises:
+        ValueError: If ``a`` or ``b`` is not positive and finite.
 
     >>> Beta(a=2.0, b=1.0)(3).shape
     torch.Size([3])
@@ -77,7 +92,7 @@ class Beta:
     a: float
     b: float
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_positive(self.a, "a")
         check_positive(self.b, "b")
 
@@ -85,8 +100,8 @@ class Beta:
         self, batch: int, device: Device = None, generator: torch.Generator | None = None
     ) -> Tensor:
         """Draw ``batch`` independent times."""
-        # torch.distributions takes no generator; its sampler underneath does. In float64
-        # the smallest gamma draws of small a, b do not vanish together.
+        # torch.distributions accepts no generator, but its internal sampler does. In float32,
+        # both gamma samples may underflow to 0 for small a, b; in float64 they do not.
         shape = torch.tensor([[self.a], [self.b]], dtype=torch.float64, device=device)
         gamma = torch._standard_gamma(shape.expand(2, batch).contiguous(), generator=generator)
         return (gamma[0] / gamma.sum(0)).float()
@@ -94,11 +109,12 @@ class Beta:
 
 @dataclass(frozen=True)
 class Stratified:
-    """One uniform time from each of ``batch`` equal slices of [0, 1), in random order.
+    """Stratified times: one uniform time from each of ``batch`` equal slices of [0, 1).
 
-    Every time alone is still ``U[0, 1)``, but a batch covers the interval evenly, which lowers
-    the variance of the loss for free. Under ``torch.distributed`` the slices are those of the
-    global batch (of equal batches on every rank), rank ``r`` of ``W`` taking every ``W``-th one.
+    The slices are in random order. Each time alone still has the law ``U[0, 1)``, but the batch
+    covers the interval evenly. This reduces the variance of the loss at no cost. Under
+    ``torch.distributed``, the slices divide the global batch: rank ``r`` of ``W`` takes every
+    ``W``-th slice. All ranks need the same batch size.
 
     >>> t = Stratified()(4, generator=torch.Generator().manual_seed(0))
     >>> (t.sort().values * 4).floor()
@@ -108,11 +124,15 @@ class Stratified:
     def __call__(
         self, batch: int, device: Device = None, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Draw ``batch`` times, one a slice."""
+        """Draw ``batch`` times, one per slice.
+
+        Raises:
+            ValueError: If ``batch`` is negative.
+        """
         check_at_least(batch, 0, "batch")
         rank, world = place()
         index = torch.randperm(batch, device=device, generator=generator) * world + rank
         offset = torch.rand(batch, device=device, generator=generator)
         t = (index.double() + offset) / (batch * world)
-        # rounding to float32 may reach 1, which U[0, 1) does not
+        # Rounding to float32 may give 1, which lies outside [0, 1).
         return t.float().clamp_max(1 - torch.finfo(torch.float32).eps / 2)

@@ -1,4 +1,4 @@
-"""The few types that every part of flowkit agrees on."""
+"""Types shared by all parts of flowkit: conditions, batches and pairs."""
 
 from collections.abc import Mapping
 from typing import NamedTuple, NotRequired, TypedDict
@@ -7,11 +7,18 @@ import torch
 from torch import Tensor
 
 Cond = Tensor | Mapping[str, Tensor] | None
-"""A condition: labels or another tensor, several named ones, or none. Always one argument."""
+"""A condition: one tensor (labels, for example), tensors by name, or None. Always one argument."""
 
 
 def take(cond: Cond, rows: slice | Tensor) -> Cond:
-    """Return the conditions of some samples.
+    """Select the conditions of some samples.
+
+    Args:
+        cond: A tensor ``(B, ...)``, tensors ``(B, ...)`` by name, or None.
+        rows: The samples: a slice, or a tensor of positions or of booleans.
+
+    Returns:
+        The condition of the selected samples, of the same kind as ``cond``.
 
     >>> take({"label": torch.arange(3)}, slice(1, 3))
     {'label': tensor([1, 2])}
@@ -22,13 +29,20 @@ def take(cond: Cond, rows: slice | Tensor) -> Cond:
 
 
 def to_device(cond: Cond, device: torch.device | str) -> Cond:
-    """Return a condition on a device.
+    """Move a condition to a device.
+
+    Args:
+        cond: A tensor, tensors by name, or None.
+        device: The device.
+
+    Returns:
+        The condition on the device, of the same kind as ``cond``.
+
+    Raises:
+        TypeError: If ``cond`` is not None, a tensor or a mapping.
 
     >>> to_device({"label": torch.arange(2)}, "cpu")
     {'label': tensor([0, 1])}
-
-    Raises:
-        TypeError: If it is neither a tensor nor tensors by name.
     """
     if isinstance(cond, Mapping):
         return {name: value.to(device) for name, value in cond.items()}
@@ -38,27 +52,33 @@ def to_device(cond: Cond, device: torch.device | str) -> Cond:
 
 
 class Batch(TypedDict):
-    """What a data module yields; only ``x1`` is required."""
+    """One batch of a data module: a dictionary of tensors. Only ``x1`` is required."""
 
     x1: Tensor
     """Data ``(B, *)``: images in [-1, 1], latents or points."""
     cond: NotRequired[Cond]
     """Labels ``(B,)`` or other conditions."""
     mask: NotRequired[Tensor]
-    """Broadcastable to ``x1``: 1 counts, 0 (padding) carries no loss."""
+    """Mask, broadcastable to ``x1``: 1 where an element counts, 0 (padding) where the loss is 0."""
     encoded_by: NotRequired[str]
-    """``x1`` are latents already: the hash of the autoencoder that they are of."""
+    """Hash of the autoencoder whose latents ``x1`` holds; absent if ``x1`` holds data."""
     taught_by: NotRequired[str]
-    """``x0 -> x1`` was made by a teacher: the hash of its weights."""
+    """Hash of the weights of the teacher that computed ``x0 -> x1``; absent without a teacher."""
     x0: NotRequired[Tensor]
-    """Given source samples ``(B, *)``: no noise is drawn."""
+    """Source samples ``(B, *)``. With them, training draws no noise."""
     t0: NotRequired[Tensor]
-    """``(B,)``: with ``t1``, says that ``x0 -> x1`` is a segment of the flow."""
+    """Start times ``(B,)`` in [0, 1]. With ``t0`` and ``t1``, ``x0 -> x1`` is a segment."""
     t1: NotRequired[Tensor]
+    """End times ``(B,)`` in [0, 1], later than ``t0``."""
 
 
 class Pairs(NamedTuple):
-    """Paired samples ``x0, x1 (B, *)`` with the condition of each and perhaps its log weight."""
+    """Pairs of source samples and data, with conditions and weights.
+
+    ``x0`` and ``x1`` have the shape ``(B, *)``; row ``i`` of both is one pair. ``cond`` holds the
+    conditions of the pairs or None. ``log_weight (B,)`` holds the natural logarithms of their
+    weights; None means that all pairs weigh the same.
+    """
 
     x0: Tensor
     x1: Tensor

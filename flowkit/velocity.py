@@ -1,6 +1,7 @@
-"""The velocity: the one thing that samplers, guidance and losses agree on."""
+"""The velocity of a flow, and the protocol between a velocity and one solve."""
 
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -9,17 +10,126 @@ from flowkit.types import Cond
 
 @runtime_checkable
 class Velocity(Protocol):
-    """Anything that says how fast a state moves: ``velocity(x, t, cond) -> dx/dt``.
+    """The speed of a state: ``velocity(x, t, cond) -> dx/dt``.
 
     Time runs from noise at ``t = 0`` to data at ``t = 1``. Networks, guided networks and
-    closed-form flows are all velocities. A velocity with something to prepare or to cache
-    may offer ``bind(cond, grid) -> Velocity``, with the sampler's grid, increasing in either
-    direction of the solve (None outside of one); what that returns serves one solve, and may
-    offer ``begin_step(t_left, t_right)``, name times in ``edges`` that no step is to lie across,
-    and count its network rows in ``rows``. The tensors
-    that a solver passes are its buffers: a velocity that keeps one beyond the call clones it.
+    closed-form flows are all velocities. The tensors that a solver passes are the solver's
+    buffers: a velocity that keeps one beyond the call clones it. A velocity may reuse its own
+    output buffer.
+
+    A velocity that prepares or caches something for a solve may offer
+    ``bind(cond, grid) -> Velocity``. The velocity that ``bind`` returns serves one solve. It may
+    have
+
+    * ``begin_step(t_left, t_right)``, called before every step with the step's ends in order of
+      time;
+    * ``edges``, times in [0, 1] that no step may lie across;
+    * ``rows``, the number of rows that went through the network so far.
+
+    These attributes are read in one place only, the function `flowkit.velocity.bind`. A velocity
+    that offers neither ``bind`` nor ``begin_step`` takes no part: its other attributes are its own.
     """
 
     def __call__(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
         """Return the velocity ``(B, *)`` at states ``x (B, *)`` and times ``t (B,)``."""
         ...
+
+
+class BoundVelocity:
+    """A velocity during one solve, as `bind` returns it; itself a velocity.
+
+    Attributes:
+        velocity: The velocity that is called.
+        prepared: Whether the velocity offered ``bind``, so that it serves one condition.
+        follows_steps: Whether the velocity wants to know each step.
+        edges: Times that no step may lie across; empty for most velocities.
+        nfe: Calls so far (number of function evaluations).
+    """
+
+    __slots__ = ("_begin_step", "_rows", "_source", "edges", "nfe", "prepared", "velocity")
+
+    def __init__(self, velocity: Velocity, prepared: bool = False) -> None:
+        begin_step: Any = getattr(velocity, "begin_step", None)
+        tells = callable(begin_step)
+        # Other velocities are strangers to the protocol: a graph network has edges of its own.
+        takes_part = prepared or tells
+        self.velocity, self.prepared = velocity, prepared
+        self._begin_step: Callable[[float, float], Any] | None = begin_step if tells else None
+        self._source: Any = velocity if takes_part and hasattr(velocity, "rows") else None
+        self.edges: tuple[float, ...] = _times(getattr(velocity, "edges", ())) if takes_part else ()
+        self.nfe = self._rows = 0
+
+    def __call__(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
+        """Return the velocity ``(B, *)`` and count the call."""
+        self.count(1, len(x))
+        return self.velocity(x, t, cond)
+
+    def count(self, calls: int, rows: int) -> None:
+        """Count calls of ``velocity`` itself, which spares a solver this object's own call."""
+        self.nfe += calls
+        self._rows += rows
+
+    @property
+    def rows(self) -> int:
+        """Rows that went through the network: the velocity's own count, or those of the calls."""
+        return self._rows if self._source is None else self._source.rows
+
+    @property
+    def follows_steps(self) -> bool:
+        """Whether the velocity wants to know each step."""
+        return self._begin_step is not None
+
+    def begin_step(self, t_left: float, t_right: float) -> None:
+        """Tell the velocity the next step, by its ends in order of time."""
+        if self._begin_step is not None:
+            self._begin_step(t_left, t_right)
+
+    def wrapped(self, call: Velocity) -> "BoundVelocity":
+        """Return another velocity of the same solve: same steps, edges and rows, another call.
+
+        >>> bound = bind(lambda x, t, cond: x)
+        >>> doubled = bound.wrapped(lambda x, t, cond: 2 * bound(x, t, cond))
+        """
+        outer = BoundVelocity(call, self.prepared)
+        outer._begin_step, outer._source, outer.edges = self._begin_step, self, self.edges
+        return outer
+
+
+def bind(velocity: Velocity, cond: Cond = None, grid: Tensor | None = None) -> BoundVelocity:
+    """Prepare a velocity for one solve.
+
+    Args:
+        velocity: The field. If it offers ``bind(cond, grid)``, the result of that is used.
+        cond: The condition of the solve.
+        grid: The sampler's times ``(n + 1,)``, increasing in either direction of the solve; None
+            outside of a solve.
+
+    Raises:
+        TypeError: If the velocity cannot be called, or its ``edges`` are not numbers.
+        ValueError: If its ``edges`` do not lie in [0, 1].
+
+    >>> import torch
+    >>> bound = bind(lambda x, t, cond: -x)
+    >>> bound(torch.ones(3, 2), torch.zeros(3)).shape, bound.nfe, bound.rows
+    (torch.Size([3, 2]), 1, 3)
+    """
+    if not callable(velocity):
+        raise TypeError(
+            f"velocity must be callable as velocity(x, t, cond), got {type(velocity).__name__}"
+        )
+    offered = getattr(velocity, "bind", None)
+    bound = velocity if offered is None else offered(cond, grid)
+    if isinstance(bound, BoundVelocity):
+        return bound
+    return BoundVelocity(bound, prepared=offered is not None)
+
+
+def _times(edges: Sequence[float]) -> tuple[float, ...]:
+    """Return the edges of a velocity as floats in [0, 1]."""
+    try:
+        times = tuple(float(edge) for edge in edges)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"edges of a velocity must be times, got {edges!r}") from error
+    if not all(0 <= time <= 1 for time in times):
+        raise ValueError(f"edges of a velocity must lie in [0, 1], got {list(times)}")
+    return times

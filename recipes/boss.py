@@ -25,8 +25,7 @@ from flowkit.boss import (
     search_rows,
 )
 from flowkit.boss.costs import check_num_steps
-from flowkit.data.arrays import from_uint8
-from flowkit.metrics import Features, frechet_distance, to_uint8
+from flowkit.metrics import Features, as_saved, frechet_distance
 from flowkit.provenance import versions
 from flowkit.runs import Run
 from flowkit.runs.grid_plots import Row, plot, table_of
@@ -194,12 +193,12 @@ def _distance(cfg: DictConfig, run: Run) -> Callable[[ODESampler], dict[str, Any
     if len(data.shape) != 3:
         raise ValueError(f"metric must be null for a run of no images, got data of {data.shape}")
     features: Features = instantiate(cfg.metric)(data)
-    real = features(from_uint8(to_uint8(data.test[:]["x1"])))
+    real = features(as_saved(data.test[:]["x1"]))
     x0, cond, source, _ = like_test(run, cfg)
 
     def measure(sampler: ODESampler) -> dict[str, Any]:
         samples, cost = draw(run, x0, cond, sampler)
-        distance = frechet_distance(features(from_uint8(to_uint8(samples))), real)
+        distance = frechet_distance(features(as_saved(samples)), real)
         return {
             "frechet_distance": distance,
             "frechet_nfe": cost["nfe"],

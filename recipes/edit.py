@@ -19,7 +19,7 @@ from torch import Tensor
 
 from flowkit.checks import check_between
 from flowkit.flowopt import Edit, FlowOpt
-from flowkit.metrics import to_uint8
+from flowkit.metrics import from_uint8, to_uint8
 from flowkit.metrics.gaussianity import gaussianity
 from flowkit.metrics.pictures import save_picture
 from flowkit.provenance import versions
@@ -30,6 +30,11 @@ from flowkit.sampling import ODESampler
 
 def edit(cfg: DictConfig) -> Edit:
     """Edit as configured; writes pictures, the latent and the iterates, and a record."""
+    if "mask" in cfg:  # as it was called while its white was to stay
+        raise ValueError(
+            f"region must be given in place of mask, got mask={cfg.mask}; white of a region may "
+            "change, so invert the picture"
+        )
     if (cfg.run is None) == (cfg.pipeline is None):
         raise ValueError(
             f"run or pipeline must be given, and not both, got {cfg.run} and {cfg.pipeline}"
@@ -39,7 +44,7 @@ def edit(cfg: DictConfig) -> Edit:
     settings = model.defaults(inverting=cfg.target is None)._replace(**chosen)
     image = read_image(cfg.image, model.channels).to(cfg.device)
     x1 = model.encode(image)
-    mask = None if cfg.mask is None else read_mask(cfg.mask, image, x1)
+    region = None if cfg.region is None else read_region(cfg.region, image, x1)
     source = model.condition(cfg.source, settings.source_guidance, "source")
     target = None
     if cfg.target is not None:
@@ -57,13 +62,13 @@ def edit(cfg: DictConfig) -> Edit:
         patience=cfg.patience,
     )
     began = time.perf_counter()
-    found = flowopt(model, x1, source, target, mask=mask)
+    found = flowopt(model, x1, source, target, region=region)
     seconds = round(time.perf_counter() - began, 3)
     record = {
         "image": str(cfg.image),
         "source": cfg.source,
         "target": cfg.target,
-        "mask": cfg.mask,
+        "region": cfg.region,
         **describe(flowopt, settings, found),
         "seconds": seconds,
         "model": model.record(),
@@ -82,20 +87,20 @@ def read_image(file: str | Path, channels: int) -> Tensor:
     Raises:
         ValueError: If the file is no picture.
     """
-    return _read(file, "L" if channels == 1 else "RGB", "image") / 127.5 - 1
+    return from_uint8(_read(file, "L" if channels == 1 else "RGB", "image"))
 
 
-def read_mask(file: str | Path, image: Tensor, x1: Tensor) -> Tensor:
-    """Read a gray picture of the image's size, white where the image is to stay, for states.
+def read_region(file: str | Path, image: Tensor, x1: Tensor) -> Tensor:
+    """Read a gray picture of the image's size, white where the image may change, for states.
 
     Raises:
         ValueError: If the file is no picture, or of another size.
     """
-    mask = _read(file, "L", "mask").to(x1.device) / 255
-    if mask.shape[-2:] != image.shape[-2:]:
-        size, expected = tuple(mask.shape[-2:]), tuple(image.shape[-2:])
-        raise ValueError(f"mask must have the image's size, {expected}, got {size}")
-    return torch.nn.functional.adaptive_avg_pool2d(mask, x1.shape[-2:]).to(x1.dtype)
+    region = _read(file, "L", "region").to(x1.device) / 255
+    if region.shape[-2:] != image.shape[-2:]:
+        size, expected = tuple(region.shape[-2:]), tuple(image.shape[-2:])
+        raise ValueError(f"region must have the image's size, {expected}, got {size}")
+    return torch.nn.functional.adaptive_avg_pool2d(region, x1.shape[-2:]).to(x1.dtype)
 
 
 def _read(file: str | Path, mode: str, name: str) -> Tensor:

@@ -28,8 +28,7 @@ from flowkit.metrics import (
     point_metrics,
     to_uint8,
 )
-from flowkit.metrics.evaluate import as_saved
-from flowkit.metrics.pictures import save_picture
+from flowkit.metrics.pictures import as_saved, save_picture
 from flowkit.modules.flow import labels_of
 from flowkit.runs import Run
 from flowkit.runs.features import cache_folder

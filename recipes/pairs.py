@@ -11,7 +11,7 @@ flowkit sample run=... sampler=from_file sampler.grid.file=pairs/boss/grid-8.jso
 """
 
 import json
-import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from tqdm import tqdm
 from flowkit import grids
 from flowkit.boss import segments
 from flowkit.data.pairs import FORMAT, FORMAT_VERSION, RECORD, to_columns
-from flowkit.provenance import versions
+from flowkit.provenance import versions, write_atomically
 from flowkit.runs import Run
 from flowkit.types import Cond
 from flowkit.velocity import Velocity
@@ -61,8 +61,7 @@ def pairs(cfg: DictConfig) -> Path:
             parts.append(make(velocity, x0, cfg.fine_steps, wanted, cond))
             bar.update(len(x0))
         shard = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-        save_file(shard, out / f"{name}.partial")
-        os.replace(out / f"{name}.partial", out / name)
+        write_atomically(out / name, partial(save_file, shard))
     bar.close()
     print(f"pairs     {out}, {cfg.num_noises * record['rows_per_noise']:,} rows")
     return out

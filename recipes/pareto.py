@@ -37,7 +37,7 @@ from flowkit.blockwise import (
 )
 from flowkit.boss import step_costs
 from flowkit.data import SplitData
-from flowkit.metrics import Features, PixelSVC, frechet_distance, to_uint8
+from flowkit.metrics import Features, PixelSVC, as_saved, frechet_distance
 from flowkit.modules import FlowModule
 from flowkit.provenance import versions
 from flowkit.runs import Run
@@ -128,7 +128,7 @@ class Measure:
             self.judge = PixelSVC(train["x1"], train["cond"])
 
     def _embed(self, images: Tensor) -> Tensor:
-        return self.features(to_uint8(images).float() / 127.5 - 1)
+        return self.features(as_saved(images))
 
     def __call__(self, samples: Tensor) -> dict[str, float | None]:
         agreement = None

@@ -27,12 +27,12 @@ from flowkit.metrics import (
     PixelSVC,
     StoredFeatures,
     agreement,
+    as_saved,
     frechet_distance,
     prdc,
     to_uint8,
     wasserstein2,
 )
-from flowkit.metrics.evaluate import as_saved
 from flowkit.modules.flow import labels_of
 from flowkit.provenance import versions
 from flowkit.runs import Run

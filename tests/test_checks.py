@@ -1,10 +1,15 @@
 """Argument checks: what passes, and the wording of what does not."""
 
+import ast
+import inspect
 import math
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
 
+import flowkit
 from flowkit import checks
 
 
@@ -110,3 +115,75 @@ def test_words_are_no_numbers(value):
 def test_labels_are_integers(dtype):
     with pytest.raises(TypeError, match="cond must hold integer labels, got torch"):
         checks.check_labels(torch.ones(2, dtype=dtype), 3)
+
+
+@checks.renamed_arguments(since="0.2.0", removed_in="0.4.0", edges="boundary_share", colour="color")
+def paint(boundary_share: float = 0.5, *, color: str = "red") -> tuple[float, str]:
+    """Paint."""
+    return boundary_share, color
+
+
+class Painter:
+    @checks.renamed_arguments(since="0.2.0", removed_in="0.4.0", edges="boundary_share")
+    def __init__(self, boundary_share: float):
+        self.boundary_share = boundary_share
+
+
+def test_an_old_name_works_with_one_warning_that_names_the_new():
+    message = (
+        r"^edges is named boundary_share since flowkit 0.2.0; flowkit 0.4.0 will not take edges$"
+    )
+    with pytest.warns(FutureWarning, match=message) as caught:
+        assert paint(edges=0.25) == (0.25, "red")
+    (warning,) = caught
+    assert warning.filename == __file__  # of the line that has to be changed
+    with pytest.warns(FutureWarning) as caught:
+        assert paint(edges=0.25, colour="blue") == (0.25, "blue")
+    assert [str(w.message).split()[0] for w in caught] == ["edges", "colour"]
+    with pytest.warns(FutureWarning, match=message):
+        assert Painter(edges=0.75).boundary_share == 0.75
+
+
+def test_new_names_work_without_a_word():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert paint(0.1, color="blue") == paint(boundary_share=0.1, color="blue") == (0.1, "blue")
+        assert Painter(0.1).boundary_share == 0.1
+
+
+def test_an_argument_under_both_names_or_under_neither_is_an_error():
+    with pytest.raises(TypeError, match="boundary_share must be given once, got edges as well"):
+        paint(boundary_share=0.1, edges=0.2)
+    with (
+        pytest.warns(FutureWarning),
+        pytest.raises(TypeError, match="multiple values for argument 'boundary_share'"),
+    ):
+        paint(0.1, edges=0.2)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'corners'"):
+        paint(corners=0.1)
+
+
+def test_a_function_with_old_names_looks_as_if_it_had_none():
+    assert list(inspect.signature(paint).parameters) == ["boundary_share", "color"]
+    assert list(inspect.signature(Painter).parameters) == ["boundary_share"]
+    assert (paint.__name__, paint.__doc__) == ("paint", "Paint.")
+
+
+def _overdue(source, version):
+    """The versions in which old names of a file should have gone by now."""
+    calls = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call))
+    named = (call for call in calls if ast.unparse(call.func).endswith("renamed_arguments"))
+    ends = [ast.literal_eval(k.value) for c in named for k in c.keywords if k.arg == "removed_in"]
+    return [end for end in ends if _numbers(end) <= _numbers(version)]
+
+
+def _numbers(version):
+    return [int(part) for part in version.split(".")]
+
+
+def test_old_names_are_gone_in_the_version_that_was_announced():
+    example = inspect.getsource(paint)
+    assert _overdue(example, "0.3.9") == _overdue(example, "0.2.10") == []
+    assert _overdue(example, "0.4.0") == _overdue(example, "0.10.0") == ["0.4.0"]
+    for file in Path(flowkit.__file__).parent.rglob("*.py"):
+        assert not _overdue(file.read_text(), flowkit.__version__), file

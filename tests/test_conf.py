@@ -1,5 +1,7 @@
 """Every option of every configuration group composes and builds."""
 
+import re
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -7,6 +9,8 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
+import flowkit.recipes.train  # noqa: F401  # registers what configurations of shapes refer to
+from flowkit.__main__ import experiments, recipes
 from flowkit.autoencoders import KLAutoencoder
 from flowkit.modules.checkpoints import build
 from flowkit.nn import autoencoder_kl
@@ -73,13 +77,41 @@ def test_option(option, configure, tmp_path):
         assert type(getattr(again, "func", again)) is type(made)
 
 
-@pytest.mark.parametrize("option", _options("experiment"))
-def test_experiment_states_command_and_result(option, configure):
-    file = Path(CONF, f"{option}.yaml")
-    header = [line for line in file.read_text().splitlines() if line.startswith("#")]
-    text = "\n".join(header)
-    assert "flowkit " in text
-    assert "2 CPU cores" in text or "not yet run" in text or "GPU" in text
+EXPERIMENTS = [(recipe, name) for recipe in recipes() for name in experiments(recipe)]
+
+
+def test_every_experiment_is_of_one_recipe_whose_command_its_header_states():
+    assert sorted(f"experiment/{name}" for _, name in EXPERIMENTS) == _options("experiment")
+    for recipe, name in EXPERIMENTS:
+        commands = re.findall(
+            rf"flowkit (\w+) experiment={name}\b", Path(CONF, f"experiment/{name}.yaml").read_text()
+        )
+        assert set(commands) == {recipe}
+
+
+@pytest.mark.parametrize(("recipe", "name"), EXPERIMENTS)
+def test_experiment_composes_under_its_recipe_and_states_its_result(recipe, name, configure):
+    text = Path(CONF, f"experiment/{name}.yaml").read_text()
+    header = "\n".join(line for line in text.splitlines() if line.startswith("#"))
+    assert "2 CPU cores" in header or "not yet run" in header or "GPU" in header
+    cfg = configure(recipe, f"experiment={name}")
+    written = OmegaConf.create(text)
+    written.pop("defaults", None)
+    both = OmegaConf.merge(cfg, written)
+    assert OmegaConf.to_container(both) == OmegaConf.to_container(cfg)  # what it says is what holds
+    if recipe == "train":
+        shape = [2] if cfg.data._target_ == "flowkit.data.Toy" else [1, 8, 8]
+        for node in (cfg, cfg.network):
+            node.shape, node.num_classes = shape, 10
+        cfg.image_shape = shape
+        with torch.device("meta"):  # the largest would take 4 GB
+            network = instantiate(cfg.model)
+        assert sum(p.numel() for p in network.parameters()) > 5000
+    if recipe == "compare":
+        for problem, coupling in product(cfg.problems.values(), cfg.couplings.values()):
+            cell = configure("train", *cfg.overrides, *problem, *coupling)
+            assert cell.trainer.max_steps > 0
+        assert configure("evaluate", "run=r", *cfg.evaluate).run == "r"
 
 
 @pytest.mark.parametrize("option", _options("debug"))

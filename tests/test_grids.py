@@ -88,8 +88,11 @@ def record(**changes):
     ("text", "message"),
     [
         ("{", "file must be a grid written by flowkit, got .*grid.json"),
-        ("[0, 1]", "file must be a grid written by flowkit, got .*grid.json without its format"),
-        (record(version=2), "version of .*grid.json must be 1, got 2; write it again"),
+        (
+            "[0, 1]",
+            "file must be a grid written by flowkit, got .*grid.json without the format field",
+        ),
+        (record(version=2), "version of .*grid.json must be 1, got 2; write the file again"),
         (record(grid=[0, 0.5, 0.5]), "grid in .*grid.json must be .* increasing times: .*strictly"),
         (record(grid=4), "grid in .*grid.json must be a list of increasing times"),
         (record(grid="01"), "grid in .*grid.json must be a list of increasing times"),
@@ -120,7 +123,7 @@ def test_a_grid_of_another_model_warns(tmp_path):
     with pytest.warns(UserWarning, match=r"model_hash 'aaaaaaaaaaaa…', .* got 'bbbbbbbbbbbb…'; m"):
         grid = grids.load(file, {"model_hash": "b" * 64, "guidance": 2.0})
     assert torch.equal(grid, grids.uniform(2))
-    with pytest.warns(UserWarning, match=r"used with guidance 2.0, .* was made for, got None"):
+    with pytest.warns(UserWarning, match=r"used with guidance 2.0, for which .* made, got None"):
         grids.load(file, {"guidance": None})
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -11,6 +11,7 @@ from flowkit.guidance import (
     Autoguidance,
     ClassifierFree,
     DropCond,
+    combine,
     replace_cond,
 )
 from flowkit.sampling import ODESampler, seeded_noise
@@ -374,3 +375,16 @@ def test_drop_cond_follows_the_generator_and_lets_none_be():
 def test_bad_arguments_are_refused(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+@pytest.mark.parametrize("scale", [-0.5, 0.0, 0.3, 1.0, 4.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_two_velocities_are_combined_by_the_formula(scale, dtype):
+    v, v_null = torch.randn(2, 5, 3).to(dtype)
+    guided = combine(v, v_null, scale)
+    exact = v_null.double() + scale * (v.double() - v_null.double())
+    torch.testing.assert_close(guided, exact.to(dtype))
+    per_sample = torch.full((5, 1), scale, dtype=dtype)
+    torch.testing.assert_close(combine(v, v_null, per_sample), guided)
+    if scale in (0, 1):
+        assert torch.equal(guided, v if scale else v_null)

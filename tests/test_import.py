@@ -1,7 +1,13 @@
 """What ``import flowkit`` brings along."""
 
+import importlib
+import pkgutil
 import subprocess
 import sys
+
+import pytest
+
+import flowkit
 
 HEAVY = {"scipy", "diffusers", "lightning", "hydra", "omegaconf", "torchmetrics", "ot"}
 HEAVY |= {"torchdiffeq", "matplotlib", "sklearn", "PIL", "transformers", "datasets"}
@@ -16,3 +22,37 @@ def test_importing_flowkit_loads_torch_and_nothing_heavier():
     loaded = set(result.stdout.split())
     assert "flowkit" in loaded
     assert not loaded & HEAVY
+
+
+@pytest.mark.parametrize("name", flowkit.__all__)
+def test_every_public_name_is_that_of_its_home(name):
+    homes = [module for module, names in flowkit._HOMES.items() if name in names]
+    if homes:
+        home = importlib.import_module(f"flowkit.{homes[0]}")
+        assert getattr(flowkit, name) is getattr(home, name)
+    elif name != "__version__":
+        assert getattr(flowkit, name) is importlib.import_module(f"flowkit.{name}")
+
+
+def test_public_names_are_found_by_a_fresh_interpreter_and_others_are_refused():
+    """Fresh, since whatever was imported before stays on the package."""
+    script = "import flowkit; print(*[getattr(flowkit, name) and name for name in dir(flowkit)])"
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.split() == sorted(flowkit.__all__)
+    with pytest.raises(AttributeError, match="module 'flowkit' has no attribute 'sampel'"):
+        flowkit.sampel  # noqa: B018
+
+
+PACKAGES = sorted(
+    name for _, name, is_package in pkgutil.iter_modules(flowkit.__path__) if is_package
+)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_names_of_packages_are_listed_once_in_order_and_are_there(package):
+    module = importlib.import_module(f"flowkit.{package}")
+    assert len(set(module.__all__)) == len(module.__all__)
+    for name in module.__all__:
+        assert getattr(module, name) is not None

@@ -280,3 +280,54 @@ def test_bad_batches_are_refused(make, message):
 def test_misspelt_keyword_is_refused():
     with pytest.raises(TypeError, match="tmies"):
         flow_matching_loss(zero, {"x1": torch.zeros(1, 1)}, tmies=Uniform())
+
+
+@pytest.mark.filterwarnings("ignore:MinibatchOT ignores cond")
+@pytest.mark.parametrize(
+    ("options", "loss", "explained"),
+    [
+        ({}, 5.333756923675537, -1.8719031810760498),
+        ({"coupling": MinibatchOT()}, 6.202022552490234, -3.64786434173584),
+        (
+            {"path": VP(), "times": LogitNormal(), "drop_cond": DropCond(0.5, null=10)},
+            54.98555374145508,
+            -9.065281867980957,
+        ),
+        (
+            {"path": Linear(sigma=0.1), "coupling": MinibatchOT(), "drop_cond": DropCond(0.5, 10)},
+            30.036657333374023,
+            -21.509803771972656,
+        ),
+    ],
+    ids=["plain", "coupling", "path, times and dropped", "noise of the path"],
+)
+def test_the_order_of_the_draws_is_fixed(options, loss, explained):
+    """Values of an earlier release: a resumed run goes on with the same noise and times."""
+    batch = {"x1": torch.arange(12.0).reshape(6, 2) / 5, "cond": torch.arange(6)}
+
+    def field(x, t, cond=None):
+        return x * t[:, None] + cond[:, None]
+
+    result = flow_matching_loss(field, batch, generator=generator(3), **options)
+    assert result["loss"].item() == pytest.approx(loss, rel=1e-5)
+    assert result["explained"].item() == pytest.approx(explained, rel=1e-5)
+
+
+def test_draws_come_from_one_stream_in_turn():
+    x1, cond = torch.randn(50, 2), torch.arange(50)
+    seen = {}
+
+    def field(x, t, cond=None):
+        seen.update(x=x, t=t, cond=cond)
+        return torch.zeros_like(x)
+
+    drop = DropCond(0.5, null=99)
+    batch = {"x1": x1, "cond": cond}
+    flow_matching_loss(field, batch, drop_cond=drop, times=Stratified(), generator=generator(5))
+    stream = generator(5)
+    x0 = torch.randn(50, 2, generator=stream)
+    t = Stratified()(50, None, stream)
+    assert torch.equal(seen["t"], t)
+    assert torch.equal(seen["x"], Linear().sample(x0, x1, t).x_t)
+    assert torch.equal(seen["cond"], drop(cond, stream))
+    assert 0 < (seen["cond"] == 99).sum() < 50

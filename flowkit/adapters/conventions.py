@@ -1,7 +1,8 @@
-"""Networks of other conventions as velocities: reversed times, predicted noise, predicted data.
+"""Adapters of networks with reversed time, predicted noise or predicted data.
 
-Libraries that share the time axis and predict velocities, but order their arguments otherwise, need
-no adapter: ``lambda x, t, cond=None: net(t, x, cond)`` is a velocity.
+Some libraries share flowkit's time axis and predict velocities, but have another order of
+arguments. Their networks need no adapter: ``lambda x, t, cond=None: net(t, x, cond)`` is a
+velocity.
 """
 
 from collections.abc import Callable
@@ -14,25 +15,30 @@ from flowkit.types import Cond
 from flowkit.velocity import Velocity
 
 Network = Callable[[Tensor, Tensor, Cond], Tensor]
-ZERO = 1e-12  # VP keeps its b above 0 by less
+ZERO = 1e-12  # bound for a coefficient of 0; the smallest b of VP lies below this bound
 
 
 def from_reversed_time(network: Network, time_scale: float = 1.0) -> Velocity:
-    """A rectified flow whose time is the noise level: ``v(x, t) = −network(x, s (1 − t), cond)``.
+    """Adapt a rectified flow whose time is the noise level ``σ = 1 − t``.
 
-    Such networks predict ``noise − data`` along ``x = (1 − σ) data + σ noise``, with data at
-    ``σ = 0`` and noise at ``σ = 1``: Stable Diffusion 3, FLUX and diffusers'
+    The equation is ``v(x, t, cond) = −network(x, s (1 − t), cond)``. Such networks predict
+    ``noise − data`` along ``x = (1 − σ) data + σ noise``, so the data are at ``σ = 0`` and the
+    noise is at ``σ = 1``. Examples are Stable Diffusion 3, FLUX and networks for diffusers'
     ``FlowMatchEulerDiscreteScheduler``.
 
     Args:
-        network: Called as ``network(x, time, cond)``.
-        time_scale: ``s``, the network's time at ``σ = 1``; 1000 for diffusers' timesteps.
+        network: Network with the call ``network(x, time, cond)``.
+        time_scale: Scale ``s``, the time of the network at ``σ = 1``, positive; 1000 for timesteps
+            of diffusers.
+
+    Returns:
+        The velocity.
 
     Raises:
-        ValueError: If the scale is not positive.
+        ValueError: If ``time_scale`` is not positive and finite.
 
     >>> import torch
-    >>> def network(x, sigma, cond):  # of data that are all 3
+    >>> def network(x, sigma, cond):  # for data that are all 3
     ...     return (x - 3) / sigma
     >>> from_reversed_time(network)(torch.ones(1, 2), torch.tensor([0.5]))
     tensor([[4., 4.]])
@@ -40,6 +46,7 @@ def from_reversed_time(network: Network, time_scale: float = 1.0) -> Velocity:
     check_positive(time_scale, "time_scale")
 
     def velocity(x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
+        """Return the velocity ``(B, *)`` at ``x (B, *)`` and ``t (B,)``."""
         return -network(x, time_scale * (1 - t), cond)
 
     return velocity
@@ -50,21 +57,26 @@ def from_noise_prediction(
     path: Interpolant = Linear(),
     time: Callable[[Tensor], Tensor] | None = None,
 ) -> Velocity:
-    """A network of ``ε = E[x0 | x_t]``: ``v(x, t) = (a'/a) x + (b' − a' b / a) ε``.
+    """Adapt a network that predicts the noise ``ε = E[x0 | x_t]``.
 
-    With ``x_t = a x1 + b x0`` the expected data are ``(x − b ε) / a``, and ``v`` is ``a'`` times
-    these and ``b' ε``. Where ``a = 0``, at ``t = 0`` of most paths, the state is the noise and
-    its prediction says nothing of the data: start the grid later. Denoising diffusion models are
-    of the path ``VP()``, which may start at 0.
+    The equation is ``v(x, t) = (a'/a) x + (b' − a' b / a) ε``. On a path ``x_t = a x1 + b x0``, the
+    expected data are ``D = (x − b ε) / a``, and the velocity is ``v = a' D + b' ε``. At a time with
+    ``a = 0``, which is ``t = 0`` on most paths, the prediction contains no information about the
+    data; start the grid later. Denoising diffusion models belong to the path ``VP()``, whose grid
+    may start at 0.
 
     Args:
-        network: Called as ``network(x, time(t), cond)``.
-        path: The path that it was trained on.
-        time: What the network takes for ``t (B,)``, say ``lambda t: 999 * (1 - t)`` for a
-            diffusion model of 1000 steps; None is ``t`` itself.
+        network: Network with the call ``network(x, time(t), cond)``.
+        path: Path of the network's training.
+        time: Function from ``t (B,)`` to the time of the network, for example
+            ``lambda t: 999 * (1 - t)`` for a diffusion model with 1000 steps. ``None`` means ``t``
+            itself.
+
+    Returns:
+        The velocity. A call raises ``ValueError`` if ``a(t) = 0`` for a time.
 
     Raises:
-        ValueError: If the path adds noise of its own; when called, if ``a(t) = 0`` for some ``t``.
+        ValueError: If the path adds noise.
 
     >>> import torch
     >>> velocity = from_noise_prediction(lambda x, t, cond: torch.zeros_like(x))
@@ -74,6 +86,7 @@ def from_noise_prediction(
     _check_noiseless(path)
 
     def velocity(x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
+        """Return the velocity ``(B, *)`` at ``x (B, *)`` and ``t (B,)``."""
         a, b, da, db = path.coefficients(expand_like(t, x))
         _refuse(a < ZERO, t, "noise", "start the grid later")
         noise = network(x, t if time is None else time(t), cond)
@@ -87,20 +100,24 @@ def from_data_prediction(
     path: Interpolant = Linear(),
     time: Callable[[Tensor], Tensor] | None = None,
 ) -> Velocity:
-    """A network of ``D = E[x1 | x_t]``: ``v(x, t) = (b'/b) x + (a' − a b' / b) D``.
+    """Adapt a network that predicts the data ``D = E[x1 | x_t]``.
 
-    The expected noise is ``(x − a D) / b``, and ``v`` is ``a' D`` and ``b'`` times it. Where
-    ``b = 0``, at ``t = 1`` of most paths, the state is the data and their prediction says nothing
-    of the noise. Euler steps to ``t = 1`` do not ask there; methods that do, and inversions, need
-    a grid that ends before.
+    The equation is ``v(x, t) = (b'/b) x + (a' − a b' / b) D``. On a path ``x_t = a x1 + b x0``, the
+    expected noise is ``ε = (x − a D) / b``, and the velocity is ``v = a' D + b' ε``. At a time with
+    ``b = 0``, which is ``t = 1`` on most paths, the prediction contains no information about the
+    noise. Euler steps to ``t = 1`` do not evaluate the network there. Other methods do, and
+    inversions too: end their grids earlier.
 
     Args:
-        network: Called as ``network(x, time(t), cond)``.
-        path: The path that it was trained on.
-        time: What the network takes for ``t (B,)``; None is ``t`` itself.
+        network: Network with the call ``network(x, time(t), cond)``.
+        path: Path of the network's training.
+        time: Function from ``t (B,)`` to the time of the network; ``None`` means ``t`` itself.
+
+    Returns:
+        The velocity. A call raises ``ValueError`` if ``b(t) = 0`` for a time.
 
     Raises:
-        ValueError: If the path adds noise of its own; when called, if ``b(t) = 0`` for some ``t``.
+        ValueError: If the path adds noise.
 
     >>> import torch
     >>> velocity = from_data_prediction(lambda x, t, cond: torch.ones_like(x))
@@ -110,8 +127,9 @@ def from_data_prediction(
     _check_noiseless(path)
 
     def velocity(x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
+        """Return the velocity ``(B, *)`` at ``x (B, *)`` and ``t (B,)``."""
         a, b, da, db = path.coefficients(expand_like(t, x))
-        _refuse(b < ZERO, t, "data", "end the grid earlier, or take Euler steps to it")
+        _refuse(b < ZERO, t, "data", "end the grid earlier, or use Euler steps")
         data = network(x, t if time is None else time(t), cond)
         return (da * data + db * (x - a * data) / b).to(x.dtype)
 
@@ -119,16 +137,19 @@ def from_data_prediction(
 
 
 def _check_noiseless(path: Interpolant) -> None:
+    """Require a path without added noise."""
     if getattr(path, "sigma", None) != 0:
         raise ValueError(
-            f"path must be a x1 + b x0 without noise of its own, got {path}; what would be "
-            "predicted is not the source"
+            f"path must be a x1 + b x0 without added noise, got {path}; with added noise, the "
+            "prediction is not the source"
         )
 
 
 def _refuse(where: Tensor, t: Tensor, predicted: str, fix: str) -> None:
+    """Raise an error if the condition ``where`` holds for a time."""
     if bool(where.any()):
         value = t[where.flatten()][0].item()
         raise ValueError(
-            f"t must lie where predicted {predicted} determine the velocity, got {value}; {fix}"
+            f"t must be a time at which predicted {predicted} determines the velocity, "
+            f"got {value}; {fix}"
         )

@@ -1,66 +1,33 @@
 """Text-to-image pipelines of diffusers as velocities: Stable Diffusion 3 and FLUX."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from flowkit.adapters.families import Flux, StableDiffusion3
+from flowkit.adapters.published import Published
 from flowkit.checks import as_grid, check_at_least, expand_like
+from flowkit.guidance import combine
 from flowkit.types import Cond
 
 
-@dataclass(frozen=True)
-class Published:
-    """Settings of FlowOpt that were published for a pipeline at 1024x1024, with Euler steps.
-
-    Source: Ronai et al., *FlowOpt*, 2025 (arXiv 2510.22010).
-
-    Args:
-        num_steps: Steps ``T`` of the whole grid.
-        num_kept: The last ``n`` of them, which are solved.
-        num_iters: Updates ``N``.
-        step_size: Fixed ``η``, without backtracking.
-        source_guidance: ``guidance_scale`` of the source prompt.
-        target_guidance: ``guidance_scale`` of the target prompt.
-
-    >>> SD3_EDITING.nfe, FLUX_EDITING.nfe, FLUX_INVERSION.nfe
-    (121, 131, 321)
-    """
-
-    num_steps: int
-    num_kept: int
-    num_iters: int
-    step_size: float
-    source_guidance: float = 1.0
-    target_guidance: float = 3.5
-
-    @property
-    def nfe(self) -> int:
-        """Velocity evaluations, ``(n + 1) + (N + 1) n``."""
-        return self.num_kept + 1 + (self.num_iters + 1) * self.num_kept
-
-
-SD3_EDITING = Published(15, 12, 8, 0.01)
-SD3_INVERSION = Published(10, 10, 30, 0.01)
-FLUX_EDITING = Published(15, 13, 8, 0.0025)
-FLUX_INVERSION = Published(10, 10, 30, 0.0025)
-
-
 class DiffusersPipelineFlow:
-    """The flow of a pipeline: a velocity on its latents, their autoencoder, prompts and grids.
+    """Flow of a diffusers pipeline: velocity on latents, autoencoder, prompts and grids.
 
-    The state is ``x (B, C, H/8, W/8)``, not packed; time is flowkit's. With the network's
-    ``noise − data`` at the noise level ``σ`` the velocity is ``v(x, t) = −net(x, σ = 1 − t)``.
-    Conditions are mappings made by `encode_prompt`; guidance travels in them, so that the source
-    and the target of an edit may have their own.
+    The state is ``x (B, C, H/8, W/8)``, not packed, and the time is flowkit's. The network predicts
+    ``noise − data`` at the noise level ``σ = 1 − t``, so the velocity is
+    ``v(x, t) = −net(x, σ = 1 − t)``. Conditions are mappings that `encode_prompt` makes. A
+    condition contains its own guidance, so the source and the target of an edit can have different
+    guidance.
 
     Args:
-        pipeline: A ``StableDiffusion3Pipeline`` or a ``FluxPipeline``. It is not changed.
+        pipeline: A ``StableDiffusion3Pipeline`` or a ``FluxPipeline``. The pipeline does not
+            change.
 
     Raises:
-        TypeError: If the pipeline or its scheduler is another.
+        TypeError: If the pipeline or its scheduler has another type.
 
     An edit with the published settings::
 
@@ -73,14 +40,14 @@ class DiffusersPipelineFlow:
         images = flow.decode(edit.x)
     """
 
-    def __init__(self, pipeline: Any):
+    def __init__(self, pipeline: Any) -> None:
         from diffusers import (  # type: ignore[attr-defined]
             FlowMatchEulerDiscreteScheduler,
             FluxPipeline,
             StableDiffusion3Pipeline,
         )
 
-        families = {StableDiffusion3Pipeline: _StableDiffusion3, FluxPipeline: _Flux}
+        families = {StableDiffusion3Pipeline: StableDiffusion3, FluxPipeline: Flux}
         family = next((f for kind, f in families.items() if isinstance(pipeline, kind)), None)
         if family is None:
             raise TypeError(
@@ -96,12 +63,12 @@ class DiffusersPipelineFlow:
 
     @property
     def editing(self) -> Published:
-        """The published settings of edits."""
+        """Published settings of edits."""
         return self._family.editing
 
     @property
     def inversion(self) -> Published:
-        """The published settings of inversions."""
+        """Published settings of inversions."""
         return self._family.inversion
 
     def __call__(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
@@ -126,15 +93,19 @@ class DiffusersPipelineFlow:
         """Return the condition of a prompt, or of one prompt per sample.
 
         Args:
-            prompt: One prompt serves a batch of any size.
-            guidance_scale: What the pipeline calls so: classifier-free guidance of Stable
-                Diffusion 3 (two network rows per sample unless it is 1), the embedded guidance of
-                a distilled FLUX.
-            negative_prompt: What classifier-free guidance leads away from.
-            true_cfg_scale: Classifier-free guidance of FLUX, beside the embedded.
+            prompt: One prompt for a batch of any size, or a sequence with one prompt per sample.
+            guidance_scale: The pipeline's argument of the same name. For Stable Diffusion 3, this
+                is classifier-free guidance, which takes two network rows per sample unless the
+                scale is 1. For a distilled FLUX, this is the embedded guidance.
+            negative_prompt: Prompt of the unconditional part of classifier-free guidance.
+            true_cfg_scale: Scale of classifier-free guidance of FLUX, in addition to the embedded
+                guidance.
+
+        Returns:
+            A mapping of tensors, for the argument ``cond`` of the velocity.
 
         Raises:
-            ValueError: If the network has no guidance of this kind.
+            ValueError: If there is no prompt, or the network has no guidance of this kind.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         check_at_least(len(prompts), 1, "number of prompts")
@@ -142,11 +113,13 @@ class DiffusersPipelineFlow:
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Latents ``(B, C, H/8, W/8)`` of images ``(B, 3, H, W)`` in [-1, 1]: the posterior's mode.
+        """Return latents ``(B, C, H/8, W/8)`` of images ``(B, 3, H, W)`` in [-1, 1].
+
+        The latents are the mode of the autoencoder's posterior.
 
         Raises:
-            ValueError: If the images have other channels, or sides that the network cannot cut
-                into patches.
+            ValueError: If the images have another number of channels, or sides that are not
+                divisible into patches.
         """
         vae = self.pipeline.vae
         channels, multiple = vae.config.in_channels, 2 * self.pipeline.vae_scale_factor
@@ -165,18 +138,31 @@ class DiffusersPipelineFlow:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Images of latents, in float32."""
+        """Return the images ``(B, 3, H, W)`` of latents ``(B, C, H/8, W/8)``, in float32."""
         vae = self.pipeline.vae
         shift, scale = self._shift_and_scale
         return vae.decode(latents.to(vae.device, vae.dtype) / scale + shift).sample.float()
 
     @property
     def _shift_and_scale(self) -> tuple[float, float]:
+        """Shift and scale between latents and the autoencoder's code."""
         config = self.pipeline.vae.config
         return config.shift_factor or 0.0, config.scaling_factor
 
     def grid(self, num_steps: int, latents: Tensor) -> Tensor:
-        """The pipeline's own times for so many steps, shifted as it does for this resolution."""
+        """Return the pipeline's own grid of ``num_steps`` steps for the resolution of latents.
+
+        Args:
+            num_steps: Number of steps, at least 1.
+            latents: Latents ``(B, C, h, w)``. Their sides set the shift of a scheduler with dynamic
+                shifting.
+
+        Returns:
+            Times ``(num_steps + 1,)`` in float64.
+
+        Raises:
+            ValueError: If ``num_steps`` is below 1.
+        """
         check_at_least(num_steps, 1, "num_steps")
         pipeline = self.pipeline
         scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
@@ -209,104 +195,25 @@ class _Bound:
         if self.scale is None:
             return v
         v, v_null = v.chunk(2)
-        return torch.lerp(v_null, v, expand_like(_rows(self.scale, 1, batch), v).to(v.dtype))
+        return combine(v, v_null, expand_like(_rows(self.scale, 1, batch), v).to(v.dtype))
 
 
 def _rows(value: Tensor, parts: int, batch: int) -> Tensor:
-    """Conditions of one sample serve a batch."""
+    """Return the rows of a condition for a batch; one prompt is repeated for all samples.
+
+    Args:
+        value: Tensor of the condition, with ``parts`` rows or ``parts·batch`` rows.
+        parts: Number of parts: 2 with a negative prompt, otherwise 1.
+        batch: Number of samples.
+
+    Raises:
+        ValueError: If the number of prompts is neither 1 nor ``batch``.
+    """
     if len(value) == parts * batch:
         return value
     if len(value) != parts:
         raise ValueError(
-            f"number of prompts must be 1 or that of the samples, {batch}, "
+            f"number of prompts must be 1 or the number of samples, {batch}, "
             f"got {len(value) // parts}"
         )
     return value.repeat_interleave(batch, 0)
-
-
-def _guided(prompt: dict[str, Tensor], negative: dict[str, Tensor], scale: float) -> dict:
-    both = {name: torch.cat([value, negative[name]]) for name, value in prompt.items()}
-    first = next(iter(prompt.values()))
-    return {**both, "cfg_scale": torch.full((len(first),), scale, device=first.device)}
-
-
-class _StableDiffusion3:
-    editing, inversion = SD3_EDITING, SD3_INVERSION
-
-    def __init__(self, pipeline: Any):
-        self.pipeline = pipeline
-
-    def encode_prompt(self, prompts, guidance_scale, negative_prompt, true_cfg_scale):
-        if true_cfg_scale != 1:
-            raise ValueError(
-                f"true_cfg_scale must be 1 for Stable Diffusion 3, got {true_cfg_scale}; its "
-                "classifier-free guidance is guidance_scale"
-            )
-        guided = guidance_scale != 1
-        embeds, null, pooled, null_pooled = self.pipeline.encode_prompt(
-            prompts, None, None, negative_prompt=negative_prompt, do_classifier_free_guidance=guided
-        )
-        prompt = {"encoder_hidden_states": embeds, "pooled_projections": pooled}
-        if not guided:
-            return prompt
-        negative = {"encoder_hidden_states": null, "pooled_projections": null_pooled}
-        return _guided(prompt, negative, guidance_scale)
-
-    def sigmas(self, num_steps: int) -> dict[str, Any]:
-        return {}
-
-    def network(self, x: Tensor, sigma: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        timestep = sigma * self.pipeline.scheduler.config.num_train_timesteps
-        return self.pipeline.transformer(x, timestep=timestep, **cond, return_dict=False)[0]
-
-
-class _Flux:
-    editing, inversion = FLUX_EDITING, FLUX_INVERSION
-
-    def __init__(self, pipeline: Any):
-        self.pipeline = pipeline
-        self.distilled = pipeline.transformer.config.guidance_embeds
-
-    def encode_prompt(self, prompts, guidance_scale, negative_prompt, true_cfg_scale):
-        if guidance_scale != 1 and not self.distilled:
-            raise ValueError(
-                f"guidance_scale must be 1 for a FLUX without embedded guidance, "
-                f"got {guidance_scale}; its classifier-free guidance is true_cfg_scale"
-            )
-        prompt = self._encode(prompts, guidance_scale)
-        if true_cfg_scale == 1:
-            return prompt
-        negative = self._encode([negative_prompt] * len(prompts), guidance_scale)
-        return _guided(prompt, negative, true_cfg_scale)
-
-    def _encode(self, prompts: list[str], guidance_scale: float) -> dict[str, Tensor]:
-        embeds, pooled, _ = self.pipeline.encode_prompt(prompts, None)
-        cond = {"encoder_hidden_states": embeds, "pooled_projections": pooled}
-        if self.distilled:
-            cond["guidance"] = torch.full((len(prompts),), guidance_scale, device=embeds.device)
-        return cond
-
-    def sigmas(self, num_steps: int) -> dict[str, Any]:
-        if self.pipeline.scheduler.config.get("use_flow_sigmas"):
-            return {}
-        return {"sigmas": torch.linspace(1, 1 / num_steps, num_steps, dtype=torch.float64).numpy()}
-
-    def network(self, x: Tensor, sigma: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        """The transformer sees 2x2 patches as tokens, with the places of theirs and of the text."""
-        batch, channels, height, width = x.shape
-        patches = x.reshape(batch, channels, height // 2, 2, width // 2, 2)
-        tokens = patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, 4 * channels)
-        places = torch.zeros(height // 2, width // 2, 3, device=x.device, dtype=x.dtype)
-        places[..., 1] = torch.arange(height // 2)[:, None]
-        places[..., 2] = torch.arange(width // 2)
-        text_places = places.new_zeros(cond["encoder_hidden_states"].shape[1], 3)
-        out = self.pipeline.transformer(
-            tokens,
-            timestep=(1000 * sigma).to(x.dtype) / 1000,  # rounded as the pipeline does
-            img_ids=places.flatten(0, 1),
-            txt_ids=text_places,
-            **cond,
-            return_dict=False,
-        )[0]
-        patches = out.reshape(batch, height // 2, width // 2, channels, 2, 2)
-        return cast(Tensor, patches.permute(0, 3, 1, 4, 2, 5).reshape(x.shape))

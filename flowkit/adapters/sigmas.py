@@ -1,4 +1,4 @@
-"""Grids as the noise levels of diffusers' flow-matching pipelines."""
+"""Grids as noise levels of diffusers' schedulers."""
 
 from collections.abc import Sequence
 
@@ -8,21 +8,24 @@ from flowkit.checks import as_grid, check_positive
 
 
 def to_sigmas(grid: Tensor | Sequence[float] | int, shift: float = 1.0) -> list[float]:
-    """Return a grid as ``sigmas=`` of diffusers' ``FlowMatchEulerDiscreteScheduler``.
+    """Convert a grid to the argument ``sigmas`` of diffusers' ``FlowMatchEulerDiscreteScheduler``.
 
-    ``σ = 1 − t`` at the start of each step; the scheduler appends the last one, 0, itself. It also
-    shifts what it is given, ``σ ↦ shift σ / (1 + (shift−1) σ)``, which is undone beforehand, so
-    that the pipeline steps exactly on the grid. Its Euler steps are then flowkit's, with
-    ``v(x, t) = −model(x, 1000 (1 − t))``.
+    The noise levels are ``σ = 1 − t`` at the start of each step. The scheduler itself appends the
+    last level 0. The scheduler also shifts the levels by ``σ ↦ shift σ / (1 + (shift−1) σ)``. This
+    function applies the inverse shift first, so the pipeline steps exactly on the grid. The
+    pipeline's Euler steps then equal flowkit's, with ``v(x, t) = −model(x, 1000 (1 − t))``.
 
     Args:
-        grid: Times ending at 1, or a number of uniform steps. A grid that starts after 0 is for
-            image to image.
-        shift: The scheduler's own: ``scheduler.config.shift``, 3 for Stable Diffusion 3; with
-            ``use_dynamic_shifting`` it is ``exp(mu)``.
+        grid: Times that end at 1, or a number of uniform steps. A grid with a start above 0 is for
+            image-to-image pipelines.
+        shift: Shift of the scheduler, positive: ``scheduler.config.shift``, which is 3 for Stable
+            Diffusion 3. With ``use_dynamic_shifting``, the shift is ``exp(mu)``.
+
+    Returns:
+        Noise levels, one per step.
 
     Raises:
-        ValueError: If the grid does not end at 1.
+        ValueError: If the grid does not end at 1 or ``shift`` is not positive.
 
     >>> to_sigmas([0.0, 0.5, 1.0])
     [1.0, 0.5]

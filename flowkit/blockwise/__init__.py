@@ -1,7 +1,18 @@
-"""Blockwise flow matching: networks with a block for each segment of time."""
+"""Blockwise flow matching: networks with one small block for each segment of time.
+
+A `Blockwise` velocity has a trunk, which computes features, and one stack of blocks per segment,
+which computes the velocity. Sampling is cheaper than with one large network: each step runs one
+stack only, and the features can be reused within a segment. `BlockwiseDiT` serves images and
+latents, `BlockwiseMLP` serves points and small images. `allocate_steps` and `equal_burden`
+distribute steps and segments over time.
+
+Source: *Blockwise Flow Matching: Improving Flow Matching Models For Efficient High-Quality
+Generation*, 2025 (arXiv 2510.21167).
+"""
 
 from flowkit.blockwise.alignment import DINOv2, StoredTokens, alignment_loss, store_tokens
 from flowkit.blockwise.allocation import Allocation, allocate_steps
+from flowkit.blockwise.burden import equal_burden, loss_by_time
 from flowkit.blockwise.dit import BlockwiseDiT
 from flowkit.blockwise.drift import Drift, feature_drift
 from flowkit.blockwise.flops import (
@@ -15,10 +26,10 @@ from flowkit.blockwise.flops import (
     used_flops,
 )
 from flowkit.blockwise.flow import Blockwise
-from flowkit.blockwise.losses import blockwise_loss, draw_segments, loss_by_time, residual_loss
+from flowkit.blockwise.losses import blockwise_loss, draw_segments, residual_loss
 from flowkit.blockwise.masked_encoder import MaskedEncoder, train_masked_encoder
 from flowkit.blockwise.mlp import BlockwiseMLP
-from flowkit.blockwise.parts import Usage, copies, equal_burden
+from flowkit.blockwise.parts import Usage, copies
 
 __all__ = [
     "Allocation",

@@ -1,4 +1,4 @@
-"""How many steps each segment of a blockwise flow should get."""
+"""Allocation of a budget of steps to the segments of a blockwise flow."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -13,9 +13,16 @@ from flowkit.boss import bellman_grid, step_costs
 from flowkit.checks import check_at_least
 from flowkit.types import Cond
 
+_State = tuple[float, float, tuple[Tensor, ...]]
+"""Price, error and grids of some segments."""
+
 
 class Allocation(NamedTuple):
-    """``grid``: times with all edges. ``steps``: per segment. ``error`` and ``price``: in all."""
+    """Result of `allocate_steps`.
+
+    ``grid``: times, with all edges. ``steps``: number of steps per segment. ``error`` and
+    ``price``: sums over all segments.
+    """
 
     grid: Tensor
     steps: list[int]
@@ -33,26 +40,32 @@ def allocate_steps(
     fine_steps: int = 16,
     costs: Tensor | None = None,
 ) -> Allocation:
-    """Return the Euler grid of least error that costs no more than the budget.
+    """Return the Euler grid with the least error within a budget.
 
-    The error of ``n`` steps in a segment is that of their Bellman grid, the sum of single steps'
-    errors (see `flowkit.boss`); their price is that of a first step, which runs the trunk, and
-    ``n − 1`` later ones. Which segment gets how many is then found exactly.
+    The error of ``n`` steps in a segment is the error of their Bellman grid: the sum of the
+    single-step errors (see `flowkit.boss`). The price of ``n`` steps is the price of one first
+    step, which runs the trunk, plus ``n − 1`` times the price of a later step. The allocation is
+    exact: no other choice of Bellman grids has a smaller error within the budget.
 
     Args:
-        flow: Its full features are judged, whatever its mode.
+        flow: The blockwise flow. Errors are those of full features, for any ``feature_mode``.
         x0: Noise ``(B, *)``.
-        prices: For each segment that of its first and of a later step, in any unit; see
-            `flowkit.blockwise.step_prices`.
-        budget: In the same unit.
+        prices: For each segment, the price of its first step and the price of a later step, in any
+            unit; see `flowkit.blockwise.step_prices`.
+        budget: Largest sum of prices, in the same unit.
         cond: Conditions of the noise.
-        fine_steps: Steps of the reference in each segment, and the most that one can get.
-        costs: What `flowkit.boss.step_costs` found on ``grids.blockwise(flow.edges, fine_steps)``,
-            of the flow under guidance or to be used for several budgets; None finds them.
+        fine_steps: Steps of the reference in each segment, and the largest number of steps of a
+            segment.
+        costs: Result of `flowkit.boss.step_costs` on ``grids.blockwise(flow.edges, fine_steps)``.
+            Pass these costs for a flow with guidance, or to allocate several budgets. With
+            ``None``, the function computes them.
+
+    Returns:
+        The grid, the steps per segment, the error and the price.
 
     Raises:
-        ValueError: If prices are not one pair for each segment, the budget does not pay one step
-            in each, or costs are of another grid.
+        ValueError: If ``prices`` do not hold one pair per segment, the budget is too small for one
+            step in each segment, or ``costs`` belong to another grid.
 
     >>> from flowkit.blockwise.mlp import BlockwiseMLP
     >>> flow = BlockwiseMLP((2,), edges=2, width=16)
@@ -69,10 +82,10 @@ def allocate_steps(
         costs = step_costs(flow, x0, fine, cond)
     elif costs.shape != (len(fine), len(fine)):
         raise ValueError(
-            f"costs must be of the {len(fine)} times of grids.blockwise(edges, {fine_steps}), "
+            f"costs must belong to the {len(fine)} times of grids.blockwise(edges, {fine_steps}), "
             f"got shape {tuple(costs.shape)}"
         )
-    frontier = [(0.0, 0.0, ())]  # (price, error, grids) of the segments so far, none dominated
+    frontier: list[_State] = [(0.0, 0.0, ())]  # (price, error, grids) of the first segments
     for m, (first, later) in enumerate(prices):
         part = slice(m * fine_steps, (m + 1) * fine_steps + 1)
         choices = _choices(costs[part, part], fine[part])
@@ -86,14 +99,14 @@ def allocate_steps(
         )
     if not frontier:
         least = sum(first for first, _ in prices)
-        raise ValueError(f"budget must pay a step in each segment, {least}, got {budget}")
+        raise ValueError(f"budget must pay one step in each segment, {least}, got {budget}")
     price, error, parts = frontier[-1]
     grid = torch.cat([fine[:1], *(times[1:] for times in parts)])
     return Allocation(grid, [len(times) - 1 for times in parts], error, price)
 
 
 def _choices(costs: Tensor, fine: Tensor) -> list[tuple[float, Tensor]]:
-    """Error and times of 1, 2, … steps."""
+    """Return the error and the times of 1, 2, … steps in one segment."""
     found = []
     for n in range(1, len(fine)):
         times = bellman_grid(costs, fine, n)
@@ -102,8 +115,8 @@ def _choices(costs: Tensor, fine: Tensor) -> list[tuple[float, Tensor]]:
     return found
 
 
-def _undominated(states: list, budget: float) -> list:
-    """Those within the budget that no cheaper one beats, by rising price and falling error."""
+def _undominated(states: list[_State], budget: float) -> list[_State]:
+    """Return the states within the budget that no cheaper state beats in error, sorted by price."""
     kept = []
     for state in sorted(states, key=lambda s: s[:2]):
         if state[0] <= budget * (1 + 1e-12) and (not kept or state[1] < kept[-1][1]):

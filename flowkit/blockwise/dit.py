@@ -1,8 +1,8 @@
-"""The transformer of blockwise flow matching.
+"""Transformer of blockwise flow matching.
 
-Source: *Blockwise Flow Matching*, 2025 (arXiv 2510.21167); rotary positions after Su et al. 2021
-(arXiv 2104.09864), normalized queries and keys after Dehghani et al. 2023 (arXiv 2302.05442),
-low-rank modulation after Hu et al. 2021 (arXiv 2106.09685).
+Sources: *Blockwise Flow Matching*, 2025 (arXiv 2510.21167); rotary positions: Su et al., 2021
+(arXiv 2104.09864); normalized queries and keys: Dehghani et al., 2023 (arXiv 2302.05442); low-rank
+modulation: Hu et al., 2021 (arXiv 2106.09685).
 """
 
 from collections.abc import Sequence
@@ -21,33 +21,42 @@ from flowkit.types import Cond
 
 
 class BlockwiseDiT(Blockwise):
-    """A blockwise diffusion transformer; with the defaults the published XL/2.
+    """Blockwise diffusion transformer; the defaults are the published size XL/2.
 
-    The *trunk* is a transformer of its own over patches, conditioned by ``c``, the embedding of
-    time and label. The *stacks* read the patches of ``x_t`` anew, and the features only through
-    their modulation, by ``[c; h_token]`` for each token. Stacks of one width share their patch
-    embedding, the larger part of their modulation and the output layer; these and the embedding
-    lie in the trunk. Each stack's own parameters are its blocks alone, so that it can be frozen,
-    trained or replaced by itself.
+    The *trunk* is a complete transformer over patches. Its condition ``c`` is the embedding of time
+    and label. The *stacks* embed the patches of ``x_t`` again. They read the trunk's features
+    through their modulation only, which has the condition ``[c; h_token]`` for each token.
+
+    Stacks of equal width share their patch embedding, the larger part of their modulation and their
+    output layer. These shared layers and the embedding of time and label are parameters of the
+    trunk. A stack itself owns its blocks only, so one stack can be frozen, trained or replaced
+    alone.
 
     Args:
         shape: ``(C, H, W)`` of the state.
-        edges: Ends of the segments from 0 to 1, or their number.
+        edges: Ends of the segments from 0 to 1, or the number of equal segments.
         patch: Side of a patch in pixels; divides ``H`` and ``W``.
         width: Size of a token of the trunk.
-        heads: Attention heads; a multiple of 4 numbers in each.
-        trunk_depth: Blocks of the trunk.
-        stack_depth: Blocks of every stack, or of each.
-        stack_width: Size of a stack's tokens, likewise; None for ``width``.
-        residual_depth: Blocks of the feature residual; None for a flow without one.
-        sees_start: The feature residual also reads the features at the segment's start.
-        rank: Of a block's own modulation; None for a quarter of its width.
+        heads: Number of attention heads; ``width / heads`` is a multiple of 4.
+        trunk_depth: Number of blocks of the trunk.
+        stack_depth: Number of blocks of a stack: one number for all stacks, or one number per
+            segment.
+        stack_width: Size of a stack's tokens: one number, or one number per segment; ``None`` means
+            ``width``.
+        residual_depth: Number of blocks of the feature residual; ``None`` means no feature
+            residual.
+        sees_start: Whether the feature residual also reads the features at the start of the
+            segment.
+        rank: Rank of a block's own modulation; ``None`` means a quarter of its width.
         mlp_ratio: Hidden size of a block's perceptron in units of its width.
-        num_classes: For labels ``(B,)`` in ``[0, num_classes]``; the last is the null label.
-        feature_mode: See `Blockwise`.
+        num_classes: Number of classes, for labels ``(B,)`` in ``[0, num_classes]``; the last label
+            is the null label.
+        feature_mode: Mode of the features in a solve, see `Blockwise`.
 
     Raises:
         ValueError: If sizes do not fit together, or depths or widths are not one per segment.
+
+    Source: *Blockwise Flow Matching*, 2025 (arXiv 2510.21167).
 
     >>> flow = BlockwiseDiT((1, 8, 8), edges=3, width=32, heads=2, trunk_depth=2, stack_depth=1)
     >>> flow(torch.randn(4, 1, 8, 8), torch.rand(4)).abs().max()
@@ -70,7 +79,7 @@ class BlockwiseDiT(Blockwise):
         mlp_ratio: float = 4.0,
         num_classes: int | None = None,
         feature_mode: str = "full",
-    ):
+    ) -> None:
         count = len(check_edges(edges)) - 1
         depths = each(stack_depth, count, "stack_depth")
         widths = each(width if stack_width is None else stack_width, count, "stack_width")
@@ -87,7 +96,7 @@ class BlockwiseDiT(Blockwise):
 
 
 class DiTTrunk(nn.Module):
-    """Features ``h (B, N, width)``: tokens of a transformer conditioned by time and label.
+    """Trunk: features ``h (B, N, width)``, tokens of a transformer conditioned by time and label.
 
     See `BlockwiseDiT` for the arguments.
     """
@@ -103,7 +112,7 @@ class DiTTrunk(nn.Module):
         heads: int,
         rank: int | None = None,
         mlp_ratio: float = 4.0,
-    ):
+    ) -> None:
         super().__init__()
         check_at_least(depth, 1, "trunk_depth")
         self.shape, self.width = tuple(int(n) for n in shape), width
@@ -117,7 +126,7 @@ class DiTTrunk(nn.Module):
         self.heads = nn.ModuleDict()
 
     def features(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
-        """Tokens ``(B, N, width)`` at ``x (B, C, H, W)`` and ``t (B,)``."""
+        """Return tokens ``(B, N, width)`` at ``x (B, C, H, W)`` and ``t (B,)``."""
         check_state(x, t, self.shape)
         c = F.silu(self.embedding(t, cond)[:, None])
         h, shared = self.patches(x), self.modulation(c)
@@ -127,9 +136,9 @@ class DiTTrunk(nn.Module):
 
 
 class _Head(nn.Module):
-    """What stacks of one width share: their way in, most of their modulation, their way out."""
+    """Shared layers of stacks of one width: patch embedding, modulation and output layer."""
 
-    def __init__(self, shape: Sequence[int], patch: int, width: int, trunk_width: int):
+    def __init__(self, shape: Sequence[int], patch: int, width: int, trunk_width: int) -> None:
         super().__init__()
         inputs = trunk_width + trunk_width  # [c; h_token]
         self.patches = PatchEmbed(shape, patch, width)
@@ -138,7 +147,7 @@ class _Head(nn.Module):
 
 
 class DiTStack(nn.Module):
-    """The blocks of one segment, which read features through their modulation alone.
+    """Blocks of one segment, which read the features through their modulation only.
 
     See `BlockwiseDiT` for the arguments.
     """
@@ -152,7 +161,7 @@ class DiTStack(nn.Module):
         heads: int,
         rank: int | None = None,
         mlp_ratio: float = 4.0,
-    ):
+    ) -> None:
         super().__init__()
         check_at_least(depth, 1, "stack_depth")
         self.trunk, self.width = Part(trunk), width
@@ -162,7 +171,7 @@ class DiTStack(nn.Module):
         )
 
     def velocity(self, x: Tensor, t: Tensor, cond: Cond, h: Tensor) -> Tensor:
-        """Velocity ``(B, C, H, W)`` at ``x`` and ``t (B,)``, given features ``h (B, N, width)``."""
+        """Return the velocity ``(B, C, H, W)`` for features ``h (B, N, width)``."""
         trunk = self.trunk.module
         check_state(x, t, trunk.shape)
         head = cast(_Head, trunk.heads[str(self.width)])
@@ -175,16 +184,19 @@ class DiTStack(nn.Module):
 
 
 class DiTResidual(nn.Module):
-    """R of feature residual approximation: what a few blocks add to the trunk's patch embedding.
+    """Feature residual ``R``: a few blocks on the trunk's patch embedding, minus the embedding.
 
-    Zero at the start, since the blocks' gates are.
+    A new residual is zero, because the gates of its blocks are zero.
 
     Args:
-        trunk: Whose features it corrects.
-        depth: Number of blocks.
-        heads: Attention heads.
+        trunk: Trunk of the corrected features.
+        depth: Number of blocks, at least 1.
+        heads: Number of attention heads.
         mlp_ratio: Hidden size of a block's perceptron in units of its width.
-        sees_start: Also read the features at the segment's start.
+        sees_start: Whether the residual also reads the features at the start of the segment.
+
+    Raises:
+        ValueError: If ``depth`` is below 1.
     """
 
     def __init__(
@@ -194,7 +206,7 @@ class DiTResidual(nn.Module):
         heads: int,
         mlp_ratio: float = 4.0,
         sees_start: bool = False,
-    ):
+    ) -> None:
         super().__init__()
         check_at_least(depth, 1, "residual_depth")
         self.trunk, self.sees_start = Part(trunk), sees_start
@@ -206,7 +218,14 @@ class DiTResidual(nn.Module):
     def forward(
         self, x: Tensor, t: Tensor, cond: Cond = None, start: Tensor | None = None
     ) -> Tensor:
-        """Residual ``(B, N, width)`` at ``x (B, C, H, W)`` and ``t (B,)``."""
+        """Return the residual ``(B, N, width)`` at ``x (B, C, H, W)`` and ``t (B,)``.
+
+        Args:
+            x: States ``(B, C, H, W)``.
+            t: Times ``(B,)``.
+            cond: Labels ``(B,)``.
+            start: Features ``(B, N, width)`` at the start of the segment, with ``sees_start``.
+        """
         trunk = self.trunk.module
         check_state(x, t, trunk.shape)
         c, inputs = trunk.embedding(t, cond)[:, None], trunk.patches(x)
@@ -219,10 +238,12 @@ class DiTResidual(nn.Module):
 
 
 class _Block(DiTBlock):
-    """A `DiTBlock` with normalized queries and keys and rotary positions.
+    """`DiTBlock` with normalized queries and keys and with rotary positions.
 
-    With ``cond_width`` its modulation is shared but for a low-rank part, and it is called with
-    ``(activated condition, shared modulation)``; without, with a condition of its own width.
+    With ``cond_width``, the block shares its modulation with other blocks, except for its own
+    low-rank part. Its second argument is then ``(activated condition, shared modulation)``. Without
+    ``cond_width``, the block has its own modulation, and the second argument is the condition
+    ``c``.
     """
 
     cos: Tensor
@@ -236,7 +257,7 @@ class _Block(DiTBlock):
         mlp_ratio: float,
         cond_width: int | None = None,
         rank: int | None = None,
-    ):
+    ) -> None:
         super().__init__(width, heads, mlp_ratio)
         size = width // heads
         if size % 4:
@@ -248,6 +269,7 @@ class _Block(DiTBlock):
             self.register_buffer(name, table, persistent=False)
 
     def _attend(self, h: Tensor) -> Tensor:
+        """Return attention with normalized queries and keys and rotary positions."""
         b, n, width = h.shape
         q, k, v = self.qkv(h).reshape(b, n, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         q, k = (rotate(a, self.cos, self.sin).to(v) for a in (self.norm_q(q), self.norm_k(k)))
@@ -256,22 +278,30 @@ class _Block(DiTBlock):
 
 
 class _LowRank(nn.Module):
-    """``shared + U V c``, with ``U`` zero at the start."""
+    """Modulation ``shared + U V c``, with ``U = 0`` at the start."""
 
-    def __init__(self, inputs: int, rank: int, outputs: int):
+    def __init__(self, inputs: int, rank: int, outputs: int) -> None:
         super().__init__()
         self.down, self.up = nn.Linear(inputs, rank), zeroed(nn.Linear(rank, outputs))
 
     def forward(self, cond: tuple[Tensor, Tensor]) -> Tensor:
+        """Return the modulation for ``(activated condition, shared modulation)``."""
         activated, shared = cond
         return shared + self.up(self.down(activated))
 
 
 def rotary(sides: Sequence[int], size: int, theta: float = 1e4) -> tuple[Tensor, Tensor]:
-    """Cosines and sines ``(N, size)`` of axial rotary positions on a grid of tokens.
+    """Return cosines and sines ``(N, size)`` of axial rotary positions on a grid of tokens.
 
-    The first half of a head turns with the token's row, the second with its column, in pairs
-    ``(i, i + size/4)`` of angle ``position · θ^(−4i/size)``.
+    The first half of a head rotates by the token's row, the second half by the token's column. The
+    pair ``(i, i + size/4)`` has the angle ``position · θ^(−4i/size)``.
+
+    Args:
+        sides: Rows and columns of the grid, ``N = rows·columns``.
+        size: Size of a head, a multiple of 4.
+        theta: Base ``θ`` of the frequencies.
+
+    Source: Su et al., 2021 (arXiv 2104.09864), one axis at a time.
 
     >>> cos, sin = rotary((1, 2), 4)
     >>> sin
@@ -285,6 +315,6 @@ def rotary(sides: Sequence[int], size: int, theta: float = 1e4) -> tuple[Tensor,
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn ``x (..., N, size)`` by the angles of `rotary`."""
+    """Rotate ``x (..., N, size)`` by the angles of `rotary`."""
     a, b, c, d = x.chunk(4, -1)
     return x * cos + torch.cat([-b, a, -d, c], -1) * sin

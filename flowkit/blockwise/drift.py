@@ -1,4 +1,4 @@
-"""How far reused features drift from what the trunk would say."""
+"""Drift of reused features: their error against the trunk's current features."""
 
 from typing import Any, NamedTuple, cast
 
@@ -14,9 +14,10 @@ from flowkit.velocity import Velocity
 class Drift(NamedTuple):
     """Errors of reused features along a solve, by step.
 
-    ``times (n,)`` where steps begin; ``segment (n,)``; ``fraction (n,)`` of the segment before
-    them; ``errors``: for ``"cached"`` and, with a feature residual, ``"fra"``, the root mean
-    square error ``(n,)`` in units of the features' own root mean square.
+    ``times (n,)``: starts of the steps. ``segment (n,)``: segment of each step. ``fraction (n,)``:
+    part of the segment before the step. ``errors``: root mean square errors ``(n,)`` by mode,
+    ``"cached"`` and, with a feature residual, ``"fra"``, in units of the root mean square of the
+    features.
     """
 
     times: Tensor
@@ -25,9 +26,10 @@ class Drift(NamedTuple):
     errors: dict[str, Tensor]
 
     def rates(self) -> dict[str, list[float]]:
-        """Errors per whole segment, ``M`` for each mode: the largest ``error / fraction``.
+        """Return the largest ``error / fraction`` of each segment, ``M`` numbers for each mode.
 
-        Segments of a single step, whose features are never reused, have rate 0.
+        This is the error per whole segment. A segment with a single step reuses no features, so its
+        rate is 0.
         """
         later, result = self.fraction > 1e-6, {}
         for mode, errors in self.errors.items():
@@ -41,7 +43,7 @@ class Drift(NamedTuple):
         return result
 
     def table(self) -> str:
-        """A row per segment: mean and largest error of each mode."""
+        """Return a table as text, with the mean and largest error of each segment and mode."""
         rows = [f"{'segment':>7} {'from':>6} " + "".join(f"{m:>17}" for m in self.errors)]
         for m in self.segment.unique().tolist():
             mine = (self.segment == m) & (self.fraction > 1e-6)
@@ -62,27 +64,30 @@ def feature_drift(
     *,
     velocity: Velocity | None = None,
 ) -> Drift:
-    """Measure cached and approximated features along Euler steps made with full features.
+    """Measure the errors of cached and approximated features along Euler steps with full features.
 
     Args:
-        flow: With a trunk; its ``feature_mode`` does not matter.
+        flow: Blockwise flow with a trunk; its ``feature_mode`` has no effect.
         x0: States ``(B, *)`` at the first time.
-        grid: From 0 to 1, the edges included; or a number of uniform steps.
-        cond: Their conditions.
-        velocity: The field whose path is followed, such as the flow under guidance; None is the
-            flow itself.
+        grid: Times with all edges of the flow, or a number of uniform steps.
+        cond: Conditions of the states.
+        velocity: Velocity of the Euler steps, for example the flow with guidance; ``None`` means
+            the flow itself.
+
+    Returns:
+        Errors of ``"cached"`` and, with a feature residual, of ``"fra"`` features at each step.
 
     Raises:
-        ValueError: If the flow has no trunk or the grid not the edges.
+        ValueError: If the flow has no trunk or the grid misses an edge.
 
     >>> from flowkit.blockwise.mlp import BlockwiseMLP
     >>> flow = BlockwiseMLP((2,), edges=2, width=16, residual_depth=1).eval()
     >>> drift = feature_drift(flow, torch.randn(8, 2), 8)
-    >>> bool((drift.errors["fra"] == drift.errors["cached"]).all())  # an untrained residual
+    >>> bool((drift.errors["fra"] == drift.errors["cached"]).all())  # a new residual is zero
     True
     """
     if flow.trunk is None:
-        raise ValueError("trunk must be given for features to drift, got None")
+        raise ValueError("trunk must be a network to measure the drift of features, got None")
     times = as_grid(grid)
     modes = ("cached",) if flow.feature_residual is None else ("cached", "fra")
     probes = {mode: BlockwiseSolve(flow, mode) for mode in modes}

@@ -1,4 +1,4 @@
-"""What a network computes, counted by torch; and what the parts of a `Blockwise` cost."""
+"""Floating-point operations of networks, and of the parts of a `Blockwise` flow."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -14,10 +14,10 @@ from flowkit.velocity import Velocity
 
 
 class Flops(NamedTuple):
-    """Floating-point operations of matrix products and convolutions, two per multiply-add.
+    """Floating-point operations of matrix products and convolutions; a multiply-add counts as two.
 
-    ``linear``: all but attention's two products, ``q kᵀ`` and ``weights · v``, which are
-    ``attention``. Papers differ in whether they count these.
+    ``attention``: the two products of attention, ``q kᵀ`` and ``weights · v``. ``linear``: all
+    other products. Some papers count attention's products, some do not.
     """
 
     linear: int
@@ -25,15 +25,20 @@ class Flops(NamedTuple):
 
     @property
     def total(self) -> int:
-        """With attention products."""
+        """Sum of ``linear`` and ``attention``."""
         return self.linear + self.attention
 
 
 @torch.no_grad()
 def count_flops(function: Callable[..., Any], *args: Any) -> Flops:
-    """Run a function once and count, by `torch.utils.flop_counter`; also on the meta device.
+    """Run a function once and count its operations, also on the meta device.
 
-    Batched products are taken to be attention's, as in all networks of flowkit.
+    The counter is ``torch.utils.flop_counter``. Batched products count as attention; in flowkit's
+    networks, only attention uses batched products.
+
+    Args:
+        function: The function.
+        *args: Its arguments.
 
     >>> count_flops(torch.nn.Linear(3, 5), torch.zeros(2, 3))
     Flops(linear=60, attention=0)
@@ -41,8 +46,8 @@ def count_flops(function: Callable[..., Any], *args: Any) -> Flops:
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    # Spelt out by this backend, attention is counted on every device; the fused kernels of CPUs
-    # are not known to the counter.
+    # The counter does not know the fused attention kernels of CPUs. This backend computes
+    # attention from single products, which the counter knows on every device.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         function(*args)
     counts = counter.get_flop_counts().get("Global", {})
@@ -52,12 +57,16 @@ def count_flops(function: Callable[..., Any], *args: Any) -> Flops:
 
 
 def part_flops(flow: Blockwise, x: Tensor, cond: Cond = None) -> dict[str, Flops]:
-    """What each part takes for one sample, by its name in the flow's ``usage``.
+    """Return the operations of each part for one sample, by the part's name in ``flow.usage``.
 
     Args:
-        flow: In any ``feature_mode``; its counts of calls are left alone.
-        x: States ``(B, *)``, the first of which is used.
-        cond: Their conditions.
+        flow: Blockwise flow in any ``feature_mode``; its counts of calls do not change.
+        x: States ``(B, *)``; the function uses the first state.
+        cond: Conditions of the states.
+
+    >>> from flowkit.blockwise.mlp import BlockwiseMLP
+    >>> sorted(part_flops(BlockwiseMLP((2,), edges=2, width=16), torch.zeros(1, 2)))
+    ['stacks.0', 'stacks.1', 'trunk']
     """
     x, t, cond = _first(flow, x, cond)
     parts, h = {}, None
@@ -73,7 +82,17 @@ def part_flops(flow: Blockwise, x: Tensor, cond: Cond = None) -> dict[str, Flops
 
 
 def used_flops(usage: Usage, parts: Mapping[str, Flops]) -> Flops:
-    """What all the rows of some solves took: see `part_flops`."""
+    """Return the operations of all counted rows.
+
+    Args:
+        usage: Counts of rows of some solves.
+        parts: Operations of each part for one sample, see `part_flops`.
+
+    >>> usage = Usage()
+    >>> usage.add("trunk", rows=3)
+    >>> used_flops(usage, {"trunk": Flops(linear=10, attention=2)})
+    Flops(linear=30, attention=6)
+    """
     rows = usage.rows
     return Flops(
         sum(parts[name].linear * count for name, count in rows.items()),
@@ -82,23 +101,37 @@ def used_flops(usage: Usage, parts: Mapping[str, Flops]) -> Flops:
 
 
 def network_flops(velocity: Velocity, x: Tensor, cond: Cond = None) -> Flops:
-    """What one call of a velocity takes for one sample: see `part_flops` for the arguments."""
+    """Return the operations of one call of a velocity for one sample.
+
+    Args:
+        velocity: The velocity.
+        x: States ``(B, *)``; the function uses the first state.
+        cond: Conditions of the states.
+
+    >>> network_flops(lambda x, t, cond: x @ torch.ones(3, 3), torch.zeros(5, 3))
+    Flops(linear=18, attention=0)
+    """
     return count_flops(velocity, *_first(velocity, x, cond))
 
 
 def solve_cost(flow: Blockwise, x: Tensor, cond: Cond, num_samples: int) -> dict[str, Any]:
-    """What a flow's solves computed since its ``usage`` was cleared, for their record.
+    """Return the cost of a flow's solves since ``flow.usage.clear()``, as a record.
 
     Args:
-        flow: What was sampled from.
-        x: States ``(B, *)``, the first of which is used.
-        cond: Their conditions.
-        num_samples: How many were drawn.
+        flow: The sampled flow.
+        x: States ``(B, *)``; the function uses the first state.
+        cond: Conditions of the states.
+        num_samples: Number of samples of these solves.
 
     Returns:
-        ``feature_mode``, the share of each segment that features are carried over at most
-        (``reach``), the ``calls`` of each part in all, and ``gflops`` and
-        ``gflops_without_attention`` per sample.
+        ``feature_mode``; ``reach``, the largest part of each segment over which features are
+        reused; ``calls`` of each part; and ``gflops`` and ``gflops_without_attention`` per sample.
+
+    >>> from flowkit.blockwise.mlp import BlockwiseMLP
+    >>> flow, x = BlockwiseMLP((2,), edges=2, width=16), torch.zeros(4, 2)
+    >>> v = flow(x, torch.full((4,), 0.7))
+    >>> solve_cost(flow, x, None, num_samples=4)["calls"]
+    {'stacks.1': 1, 'trunk': 1}
     """
     flops = used_flops(flow.usage, part_flops(flow, x, cond))
     return {
@@ -111,19 +144,26 @@ def solve_cost(flow: Blockwise, x: Tensor, cond: Cond, num_samples: int) -> dict
 
 
 def _first(velocity: Any, x: Tensor, cond: Cond) -> tuple[Tensor, Tensor, Cond]:
-    """The first sample, at time 0, on the velocity's device."""
+    """Return the first sample, at time 0, on the velocity's device."""
     weight = next(velocity.parameters(), x) if isinstance(velocity, torch.nn.Module) else x
     cond = to_device(take(cond, slice(0, 1)), weight.device)
     return x[:1].to(weight.device), torch.zeros(1, device=weight.device), cond
 
 
 def step_prices(parts: Mapping[str, Flops], segment: int, mode: str = "fra") -> tuple[int, int]:
-    """FLOPs of a segment's first Euler step and of each later one, attention included.
+    """Return the operations of a segment's first Euler step and of each later step, with attention.
 
     Args:
-        parts: See `part_flops`.
-        segment: Which.
-        mode: The feature mode.
+        parts: Operations of each part, see `part_flops`.
+        segment: Number of the segment, from 0.
+        mode: The feature mode: ``"full"``, ``"cached"`` or ``"fra"``.
+
+    Raises:
+        KeyError: If ``parts`` do not hold the segment or a part that the mode needs.
+
+    >>> parts = {"trunk": Flops(6, 0), "stacks.0": Flops(4, 0), "feature_residual": Flops(1, 0)}
+    >>> step_prices(parts, 0)
+    (10, 5)
     """
     stack = parts[f"stacks.{segment}"].total
     trunk = parts["trunk"].total if "trunk" in parts else 0
@@ -136,14 +176,17 @@ def step_prices(parts: Mapping[str, Flops], segment: int, mode: str = "fra") -> 
 def predicted_gain(
     parts: Mapping[str, Flops], steps: int | Sequence[int], attention: bool = True
 ) -> float:
-    """How much less sampling computes with feature residuals than with full features.
+    """Return the ratio of operations with full features to operations with feature residuals.
 
-    ``Σ n_m C_full / Σ [C_full + (n_m − 1) C_fra]`` over the segments.
+    The equation is ``Σ n_m C_full / Σ [C_full + (n_m − 1) C_fra]``, summed over the segments.
 
     Args:
-        parts: See `part_flops`.
-        steps: Euler steps in each segment, a number or one per segment.
+        parts: Operations of each part, see `part_flops`.
+        steps: Number of Euler steps in each segment: one number, or one number per segment.
         attention: Whether attention's products count.
+
+    Raises:
+        ValueError: If a number of steps is below 1, or there is not one number per segment.
 
     >>> parts = {"trunk": Flops(6, 0), "stacks.0": Flops(4, 0), "feature_residual": Flops(1, 0)}
     >>> predicted_gain(parts, 3)

@@ -1,6 +1,7 @@
-"""A velocity in blocks: every segment of time has a small network of its own.
+"""Blockwise velocity: every segment of time has its own small network.
 
-The segments are restrictions of one flow, so that a `Blockwise` is a velocity like any other.
+The segments are parts of one flow, so a `Blockwise` is a velocity like any other.
+
 Source: *Blockwise Flow Matching: Improving Flow Matching Models For Efficient High-Quality
 Generation*, 2025 (arXiv 2510.21167).
 """
@@ -24,38 +25,45 @@ MODES = ("full", "cached", "fra")
 
 
 class Blockwise(nn.Module):
-    """``v(x, t, cond) = stack_m(x, t, cond, h)`` in segment ``m``, with ``h = trunk(x, t, cond)``.
+    """Velocity ``v(x, t, cond) = stack_m(x, t, cond, h)`` for times in segment ``m``.
 
-    The parts are anything with these methods:
+    The features are ``h = trunk(x, t, cond)``.
 
-    - ``trunk.features(x, t, cond) -> h``: the semantic features, ``(B, *)`` (None without a trunk),
-    - ``stack.velocity(x, t, cond, h) -> (B, *)``: one for each segment,
-    - ``feature_residual(x, t, cond) -> (B, *)`` shaped like ``h``; one whose attribute
-      ``sees_start`` is true is called with the start's features as fourth argument.
+    The parts are any objects with these methods:
 
-    In a solve every stage of a step uses the block of the segment in which the *step* lies, also a
-    stage on its right end, and features follow ``feature_mode``. With ``s`` the first evaluation
-    in a segment and ``c(t)`` the fraction of the segment before ``t``, they are
+    - ``trunk.features(x, t, cond) -> h``: the semantic features ``(B, *)``, or ``None`` without a
+      trunk.
+    - ``stack.velocity(x, t, cond, h) -> (B, *)``: one stack per segment.
+    - ``feature_residual(x, t, cond) -> (B, *)`` with the shape of ``h``. If its attribute
+      ``sees_start`` is true, the features at the start of the segment are its fourth argument.
 
-    - ``"full"``: ``F(x_t, t)``, the trunk at every evaluation;
-    - ``"cached"``: ``F(x_s, s)``, the trunk once a segment;
-    - ``"fra"``: ``F(x_s, s) − c(s) R(x_s, s) + c(t) R(x_t, t)``, trunk once, then the small
-      ``feature_residual`` R. As published at the start of a segment, where ``c(s) = 0``; the
-      middle term lets a solve (or a guidance interval) begin or turn back anywhere.
+    In a solve, all evaluations of a step use the stack of the segment that contains the *step*,
+    also an evaluation at the right end of the step. The features depend on ``feature_mode``. Let
+    ``s`` be the time of the first evaluation in a segment, and ``c(t)`` the part of the segment
+    before ``t``:
 
-    Outside of a solve features are always full, and each row goes to the stack of its own time.
-    Caches belong to the solve; ``usage`` counts what the parts did since it was cleared.
+    - ``"full"``: ``F(x_t, t)``. The trunk runs in every evaluation.
+    - ``"cached"``: ``F(x_s, s)``. The trunk runs once per segment.
+    - ``"fra"``: ``F(x_s, s) − c(s) R(x_s, s) + c(t) R(x_t, t)``. The trunk runs once per segment,
+      and the small ``feature_residual`` ``R`` runs in every evaluation. At the start of a segment
+      ``c(s) = 0``, which gives the published equation. The middle term allows a solve (or a
+      guidance interval) to start or to turn back inside a segment.
+
+    Outside of a solve, features are always full, and each row uses the stack of its own time.
+    Caches belong to the solve. ``usage`` counts the calls of the parts since ``usage.clear()``.
 
     Args:
-        trunk: Features for all segments, or None where each stack is a whole network.
-        stacks: One per segment. An object may serve several: they then share their weights.
-        edges: The ``M + 1`` ends of the segments, from 0 to 1; ``M`` means equal segments.
-        feature_residual: R above.
-        feature_mode: Of solves; may be changed later.
+        trunk: Features for all segments, or ``None`` if each stack is a complete network.
+        stacks: One stack per segment. One object may serve several segments, which then share
+            weights.
+        edges: The ``M + 1`` ends of the segments from 0 to 1, or the number ``M`` of equal
+            segments.
+        feature_residual: The feature residual ``R``, or ``None``.
+        feature_mode: Mode of the features in a solve; the attribute may change later.
 
     Raises:
-        ValueError: If edges do not increase from 0 to 1, stacks are not one per segment, or the
-            mode needs a part that is missing.
+        ValueError: If ``edges`` do not increase from 0 to 1, ``stacks`` are not one per segment, or
+            the mode needs a part that is missing.
 
     >>> net = nn.Linear(2, 2)
     >>> class Stack:
@@ -77,14 +85,14 @@ class Blockwise(nn.Module):
         edges: Tensor | Sequence[float] | int,
         feature_residual: Any = None,
         feature_mode: str = "full",
-    ):
+    ) -> None:
         super().__init__()
         self.edges: tuple[float, ...] = check_edges(edges)
         if len(stacks) != self.num_segments:
             raise ValueError(
                 f"stacks must hold one per segment, {self.num_segments}, got {len(stacks)}"
             )
-        # First, so that a copy of the whole copies the trunk before the stacks that refer to it.
+        # The trunk comes first: a deep copy must copy the trunk before the stacks that refer to it.
         self.trunk = trunk
         modules = all(isinstance(stack, nn.Module) for stack in stacks)
         self.stacks = nn.ModuleList(stacks) if modules else list(stacks)
@@ -95,12 +103,12 @@ class Blockwise(nn.Module):
 
     @property
     def num_segments(self) -> int:
-        """M, the number of segments."""
+        """Number of segments ``M``."""
         return len(self.edges) - 1
 
     @property
     def feature_mode(self) -> str:
-        """Where a solve takes features from: ``"full"``, ``"cached"`` or ``"fra"``."""
+        """Mode of the features in a solve: ``"full"``, ``"cached"`` or ``"fra"``."""
         return self._feature_mode
 
     @feature_mode.setter
@@ -108,23 +116,23 @@ class Blockwise(nn.Module):
         check_choice(mode, MODES, "feature_mode")
         for name, needed in (("trunk", mode != "full"), ("feature_residual", mode == "fra")):
             if needed and getattr(self, name) is None:
-                fix = "; the second stage of training makes one" if name != "trunk" else ""
+                fix = "; train one in the second stage" if name != "trunk" else ""
                 raise ValueError(f"{name} must be given for feature_mode {mode!r}, got None{fix}")
         self._feature_mode = mode
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
-        """Velocity ``(B, *)`` at ``x (B, *)`` and ``t (B,)``, from full features."""
+        """Return the velocity ``(B, *)`` at ``x (B, *)`` and ``t (B,)``, from full features."""
         return self.velocity(x, t, cond, self.features(x, t, cond))
 
     def features(self, x: Tensor, t: Tensor, cond: Cond = None) -> Any:
-        """The trunk's features of a whole batch; None without a trunk."""
+        """Return the trunk's features of a whole batch; ``None`` without a trunk."""
         if self.trunk is None:
             return None
         self.usage.add("trunk", len(x))
         return self.trunk.features(x, t, cond)
 
     def residual(self, x: Tensor, t: Tensor, cond: Cond, start: Tensor) -> Tensor:
-        """``R(x, t, cond)`` beside the features ``start`` of the segment's start."""
+        """Return ``R(x, t, cond)``, for features ``start`` at the start of the segment."""
         self.usage.add("feature_residual", len(x))
         seen = (start,) if getattr(self.feature_residual, "sees_start", False) else ()
         return self.feature_residual(x, t, cond, *seen)
@@ -132,14 +140,15 @@ class Blockwise(nn.Module):
     def velocity(
         self, x: Tensor, t: Tensor, cond: Cond, h: Any, segment: Tensor | int | None = None
     ) -> Tensor:
-        """Velocity ``(B, *)`` given features.
+        """Return the velocity ``(B, *)`` for given features.
 
         Args:
             x: States ``(B, *)``.
             t: Times ``(B,)``.
             cond: Conditions.
             h: Features of the batch.
-            segment: Of the batch, or of each row ``(B,)``; None looks it up by ``t``.
+            segment: Segment of the whole batch, or of each row ``(B,)``; ``None`` means the segment
+                of ``t``.
         """
         if isinstance(segment, int):
             self.usage.add(f"stacks.{segment}", len(x))
@@ -156,12 +165,12 @@ class Blockwise(nn.Module):
         return torch.cat(parts)[order.argsort()]
 
     def segment_of(self, t: Tensor) -> Tensor:
-        """Segments ``(B,)`` of times; an inner edge belongs to the segment on its right."""
+        """Return the segments ``(B,)`` of times; an inner edge belongs to the right segment."""
         inner = torch.tensor(self.edges[1:-1], dtype=t.dtype, device=t.device)
         return torch.bucketize(t.contiguous(), inner, right=True)
 
     def fraction(self, t: Any, segment: Any) -> Any:
-        """``c(t)``, how much of a segment lies before ``t``; floats or tensors."""
+        """Return ``c(t)``, the part of a segment before ``t``, as a float or tensor like ``t``."""
         if isinstance(segment, Tensor):
             edges = torch.tensor(self.edges, dtype=t.dtype, device=t.device)
             left, right = edges[segment], edges[segment + 1]
@@ -170,7 +179,7 @@ class Blockwise(nn.Module):
         return (t - left) / (right - left)
 
     def bind(self, cond: Cond = None, grid: Tensor | None = None) -> "BlockwiseSolve":
-        """Prepare for one solve; a grid without the edges is warned about."""
+        """Prepare one solve; warn if the grid misses an edge."""
         if grid is not None:
             low, high = float(grid[0]), float(grid[-1])
             missing = [
@@ -181,21 +190,30 @@ class Blockwise(nn.Module):
             if missing:
                 warnings.warn(
                     "grid must hold the edges between segments, got one without "
-                    f"{[round(edge, 6) for edge in missing]}; they are added: steps over them "
-                    "are made in two parts",
+                    f"{[round(edge, 6) for edge in missing]}; the solve splits steps at these "
+                    "edges",
                     stacklevel=3,
                 )
         return BlockwiseSolve(self, self.feature_mode, self.reach.get(self.feature_mode))
 
     def refresh_beyond(self, rates: Mapping[str, Sequence[float]], tolerance: float) -> None:
-        """Let solves run the trunk again where features are predicted to be off by more.
+        """Let solves run the trunk again when the predicted error of reused features is too large.
 
-        Features carried over a fraction ``c`` of segment ``m`` are predicted to be off by
-        ``rates[mode][m] · c``; see `flowkit.blockwise.Drift.rates`. Checked at each step's start.
+        The predicted error of features reused over a part ``c`` of segment ``m`` is
+        ``rates[mode][m] · c``; see `flowkit.blockwise.Drift.rates`. The solve checks the prediction
+        at the start of each step.
 
         Args:
-            rates: Errors per whole segment, ``M`` for each mode.
-            tolerance: The largest predicted error, as a share of the features' size.
+            rates: Errors per whole segment, ``M`` numbers for each mode.
+            tolerance: Largest predicted error, relative to the size of the features, at least 0.
+
+        Raises:
+            ValueError: If ``tolerance`` is negative.
+
+        >>> flow = Blockwise(None, [nn.Identity()] * 2, edges=2)
+        >>> flow.refresh_beyond({"fra": [0.5, 0.2]}, tolerance=0.1)
+        >>> flow.reach
+        {'fra': (0.2, 0.5)}
         """
         check_at_least(tolerance, 0, "tolerance")
         self.reach = {
@@ -206,7 +224,7 @@ class Blockwise(nn.Module):
 
 @dataclass
 class _Anchor:
-    """Where features were computed, and ``base = F − c R`` there, to which FRA adds ``c R``."""
+    """Features ``F`` of the last trunk call, and ``base = F − c R`` for later ``base + c R``."""
 
     features: Any
     base: Any
@@ -214,26 +232,31 @@ class _Anchor:
 
 
 class BlockwiseSolve:
-    """A `Blockwise` during one solve: the segment of the step, and the features it reuses.
+    """State of a `Blockwise` in one solve: the segment of the step, and the reused features.
 
     Args:
-        flow: What it serves.
+        flow: The blockwise flow.
         mode: The feature mode.
-        reach: For each segment, the largest fraction of it that features are carried over.
+        reach: For each segment, the largest part over which features are reused; ``None`` means the
+            whole segment.
     """
 
-    def __init__(self, flow: Blockwise, mode: str, reach: Sequence[float] | None = None):
+    def __init__(self, flow: Blockwise, mode: str, reach: Sequence[float] | None = None) -> None:
         self.flow, self.mode, self.reach = flow, mode, reach
         self.segment: int | None = None
         self.anchor: _Anchor | None = None
 
     @property
     def edges(self) -> tuple[float, ...]:
-        """Times that no step may lie across."""
+        """Times inside which every step must lie."""
         return self.flow.edges
 
     def begin_step(self, t_left: float, t_right: float) -> None:
-        """Take the segment of a step, given by its ends in order of time."""
+        """Set the segment of a step from ``t_left`` to ``t_right``, with ``t_left < t_right``.
+
+        Raises:
+            ValueError: If the step crosses an edge.
+        """
         edges = self.flow.edges
         segment = bisect_right(edges, (t_left + t_right) / 2) - 1
         if t_left < edges[segment] - CLOSE or t_right > edges[segment + 1] + CLOSE:
@@ -250,18 +273,18 @@ class BlockwiseSolve:
                 self.anchor = None
 
     def __call__(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
-        """Velocity ``(B, *)`` by the block of the step."""
-        if self.segment is None:  # called by something that takes no steps
+        """Return the velocity ``(B, *)`` of the stack of the current step."""
+        if self.segment is None:  # the caller begins no steps
             return self.flow(x, t, cond)
         return self.flow.velocity(x, t, cond, self.features(x, t, cond), self.segment)
 
     def features(self, x: Tensor, t: Tensor, cond: Cond) -> Any:
-        """Features as the mode has them."""
+        """Return the features of the current mode."""
         flow, segment = self.flow, cast(int, self.segment)
         if self.mode == "full":
             return flow.features(x, t, cond)
         if self.anchor is None:
-            # A copy: the state is the solver's buffer, and features may be the state itself.
+            # A copy is needed: the state is a buffer of the solver, and features may be the state.
             h = tree_map(
                 lambda a: a.clone() if isinstance(a, Tensor) else a, flow.features(x, t, cond)
             )
@@ -280,4 +303,5 @@ class BlockwiseSolve:
 
 
 def _rows(tree: Any, rows: Tensor) -> Any:
+    """Select rows of all tensors in a structure."""
     return tree_map(lambda a: None if a is None else a[rows], tree)

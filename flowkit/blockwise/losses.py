@@ -1,32 +1,35 @@
-"""The losses of blockwise flow matching, for any training loop.
+"""Losses of blockwise flow matching, for any training loop.
+
+The segments are parts of one path, so the target is the velocity ``u_t = dx_t/dt`` of the path,
+also for curved paths. The published target, the chord between the ends of a segment, equals this
+velocity on a linear path only.
 
 Source: *Blockwise Flow Matching: Improving Flow Matching Models For Efficient High-Quality
-Generation*, 2025 (arXiv 2510.21167). Segments are restrictions of one path, so the target is its
-velocity ``u_t = dx_t/dt``, on curved paths too; the published chord between a segment's ends is
-that velocity on a linear path alone.
+Generation*, 2025 (arXiv 2510.21167).
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from flowkit.blockwise.flow import Blockwise
-from flowkit.checks import check_at_least, check_choice, check_same_shape, expand_like
+from flowkit.checks import check_choice, check_same_shape, expand_like
 from flowkit.couplings import Coupling, Independent
-from flowkit.losses import flow_matching_loss
+from flowkit.losses import Drop, draw_pairs, draw_states, time_dtype
 from flowkit.paths import Linear, Path
 from flowkit.times import Stratified, Times, Uniform
 from flowkit.types import Batch, Cond, Pairs
-from flowkit.velocity import Velocity
-
-Drop = Callable[[Cond, torch.Generator | None], Cond]
 
 
 class SegmentDraw(NamedTuple):
-    """A batch at times of its segments: what both stages train on."""
+    """Batch of training samples with a segment and a time for each row, for both stages.
+
+    ``pairs``: the pairs. ``x_t``, ``t``, ``u``: states ``(B, *)``, times ``(B,)`` and target
+    velocities ``(B, *)``. ``cond``: conditions, some of them dropped. ``segment``: segments
+    ``(B,)``. ``mask``: mask of the batch, or ``None``.
+    """
 
     pairs: Pairs
     x_t: Tensor
@@ -38,7 +41,11 @@ class SegmentDraw(NamedTuple):
 
 
 class SegmentMean(NamedTuple):
-    """``mean`` over the segments that occur, their own means ``values``, and which they are."""
+    """Mean over segments, and the means of the single segments.
+
+    ``mean``: mean of ``values``. ``values (S,)``: mean of each segment that occurs.
+    ``segments (S,)``: numbers of these segments.
+    """
 
     mean: Tensor
     values: Tensor
@@ -46,18 +53,29 @@ class SegmentMean(NamedTuple):
 
 
 def blockwise_loss(flow: Blockwise, draw: SegmentDraw) -> tuple[dict[str, Tensor], Any]:
-    """Stage 1: the mean over segments of each one's mean of ``‖v(x_t, t, cond) − u‖²``.
+    """Compute the loss of stage 1: the flow-matching loss with equal weight for each segment.
 
-    The trunk sees the whole batch at once, each stack the rows of its segment. A segment counts
-    the same however many rows it has.
+    The loss is the mean over segments of the mean of ``‖v(x_t, t, cond) − u‖²`` in the segment.
+    The trunk runs once for the whole batch; each stack runs for the rows of its segment. All
+    segments count equally, whatever their numbers of rows are.
 
     Args:
-        flow: To train.
-        draw: See `draw_segments`.
+        flow: The trained flow.
+        draw: Training samples, see `draw_segments`.
 
     Returns:
-        ``loss``, ``explained`` as in `flowkit.losses.flow_matching_loss` and ``segment_<m>``, each
-        one's loss; and the features, for an alignment loss.
+        Two values. The first is a dictionary with ``loss``, ``explained`` (as in
+        `flowkit.losses.flow_matching_loss`) and ``segment_<m>``, the loss of segment ``m``. The
+        second is the features, for an alignment loss.
+
+    Raises:
+        ValueError: If the velocity has another shape than the target.
+
+    >>> from flowkit.blockwise.mlp import BlockwiseMLP
+    >>> flow = BlockwiseMLP((2,), edges=2, width=16)
+    >>> terms, h = blockwise_loss(flow, draw_segments(flow, {"x1": torch.randn(8, 2)}))
+    >>> sorted(terms), h.shape
+    (['explained', 'loss', 'segment_0', 'segment_1'], torch.Size([8, 16]))
     """
     h = flow.features(draw.x_t, draw.t, draw.cond)
     v = flow.velocity(draw.x_t, draw.t, draw.cond, h, draw.segment)
@@ -77,22 +95,33 @@ def residual_loss(
     generator: torch.Generator | None = None,
     compare: str = "features",
 ) -> dict[str, Tensor]:
-    """Stage 2: the mean over segments of ``‖F(x_s, s) + c(t) R(x_t, t) − F(x_t, t)‖²``.
+    """Compute the loss of stage 2: the mean over segments of the residual's squared error.
 
-    ``x_s``, at the segment's start ``s``, and ``x_t`` are of the same pair, with the same dropped
-    condition. Only the feature residual ``R`` gets gradients. Pairs' weights count; a mask does
-    not, since features have other elements.
+    The error is ``‖F(x_s, s) + c(t) R(x_t, t) − F(x_t, t)‖²``. Here ``s`` is the start of the
+    segment. The states ``x_s`` and ``x_t`` come from the same pair and have the same condition.
+    Only the feature residual ``R`` receives gradients. The weights of pairs count. A mask has no
+    effect, because features have other elements than the state.
 
     Args:
-        flow: With a trunk and a feature residual.
-        draw: See `draw_segments`.
-        path: The one of the draw.
-        generator: Draws ``x_s`` where the path has noise of its own.
-        compare: ``"features"``, or ``"velocity"`` for what the stacks make of them.
+        flow: Flow with a trunk and a feature residual.
+        draw: Training samples, see `draw_segments`.
+        path: Path of the training samples.
+        generator: Source of ``x_s``, if the path adds noise.
+        compare: ``"features"``, or ``"velocity"`` to compare the velocities that the stacks compute
+            from the features.
 
     Returns:
-        ``loss``; ``ratio``, the features' mean square error in units of that of the features at
-        the start, which is 1 for an untrained ``R``; and ``segment_<m>``.
+        A dictionary with ``loss``; ``ratio``, the mean square error of the features in units of
+        that of the features at the start (1 for a new ``R``); and ``segment_<m>``, the loss of
+        segment ``m``.
+
+    Raises:
+        ValueError: If ``compare`` is unknown or the residual has another shape than the features.
+
+    >>> from flowkit.blockwise.mlp import BlockwiseMLP
+    >>> flow = BlockwiseMLP((2,), edges=2, width=16, residual_depth=1)
+    >>> residual_loss(flow, draw_segments(flow, {"x1": torch.randn(8, 2)}))["ratio"]
+    tensor(1.)
     """
     check_choice(compare, ("features", "velocity"), "compare")
     pairs, x_t, t, _, cond, segment, _ = draw
@@ -153,30 +182,27 @@ def draw_segments(
             "batch must hold no t0 and t1, got chords, which are not the velocity of "
             f"{type(path).__name__}() within a segment; train a Straightening instead"
         )
-    x1, cond = batch["x1"], batch.get("cond")
-    x0 = batch.get("x0")
-    if x0 is None:
-        x0 = torch.randn(x1.shape, dtype=x1.dtype, device=x1.device, generator=generator)
-    pairs = coupling.pair(x0, x1, cond, generator)
-    if "mask" in batch and pairs.x1 is not x1:
-        raise ValueError(f"mask must come with a coupling that keeps x1, got {coupling}")
-    count, device = len(pairs.x1), x1.device
+    pairs = draw_pairs(batch, coupling, generator)
+    count, device, dtype = len(pairs.x1), pairs.x1.device, time_dtype(pairs.x1)
     active = torch.tensor(segments or range(flow.num_segments), device=device)
     dealt = torch.arange(count, device=device) + turn * count
     shuffled = torch.randperm(count, generator=generator, device=device)
     segment = active[dealt % len(active)][shuffled]
-    dtype = torch.promote_types(x1.dtype, torch.float32)
     if isinstance(times, Uniform | Stratified):
         t = _stratified(flow, segment, dtype, generator)
     else:
         t = _restricted(flow, segment, times, generator).to(dtype)
-    x_t, t, u = path.sample(pairs.x0, pairs.x1, t, generator)
-    cond = pairs.cond if drop_cond is None else drop_cond(pairs.cond, generator)
-    return SegmentDraw(pairs, x_t, t, u, cond, segment, batch.get("mask"))
+    states = draw_states(pairs, t, path, drop_cond, generator)
+    return SegmentDraw(pairs, *states, segment, batch.get("mask"))
 
 
-def _stratified(flow: Blockwise, segment: Tensor, dtype: torch.dtype, generator) -> Tensor:
-    """One uniform time from each of as many equal slices of a segment as it has rows."""
+def _stratified(
+    flow: Blockwise, segment: Tensor, dtype: torch.dtype, generator: torch.Generator | None
+) -> Tensor:
+    """Draw times, stratified within each segment.
+
+    A segment with ``n`` rows has ``n`` equal slices, and each slice gets one uniform time.
+    """
     counts = torch.bincount(segment, minlength=flow.num_segments)
     order = segment.argsort(stable=True)
     first = (counts.cumsum(0) - counts)[segment[order]]
@@ -186,11 +212,13 @@ def _stratified(flow: Blockwise, segment: Tensor, dtype: torch.dtype, generator)
     edges = torch.tensor(flow.edges, dtype=dtype, device=segment.device)
     left, right = edges[segment], edges[segment + 1]
     t = left + (right - left) * (rank + offset) / counts[segment]
-    return t.minimum(torch.nextafter(right, left))  # a rounded time is not of the next segment
+    return t.minimum(torch.nextafter(right, left))  # rounding must not reach the next segment
 
 
-def _restricted(flow: Blockwise, segment: Tensor, times: Times, generator) -> Tensor:
-    """Draws of ``times`` that fall into each row's segment."""
+def _restricted(
+    flow: Blockwise, segment: Tensor, times: Times, generator: torch.Generator | None
+) -> Tensor:
+    """Draw times from the restriction of ``times`` to each row's segment, by rejection."""
     t = torch.full(segment.shape, torch.nan, device=segment.device)
     for _ in range(100):
         open_rows = t.isnan()
@@ -206,16 +234,16 @@ def _restricted(flow: Blockwise, segment: Tensor, times: Times, generator) -> Te
 
 
 def segment_mean(values: Tensor, segment: Tensor, counts: Tensor | None = None) -> SegmentMean:
-    """Mean over segments of the mean of each one's values.
+    """Return the mean over segments of the mean value of each segment.
 
     Args:
-        values: ``(B,)``.
-        segment: Of each, ``(B,)``.
-        counts: How much each counts ``(B,)``, where values are sums; 1 by default. A segment that
-            nothing counts in has mean 0.
+        values: Values ``(B,)``.
+        segment: Segment of each value ``(B,)``.
+        counts: Weight of each value in the divisor ``(B,)``, for values that are sums; 1 by
+            default. A segment whose counts are all 0 has the mean 0.
 
     >>> segment = torch.arange(10) % 6
-    >>> segment_mean(segment.float(), segment).mean  # 2.1 over the batch
+    >>> segment_mean(segment.float(), segment).mean  # the mean over the batch is 2.1
     tensor(2.5000)
     """
     present, owner = segment.unique(return_inverse=True)
@@ -228,6 +256,7 @@ def segment_mean(values: Tensor, segment: Tensor, counts: Tensor | None = None) 
 
 
 def _by_segment(loss: SegmentMean) -> dict[str, Tensor]:
+    """Return the loss of each segment under the name ``segment_<m>``."""
     values = zip(loss.segments.tolist(), loss.values.detach().unbind(), strict=True)
     return {f"segment_{m}": value for m, value in values}
 
@@ -235,7 +264,7 @@ def _by_segment(loss: SegmentMean) -> dict[str, Tensor]:
 def _segment_squares(
     x: Tensor, segment: Tensor, log_weight: Tensor | None = None, mask: Tensor | None = None
 ) -> SegmentMean:
-    """Mean squares of each segment's elements, weighted, of those that the mask counts."""
+    """Return the weighted mean square of each segment's elements, over the elements of the mask."""
     squares, counts = x.square(), None
     if mask is None:
         rows = squares.flatten(1).mean(1)
@@ -245,53 +274,3 @@ def _segment_squares(
     if log_weight is not None:
         rows = rows * log_weight.exp().to(rows)
     return segment_mean(rows, segment, counts)
-
-
-@dataclass(frozen=True)
-class _Within:
-    low: float
-    high: float
-
-    def __call__(self, batch: int, device: Any = None, generator: Any = None) -> Tensor:
-        return self.low + (self.high - self.low) * Stratified()(batch, device, generator)
-
-
-@torch.no_grad()
-def loss_by_time(
-    velocity: Velocity,
-    batch: Batch,
-    num_intervals: int = 20,
-    path: Path = Linear(),
-    coupling: Coupling = Independent(),
-    generator: torch.Generator | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Measure the flow-matching loss of a velocity in equal intervals of time.
-
-    It is what `flowkit.blockwise.equal_burden` cuts into equal shares. It includes the part that no
-    network can remove; where that matters, pass the difference to a larger network's loss.
-
-    Args:
-        velocity: A trained one.
-        batch: Data; every interval sees all of it.
-        num_intervals: How many.
-        path: As in training.
-        coupling: As in training.
-        generator: Draws noise and times.
-
-    Returns:
-        Ends of the intervals ``(K + 1,)`` and their losses ``(K,)``.
-
-    >>> from flowkit.exact import GaussianFlow
-    >>> times, loss = loss_by_time(GaussianFlow(2.0, 0.5), {"x1": 2 + torch.randn(99, 2) / 2}, 5)
-    >>> times.shape, loss.shape
-    (torch.Size([6]), torch.Size([5]))
-    """
-    check_at_least(num_intervals, 1, "num_intervals")
-    ends = torch.linspace(0, 1, num_intervals + 1, dtype=torch.float64)
-    losses = [
-        flow_matching_loss(
-            velocity, batch, path, coupling, _Within(low, high), generator=generator
-        )["loss"].cpu()
-        for low, high in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True)
-    ]
-    return ends, torch.stack(losses)

@@ -1,28 +1,33 @@
-"""A small encoder of images that needs no labels and no downloads."""
+"""Small image encoder that needs no labels and no downloads."""
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
 from flowkit.checks import check_at_least, check_between
 from flowkit.nn.dit import PatchEmbed, patchify
+from flowkit.nn.stored import Stored
 
 
-class MaskedEncoder(nn.Module):
-    """A vision transformer trained to fill in masked patches; its tokens describe the image.
+class MaskedEncoder(Stored):
+    """Vision transformer that predicts masked patches; its tokens describe the image.
 
-    Source: Xie et al., *SimMIM*, 2021 (arXiv 2111.09886), with squared errors.
-    `train_masked_encoder` makes one.
+    Train one with `train_masked_encoder`.
 
     Args:
         shape: ``(C, H, W)`` of the images.
         patch: Side of a patch in pixels; divides ``H`` and ``W``.
-        width: Size of a token.
-        depth: Number of blocks.
-        heads: Attention heads.
+        width: Size of a token, a multiple of 4.
+        depth: Number of blocks, at least 1.
+        heads: Number of attention heads; divides ``width``.
+
+    Raises:
+        ValueError: If sizes do not fit together or ``depth`` is below 1.
+
+    Source: Xie et al., *SimMIM*, 2021 (arXiv 2111.09886), with squared errors.
 
     >>> MaskedEncoder((1, 8, 8)).eval()(torch.zeros(5, 1, 8, 8)).shape
     torch.Size([5, 16, 64])
@@ -35,7 +40,7 @@ class MaskedEncoder(nn.Module):
         width: int = 64,
         depth: int = 4,
         heads: int = 4,
-    ):
+    ) -> None:
         super().__init__()
         check_at_least(depth, 1, "depth")
         shape = [int(n) for n in shape]
@@ -58,11 +63,11 @@ class MaskedEncoder(nn.Module):
         self.pixels = nn.Linear(width, shape[0] * patch**2)
 
     def forward(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Tokens ``(B, N, width)`` of images ``(B, C, H, W)``; patches under a mask are unseen.
+        """Return tokens ``(B, N, width)`` of images ``(B, C, H, W)``; masked patches are hidden.
 
         Args:
-            images: In [-1, 1].
-            mask: True where a patch is hidden, ``(B, N)``.
+            images: Images ``(B, C, H, W)`` in [-1, 1].
+            mask: Mask ``(B, N)``, ``True`` for a hidden patch; ``None`` hides no patch.
         """
         tokens = self.patches(images)
         if mask is not None:
@@ -73,32 +78,33 @@ class MaskedEncoder(nn.Module):
         return self.norm(tokens)
 
     def loss(self, images: Tensor, mask: Tensor) -> Tensor:
-        """Mean square error of the pixels under the mask."""
+        """Return the mean square error of the pixels of masked patches.
+
+        Args:
+            images: Images ``(B, C, H, W)`` in [-1, 1].
+            mask: Mask ``(B, N)``, ``True`` for a hidden patch.
+        """
         error = self.pixels(self(images, mask)) - patchify(images, self.patches.patch)
         return error[mask].square().mean()
 
-    def save(self, file: str | Path) -> None:
-        """Write weights and architecture to one safetensors file."""
-        from safetensors.torch import save_file
-
-        weights = {name: value.contiguous() for name, value in self.state_dict().items()}
-        save_file(weights, file, metadata={"config": json.dumps(self.config)})
-
     @classmethod
-    def load(cls, file: str | Path) -> "MaskedEncoder":
-        """Read what `save` wrote; frozen, on the CPU."""
-        from safetensors import safe_open
+    def load(cls, file: str | Path) -> Self:
+        """Read a file that `save` wrote; the encoder is frozen and on the CPU.
 
+        Raises:
+            ValueError: If the file does not exist or `save` did not write it.
+
+        >>> import tempfile
+        >>> file = Path(tempfile.mkdtemp()) / "encoder.safetensors"
+        >>> MaskedEncoder((1, 8, 8), width=16).save(file)
+        >>> MaskedEncoder.load(file).config["width"]
+        16
+        """
         if file is None or not Path(file).is_file():
-            raise ValueError(f"file must be an encoder, got {file}; `flowkit tokens` trains one")
-        with safe_open(file, framework="pt") as stored:
-            config = (stored.metadata() or {}).get("config")
-            if config is None:
-                raise ValueError(f"file must be written by MaskedEncoder.save, got {file}")
-            weights = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-        net = cls(**json.loads(config))
-        net.load_state_dict(weights)
-        return net.eval().requires_grad_(False)
+            raise ValueError(
+                f"file must hold an encoder, got {file}; train one with `flowkit tokens`"
+            )
+        return super().load(file)
 
 
 def train_masked_encoder(
@@ -112,23 +118,30 @@ def train_masked_encoder(
     report: Callable[[int, float], None] | None = None,
     **sizes: int,
 ) -> MaskedEncoder:
-    """Train a `MaskedEncoder` with AdamW under a one-cycle learning rate.
+    """Train a `MaskedEncoder` with AdamW and a one-cycle learning rate.
 
-    The global random state is left alone; on one machine and number of threads, the same seed
-    gives the same weights.
+    The global random state does not change. On one machine and with one number of threads, equal
+    seeds give equal weights.
 
     Args:
-        images: ``(N, C, H, W)`` in [-1, 1]; the training runs on their device.
-        steps: Batches.
-        batch_size: Images per step.
-        learning_rate: The largest of the cycle.
-        masked: Share of patches that are hidden, in (0, 1).
-        seed: Of weights, batches and masks.
-        report: Called with the step and its loss.
-        **sizes: Others of the constructor: ``patch``, ``width``, ``depth``, ``heads``.
+        images: Images ``(N, C, H, W)`` in [-1, 1]; the training runs on their device.
+        steps: Number of batches, at least 1.
+        batch_size: Number of images per batch.
+        learning_rate: Largest learning rate of the cycle.
+        masked: Share of hidden patches, in [0.01, 0.99].
+        seed: Seed of weights, batches and masks.
+        report: Function that receives the step and its loss.
+        **sizes: Other arguments of `MaskedEncoder`: ``patch``, ``width``, ``depth``, ``heads``.
 
     Returns:
-        The encoder, frozen.
+        The trained encoder, frozen.
+
+    Raises:
+        ValueError: If ``steps`` or ``masked`` is out of its range.
+
+    >>> net = train_masked_encoder(torch.zeros(4, 1, 4, 4), steps=2, width=8, depth=1, heads=2)
+    >>> net(torch.zeros(2, 1, 4, 4)).shape
+    torch.Size([2, 4, 8])
     """
     check_at_least(steps, 1, "steps")
     check_between(masked, 0.01, 0.99, "masked")

@@ -1,4 +1,4 @@
-"""The residual perceptron in blocks: blockwise flow matching for small images and points."""
+"""Blockwise residual perceptron, for points and small images."""
 
 import math
 from collections.abc import Sequence
@@ -15,22 +15,28 @@ from flowkit.types import Cond
 
 
 class BlockwiseMLP(Blockwise):
-    """A `flowkit.nn.ResidualMLP` whose last blocks differ from segment to segment.
+    """Blockwise version of `flowkit.nn.ResidualMLP`: the last blocks differ between segments.
 
-    The trunk's features ``h (B, width)`` come from residual blocks modulated by the embedding
-    ``c`` of time and label. Stacks read ``x_t`` anew, modulated by ``[c; h]``, and share their
-    input and output layers, which lie in the trunk.
+    The trunk's features ``h (B, width)`` come from residual blocks, modulated by the embedding
+    ``c`` of time and label. The stacks embed ``x_t`` again, and their modulation has the condition
+    ``[c; h]``. Stacks share their input and output layers, which are parameters of the trunk.
 
     Args:
         shape: Shape of a sample.
-        edges: Ends of the segments from 0 to 1, or their number.
-        width: Size of features and residual streams.
-        trunk_depth: Blocks of the trunk.
-        stack_depth: Blocks of every stack, or of each.
-        residual_depth: Blocks of the feature residual; None for a flow without one.
-        num_classes: For labels ``(B,)`` in ``[0, num_classes]``; the last is the null label.
+        edges: Ends of the segments from 0 to 1, or the number of equal segments.
+        width: Size of the features and of the residual streams.
+        trunk_depth: Number of blocks of the trunk.
+        stack_depth: Number of blocks of a stack: one number for all stacks, or one number per
+            segment.
+        residual_depth: Number of blocks of the feature residual; ``None`` means no feature
+            residual.
+        num_classes: Number of classes, for labels ``(B,)`` in ``[0, num_classes]``; the last label
+            is the null label.
         dropout: Probability of dropping a hidden unit of a block in training, in [0, 1].
-        feature_mode: See `Blockwise`.
+        feature_mode: Mode of the features in a solve, see `Blockwise`.
+
+    Raises:
+        ValueError: If a size is below 1 or depths are not one per segment.
 
     >>> flow = BlockwiseMLP((2,), edges=[0.0, 0.5, 1.0], width=16, residual_depth=1)
     >>> flow(torch.randn(4, 2), torch.rand(4)).shape
@@ -48,7 +54,7 @@ class BlockwiseMLP(Blockwise):
         num_classes: int | None = None,
         dropout: float = 0.0,
         feature_mode: str = "full",
-    ):
+    ) -> None:
         depths = each(stack_depth, len(check_edges(edges)) - 1, "stack_depth")
         trunk = MLPTrunk(shape, width, trunk_depth, num_classes, dropout)
         stacks = [MLPStack(trunk, depth, dropout) for depth in depths]
@@ -57,7 +63,10 @@ class BlockwiseMLP(Blockwise):
 
 
 class MLPTrunk(nn.Module):
-    """Features ``h (B, width)``; it also holds what the stacks share. See `BlockwiseMLP`."""
+    """Trunk: features ``h (B, width)``, and the layers that the stacks share.
+
+    See `BlockwiseMLP` for the arguments.
+    """
 
     def __init__(
         self,
@@ -66,7 +75,7 @@ class MLPTrunk(nn.Module):
         depth: int,
         num_classes: int | None = None,
         dropout: float = 0.0,
-    ):
+    ) -> None:
         super().__init__()
         check_at_least(width, 1, "width")
         check_at_least(depth, 1, "trunk_depth")
@@ -81,7 +90,7 @@ class MLPTrunk(nn.Module):
         self.outputs = zeroed(nn.Linear(width, pixels))
 
     def features(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
-        """Features ``(B, width)`` at ``x (B, *shape)`` and ``t (B,)``."""
+        """Return features ``(B, width)`` at ``x (B, *shape)`` and ``t (B,)``."""
         check_state(x, t, self.shape)
         h, c = self.inputs(x.flatten(1)), self.embedding(t, cond)
         for block in self.blocks:
@@ -90,9 +99,12 @@ class MLPTrunk(nn.Module):
 
 
 class MLPStack(nn.Module):
-    """The blocks of one segment."""
+    """Blocks of one segment.
 
-    def __init__(self, trunk: MLPTrunk, depth: int, dropout: float = 0.0):
+    See `BlockwiseMLP` for the arguments.
+    """
+
+    def __init__(self, trunk: MLPTrunk, depth: int, dropout: float = 0.0) -> None:
         super().__init__()
         check_at_least(depth, 1, "stack_depth")
         self.trunk = Part(trunk)
@@ -101,7 +113,7 @@ class MLPStack(nn.Module):
         )
 
     def velocity(self, x: Tensor, t: Tensor, cond: Cond, h: Tensor) -> Tensor:
-        """Velocity ``(B, *shape)``, given features ``h (B, width)``."""
+        """Return the velocity ``(B, *shape)`` for features ``h (B, width)``."""
         trunk = self.trunk.module
         check_state(x, t, trunk.shape)
         c = torch.cat([trunk.embedding(t, cond), h], -1)
@@ -113,19 +125,19 @@ class MLPStack(nn.Module):
 
 
 class MLPResidual(nn.Module):
-    """R of feature residual approximation: what a few blocks add to the trunk's first layer.
+    """Feature residual ``R``: a few blocks on the trunk's first layer, minus this layer.
 
-    Zero at the start, since the blocks' gates are.
+    A new residual is zero, because the gates of its blocks are zero.
     """
 
-    def __init__(self, trunk: MLPTrunk, depth: int, dropout: float = 0.0):
+    def __init__(self, trunk: MLPTrunk, depth: int, dropout: float = 0.0) -> None:
         super().__init__()
         check_at_least(depth, 1, "residual_depth")
         self.trunk = Part(trunk)
         self.blocks = nn.ModuleList(_Block(trunk.width, trunk.width, dropout) for _ in range(depth))
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
-        """Residual ``(B, width)`` at ``x (B, *shape)`` and ``t (B,)``."""
+        """Return the residual ``(B, width)`` at ``x (B, *shape)`` and ``t (B,)``."""
         trunk = self.trunk.module
         check_state(x, t, trunk.shape)
         inputs, c = trunk.inputs(x.flatten(1)), trunk.embedding(t, cond)
@@ -136,6 +148,8 @@ class MLPResidual(nn.Module):
 
 
 class _Block(_ResidualBlock):
-    def __init__(self, width: int, cond_width: int, dropout: float):
+    """Residual block whose condition has the size ``cond_width``."""
+
+    def __init__(self, width: int, cond_width: int, dropout: float) -> None:
         super().__init__(width, dropout)
         self.modulation = modulation(cond_width, width, 3)

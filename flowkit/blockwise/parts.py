@@ -1,4 +1,4 @@
-"""What the parts of a `flowkit.blockwise.Blockwise` are made with, and how often they ran."""
+"""Building parts of a `flowkit.blockwise.Blockwise` flow: segments, counts, copies."""
 
 import copy
 from collections import Counter
@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from flowkit.checks import as_grid, check_at_least
@@ -17,36 +16,51 @@ M = TypeVar("M", bound=nn.Module)
 
 @dataclass
 class Usage:
-    """How often the parts of a `Blockwise` were called, and on how many rows in all."""
+    """Counts of the parts of a `Blockwise`: number of calls and of rows, by the part's name.
+
+    >>> usage = Usage()
+    >>> usage.add("trunk", rows=8)
+    >>> usage.calls["trunk"], usage.rows["trunk"]
+    (1, 8)
+    """
 
     calls: Counter[str] = field(default_factory=Counter)
     rows: Counter[str] = field(default_factory=Counter)
 
     def add(self, part: str, rows: int) -> None:
-        """Count one call."""
+        """Count one call of a part with a number of rows."""
         self.calls[part] += 1
         self.rows[part] += rows
 
     def clear(self) -> None:
-        """Forget all."""
+        """Reset all counts to 0."""
         self.calls.clear()
         self.rows.clear()
 
 
 class PlainStack(nn.Module):
-    """A whole network as the stack of a segment: it looks at no features."""
+    """Stack that is a complete network and does not use features."""
 
-    def __init__(self, net: nn.Module):
+    def __init__(self, net: nn.Module) -> None:
         super().__init__()
         self.net = net
 
     def velocity(self, x: Tensor, t: Tensor, cond: Cond, h: Any) -> Tensor:
-        """Velocity ``(B, *)`` of the network."""
+        """Return the velocity ``(B, *)`` of the network."""
         return self.net(x, t, cond)
 
 
 def copies(velocity: nn.Module, num_segments: int) -> list[PlainStack]:
-    """Copies of one network as stacks: ``Blockwise(None, copies(net, 6), 6)`` samples like ``net``.
+    """Copy one network into the stacks of a blockwise flow.
+
+    ``Blockwise(None, copies(net, 6), 6)`` samples like ``net``.
+
+    Args:
+        velocity: The network.
+        num_segments: Number of copies, at least 1.
+
+    Raises:
+        ValueError: If ``num_segments`` is below 1.
 
     >>> import torch
     >>> from flowkit.nn import MLP
@@ -60,25 +74,30 @@ def copies(velocity: nn.Module, num_segments: int) -> list[PlainStack]:
 
 
 class Part(Generic[M]):
-    """A module that belongs to another: used here, but neither stored nor trained from here.
+    """Reference to a module of another owner; the reference neither stores nor trains the module.
 
-    A copy of a whole refers to the whole's copy; a copy of one part alone to the same module.
+    A copy of the whole flow refers to the copied module. A copy of one part alone refers to the
+    same module.
     """
 
-    def __init__(self, module: M):
+    def __init__(self, module: M) -> None:
         self.module = module
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Part[M]":
+        """Return a reference to the copied module, if the module was copied before."""
         return Part(memo.get(id(self.module), self.module))
 
 
 def check_edges(edges: Tensor | Sequence[float] | int) -> tuple[float, ...]:
-    """Return the ends of segments as floats, increasing from 0 to 1; ``M`` means equal ones.
+    """Return the ends of segments as floats that increase from 0 to 1; ``M`` means equal segments.
+
+    Raises:
+        ValueError: If the ends do not increase from 0 to 1.
 
     >>> check_edges(2)
     (0.0, 0.5, 1.0)
     """
-    if isinstance(edges, int):  # not by torch: models are also built on the meta device
+    if isinstance(edges, int):  # without torch, because models are also built on the meta device
         check_at_least(edges, 1, "edges")
         edges = [k / edges for k in range(edges + 1)]
     elif not isinstance(edges, Tensor):
@@ -89,39 +108,12 @@ def check_edges(edges: Tensor | Sequence[float] | int) -> tuple[float, ...]:
     return times
 
 
-def equal_burden(times: Tensor, burden: Tensor, num_segments: int) -> Tensor:
-    """Edges between which a burden over time is equal: ``∫ burden dt`` is the same in each segment.
-
-    Args:
-        times: Ends ``(K + 1,)`` of K intervals from 0 to 1.
-        burden: Positive density ``(K,)`` in each of them, such as a network's loss by time
-            (see `flowkit.blockwise.loss_by_time`).
-        num_segments: How many.
+def each(value: int | Sequence[int], count: int, name: str) -> list[int]:
+    """Return one value per segment, from one number for all segments or from a sequence.
 
     Raises:
-        ValueError: If the burden is not positive, or there is not one for each interval.
-
-    >>> equal_burden(torch.tensor([0.0, 0.5, 1.0]), torch.tensor([3.0, 1.0]), 2)
-    tensor([0.0000, 0.3333, 1.0000], dtype=torch.float64)
+        ValueError: If the sequence does not hold one value per segment.
     """
-    check_at_least(num_segments, 1, "num_segments")
-    ends = torch.tensor(check_edges(times), dtype=torch.float64)
-    density = torch.as_tensor(burden, dtype=torch.float64, device="cpu")
-    if density.shape != (len(ends) - 1,):
-        raise ValueError(
-            f"burden must hold one number per interval, {len(ends) - 1}, got {tuple(density.shape)}"
-        )
-    if not bool((density > 0).all()) or not bool(density.isfinite().all()):
-        raise ValueError(f"burden must be positive and finite, got {density.tolist()}")
-    total = torch.cat([density.new_zeros(1), (density * ends.diff()).cumsum(0)])
-    wanted = torch.arange(1, num_segments, dtype=torch.float64) / num_segments * total[-1]
-    k = torch.searchsorted(total, wanted).clamp(1, len(density)) - 1
-    inner = ends[k] + (wanted - total[k]) / density[k]
-    return as_grid(torch.cat([ends[:1], inner, ends[-1:]]), "edges")
-
-
-def each(value: int | Sequence[int], count: int, name: str) -> list[int]:
-    """Return one value per segment, of a number for all or of as many numbers."""
     values = [value] * count if isinstance(value, int) else list(value)
     if len(values) != count:
         raise ValueError(f"{name} must be a number or one per segment, {count}, got {values}")

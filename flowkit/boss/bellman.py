@@ -1,4 +1,4 @@
-"""The grid whose single steps cost least, and how sure of it one can be."""
+"""Bellman grids: the least sum of single-step costs, and the uncertainty of these grids."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -14,24 +14,28 @@ from flowkit.velocity import Velocity
 
 
 def bellman_grid(costs: Tensor, fine_grid: Tensor | int, num_steps: int) -> Tensor:
-    """Return the cheapest grid of ``num_steps`` steps between the ends of the fine grid.
+    """Return the grid of ``num_steps`` steps with the least sum of costs.
 
-    ``V(j, 1) = c[j, n]``, ``V(j, m) = min_{j<i<n} c[j, i] + V(i, m−1)``; the grid is the path of
-    the minima from ``j = 0``, in ``O(num_steps n²)``. Of several cheapest grids it is the most
-    even one (the least sum of squared steps).
+    The grid has the same ends as the fine grid.
 
-    Source: Nguyen et al. 2024 (arXiv 2312.16414), its dynamic program; the rule for ties is ours.
+    The dynamic program is ``V(j, 1) = c[j, n−1]``, ``V(j, m) = min_{j<i<n−1} c[j, i] + V(i, m−1)``.
+    The grid follows the minima from ``j = 0``. The effort is ``O(num_steps n²)``. If several grids
+    have the least cost, the result is the most even of them (least sum of squared steps).
 
     Args:
         costs: ``(n, n)``, see `step_costs`.
-        fine_grid: The times ``(n,)`` that the costs are about.
-        num_steps: Steps of the grid, from 1 (the ends) to ``n − 1`` (the fine grid).
+        fine_grid: Times ``(n,)`` of the costs, or the number ``n − 1`` of uniform steps.
+        num_steps: Steps of the grid, from 1 (both ends only) to ``n − 1`` (the fine grid).
 
     Returns:
         Times ``(num_steps + 1,)`` in float64.
 
     Raises:
+        TypeError: If ``num_steps`` is not an integer.
         ValueError: If ``num_steps`` is out of range, or a cost above the diagonal is not finite.
+
+    Source: Nguyen et al., 2024 (arXiv 2312.16414), its dynamic program. The rule for ties is an
+    addition of flowkit.
 
     >>> costs = step_costs(lambda x, t, cond: 2 * t[:, None], torch.zeros(1, 1), 100)
     >>> bellman_grid(costs, 100, num_steps=4)
@@ -44,7 +48,7 @@ def bellman_grid(costs: Tensor, fine_grid: Tensor | int, num_steps: int) -> Tens
 
 
 def _bellman(costs: Tensor, fine: Tensor, num_steps: int) -> tuple[Tensor, float]:
-    """The knots of the cheapest path, and its cost."""
+    """Return the cheapest path, as numbers of fine times ``(num_steps + 1,)``, and the cost."""
     n = len(fine)
     above = torch.ones(n, n, dtype=torch.bool).triu(1)
     costs = costs.masked_fill(~above, torch.inf)
@@ -67,10 +71,10 @@ def _bellman(costs: Tensor, fine: Tensor, num_steps: int) -> tuple[Tensor, float
 
 
 class BellmanInterval(NamedTuple):
-    """A Bellman grid with the uncertainty that comes from the number of noises.
+    """Bellman grid with its uncertainty from the finite number of noise samples.
 
-    ``grid``: times ``(K + 1,)``. ``value``: its cost. ``value_interval``: of the least cost.
-    ``knots_interval``: ``(2, K + 1)``, the low and the high ends of the times.
+    ``grid``: times ``(K + 1,)``. ``value``: cost of the grid. ``value_interval``: low and high end
+    of the least cost. ``knots_interval``: ``(2, K + 1)``, low and high ends of the times.
     """
 
     grid: Tensor
@@ -88,18 +92,19 @@ def bellman_interval(
     resamples: int = 200,
     generator: torch.Generator | None = None,
 ) -> BellmanInterval:
-    """Bootstrap the Bellman grid over groups of noises.
+    """Compute bootstrap intervals of the Bellman grid over groups of noise samples.
 
     Args:
-        costs: ``(groups, n, n)``, see `step_costs`; 16 groups or more make sense.
-        fine_grid: The times ``(n,)`` that the costs are about.
-        num_steps: Steps of the grid.
-        level: Of the percentile intervals.
-        resamples: How often groups are drawn anew.
-        generator: Draws them.
+        costs: ``(groups, n, n)`` with at least 2 groups, see `step_costs`; use 16 groups or more.
+        fine_grid: Times ``(n,)`` of the costs, or the number ``n − 1`` of uniform steps.
+        num_steps: Steps of the grid, from 1 to ``n − 1``.
+        level: Level of the percentile intervals, in (0, 1).
+        resamples: Number of bootstrap samples.
+        generator: Source of the bootstrap samples.
 
     Raises:
-        ValueError: If ``costs`` are not of 2 groups at least, or as for `bellman_grid`.
+        TypeError: If ``num_steps`` is not an integer.
+        ValueError: If ``costs`` hold fewer than 2 groups, or as for `bellman_grid`.
 
     >>> costs = step_costs(lambda x, t, cond: x, torch.randn(32, 2), 20, groups=16)
     >>> low, high = bellman_interval(costs, 20, 4).value_interval
@@ -110,7 +115,8 @@ def bellman_interval(
     check_num_steps(num_steps, fine)
     if costs.ndim != 3 or len(costs) < 2:
         raise ValueError(
-            f"costs must be of at least 2 groups, (groups, n, n), got shape {tuple(costs.shape)}"
+            "costs must have shape (groups, n, n) with at least 2 groups, "
+            f"got shape {tuple(costs.shape)}"
         )
     groups, mean = len(costs), costs.mean(0)
     _check_costs(mean, fine)
@@ -136,29 +142,38 @@ def converged_costs(
     limit: int = 1024,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, BellmanInterval]:
-    """Return the costs of as many noises as a steady Bellman grid needs.
+    """Return step costs of enough noise samples for a stable Bellman grid.
 
-    The number of noises is doubled until the interval of the value is within ``± tolerance`` of
-    it and the times' intervals are on average no wider than ``tolerance`` of the whole, or until
-    the limit.
+    The number of noise samples doubles until two conditions hold, or until ``limit``. First, the
+    interval of the value is at most ``2 tolerance`` times the value wide. Second, the intervals of
+    the times are on average at most ``tolerance`` times the length of the grid wide.
 
     Args:
-        velocity: The field.
-        draw: ``draw(first, count) -> (x0, cond)``, the states ``first`` to ``first + count``.
+        velocity: The velocity, with guidance if the sampler uses guidance.
+        draw: Function ``draw(first, count) -> (x0, cond)`` that returns noise samples number
+            ``first`` to ``first + count − 1`` and their conditions.
         fine_grid: Times ``(n,)``, or a number of uniform steps.
-        num_steps: Steps of the grid.
-        method: As for `step_costs`.
-        reference: As for `step_costs`.
-        tolerance: See above.
-        start: Noises to begin with, a multiple of 16.
-        limit: Noises at most.
-        generator: Draws the bootstrap.
+        num_steps: Steps of the grid, from 1 to ``n − 1``.
+        method: Solver, as for `step_costs`.
+        reference: Reference solver, as for `step_costs`.
+        tolerance: Largest relative uncertainty, see above.
+        start: First number of noise samples, a multiple of 16.
+        limit: Largest number of noise samples.
+        generator: Source of the bootstrap samples.
 
     Returns:
-        Costs ``(groups, n, n)`` of ``start/16`` noises each, and their interval.
+        Costs ``(groups, n, n)``, each group with ``start/16`` noise samples, and their interval.
 
     Raises:
-        ValueError: If ``start`` is no multiple of 16, or as for `step_costs` and `bellman_grid`.
+        ValueError: If ``start`` is not a positive multiple of 16, or as for `step_costs` and
+            `bellman_grid`.
+
+    >>> from flowkit.exact import GaussianFlow
+    >>> def draw(first, count):
+    ...     return torch.randn(count, 2, generator=torch.Generator().manual_seed(first)), None
+    >>> costs, found = converged_costs(GaussianFlow(2.0, 0.5), draw, 20, num_steps=4, limit=128)
+    >>> found.grid.shape, costs.shape[1:]
+    (torch.Size([5]), torch.Size([21, 21]))
     """
     fine = as_grid(fine_grid, "fine_grid")
     check_num_steps(num_steps, fine)
@@ -184,6 +199,7 @@ def converged_costs(
 
 
 def _check_costs(costs: Tensor, fine: Tensor) -> None:
+    """Require costs ``(n, n)`` that are finite above the diagonal."""
     n = len(fine)
     check_same_shape(costs, torch.empty(n, n), ("costs", "fine_grid, squared"))
     bad = (~costs.isfinite()).triu(1).nonzero()

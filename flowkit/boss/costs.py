@@ -1,4 +1,4 @@
-"""What one large step costs: the table of BOSS, without storing trajectories."""
+"""Costs of single large steps, computed without stored trajectories."""
 
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -10,21 +10,21 @@ from torch.nn.functional import pad
 from flowkit.checks import as_grid, check_at_least, check_choice
 from flowkit.sampling import ODESampler
 from flowkit.types import Cond, take
-from flowkit.velocity import Velocity
+from flowkit.velocity import Velocity, bind
 
 Field = Callable[[Tensor, float], Tensor]
-"""A velocity at one time for the whole batch: ``field(x (B, *), t) -> (B, *)``."""
+"""Velocity at one time for the whole batch: ``field(x (B, *), t) -> (B, *)``."""
 
 SLOPES: dict[str, Callable[[Field, Tensor, Tensor, float, float], Tensor]] = {
-    # slope(f, x, v, t, h): a step from t to t + h goes to x + h slope; v = f(x, t)
+    # slope(f, x, v, t, h): the step from t to t + h ends at x + h slope, with v = f(x, t).
     "euler": lambda f, x, v, t, h: v,
     "midpoint": lambda f, x, v, t, h: f(x + h / 2 * v, t + h / 2),
     "heun": lambda f, x, v, t, h: (v + f(x + h * v, t + h)) / 2,
 }
 
-# Velocities held at a time, in numbers: a batch that a CPU likes, and that fills an accelerator.
+# Largest number of velocity elements in a chunk. The values are fast on a CPU and an accelerator.
 HELD, HELD_ON_ACCELERATOR = 2**20, 2**27
-COLUMNS = 1024  # converted to float64 at a time
+COLUMNS = 1024  # elements of a sample in one conversion to float64
 EPS = torch.finfo(torch.float64).eps
 
 
@@ -40,44 +40,47 @@ def step_costs(
     groups: int | None = None,
     chunk_size: int | None = None,
 ) -> Tensor:
-    """Return the squared errors of all single steps between times of a fine grid.
+    """Return the squared errors of all single steps between the times of a fine grid.
 
-    With the reference's states ``x_j`` at the fine grid's times ``t_j``,
+    Let ``x_j`` be the states of the reference at the fine times ``t_j``. The costs are
 
-        c[j, k] = mean over noises ‖x_k − x_j − (t_k − t_j) s_jk‖²,    j < k,
+        c[j, k] = mean over noise samples of ‖x_k − x_j − (t_k − t_j) s_jk‖²,    j < k,
 
-    summed over elements, where ``s_jk`` is the slope of the method's step from ``x_j``: for Euler
-    the velocity ``v_j``. With the reference's own steps ``d_a = x_{a+1} − x_a`` (``h_a v_a`` by
-    default) Euler's costs are sums of inner products over ``a, b ∈ [j, k)``,
+    summed over elements. Here ``s_jk`` is the slope of the method's step from ``x_j``; for Euler,
+    it is the velocity ``v_j``. Let ``d_a = x_{a+1} − x_a`` be the steps of the reference (by
+    default ``h_a v_a``). Then Euler's costs are sums of inner products over ``a, b ∈ [j, k)``,
 
-        c[j, k] = Σ_ab ⟨d_a, d_b⟩ − 2 (t_k − t_j) Σ_a ⟨d_a, v_j⟩ + (t_k − t_j)² ⟨v_j, v_j⟩,
+        c[j, k] = Σ_ab ⟨d_a, d_b⟩ − 2 (t_k − t_j) Σ_a ⟨d_a, v_j⟩ + (t_k − t_j)² ⟨v_j, v_j⟩.
 
-    which are taken from prefix sums of Gram matrices in float64: memory is ``O(n²)`` and one chunk
-    of noises, one evaluation per noise and fine step. The slopes of midpoint and Heun depend on
-    both ends, so that their costs take about ``n²/2`` evaluations per noise.
-
-    Source: Nguyen et al., *Bellman Optimal Step-size Straightening of Flow-Matching Models*, 2024
-    (arXiv 2312.16414), its cost of a step; the Gram form, other solvers and references are ours.
+    For Euler, prefix sums of Gram matrices in float64 give all costs. The memory is ``O(n²)`` plus
+    one chunk of noise samples, with one evaluation per noise sample and fine step. The slopes of
+    midpoint and Heun depend on both ends of a step, so their costs need about ``n²/2`` evaluations
+    per noise sample.
 
     Args:
-        velocity: The field; guide it first if it is to be sampled with guidance.
+        velocity: The velocity, with guidance if the sampler uses guidance.
         x0: States ``(B, *)`` at the first time.
-        fine_grid: Times ``(n,)``, or a number of uniform steps.
+        fine_grid: Times ``(n,)``, or the number ``n − 1`` of uniform steps.
         cond: Conditions of the states.
-        method: The solver whose steps are judged: ``"euler"``, ``"midpoint"`` or ``"heun"``.
-        reference: The solver of the reference; its grid must hold all times of the fine grid.
-            None takes the method itself on the fine grid, whose single steps then cost nothing.
-        groups: Return ``(groups, n, n)``, averaged within equal parts of the noises, for
-            `flowkit.boss.bellman_interval`.
-        chunk_size: Noises at a time; None chooses by memory.
+        method: Solver of the judged steps: ``"euler"``, ``"midpoint"`` or ``"heun"``.
+        reference: Solver of the reference. Its grid must contain all times of the fine grid.
+            ``None`` means the same method on the fine grid; the single steps of the fine grid then
+            have cost 0.
+        groups: Number of equal parts of the noise samples. The result is then ``(groups, n, n)``,
+            the mean within each part, for `flowkit.boss.bellman_interval`.
+        chunk_size: Number of noise samples per chunk; ``None`` chooses by memory.
 
     Returns:
-        ``(n, n)`` in float64 on the CPU, ``+inf`` on and below the diagonal. Costs below round-off
-        (relative to the largest ``‖v‖²``) are 0.
+        Costs ``(n, n)`` in float64 on the CPU, ``+inf`` on and below the diagonal. Costs below
+        round-off (relative to the largest ``‖v‖²``) are 0.
 
     Raises:
-        ValueError: If the velocity is not finite somewhere, the reference misses a time, or the
-            groups are not equal parts.
+        ValueError: If a velocity or a state is not finite, the reference misses a time, the method
+            is unknown, or ``groups`` does not divide the number of noise samples.
+
+    Source: Nguyen et al., *Bellman Optimal Step-size Straightening of Flow-Matching Models*, 2024
+    (arXiv 2312.16414), its cost of a step. The Gram form, other solvers and references are
+    additions of flowkit.
 
     >>> costs = step_costs(lambda x, t, cond: 2 * t[:, None], torch.zeros(1, 1), 4)
     >>> costs[0, 2].item()  # h⁴ m² (m − 1)² with h = 1/4, m = 2
@@ -107,7 +110,7 @@ def step_costs(
             costs[part] += some_costs
             energy[part] += some_energy
     span = fine[None, :] - fine[:, None]
-    # Round-off: of the velocities' own dtype in a step, of the sums on the whole way.
+    # Round-off has two parts: that of the dtype in one step, and that of the float64 sums.
     share = (8 * torch.finfo(x0.dtype).eps * span).square()
     floor = energy.amax(1)[:, None, None] * share.clamp(min=64 * EPS * span[0, -1].item() ** 2)
     means = torch.where(costs <= floor, 0.0, costs / size).masked_fill(span <= 0, torch.inf)
@@ -115,7 +118,8 @@ def step_costs(
 
 
 Sums = Callable[[slice], tuple[Tensor, Tensor]]
-"""Of some noises of a chunk: costs ``(n, n)`` and energies ``‖v_j‖²`` ``(n,)``, summed."""
+"""Function from some noise samples of a chunk to the sums of their costs ``(n, n)`` and of their
+energies ``‖v_j‖² (n,)``."""
 
 
 def _gram_walk(
@@ -126,7 +130,7 @@ def _gram_walk(
     method: str,
     reference: ODESampler | None,
 ) -> Sums:
-    """Euler's costs, by Gram matrices of the velocities and the reference's steps."""
+    """Return Euler's costs, from Gram matrices of the velocities and of the reference's steps."""
     field = make_field(velocity, x0, cond, fine)
     v = x0.new_empty(len(fine) - 1, *x0.shape)
     states = None if reference is None else anchors(velocity, x0, fine, cond, reference)
@@ -138,6 +142,7 @@ def _gram_walk(
             x.add_(v[j], alpha=end - t)
 
     def sums(part: slice) -> tuple[Tensor, Tensor]:
+        """Return costs and energies of some noise samples of the chunk."""
         steps, n = fine.diff()[:, None], len(fine) - 1
         dd, dv = torch.zeros(2, n, n, dtype=torch.float64)
         vv, energy = torch.zeros(2, n + 1, dtype=torch.float64)
@@ -147,7 +152,7 @@ def _gram_walk(
             if moves is not None:
                 d = moves[:, part].flatten(1)[:, columns].to("cpu", torch.float64, copy=True)
             energy[:-1] += b.square().sum(1)
-            # Costs are those of the deviations from the mean velocity, which cancel less.
+            # Subtracting the mean velocity keeps the costs and reduces cancellation.
             mean = d.sum(0) / (fine[-1] - fine[0])
             b -= mean
             d -= steps * mean
@@ -161,12 +166,19 @@ def _gram_walk(
 
 
 def _costs_of_grams(fine: Tensor, dd: Tensor, dv: Tensor, vv: Tensor) -> Tensor:
-    """The formula of `step_costs`; what lies below the diagonal has no meaning."""
+    """Apply the equation of `step_costs`; values on and below the diagonal are meaningless.
+
+    Args:
+        fine: Times ``(n,)``.
+        dd: Inner products ``⟨d_a, d_b⟩ (n − 1, n − 1)``.
+        dv: Inner products ``⟨d_a, v_j⟩ (n − 1, n − 1)``.
+        vv: Inner products ``⟨v_j, v_j⟩ (n,)``.
+    """
     span = fine[None, :] - fine[:, None]
     prefix = pad(dd, (1, 0, 1, 0)).cumsum(0).cumsum(1)
     ends = prefix.diagonal()
     squares = ends[None, :] + ends[:, None] - prefix - prefix.T
-    along = pad(dv, (0, 1, 1, 0)).cumsum(0)  # [k, j]: the sum over a < k
+    along = pad(dv, (0, 1, 1, 0)).cumsum(0)  # along[k, j] is the sum over a < k
     products = (along - along.diagonal()[None, :]).T
     return squares - 2 * span * products + span.square() * vv[:, None]
 
@@ -179,7 +191,7 @@ def _direct_walk(
     method: str,
     reference: ODESampler | None,
 ) -> Sums:
-    """The costs of slopes that know both ends, one by one."""
+    """Return the costs of slopes that depend on both ends, one step at a time."""
     states = anchors(velocity, x0, fine, cond, reference or ODESampler(fine, method))
     field, slope, times = make_field(velocity, x0, cond, fine), SLOPES[method], fine.tolist()
     costs = torch.zeros(len(x0), len(fine), len(fine), dtype=torch.float64)
@@ -195,29 +207,37 @@ def _direct_walk(
 
 
 def _squares(x: Tensor) -> Tensor:
+    """Return the squared norm ``(B,)`` of each sample, in float64 on the CPU."""
     return x.flatten(1).double().square().sum(1).cpu()
 
 
 def anchors(
     velocity: Velocity, x0: Tensor, fine: Tensor, cond: Cond, reference: ODESampler
 ) -> Tensor:
-    """Return the reference's states ``(n, B, *)`` at the times of the fine grid."""
+    """Return the reference's states ``(n, B, *)`` at the times of the fine grid.
+
+    Raises:
+        ValueError: If the reference's grid misses a fine time, or a state is not finite.
+    """
     times = reference.times
     places = (times[None, :] - fine[:, None]).abs().argmin(1)
     gaps = (times[places] - fine).abs()
     gaps[[0, -1]] = (times[[0, -1]] - fine[[0, -1]]).abs()
     if bool((gaps > 1e-9).any()):
         raise ValueError(
-            "reference.grid must have the ends of fine_grid and hold all its times, got none at "
-            f"t = {fine[gaps.argmax()].item():.6g}"
+            "reference.grid must have the ends of fine_grid and contain all its times, "
+            f"got no time at t = {fine[gaps.argmax()].item():.6g}"
         )
     rows = {int(place): row for row, place in enumerate(places)}
     states = x0.new_empty(len(fine), *x0.shape)
     states[0] = x0
 
     def keep(step: int, t: float, x: Tensor) -> None:
+        """Store the state of a fine time."""
         if not bool(torch.isfinite(x).all()):
-            raise ValueError(f"states of the reference must be finite, got others at t = {t:.6g}")
+            raise ValueError(
+                f"states of the reference must be finite, got NaN or infinite values at t = {t:.6g}"
+            )
         if step in rows:
             states[rows[step]] = x
 
@@ -227,8 +247,7 @@ def anchors(
 
 def make_field(velocity: Velocity, x: Tensor, cond: Cond, grid: Tensor) -> Field:
     """Bind a velocity for a walk along the grid, as a function of a state and a float time."""
-    bind = getattr(velocity, "bind", None)
-    bound = velocity if bind is None else bind(cond, grid)
+    bound = bind(velocity, cond, grid)
     dtype = torch.promote_types(x.dtype, torch.float32)
 
     def field(x: Tensor, t: float) -> Tensor:
@@ -238,13 +257,13 @@ def make_field(velocity: Velocity, x: Tensor, cond: Cond, grid: Tensor) -> Field
 
 
 def round_off(states: Tensor) -> float:
-    """Return the mean square that rounding adds to states in a hundred steps."""
+    """Return the mean square of the rounding errors in states after a hundred steps."""
     scale = states.double().square().mean().item()
     return (32 * torch.finfo(states.dtype).eps) ** 2 * scale
 
 
 def check_num_steps(num_steps: int, fine: Tensor) -> None:
-    """Require a number of steps that a fine grid can make."""
+    """Require a number of steps in ``[1, n − 1]`` for a fine grid of ``n`` times."""
     if isinstance(num_steps, bool) or not isinstance(num_steps, int):
         raise TypeError(f"num_steps must be an integer, got {num_steps!r}")
     most = len(fine) - 1
@@ -255,6 +274,7 @@ def check_num_steps(num_steps: int, fine: Tensor) -> None:
 
 
 def _check_velocity(v: Tensor, j: int, fine: Tensor) -> None:
+    """Require a finite velocity at the fine time number ``j``."""
     if not bool(torch.isfinite(v).all()):
         raise ValueError(
             f"velocity must be finite, got NaN or infinite values at t = {fine[j].item():.6g}, "
@@ -263,5 +283,6 @@ def _check_velocity(v: Tensor, j: int, fine: Tensor) -> None:
 
 
 def _chunks(start: int, stop: int, size: int) -> Iterator[slice]:
+    """Yield slices of at most ``size`` numbers between ``start`` and ``stop``."""
     for first in range(start, stop, size):
         yield slice(first, min(first + size, stop))

@@ -1,4 +1,4 @@
-"""The grid whose error at the end is least."""
+"""End-point grids: the least error of the sampler at the last time."""
 
 import math
 from itertools import product
@@ -13,8 +13,8 @@ from flowkit.sampling import ODESampler
 from flowkit.types import Cond, take
 from flowkit.velocity import Velocity
 
-PROGRAM_NOISES = 64  # more of them led to the same grids after the search on all
-SEARCH_WALKS = 8  # the search takes no more steps than as many walks along the fine grid
+PROGRAM_NOISES = 64  # for the dynamic program; in experiments, more noises gave the same grids
+SEARCH_WALKS = 8  # budget of the search, in solves on the whole fine grid
 
 
 @torch.no_grad()
@@ -28,30 +28,36 @@ def endpoint_grid(
     method: str = "euler",
     reference: ODESampler | None = None,
 ) -> Tensor:
-    """Return a grid of ``num_steps`` steps sought by its error at the end.
+    """Return a grid of ``num_steps`` steps with a small error at the last time.
 
-    A dynamic program carries, for every number of steps and every time of the fine grid, the
-    sampler's *own* state that lies closest to the reference's there: from each such state one
-    step goes to every later time, where the closest of all arrivals stays. The better of its
-    grid and the uniform one is then improved knot by knot, at shrinking distances, by the mean
-    squared error at the last time.
-
-    Source: Pei et al., *Optimal Stepsize for Diffusion Sampling*, 2025 (arXiv 2503.21774), for the
-    program; the search is ours.
+    The search has two parts. A dynamic program works on the sampler's *own* states. For every
+    number of steps and every fine time, it keeps the sampler's state with the least distance to the
+    reference's state at that time. From each kept state, one step goes to every later time. The
+    second part starts from the better of this grid and the uniform grid. It moves one time after
+    the other, over smaller and smaller distances, and keeps a move if the mean squared error at the
+    last time falls.
 
     Args:
-        velocity: The field; guide it first if it is to be sampled with guidance.
-        x0: States ``(B, *)`` at the first time. The first 64 make the program, which holds
-            their states at all times of the fine grid; the search is on all.
-        fine_grid: Times ``(n,)``, or a number of uniform steps.
+        velocity: The velocity, with guidance if the sampler uses guidance.
+        x0: States ``(B, *)`` at the first time. The dynamic program uses the first 64 of them and
+            holds their states at all fine times. The second part uses all of them.
+        fine_grid: Times ``(n,)``, or the number ``n − 1`` of uniform steps.
         num_steps: Steps of the grid, from 1 to ``n − 1``.
         cond: Conditions of the states.
         method: The solver: ``"euler"``, ``"midpoint"`` or ``"heun"``.
-        reference: The solver to be close to; its grid must hold all times of the fine grid. None
-            takes the method itself on the fine grid.
+        reference: Reference solver. Its grid must contain all times of the fine grid. ``None``
+            means the same method on the fine grid.
+
+    Returns:
+        Times ``(num_steps + 1,)`` in float64, a part of the fine grid.
 
     Raises:
-        ValueError: If ``num_steps`` is out of range, or states of the reference are not finite.
+        TypeError: If ``num_steps`` is not an integer.
+        ValueError: If ``num_steps`` is out of range, the method is unknown, or a state of the
+            reference is not finite.
+
+    Source: Pei et al., *Optimal Stepsize for Diffusion Sampling*, 2025 (arXiv 2503.21774), for the
+    dynamic program. The second part is an addition of flowkit.
 
     >>> from flowkit.exact import GaussianFlow
     >>> grid = endpoint_grid(GaussianFlow(2.0, 0.1), torch.randn(64, 1), 50, num_steps=4)
@@ -62,7 +68,7 @@ def endpoint_grid(
     check_num_steps(num_steps, fine)
     check_choice(method, SLOPES, "method")
     last = len(fine) - 1
-    if num_steps in (1, last):  # nothing to choose
+    if num_steps in (1, last):  # there is only one such grid
         return fine[:: last // num_steps]
     reference = reference or ODESampler(fine, method)
     target = anchors(velocity, x0, fine[[0, -1]], cond, reference)[-1]
@@ -84,7 +90,7 @@ def _program(
     reference: ODESampler,
     num_steps: int,
 ) -> list[int]:
-    """The knots of the dynamic program on the sampler's own states."""
+    """Return the grid of the dynamic program, as numbers of fine times."""
     teacher = anchors(velocity, x0, fine, cond, reference)
     field, slope = make_field(velocity, x0, cond, fine), SLOPES[method]
     times, last = fine.tolist(), len(fine) - 1
@@ -111,7 +117,10 @@ def _program(
 
 
 class _Search:
-    """Coordinate search over knots by the error at the last time."""
+    """Coordinate search over grids by the error at the last time.
+
+    A grid is a list ``knots`` of numbers of fine times.
+    """
 
     def __init__(
         self,
@@ -121,20 +130,22 @@ class _Search:
         fine: Tensor,
         method: str,
         target: Tensor,
-    ):
+    ) -> None:
         self.velocity, self.x0, self.cond = velocity, x0, cond
         self.fine, self.method, self.target = fine, method, target
 
     def path(self, knots: list[int], x: Tensor) -> Tensor:
+        """Return the sampler's states at the times of a grid, from ``x`` at its first time."""
         sampler = ODESampler(self.fine[knots], self.method)
         path = sampler.solve(self.velocity, x, self.cond, return_path=True).path
         return cast(Tensor, path)
 
     def error(self, knots: list[int]) -> float:
+        """Return the mean squared error of a grid at the last time."""
         return _mean_square(self.path(knots, self.x0)[-1] - self.target)
 
     def improve(self, knots: list[int]) -> list[int]:
-        """Move one knot at a time while that helps and there are steps left."""
+        """Move one time after the other while the error falls and steps remain in the budget."""
         num_steps, last = len(knots) - 1, len(self.fine) - 1
         path, left = self.path(knots, self.x0), min(num_steps, SEARCH_WALKS) * last
         best, reach = _mean_square(path[-1] - self.target), max(1, last // (2 * num_steps))
@@ -147,7 +158,7 @@ class _Search:
                 if left <= 0 or not knots[i - 1] < knots[i] + move < knots[i + 1]:
                     continue
                 trial = [*knots[:i], knots[i] + move, *knots[i + 1 :]]
-                rest = self.path(trial[i - 1 :], path[i - 1])  # what lies before stays as it is
+                rest = self.path(trial[i - 1 :], path[i - 1])  # earlier states do not change
                 left -= len(rest) - 1
                 error = _mean_square(rest[-1] - self.target)
                 if error < best:
@@ -157,6 +168,6 @@ class _Search:
 
 
 def _mean_square(x: Tensor) -> float:
-    """A mean that orders: what diverged is infinitely far."""
+    """Return the mean square; a state that is not finite has the value ``inf``."""
     found = torch.linalg.vector_norm(x, dtype=torch.float64).item() ** 2 / x.numel()
     return found if math.isfinite(found) else math.inf

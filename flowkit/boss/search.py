@@ -1,10 +1,11 @@
-"""BOSS: which times a solver of few steps should stop at, and segments to straighten between.
+"""Choice among grids, and segments of trajectories for straightening.
 
 Source: Nguyen et al., *Bellman Optimal Step-size Straightening of Flow-Matching Models*, 2024
-(arXiv 2312.16414). Its grid minimizes the sum of single steps' errors, each from the reference's
-own state. That is not the error at the end: where trajectories contract, early errors heal, and
-where they part, early errors grow. So a second grid is sought by the error at the end itself, and
-`optimize_grid` lets both compete with the uniform grid on noise that neither has seen.
+(arXiv 2312.16414). The Bellman grid of the paper minimizes the sum of single-step errors, each step
+from the reference's own state. This sum is not the error at the last time: trajectories that
+converge reduce early errors, and trajectories that diverge increase early errors. So a second grid
+minimizes the error at the last time. `optimize_grid` compares both grids and the uniform grid on
+noise samples that made neither grid.
 """
 
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flowkit.boss.bellman import BellmanInterval, bellman_grid, bellman_interval, converged_costs
+from flowkit.boss.bellman import bellman_grid
 from flowkit.boss.costs import SLOPES, anchors, check_num_steps, round_off, step_costs
 from flowkit.boss.endpoint import PROGRAM_NOISES, SEARCH_WALKS, endpoint_grid
 from flowkit.checks import as_grid, check_at_least, check_choice
@@ -21,26 +22,12 @@ from flowkit.sampling import ODESampler
 from flowkit.types import Batch, Cond, take
 from flowkit.velocity import Velocity
 
-__all__ = [
-    "BellmanInterval",
-    "OptimizedGrid",
-    "bellman_grid",
-    "bellman_interval",
-    "converged_costs",
-    "endpoint_grid",
-    "optimize_grid",
-    "score_grids",
-    "search_rows",
-    "segments",
-    "step_costs",
-]
-
 
 class OptimizedGrid(NamedTuple):
-    """What `optimize_grid` returns.
+    """Result of `optimize_grid`.
 
-    ``grid``: the winner's times. ``winner``: ``"uniform"``, ``"bellman"`` or ``"endpoint"``.
-    ``scores``: the error of each on held-out noise. ``grids``: all three.
+    ``grid``: times of the best grid. ``winner``: ``"uniform"``, ``"bellman"`` or ``"endpoint"``.
+    ``scores``: error of each grid on held-out noise samples. ``grids``: all three grids.
     """
 
     grid: Tensor
@@ -59,20 +46,23 @@ def score_grids(
     method: str = "euler",
     reference: ODESampler | None = None,
 ) -> dict[str, float]:
-    """Return each grid's error at the end: root mean square per element to the reference.
+    """Return the error of each grid at the last time: RMSE per element to the reference.
 
-    Use noise that the grids were not made with.
+    Use noise samples that did not make the grids.
 
     Args:
-        velocity: The field.
-        x0: States ``(B, *)`` at the grids' first time.
+        velocity: The velocity.
+        x0: States ``(B, *)`` at the first time of the grids.
         grids: Grids by name, with common ends.
         cond: Conditions of the states.
-        method: The solver that runs on the grids.
-        reference: What it is compared with; None takes 100 uniform steps of the same method.
+        method: Solver of the grids.
+        reference: Reference solver. ``None`` means 100 uniform steps of the same method.
+
+    Returns:
+        The root mean square error of each grid, by name. Errors below round-off are 0.
 
     Raises:
-        ValueError: If there are no grids, or their ends or the reference's differ.
+        ValueError: If there are no grids, or the ends of a grid or of the reference differ.
 
     >>> from flowkit.exact import GaussianFlow
     >>> from flowkit.grids import uniform
@@ -93,9 +83,9 @@ def _end_errors(
     method: str,
     reference: ODESampler | None,
 ) -> dict[str, Tensor]:
-    """Mean squares ``(B,)`` of each grid's errors at the end."""
+    """Return the mean squared errors ``(B,)`` of each grid at the last time."""
     if not grids:
-        raise ValueError("grids must hold at least one grid, got none")
+        raise ValueError("grids must hold at least one grid, got an empty mapping")
     samplers = {name: ODESampler(grid, method) for name, grid in grids.items()}
     first, last = next(iter(samplers.values())).times[[0, -1]]
     if reference is None:
@@ -105,7 +95,7 @@ def _end_errors(
             sampler.times[[0, -1]], torch.stack([first, last]), rtol=0, atol=1e-9
         ):
             raise ValueError(
-                f"grids must run from {first:.6g} to {last:.6g} like the first, got "
+                f"grids must run from {first:.6g} to {last:.6g} like the first grid, got "
                 f"{sampler.times[0]:.6g} to {sampler.times[-1]:.6g} for {name!r}"
             )
     target = reference(velocity, x0, cond)
@@ -131,27 +121,32 @@ def optimize_grid(
 ) -> OptimizedGrid:
     """Make the uniform, the Bellman and the end-point grid, and return the best of them.
 
-    Two thirds of the noises make the grids, the last third scores them. Another grid than the
-    uniform one wins only if it is better by more than the standard error of the difference.
-    See `search_rows` for what it costs.
+    Two thirds of the noise samples make the grids; the last third gives the scores. A grid other
+    than the uniform grid wins only if its gain is larger than the standard error of the gain.
+    `search_rows` returns the number of evaluations.
 
-    The error at the end says how close samples are to the reference's, which is not how good they
-    look: where that matters compare distributions on all ``grids``, as ``flowkit boss
-    metric=classifier`` does.
+    The error at the last time measures the distance between samples and the reference's samples. It
+    does not measure the quality of images. To choose by quality, compare distributions on all
+    ``grids``, as the command ``flowkit boss metric=classifier`` does.
 
     Args:
-        velocity: The field; guide it first if it is to be sampled with guidance.
-        x0: States ``(B, *)`` at the first time, 6 or more; hundreds make a steady choice.
-        num_steps: Steps of the grid.
+        velocity: The velocity, with guidance if the sampler uses guidance.
+        x0: States ``(B, *)`` at the first time, at least 6; hundreds give a stable choice.
+        num_steps: Steps of the grid, from 1 to the number of fine steps.
         cond: Conditions of the states.
         method: The solver: ``"euler"``, ``"midpoint"`` or ``"heun"``.
-        fine_steps: A number of uniform steps from 0 to 1, or another fine grid, of a part too.
-        reference: The solver to be close to; its grid must hold all times of the fine grid. None
-            takes the method itself on the fine grid.
-        costs: The costs of single steps where they are known already.
+        fine_steps: A number of uniform steps from 0 to 1, or another fine grid; the fine grid may
+            cover a part of [0, 1].
+        reference: Reference solver. Its grid must contain all times of the fine grid. ``None``
+            means the same method on the fine grid.
+        costs: Costs ``(n, n)`` of single steps, if they are already known; see `step_costs`.
+
+    Returns:
+        The best grid, its name, and the scores and times of all three grids.
 
     Raises:
-        ValueError: If ``num_steps`` is out of range or there are fewer than 6 noises.
+        TypeError: If ``num_steps`` is not an integer.
+        ValueError: If ``num_steps`` is out of range or ``x0`` holds fewer than 6 noise samples.
 
     >>> from flowkit.exact import GaussianFlow
     >>> optimize_grid(GaussianFlow(2.0, 0.1), torch.randn(96, 2), num_steps=4).winner
@@ -182,17 +177,20 @@ def optimize_grid(
 def search_rows(
     num_noises: int, num_steps: int, *, method: str = "euler", fine_steps: int = 100
 ) -> dict[str, int]:
-    """Return how many velocity rows `optimize_grid` takes at most, by part.
+    """Return the number of velocity rows of `optimize_grid`, by part.
 
     Args:
-        num_noises: Samples in ``x0``.
+        num_noises: Number of samples in ``x0``.
         num_steps: Steps of the grid.
-        method: As for `optimize_grid`.
+        method: Solver, as for `optimize_grid`.
         fine_steps: Steps of the fine grid, which is also the reference.
 
     Returns:
-        ``costs`` (exactly), ``endpoint`` (at most) and ``scores``. A guided velocity takes twice
-        as many network rows.
+        ``costs`` (exact), ``endpoint`` (upper bound) and ``scores`` (exact). A guided velocity
+        computes twice as many network rows.
+
+    Raises:
+        ValueError: If the method is unknown.
 
     >>> search_rows(96, num_steps=8)
     {'costs': 6400, 'endpoint': 107776, 'scores': 3968}
@@ -203,13 +201,13 @@ def search_rows(
     if method != "euler":
         costs += 2 * n + n * (n + 1) // 2
     if 1 < num_steps < n:
-        # The program holds this many states at a time; a slope that knows both ends is taken
-        # for every pair of them.
+        # The dynamic program holds `width` states at a time. A slope that depends on both ends is
+        # evaluated for every pair of times.
         width = n - num_steps + 1
         program = per_step * n + 1 + (num_steps - 1) * width
         if method != "euler":
             program += 2 * width + (num_steps - 2) * width * (width + 1) // 2
-        # The reference, the starts, and the search that may end within a solve.
+        # The sum of the reference, the first grids, and a search that may end within a solve.
         search = per_step * (n + 4 * num_steps + min(num_steps, SEARCH_WALKS) * n)
     scores = per_step * (3 * num_steps + n)
     return {
@@ -229,25 +227,28 @@ def segments(
     *,
     method: str = "euler",
 ) -> Batch:
-    """Return the chords of the teacher's trajectories between the times of a grid.
+    """Return the chords of a teacher's trajectories between the times of a grid.
 
-    The teacher solves on the fine grid together with the grid's own times. A student trained on
-    the chords (see `flowkit.modules.Straightening`) reaches the teacher's end in the grid's few
-    Euler steps.
-
-    Source: Nguyen et al. 2024 (arXiv 2312.16414), its straightening.
+    The teacher solves on the joint times of the fine grid and the grid. A student trained on the
+    chords (see `flowkit.modules.Straightening`) reaches the teacher's last state in the few Euler
+    steps of the grid.
 
     Args:
         velocity: The teacher.
-        x0: States ``(B, *)`` at the grid's first time.
-        fine_grid: The teacher's times, or a number of uniform steps.
-        grid: The student's times ``(K + 1,)``, or a number of uniform steps.
+        x0: States ``(B, *)`` at the first time of the grid.
+        fine_grid: Times of the teacher, or a number of uniform steps.
+        grid: Times ``(K + 1,)`` of the student, or a number of uniform steps.
         cond: Conditions of the states.
-        method: The teacher's solver.
+        method: Solver of the teacher.
 
     Returns:
-        ``x0``, ``x1`` ``(B·K, *)`` and ``t0``, ``t1`` ``(B·K,)``, and ``cond``; the ``K`` segments
-        of a trajectory follow each other.
+        A batch with ``x0``, ``x1`` ``(B·K, *)``, ``t0``, ``t1`` ``(B·K,)`` and ``cond``. The ``K``
+        segments of one trajectory are in succession.
+
+    Raises:
+        ValueError: If a grid does not increase within [0, 1], or a state is not finite.
+
+    Source: Nguyen et al., 2024 (arXiv 2312.16414), its straightening.
 
     >>> from flowkit.exact import GaussianFlow
     >>> batch = segments(GaussianFlow(2.0, 0.5), torch.randn(3, 1), 100, grid=4)

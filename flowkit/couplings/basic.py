@@ -1,7 +1,7 @@
-"""Couplings: which noise goes with which data point.
+"""Independent pairs, and pairs by optimal transport within a batch.
 
-A coupling takes a batch of source samples and one of data and returns them as pairs. Drawing
-both independently is enough to learn a flow; pairs that lie close make its paths straight.
+Independent pairs are enough to learn a flow. Pairs whose two ends lie close make its paths
+straight.
 
 Sources: Tong et al., *Improving and generalizing flow-based generative models with minibatch
 optimal transport*, 2023 (arXiv 2302.00482); Pooladian et al., *Multisample Flow Matching*,
@@ -19,42 +19,22 @@ import torch
 from torch import Tensor
 
 from flowkit.checks import check_at_least, check_finite, check_positive, check_same_shape
-from flowkit.couplings.debiasing import Division, Potentials, RowSoftmax
-from flowkit.couplings.epsilon import EpsilonChoice, suggest_epsilon
-from flowkit.couplings.gibbs import Gibbs
 from flowkit.couplings.transport import (
     Cost,
     assign,
     check_cost,
     cost_matrix,
     entropic_plan,
-    paired_cost,
     pairwise,
     points,
 )
 from flowkit.distributed import gathered, own, place
 from flowkit.types import Cond, Pairs
 
-__all__ = [
-    "Coupling",
-    "Division",
-    "EpsilonChoice",
-    "Gibbs",
-    "Independent",
-    "MinibatchOT",
-    "Pairs",
-    "Potentials",
-    "RowSoftmax",
-    "Sinkhorn",
-    "cost_matrix",
-    "paired_cost",
-    "suggest_epsilon",
-]
-
 
 @runtime_checkable
 class Coupling(Protocol):
-    """What training needs of a coupling."""
+    """Protocol of a coupling: an object with the method ``pair``."""
 
     def pair(
         self,
@@ -63,13 +43,23 @@ class Coupling(Protocol):
         cond: Cond = None,
         generator: torch.Generator | None = None,
     ) -> Pairs:
-        """Pair ``x0 (B, *)`` with ``x1 (B, *)``; ``cond (B, ...)`` describes ``x1``."""
+        """Pair ``x0 (B, *)`` with ``x1 (B, *)``.
+
+        Args:
+            x0: Source samples ``(B, *)``.
+            x1: Data ``(B, *)``.
+            cond: Conditions ``(B, ...)`` of the data.
+            generator: Source of random numbers, for couplings that draw.
+
+        Returns:
+            Pairs. Their number may differ from ``B``.
+        """
         ...
 
 
 @dataclass(frozen=True)
 class Independent:
-    """The pairs as they come: ``x0`` and ``x1`` are independent.
+    """Pairs in the order of the batch: ``x0`` and ``x1`` are independent.
 
     >>> Independent().pair(torch.zeros(2, 1), torch.ones(2, 1)).x0.ravel()
     tensor([0., 0.])
@@ -82,41 +72,48 @@ class Independent:
         cond: Cond = None,
         generator: torch.Generator | None = None,
     ) -> Pairs:
-        """Return the inputs."""
+        """Return the inputs ``x0 (B, *)``, ``x1 (B, *)`` and ``cond`` as pairs.
+
+        Raises:
+            ValueError: If the shapes of ``x0`` and ``x1`` differ.
+        """
         check_same_shape(x0, x1)
         return Pairs(x0, x1, cond)
 
 
 @dataclass(frozen=True)
 class MinibatchOT:
-    """Pairs of least total cost: the exact optimal transport within the batch.
+    """Pairs of least total cost: exact optimal transport within the batch.
 
-    The optimal plan between two batches of one size is a permutation. It is used as it is:
-    ``x1`` stays in place and ``x0`` is permuted, so that every noise and every data point
-    occurs exactly once. (Drawing pairs from the plan with replacement, as the papers' code does,
-    keeps only ``1 − 1/e`` = 63 % of a batch.) Nothing is drawn; equal inputs give equal pairs.
+    The optimal plan between two batches of equal size is a permutation. This class applies the
+    permutation to ``x0`` and leaves ``x1`` in place, so every noise sample and every data point
+    occurs exactly once. (The papers' code draws pairs from the plan with replacement instead. It
+    then sees only ``1 − 1/e`` = 63 % of a batch.) Nothing is random: equal inputs give equal pairs.
 
-    With conditions, plain transport gives every class its own corner of the source, which
-    sampling cannot know: the learned flow is biased. ``cond_weight`` removes the bias. Noise
-    ``x0_i`` carries the condition of its own place in the batch, and a pair costs
-    ``c(x0_i, x1_j) + cond_weight · d(cond_i, cond_j)`` with ``d = 1[cond_i ≠ cond_j]`` for labels,
-    ``‖cond_i − cond_j‖²`` for floats, and the sum over the entries of a mapping.
+    With conditions, plain transport is biased: in training, each class receives its own part of the
+    source, but in sampling, every class starts from the whole source. ``cond_weight`` removes this
+    bias. The noise sample ``x0_i`` gets the condition at its own place in the batch, and a pair
+    costs ``c(x0_i, x1_j) + cond_weight · d(cond_i, cond_j)``. The distance ``d`` is
+    ``1[cond_i ≠ cond_j]`` for labels, ``‖cond_i − cond_j‖²`` for floats, and the sum over all
+    entries for a mapping.
 
     Args:
-        cost: ``"sqeuclidean"``, ``"euclidean"``, ``"cityblock"``, ``"inner"`` (``−2⟨x0, x1⟩``: the
-            pairs of ``"sqeuclidean"``) or a function ``(..., d), (..., d) -> (...)``.
-        cond_weight: At least 0, in units of the cost. Infinite: labels must agree, so the
-            transport is exact within each class. ``None``: conditions are ignored, with a
-            warning.
-        across_ranks: In a distributed training, transport the joint batch of all ranks (of one size
-            each) instead of each rank's own: every rank solves the larger problem and keeps its
-            part. Validation pairs within each rank.
+        cost: ``"sqeuclidean"``, ``"euclidean"``, ``"cityblock"``, ``"inner"`` (``−2⟨x0, x1⟩``,
+            which gives the same pairs as ``"sqeuclidean"``) or a function
+            ``(..., d), (..., d) -> (...)``.
+        cond_weight: At least 0, in units of the cost. With an infinite weight, labels must agree:
+            the transport is exact within each class. With ``None``, the coupling ignores conditions
+            and warns.
+        across_ranks: In distributed training, solve one transport problem for the joint batch of
+            all ranks instead of one problem per rank. All ranks need the same batch size. Every
+            rank solves the joint problem and keeps its own part. Validation always pairs within a
+            rank.
 
     Raises:
-        ValueError: For an unknown cost or a negative weight.
+        ValueError: If the name of the cost is unknown or the weight is negative.
 
-    Source: Tong et al., 2023, algorithm 3; with ``cond_weight`` Cheng and Schwing, 2025 (C²OT),
-    who also search for the weight; here it is given.
+    Source: Tong et al., 2023, algorithm 3; for ``cond_weight``, Cheng and Schwing, 2025 (C²OT).
+    Their method also searches for the weight; here the user sets it.
 
     >>> x0, x1 = torch.tensor([[0.0], [1.0]]), torch.tensor([[3.0], [2.0]])
     >>> MinibatchOT().pair(x0, x1).x0.ravel()
@@ -140,10 +137,12 @@ class MinibatchOT:
         cond: Cond = None,
         generator: torch.Generator | None = None,
     ) -> Pairs:
-        """Permute ``x0 (B, *)`` so that the total cost to ``x1 (B, *)`` is least.
+        """Permute ``x0 (B, *)`` so that its total cost to ``x1 (B, *)`` is least.
 
         Raises:
-            ValueError: If shapes differ, ``cond`` is of another batch, or a cost is not finite.
+            TypeError: If ``cond`` holds another object than tensors, or floats with an infinite
+                ``cond_weight``.
+            ValueError: If shapes differ, ``cond`` has another batch size, or a cost is not finite.
         """
         return _transport(self, x0, x1, cond, assign)
 
@@ -152,22 +151,23 @@ class MinibatchOT:
 class Sinkhorn:
     """Pairs drawn from the entropic plan ``argmin ⟨P, c⟩ − reg H(P)`` between two batches.
 
-    ``x1`` stays in place; the partner of ``x1_j`` is drawn from ``P(x0 | x1_j)``. A small ``reg``
-    approaches `MinibatchOT`, a large one `Independent`. With the squared cost and
-    ``reg = 2σ²`` the plan is the end-point law of the Schrödinger bridge of diffusion ``σ``: pair
-    it with ``paths.BrownianBridge(σ)``.
+    ``x1`` stays in place. The partner of ``x1_j`` is drawn from ``P(x0 | x1_j)``. A small ``reg``
+    approaches `MinibatchOT`, a large ``reg`` approaches `Independent`. With the squared Euclidean
+    cost and ``reg = 2σ²``, the plan is the joint law of both ends of the Schrödinger bridge with
+    diffusion ``σ``: combine it with ``paths.BrownianBridge(σ)``.
 
     Args:
         reg: Positive, in units of the cost.
-        cost: As of `MinibatchOT`.
-        cond_weight: As of `MinibatchOT`.
-        max_iters: Sinkhorn rounds; a plan that has not converged by then warns.
-        across_ranks: As of `MinibatchOT`.
+        cost: Cost of a pair, as for `MinibatchOT`.
+        cond_weight: Weight of the conditions, as for `MinibatchOT`.
+        max_iters: Largest number of Sinkhorn iterations, at least 1. A warning appears if the plan
+            has not converged by then.
+        across_ranks: Joint transport of all ranks, as for `MinibatchOT`.
 
     Raises:
-        ValueError: For an unknown cost or a number out of its range.
+        ValueError: If the name of the cost is unknown or a number is out of its range.
 
-    Source: Tong et al., 2023, algorithm 4 (SB-CFM). There, both ends are drawn and data points
+    Source: Tong et al., 2023, algorithm 4 (SB-CFM). Their code draws both ends, so data points
     repeat; here every data point occurs once.
 
     >>> x0, x1 = torch.tensor([[0.0], [1.0]]), torch.tensor([[3.0], [2.0]])
@@ -194,13 +194,16 @@ class Sinkhorn:
         cond: Cond = None,
         generator: torch.Generator | None = None,
     ) -> Pairs:
-        """Draw a partner in ``x0 (B, *)`` for every ``x1 (B, *)``.
+        """Draw a partner from ``x0 (B, *)`` for every ``x1 (B, *)``.
 
         Raises:
-            ValueError: If shapes differ, ``cond`` is of another batch, or a cost is not finite.
+            TypeError: If ``cond`` holds another object than tensors, or floats with an infinite
+                ``cond_weight``.
+            ValueError: If shapes differ, ``cond`` has another batch size, or a cost is not finite.
         """
 
         def draw(cost: Tensor) -> Tensor:
+            """Draw the row ``(n,)`` for each column of a cost matrix ``(n, n)``."""
             plan = entropic_plan(cost, self.reg, self.max_iters).T
             if generator is not None:
                 plan = plan.to(generator.device)
@@ -216,9 +219,9 @@ def _transport(
     cond: Cond,
     solve: Callable[[Tensor], Tensor],
 ) -> Pairs:
-    """Pair by ``solve``: from a cost ``(n, n)`` to the row that goes with each column."""
+    """Pair by ``solve``, a function from a cost ``(n, n)`` to one row per column ``(n,)``."""
     check_same_shape(x0, x1)
-    # Without gradients, as in validation, ranks need not be in step.
+    # Only training, with gradients, calls all ranks at the same time.
     if coupling.across_ranks and torch.is_grad_enabled() and place()[1] > 1:
         if isinstance(cond, Mapping):
             joint_cond: Cond = {name: gathered(value) for name, value in cond.items()}
@@ -230,8 +233,8 @@ def _transport(
     weight, labels = coupling.cond_weight, _entries(cond, len(x1))
     if labels and weight is None:
         warnings.warn(
-            f"{type(coupling).__name__} ignores cond and so skews the source of every class; set "
-            "cond_weight (float('inf') for labels: transport within each class)",
+            f"{type(coupling).__name__} ignores cond, which skews the source of every class; set "
+            "cond_weight (for labels float('inf'), which pairs within each class)",
             stacklevel=3,
         )
     with torch.no_grad():
@@ -249,17 +252,18 @@ def _transport(
 def _total_cost(
     a: Tensor, b: Tensor, cost: Cost, labels: Mapping[str, Tensor], weight: float
 ) -> Tensor:
-    """Return the cost ``(N, N)`` up to terms of rows and of columns: no plan depends on those.
+    """Return the cost ``(N, N)``, except for terms that depend on the row or the column alone.
 
-    So the squared distance is as good as the inner product, which is a single matrix product,
-    and both ends may be centered, which saves digits.
+    Plans do not depend on such terms. So the inner product can replace the squared distance, which
+    leaves a single matrix product. For the same reason, both ends may be centered, which reduces
+    rounding errors.
     """
     if cost in ("inner", "sqeuclidean"):
         total = pairwise(_centered(a), _centered(b), "inner")
     else:
         total = pairwise(a, b, cost)
     if weight:
-        # In float64, since a large weight must not swallow the digits of the cost.
+        # In float64, because a large weight must not round away the digits of the cost.
         total = total.cpu().double()
         for label in labels.values():
             total += weight * _mismatch(label).cpu().double()
@@ -271,7 +275,7 @@ def _total_cost(
 
 
 def _centered(x: Tensor) -> Tensor:
-    """Return points ``(N, d)`` about their mean; such that lie about 0 as they are (noise does)."""
+    """Subtract the mean from points ``(N, d)``, unless the mean is close to 0, as for noise."""
     if x.shape[1] <= 16:
         return x - x.mean(0)
     some = x[:8]
@@ -281,7 +285,7 @@ def _centered(x: Tensor) -> Tensor:
 
 
 def _mismatch(label: Tensor) -> Tensor:
-    """Return how far conditions ``(N, *)`` differ: ``(N, N)``."""
+    """Return the distances ``(N, N)`` between conditions ``(N, *)``."""
     if label.is_floating_point():
         return cost_matrix(label, label, "sqeuclidean")
     ids = label.reshape(len(label), -1).unique(dim=0, return_inverse=True)[1]
@@ -289,11 +293,11 @@ def _mismatch(label: Tensor) -> Tensor:
 
 
 def _classes(labels: Mapping[str, Tensor]) -> list[Tensor]:
-    """Return the places of each joint class."""
+    """Return the row numbers of each class; a class is one combination of all labels."""
     for name, label in labels.items():
         if label.is_floating_point():
             raise TypeError(
-                f"{name} must hold integer labels where cond_weight is infinite, "
+                f"{name} must hold integer labels if cond_weight is infinite, "
                 f"got {label.dtype}; set a finite cond_weight"
             )
     joint = torch.cat([label.reshape(len(label), -1).long() for label in labels.values()], dim=1)
@@ -318,6 +322,7 @@ def _entries(cond: Cond, batch: int) -> dict[str, Tensor]:
 
 
 def _check_settings(cost: Cost, cond_weight: float | None) -> None:
+    """Require a known cost and a weight of at least 0."""
     check_cost(cost)
     if cond_weight is not None:
         check_at_least(cond_weight, 0, "cond_weight")

@@ -1,4 +1,4 @@
-"""Which ε to train Gibbs weights with, from samples alone."""
+"""Choice of ε for Gibbs weights, from samples alone, before training."""
 
 import math
 from collections.abc import Callable
@@ -14,7 +14,12 @@ Target = Literal["elbow", "ess", "corr"]
 
 
 class EpsilonChoice(NamedTuple):
-    """A choice of ε and the curves ``(n,)`` that it was read from; see `suggest_epsilon`."""
+    """Choice of ε, and the curves from which it was read; see `suggest_epsilon`.
+
+    ``epsilon``: the chosen value. ``epsilons (n,)``: the values of ε of the curves. ``ess (n,)``:
+    the effective number of pairs ``ESS/N`` at each ε. ``tilt_variance (n,)``: the relative variance
+    of the tilts at each ε.
+    """
 
     epsilon: float
     epsilons: Tensor
@@ -22,7 +27,7 @@ class EpsilonChoice(NamedTuple):
     tilt_variance: Tensor
 
     def plot(self) -> Any:
-        """Return both curves and the choice as a matplotlib figure."""
+        """Return both curves and the choice as a ``matplotlib.figure.Figure``."""
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(8, 3), layout="constrained")
@@ -46,34 +51,38 @@ def suggest_epsilon(
 ) -> EpsilonChoice:
     """Choose ε for `flowkit.couplings.Gibbs` before training.
 
-    All pairs ``(x0_i, x1_j)`` are weighted by ``exp(−c/ε)`` for ``ε`` from ``0.05 √d`` to
-    ``50 √d``, 20 values a decade. A smaller ε chooses partners more sharply, leaves fewer effective
-    pairs and tilts source and data further.
+    The function weights all pairs ``(x0_i, x1_j)`` by ``exp(−c/ε)`` for ``ε`` from ``0.05 √d`` to
+    ``50 √d``, with 20 values per decade. A smaller ε gives closer partners, but fewer effective
+    pairs and a larger tilt of source and data.
 
-    - ``"elbow"``: where the relative variance of the tilts ``h_x`` and ``h_y`` (their mean, less
-      sampling noise) flattens: the largest distance below the chord of the curve over log ε.
-    - ``"ess"``: where the effective number of pairs ``ESS/N`` is ``value`` (default 0.5).
-    - ``"corr"``: where the correlation of the weighted pairs, ``E_q⟨x0, x1⟩`` centered and divided
-      by both standard deviations, is ``value``.
+    - ``"elbow"``: the ε at which the relative variance of the tilts becomes flat. The curve is the
+      mean of the relative variances of ``h_x`` and ``h_y``, corrected for sampling noise, over log
+      ε. The elbow is the point of the curve with the largest distance below its chord.
+    - ``"ess"``: the ε at which the effective number of pairs ``ESS/N`` equals ``value`` (default
+      0.5).
+    - ``"corr"``: the ε at which the correlation of the weighted pairs equals ``value``. The
+      correlation is ``E_q⟨x0, x1⟩``, centered and divided by both standard deviations.
 
-    At a fixed ``ε/√d`` weights become equal as ``d`` grows: in many dimensions go by ``"ess"``,
-    whose choice may lie outside of the curves' range.
+    At a fixed ``ε/√d``, weights become equal as ``d`` grows. So use ``"ess"`` in many dimensions.
+    Its choice may lie outside the range of the curves.
 
     Args:
-        x0: Source samples ``(N, *)``; a few thousand are plenty.
+        x0: Source samples ``(N, *)``; a few thousand are enough.
         x1: Data ``(M, *)``.
-        cost: The one to train with.
-        target: What decides.
-        value: Its value, for ``"ess"`` and ``"corr"``.
+        cost: Cost of a pair, the same as in training.
+        target: Rule of the choice: ``"elbow"``, ``"ess"`` or ``"corr"``.
+        value: Value for ``"ess"`` and ``"corr"``, in (0, 1); ``None`` for ``"elbow"``.
 
     Returns:
-        The choice with ``epsilons``, ``ess`` and ``tilt_variance (n,)``.
+        The choice with the curves ``epsilons``, ``ess`` and ``tilt_variance (n,)``.
 
     Raises:
-        ValueError: If samples do not fit or are not finite, or no ε of the range has the value.
+        ValueError: If the shapes of samples differ, a sample is not finite, or no ε of the range
+            reaches the value.
 
-    Source: Calvo-Ordoñez et al., 2025 (arXiv 2507.22270), the rule ``ε = κ √d`` at
-    the smallest ``κ`` where the curve flattens; chord, ``"ess"`` and ``"corr"`` are added here.
+    Source: Calvo-Ordoñez et al., 2025 (arXiv 2507.22270), the rule ``ε = κ √d`` with the smallest
+    ``κ`` at which the curve is flat. The chord rule, ``"ess"`` and ``"corr"`` are additions of
+    flowkit.
 
     >>> x = torch.randn(2, 1000, 2, generator=torch.Generator().manual_seed(0))
     >>> choice = suggest_epsilon(*x, target="ess", value=0.5)
@@ -95,7 +104,7 @@ def suggest_epsilon(
         h_x, h_y, _ = variance_components(weight)
         tilt.append((h_x + h_y).item() / 2)
     ess, tilt = (torch.tensor(curve, dtype=torch.float64) for curve in (ess, tilt))
-    # What rises with ε where few pairs have weight is noise.
+    # The tilt falls with ε; a rise at small ε comes from the noise of few effective pairs.
     tilt = tilt.flip(0).cummax(0).values.flip(0)
     if target == "elbow":
         chord = torch.linspace(0, 1, len(tilt), dtype=torch.float64)
@@ -108,10 +117,10 @@ def suggest_epsilon(
 
 
 def variance_components(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Split the variance of ``m_ij (N, M)`` into that of rows, of columns and of interaction.
+    """Split the variance of ``m_ij (N, M)`` into parts of rows, of columns and of interaction.
 
-    Unbiased for rows and columns drawn at random (two-way analysis of variance without
-    replicates), but for negative estimates, which become 0.
+    The estimates are unbiased for rows and columns drawn at random (two-way analysis of variance
+    without replicates), except that negative estimates become 0.
 
     >>> x = torch.tensor([1.0, 2.0, 4.0])
     >>> [round(v.item(), 4) for v in variance_components(x[:, None] + x)]
@@ -127,20 +136,22 @@ def variance_components(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _weight(matrix: Tensor, epsilon: float) -> Tensor:
-    """Return weights of mean 1."""
+    """Return the weights ``exp(−c/ε) (N, M)``, divided by their mean."""
     weight = (matrix * (-1 / epsilon)).exp_()
     return weight.div_(weight.mean())
 
 
 def _ess(weight: Tensor) -> float:
+    """Return ``ESS/N`` of weights of mean 1."""
     return weight.numel() / (weight.ravel() @ weight.ravel()).item()
 
 
 def _checked(target: str, value: float | None) -> float:
+    """Return the value of the target, with its default."""
     if target == "elbow" and value is not None:
         raise ValueError(f"value must be None for target='elbow', got {value}")
     if target == "corr" and value is None:
-        raise ValueError("value must be given for target='corr', got None; 0.3, say")
+        raise ValueError("value must be given for target='corr', got None; for example 0.3")
     value = 0.5 if value is None else value
     if not 0 < value < 1:
         raise ValueError(f"value must lie in (0, 1), got {value}")
@@ -153,6 +164,7 @@ def _correlation(a: Tensor, b: Tensor) -> Callable[[Tensor], float]:
     products, squares = a @ b.T, (a.square().sum(1), b.square().sum(1))
 
     def correlation(weight: Tensor) -> float:
+        """Return the correlation under the weights ``(N, M)``."""
         ends = [h / h.sum() for h in (weight.sum(1), weight.sum(0))]
         means = [p @ x for p, x in zip(ends, (a, b), strict=True)]
         variances = [
@@ -167,7 +179,10 @@ def _correlation(a: Tensor, b: Tensor) -> Callable[[Tensor], float]:
 def _solve(
     curve: Callable[[float], float], value: float, low: float, high: float, name: str
 ) -> float:
-    """Return the ε at which a monotone curve has the value, up to a thousandfold off the range."""
+    """Return the ε at which a monotone curve takes the value.
+
+    The search extends the range by a factor of at most 1000.
+    """
     from scipy.optimize import brentq
 
     ends = [curve(low), curve(high)]
@@ -180,8 +195,8 @@ def _solve(
             ends[1] = curve(high := high * 10)
     if not min(ends) < value < max(ends):
         raise ValueError(
-            f"value must lie between {min(ends):.3g} and {max(ends):.3g}, which the {name} of "
-            f"these samples takes, got {value}"
+            f"value must lie between {min(ends):.3g} and {max(ends):.3g}, the range of {name} "
+            f"for these samples, got {value}"
         )
     root = brentq(lambda x: curve(math.exp(x)) - value, math.log(low), math.log(high), xtol=1e-3)
     return math.exp(cast(float, root))

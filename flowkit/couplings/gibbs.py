@@ -1,4 +1,4 @@
-"""Gibbs weights: independent pairs, each pair's loss weighted by ``exp(−c/ε)``."""
+"""Gibbs weights: independent pairs, each with a weight ``exp(−c/ε)`` of its loss."""
 
 import math
 import warnings
@@ -21,40 +21,41 @@ Debias = RowSoftmax | Division | Potentials | None
 class Gibbs(nn.Module):
     """Independent pairs with weights ``w(x0, x1) = exp(−c(x0, x1)/ε) / Z``: W-CFM.
 
-    A step costs one distance per pair and no assignment problem. Weighted pairs follow
-    ``q = w · μ⊗ν / Z``, which is exactly the entropic optimal plan (same ``c``, ``ε``) between
+    A step computes one distance per pair and solves no assignment problem. Weighted pairs follow
+    ``q = w · μ⊗ν / Z``. This is exactly the entropic optimal plan (same ``c``, same ``ε``) between
     *its own* ends ``h_x μ / Z`` and ``h_y ν / Z``, with the tilts ``h_x(x) = E_x1 w(x, x1)`` and
-    ``h_y(y) = E_x0 w(x0, y)``. Only where both are constant is it the plan between ``μ`` and ``ν``.
-    Sampling starts from the untilted source, so elsewhere samples are biased, by order ``1/ε``:
-    a small ``ε`` buys straight paths with biased samples. `telemetry` measures the tilt, ``debias``
-    removes it, and `flowkit.couplings.suggest_epsilon` weighs the two.
+    ``h_y(y) = E_x0 w(x0, y)``. The plan connects ``μ`` and ``ν`` only if both tilts are constant.
+    Sampling starts from the source without its tilt, so in general the samples are biased, by order
+    ``1/ε``. A small ``ε`` makes paths straight and samples biased. `telemetry` measures the tilt,
+    ``debias`` removes the tilt, and `flowkit.couplings.suggest_epsilon` chooses ``ε``.
 
-    It is a module, since log Z (``"running"``) and what ``debias`` remembers are state that
-    advances in training mode. Ranks of a distributed run share it, in batches of one size.
+    The class is a module because it has state: log Z (``"running"``) and the samples that
+    ``debias`` remembers. The state changes in training mode only. The ranks of a distributed run
+    share the state and need equal batch sizes.
 
     Args:
-        epsilon: Positive, in units of the cost. Infinite: the pairs as they come with weights of
-            exactly 1, whatever the other arguments; plain flow matching, bit for bit.
-        cost: As of `flowkit.couplings.MinibatchOT`. The paper's experiments use the *unsquared*
-            ``"euclidean"`` distance. ``"inner"`` has the plan of ``"sqeuclidean"``, but not its
-            tilt.
-        normalize: What ``Z`` is. ``"batch"``: the mean over the batch, so that weights have mean 1;
-            a self-normalized estimate, whose bias falls as 1/B. ``"running"``: the mean over all
-            batches (the last thousand or so), without this bias. ``"class"``: the mean
-            over each label of the batch; other choices change how often a class is seen.
-            ``"none"``: 1.
-        debias: None, `RowSoftmax`, `Division` or `Potentials`.
-        pool: Above 1, a batch is a pool from which ``1/pool`` as many pairs are drawn (with
-            replacement, by their weights) and come without weights: no forward pass is spent on
-            light pairs.
+        epsilon: Positive, in units of the cost. With ``inf``, the pairs stay as they come with
+            weights of exactly 1, whatever the other arguments are: plain flow matching, bit for
+            bit.
+        cost: Cost of a pair, as for `flowkit.couplings.MinibatchOT`. The paper's experiments use
+            the *unsquared* ``"euclidean"`` distance. ``"inner"`` has the same plan as
+            ``"sqeuclidean"``, but another tilt.
+        normalize: Definition of ``Z``. ``"batch"``: the mean over the batch, so weights have mean
+            1; this estimate has a bias of order ``1/B``. ``"running"``: the mean over about the
+            last thousand batches, without this bias. ``"class"``: the mean over each label of the
+            batch; the other choices change how often training sees a class. ``"none"``: 1.
+        debias: ``None``, `RowSoftmax`, `Division` or `Potentials`.
+        pool: At least 1. Above 1, the batch is a pool: ``B/pool`` pairs are drawn from the batch by
+            weight, with replacement, and have no weights afterwards. So no forward pass is spent on
+            pairs of small weight.
 
     Raises:
-        TypeError: If ``debias`` is none of its choices.
-        ValueError: If a number or name is out of its range.
+        TypeError: If ``debias`` is an object of another type.
+        ValueError: If a number is out of its range or a name is unknown.
 
-    Source: Calvo-Ordoñez et al., *Weighted Conditional Flow Matching*, 2025 (arXiv 2507.22270).
-    The paper leaves both potentials of the plan at 1; normalizations other than the batch's,
-    ``debias`` and ``pool`` are added here.
+    Source: Calvo-Ordoñez et al., *Weighted Conditional Flow Matching*, 2025 (arXiv 2507.22270). In
+    the paper, both potentials of the plan are 1. The normalizations other than ``"batch"``,
+    ``debias`` and ``pool`` are additions of flowkit.
 
     >>> x0, x1 = torch.zeros(2, 1), torch.tensor([[1.0], [2.0]])
     >>> Gibbs(epsilon=1.0).pair(x0, x1).log_weight.exp()
@@ -71,11 +72,11 @@ class Gibbs(nn.Module):
         normalize: Normalize = "batch",
         debias: Debias = None,
         pool: int = 1,
-    ):
+    ) -> None:
         super().__init__()
         if not epsilon > 0:
             raise ValueError(
-                f"epsilon must be positive, got {epsilon}; infinity is plain flow matching"
+                f"epsilon must be positive, got {epsilon}; inf gives plain flow matching"
             )
         check_cost(cost)
         check_choice(normalize, ("batch", "running", "class", "none"), "normalize")
@@ -85,7 +86,9 @@ class Gibbs(nn.Module):
                 f"debias must be None, RowSoftmax(), Division() or Potentials(), got {debias!r}"
             )
         if pool > 1 and isinstance(debias, RowSoftmax):
-            raise ValueError(f"pool must be 1 with RowSoftmax(), whose pairs are drawn, got {pool}")
+            raise ValueError(
+                f"pool must be 1 with RowSoftmax(), got {pool}; RowSoftmax draws pairs"
+            )
         self.epsilon, self.cost, self.normalize = epsilon, cost, normalize
         self.debias, self.pool = debias, pool
         self.register_buffer("log_z", torch.zeros(()))
@@ -93,7 +96,7 @@ class Gibbs(nn.Module):
         self._warned: set[str] = set()
 
     def extra_repr(self) -> str:
-        """The settings."""
+        """Return the settings as text."""
         return f"epsilon={self.epsilon}, cost={self.cost!r}, normalize={self.normalize!r}"
 
     def pair(
@@ -105,8 +108,12 @@ class Gibbs(nn.Module):
     ) -> Pairs:
         """Weight the pairs ``x0, x1 (B, *)``, or draw pairs by their weights.
 
+        Returns:
+            ``B`` pairs with ``log_weight (B,)``. With `RowSoftmax`, ``B`` pairs without weights;
+            with ``pool`` above 1, ``B // pool`` pairs without weights.
+
         Raises:
-            TypeError: If ``cond`` holds no labels where ``normalize="class"``.
+            TypeError: If ``normalize="class"`` and ``cond`` holds no labels.
             ValueError: If shapes differ, a cost is not finite, or all weights underflow.
         """
         check_same_shape(x0, x1)
@@ -136,19 +143,20 @@ class Gibbs(nn.Module):
 
     @torch.no_grad()
     def telemetry(self, pairs: Pairs) -> dict[str, Tensor]:
-        """Say what the weights do to a batch of pairs; warns once where they do little good.
+        """Measure the effect of the weights on a batch of pairs; warn once if the effect is bad.
 
         Returns:
             - ``ess``: effective number of pairs ``(Σw)² / (N Σw²)``, in (0, 1].
             - ``log_weight_variance``: ``Var(log w)``.
             - ``interaction``: share of the variance of the cost over all ``(x0_i, x1_j)`` that is
-              not a sum of a function of ``x0`` and one of ``x1``. Only this share chooses partners;
+              not a function of ``x0`` plus a function of ``x1``. Only this share selects partners;
               the rest tilts the ends.
-            - ``tilt``: relative variance of ``h_x`` and ``h_y`` (their mean) that is left after
-              ``debias``; sampling noise is subtracted.
+            - ``tilt``: relative variance of ``h_x`` and ``h_y`` (mean of both) after ``debias``,
+              corrected for sampling noise.
 
-            The first two are of the pairs' weights, or of all ``(x0_i, x1_j)`` where pairs have
-            none. With ``normalize="class"`` the others look at the largest class.
+            The first two values describe the weights of the pairs. For pairs without weights, they
+            describe all ``(x0_i, x1_j)``. With ``normalize="class"``, the last two values describe
+            the largest class.
         """
         x0, x1 = pairs.x0[:_ROWS], pairs.x1[:_ROWS]
         labels = self._labels(pairs.cond, len(pairs.x1))
@@ -169,12 +177,12 @@ class Gibbs(nn.Module):
             "interaction": rest / (x0_part + x1_part + rest).clamp_min(1e-30),
             "tilt": sum(variance_components(plan / plan.mean())[:2]) / 2,
         }
-        if len(a) >= 16:  # fewer say little about the variance
+        if len(a) >= 16:  # a variance of fewer samples is too uncertain for a warning
             self._warn(float(found["ess"]), float(found["interaction"]))
         return found
 
     def _plan(self, log_kernel: Tensor, a: Tensor, b: Tensor, labels: Tensor | None) -> Tensor:
-        """Return the weights of all pairs ``(x0_i, x1_j)`` under the rung, up to a factor."""
+        """Return the weights of all pairs ``(N, M)`` after ``debias``, divided by their maximum."""
         if isinstance(self.debias, RowSoftmax):
             return log_kernel.softmax(1)
         if self.debias is not None and self.epsilon < math.inf:
@@ -183,7 +191,7 @@ class Gibbs(nn.Module):
         return (log_kernel - log_kernel.max()).exp()
 
     def _normalized(self, log_weight: Tensor, labels: Tensor | None) -> Tensor:
-        """Subtract log Z, in an order that keeps the digits of differences."""
+        """Subtract log Z; the order of operations keeps the digits of differences."""
         if self.normalize == "none":
             return log_weight
         everyone = gathered(log_weight) if self.training else log_weight
@@ -203,7 +211,7 @@ class Gibbs(nn.Module):
         return log_weight - self.log_z
 
     def _labels(self, cond: Cond, batch: int) -> Tensor | None:
-        """Return the labels ``(B,)`` where they matter."""
+        """Return the labels ``(B,)``, or ``None`` if this coupling does not use labels."""
         labels = None
         if isinstance(cond, Tensor) and cond.ndim == 1 and not cond.is_floating_point():
             labels = cond
@@ -211,7 +219,7 @@ class Gibbs(nn.Module):
             if labels is not None and self.epsilon < math.inf:
                 self._once(
                     "labels",
-                    "Gibbs weights change how often each label is seen in training; "
+                    "Gibbs weights change how often each label occurs in training; "
                     "set normalize='class'",
                 )
             return None
@@ -220,14 +228,15 @@ class Gibbs(nn.Module):
             if isinstance(cond, Tensor):
                 of = f"{cond.dtype} {tuple(cond.shape)}"
             raise TypeError(
-                f"cond must be labels (B,) where normalize='class', got {of}; "
-                "set normalize='batch' for other conditions or none"
+                f"cond must hold labels (B,) if normalize='class', got {of}; "
+                "set normalize='batch' for other conditions and without conditions"
             )
         if len(labels) != batch:
             raise ValueError(f"cond must have length {batch}, got {len(labels)}")
         return labels
 
     def _check(self, log_weight: Tensor, x0: Tensor, x1: Tensor) -> None:
+        """Require log weights that do not all underflow, and name the cause otherwise."""
         low, high = (v.item() for v in log_weight.aminmax())
         if math.isfinite(low) and high > _LOG_TINY:
             return
@@ -236,25 +245,27 @@ class Gibbs(nn.Module):
         if not bool(torch.isfinite(paired(points(x0), points(x1), self.cost)).all()):
             raise ValueError("cost must be finite, got NaN or infinite values for finite samples")
         raise ValueError(
-            f"epsilon must be large enough for a weight above 0, got {self.epsilon}, where the "
-            f"largest is exp({high:.4g}); raise epsilon or set normalize='batch'"
+            f"epsilon must give at least one weight above 0, got {self.epsilon}, for which the "
+            f"largest weight is exp({high:.4g}); raise epsilon or set normalize='batch'"
         )
 
     def _warn(self, ess: float, interaction: float) -> None:
+        """Warn of few effective pairs and of a cost that hardly selects partners."""
         if ess < 0.1:
             self._once(
                 "ess",
                 f"Gibbs weights leave {ess:.1%} of the pairs effective at epsilon "
-                f"{self.epsilon:g}; raise it, see flowkit.couplings.epsilon.suggest_epsilon",
+                f"{self.epsilon:g}; raise epsilon, see flowkit.couplings.suggest_epsilon",
             )
         if interaction < 0.05 and self.epsilon < math.inf:
             self._once(
                 "interaction",
-                f"only {interaction:.1%} of the variance of Gibbs log weights chooses partners, "
+                f"only {interaction:.1%} of the variance of Gibbs log weights selects partners, "
                 "the rest tilts the ends; set debias=Potentials(), use latents or another cost",
             )
 
     def _once(self, kind: str, message: str) -> None:
+        """Warn once per kind of message."""
         if kind not in self._warned:
             self._warned.add(kind)
             warnings.warn(message, stacklevel=5)
@@ -271,6 +282,6 @@ def _class_normalized(
     return log_weight - top[mine] - (total / ids.bincount()).log()[mine]
 
 
-_MEMORY = 1000  # batches that a running log Z looks back on
-_ROWS = 256  # samples of a batch that telemetry looks at
-_LOG_TINY = -87.0  # below, float32 weights are 0
+_MEMORY = 1000  # number of batches in the running mean of log Z
+_ROWS = 256  # largest number of samples that telemetry uses
+_LOG_TINY = -87.0  # exp of a smaller number underflows in float32

@@ -1,6 +1,7 @@
-"""What a pair costs, and optimal transport on such costs: assignments and entropic plans.
+"""Costs of pairs, and optimal transport with these costs.
 
-Couplings choose the cost of a pair; here it becomes a matrix, a permutation or a plan.
+Couplings choose the cost of a pair. This module computes cost matrices, assignments (permutations)
+and entropic plans.
 """
 
 import math
@@ -8,15 +9,19 @@ import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from flowkit.checks import check_choice, check_same_shape
+from flowkit.checks import check_choice
+
+if TYPE_CHECKING:
+    from threadpoolctl import ThreadpoolController
 
 Cost = str | Callable[[Tensor, Tensor], Tensor]
-"""A name in ``COSTS`` or ``cost(a (..., d), b (..., d)) -> (...)`` that broadcasts."""
+"""A name in `COSTS`, or a function ``cost(a (..., d), b (..., d)) -> (...)`` that broadcasts."""
 
 COSTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "euclidean": lambda a, b: torch.linalg.vector_norm(a - b, dim=-1),
@@ -26,29 +31,27 @@ COSTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-def paired_cost(x0: Tensor, x1: Tensor, cost: Cost = "sqeuclidean") -> Tensor:
-    """Return ``c(x0_i, x1_i) (N,)`` in float32, of the flattened ``x0, x1 (N, *)``.
-
-    >>> paired_cost(torch.zeros(2, 2), torch.tensor([[3.0, 4.0], [0.0, 1.0]]), "euclidean")
-    tensor([5., 1.])
-    """
-    check_same_shape(x0, x1)
-    check_cost(cost)
-    return paired(points(x0), points(x1), cost)
-
-
 @torch.no_grad()
 def cost_matrix(x0: Tensor, x1: Tensor, cost: Cost = "sqeuclidean") -> Tensor:
-    """Return ``c(x0_i, x1_j) (N, M)`` in float32, of the flattened ``x0 (N, *)``, ``x1 (M, *)``.
+    """Return the costs ``c(x0_i, x1_j) (N, M)`` in float32, for flattened samples.
 
-    It carries no gradient.
+    The matrix has no gradient.
+
+    Args:
+        x0: Source samples ``(N, *)``.
+        x1: Data ``(M, *)``.
+        cost: A name or a function, as for `flowkit.couplings.MinibatchOT`.
+
+    Raises:
+        ValueError: If the shapes of samples differ, the name is unknown, or the function returns
+            another shape.
 
     >>> cost_matrix(torch.tensor([[0.0], [1.0]]), torch.tensor([[3.0], [2.0]]), "cityblock")
     tensor([[3., 2.], [2., 1.]])
     """
     if x0.shape[1:] != x1.shape[1:]:
         raise ValueError(
-            f"x0 must have samples of the shape of x1's, {tuple(x1.shape[1:])}, "
+            f"x0 must have samples of the same shape as x1, {tuple(x1.shape[1:])}, "
             f"got {tuple(x0.shape[1:])}"
         )
     check_cost(cost)
@@ -56,7 +59,7 @@ def cost_matrix(x0: Tensor, x1: Tensor, cost: Cost = "sqeuclidean") -> Tensor:
 
 
 def paired(a: Tensor, b: Tensor, cost: Cost) -> Tensor:
-    """Return the cost ``(N,)`` of float32 rows ``a, b (N, d)``."""
+    """Return the costs ``(N,)`` of float32 rows ``a, b (N, d)``."""
     costs = _function(cost)(a, b)
     if costs.shape != a.shape[:1]:
         raise ValueError(
@@ -67,20 +70,20 @@ def paired(a: Tensor, b: Tensor, cost: Cost) -> Tensor:
 
 
 def pairwise(a: Tensor, b: Tensor, cost: Cost) -> Tensor:
-    """Return the cost ``(N, M)`` of float32 rows ``a (N, d)`` and ``b (M, d)``."""
+    """Return the costs ``(N, M)`` of float32 rows ``a (N, d)`` and ``b (M, d)``."""
     if cost == "inner":
-        # With `out`, mixed precision around the coupling leaves the product in float32.
+        # With `out`, the product stays in float32 under mixed precision.
         product = a.new_empty(len(a), len(b))
         return torch.addmm(product, a, b.T, beta=0, alpha=-2, out=product)
     if cost == "cityblock":
         return torch.cdist(a, b, p=1)
     if cost in ("euclidean", "sqeuclidean"):
         center = b.mean(0)
-        # Distances by products are fast in many dimensions, but lose digits to cancellation.
+        # Matrix products make distances fast in many dimensions, but cancellation loses digits.
         mode = "use_mm_for_euclid_dist" if a.shape[1] > 16 else "donot_use_mm_for_euclid_dist"
         distance = torch.cdist(a - center, b - center, compute_mode=mode)
         return distance.square_() if cost == "sqeuclidean" else distance
-    rows = max(1, 2**24 // max(1, b.numel()))  # bounds what the broadcast allocates
+    rows = max(1, 2**24 // max(1, b.numel()))  # limits the memory of the broadcast
     matrix = torch.cat([_function(cost)(part[:, None], b) for part in a.split(rows)])
     if matrix.shape != (len(a), len(b)):
         raise ValueError(
@@ -93,25 +96,26 @@ def pairwise(a: Tensor, b: Tensor, cost: Cost) -> Tensor:
 def assign(cost: Tensor) -> Tensor:
     """Return the permutation ``p (B,)`` that minimizes ``Σ_j cost[p_j, j]``, exactly.
 
-    An assignment problem is unchanged by constants added to rows and columns. Subtracting
-    nearly optimal dual potentials therefore leaves the answer alone, but leaves SciPy's
-    shortest-augmenting-path solver with almost nothing to search. The potentials are those of
-    softened problems, in float32; they are subtracted in float64, so that the optimum is the
-    one of ``cost`` as given.
+    Constants added to rows and columns do not change the solution of an assignment problem. This
+    function subtracts nearly optimal dual potentials. The solution stays the same, but SciPy's
+    shortest-augmenting-path solver then has almost nothing to search. The potentials come from
+    softened problems in float32. They are subtracted in float64, so the optimum is exactly that of
+    ``cost``.
 
     Args:
         cost: ``(B, B)`` and finite, on any device.
 
-    Source: D. F. Crouse, *On implementing 2D rectangular assignment algorithms*, 2016 (the
-    solver). The reduction by softened potentials is this module's.
+    Source: D. F. Crouse, *On implementing 2D rectangular assignment algorithms*, 2016 (the solver).
+    The reduction by softened potentials is an addition of flowkit.
 
     >>> assign(torch.tensor([[4.0, 1.0, 3.0], [2.0, 3.0, 0.0], [3.0, 2.0, 2.0]]))
     tensor([2, 0, 1])
     """
     from scipy.optimize import linear_sum_assignment
 
-    # More samples mean smaller gaps between competitors and more search to save: one colder
-    # problem for each doubling, and only the minima of columns for few, found by timing.
+    # A larger batch has smaller gaps between candidates, so good potentials save more search.
+    # Each doubling of the batch adds one colder stage. For small batches, subtracting the minima
+    # of columns is fastest. The numbers come from timings.
     if len(cost) > 64:
         num_iters = 4 if len(cost) <= 256 else 5
         matrix = _reduced(cost, int(math.log2(len(cost))) - 4, num_iters)
@@ -119,26 +123,27 @@ def assign(cost: Tensor) -> Tensor:
         matrix = cost.detach().cpu().numpy()
         matrix = np.subtract(matrix, matrix.min(0, initial=np.inf), dtype=np.float64)
     _, columns = linear_sum_assignment(matrix)
-    return torch.from_numpy(columns.argsort()).to(cost.device)  # the row of each column
+    return torch.from_numpy(columns.argsort()).to(cost.device)  # rows of columns
 
 
 def potentials(cost: np.ndarray, num_stages: int, num_iters: int) -> tuple[np.ndarray, np.ndarray]:
     """Estimate dual potentials ``f, g (B,)`` with ``f_i + g_j ≲ cost_ij``, tight on the optimum.
 
-    Annealed Sinkhorn: at temperatures falling by a factor 4, the kernel
-    ``K = exp((f ⊕ g − cost) / ε)`` is balanced by ``v = 1 / Kᵀu``, ``u = 1 / Kv`` and the logs of
-    ``u, v`` are absorbed into ``f, g``. The next kernel is the fourth power of the balanced one, so
-    that a single exponential is taken. Potentials move smoothly with ``ε``, so each stage starts
-    from the line through the last two; along a geometric sequence its step is
-    ``(f_k − f_{k−1}) / 4``. An estimate of any quality is fit for `assign`.
+    The method is Sinkhorn with annealing. The temperature ``ε`` falls by a factor of 4 per stage.
+    Each stage balances the kernel ``K = exp((f ⊕ g − cost) / ε)`` by ``v = 1 / Kᵀu``,
+    ``u = 1 / Kv``, and adds the logs of ``u, v`` to ``f, g``. The next kernel is the fourth power
+    of the balanced kernel, so the method computes a single exponential. Potentials are smooth in
+    ``ε``. So each stage starts from a linear extrapolation of the last two stages; for temperatures
+    in a geometric sequence, its step is ``(f_k − f_{k−1}) / 4``. `assign` accepts an estimate of
+    any quality.
 
     Args:
         cost: ``(B, B)`` float32, finite.
         num_stages: Number of temperatures; 0 only subtracts row and column minima.
-        num_iters: Balancing rounds per temperature.
+        num_iters: Balancing iterations per temperature.
 
-    Source: B. Schmitzer, *Stabilized sparse scaling algorithms for entropy regularized
-    transport problems*, 2019 (absorption and ε-scaling); the extrapolation in ε is added.
+    Source: B. Schmitzer, *Stabilized sparse scaling algorithms for entropy regularized transport
+    problems*, 2019 (absorption and ε-scaling). The extrapolation in ε is an addition of flowkit.
     """
     f = cost.min(1)
     kernel = f[:, None] - cost
@@ -147,10 +152,10 @@ def potentials(cost: np.ndarray, num_stages: int, num_iters: int) -> tuple[np.nd
     temperature = -float(kernel.mean()) / 4
     if not (num_stages and temperature):
         return f, g
-    # BLAS would split long products of a matrix and a vector over threads. There is little to
-    # gain, and much to lose where other processes (a loader's workers) keep the cores busy.
+    # BLAS splits large matrix-vector products over threads. That gains little, and it is slow
+    # when other processes (workers of a data loader) use the same cores.
     one_thread = _blas().limit(limits=1, user_api="blas") if len(f) > 512 else nullcontext()
-    # A kernel that under- or overflows ends the annealing.
+    # The loop ends at an underflow or overflow, so NumPy's warnings are off.
     with one_thread, np.errstate(all="ignore"):
         kernel /= temperature
         np.exp(np.maximum(kernel, -80, out=kernel), out=kernel)
@@ -169,7 +174,7 @@ def potentials(cost: np.ndarray, num_stages: int, num_iters: int) -> tuple[np.nd
             if stage < num_stages - 1:
                 kernel *= (u * np.exp(steps[0] / temperature))[:, None]
                 kernel *= v * np.exp(steps[1] / temperature)
-                # Less would become subnormal numbers, on which processors are slow.
+                # Smaller entries become subnormal numbers, which are slow on processors.
                 np.maximum(kernel, 1e-9, out=kernel)
                 np.square(np.square(kernel, out=kernel), out=kernel)
                 temperature /= 4
@@ -179,9 +184,9 @@ def potentials(cost: np.ndarray, num_stages: int, num_iters: int) -> tuple[np.nd
 def entropic_plan(cost: Tensor, reg: float, max_iters: int, tol: float = 1e-6) -> Tensor:
     """Return the plan ``(N, M)`` that minimizes ``⟨P, cost⟩ − reg H(P)`` with uniform marginals.
 
-    POT's Sinkhorn iteration in the log domain, in float64 on the CPU, started from the potentials
-    of warmer problems. A plan whose marginals are still off by more than ``tol`` (Euclidean norm)
-    after ``max_iters`` rounds comes with a warning.
+    The function runs POT's Sinkhorn iteration in the log domain, in float64 on the CPU. The
+    iteration starts from the potentials of problems with a higher temperature. A warning appears if
+    the marginals still differ by more than ``tol`` (Euclidean norm) after ``max_iters`` iterations.
 
     Args:
         cost: ``(N, M)`` and finite, on any device.
@@ -196,7 +201,7 @@ def entropic_plan(cost: Tensor, reg: float, max_iters: int, tol: float = 1e-6) -
     """
     from ot import sinkhorn
 
-    # Each stage of the estimate is four times colder, the last about as cold as reg.
+    # Each stage divides the temperature by four; the last temperature is close to reg.
     spread = float(cost.std(correction=0))
     num_stages = int(math.log(max(1, min(spread / reg, 1e5)), 4))
     rows, columns = (np.full(size, 1 / size) for size in cost.shape)
@@ -214,14 +219,14 @@ def entropic_plan(cost: Tensor, reg: float, max_iters: int, tol: float = 1e-6) -
     if not log["err"][-1] <= tol:
         warnings.warn(
             f"Sinkhorn has not converged: the marginals are off by more than {tol:.0e} after "
-            f"{max_iters} rounds at reg {reg}; raise reg or max_iters",
+            f"{max_iters} iterations at reg {reg}; raise reg or max_iters",
             stacklevel=2,
         )
     return torch.from_numpy(plan)
 
 
 def _reduced(cost: Tensor, num_stages: int, num_iters: int) -> np.ndarray:
-    """Return the cost less its estimated potentials, in float64: it has the same plans."""
+    """Return the cost minus its estimated potentials, in float64; the plans stay the same."""
     matrix = cost.detach().cpu().numpy()
     f, g = potentials(matrix.astype(np.float32, copy=False), num_stages, num_iters)
     reduced = np.subtract(matrix, f[:, None], dtype=np.float64)
@@ -241,11 +246,13 @@ def check_cost(cost: Cost) -> None:
 
 
 def _function(cost: Cost) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return the cost as a function."""
     return COSTS[cost] if isinstance(cost, str) else cost
 
 
 @cache
-def _blas():
+def _blas() -> "ThreadpoolController":
+    """Return the controller of the threads of BLAS libraries."""
     from threadpoolctl import ThreadpoolController
 
     return ThreadpoolController()

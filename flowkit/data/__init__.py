@@ -1,5 +1,13 @@
-"""Data sets as Lightning data modules that yield ``flowkit.types.Batch``."""
+"""Data sets as Lightning data modules.
 
+Each class reads one kind of source (image files, tar files, IDX files, the Hugging Face hub,
+latents, pairs, toy points) and divides its samples into the splits train, val and test. All
+batches are of the type ``flowkit.types.Batch``. The training stream is endless, and a resumed run
+reads the same batches as a run without interruption. A new data set is a subclass of `SplitData`
+with a method ``load``.
+"""
+
+from flowkit.data.arrays import Arrays
 from flowkit.data.cache import write_cache
 from flowkit.data.digits import Digits
 from flowkit.data.folder import Folder
@@ -15,6 +23,7 @@ from flowkit.data.toy import Toy, sample_toy
 
 __all__ = [
     "IDX",
+    "Arrays",
     "Digits",
     "Folder",
     "Hub",

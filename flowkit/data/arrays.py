@@ -1,6 +1,5 @@
-"""Samples in memory, and what a split of any data set offers."""
+"""Protocol of a split, and splits held in memory as tensors."""
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, cast
@@ -8,17 +7,19 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
+from flowkit.metrics.pictures import from_uint8
+from flowkit.provenance import content_hash
 from flowkit.types import Batch
 
 Index = slice | Sequence[int] | Tensor
-"""Positions within a split: a slice, a list, a 1-D integer tensor or a mask; no single number."""
+"""Positions in a split: a slice, a list, a 1-D integer tensor or a boolean mask ``(N,)``."""
 
 
 class Split(Protocol):
-    """One of the three parts of a data set: indexed by many positions at once.
+    """Protocol of one part of a data set (train, val or test), indexed by several positions.
 
-    ``split[:100]["x1"]`` are the first 100 samples. Reading whole batches is what makes data
-    in memory fast, so a single position is no index.
+    ``split[:100]["x1"]`` holds the first 100 samples. An index always selects a whole batch, which
+    is much faster than single samples. So an index is never a single number.
     """
 
     def __len__(self) -> int:
@@ -26,28 +27,25 @@ class Split(Protocol):
         ...
 
     def __getitem__(self, index: Index) -> Batch:
-        """Return the samples at some positions, in that order, as a new batch."""
+        """Return the samples at the positions, in the order of the index, as a new batch."""
         ...
 
     def fingerprint(self) -> str:
-        """Return a SHA-256 of the content, for caches and evaluation records."""
+        """Return a SHA-256 of the content. Caches and evaluation records store it."""
         ...
 
 
-def from_uint8(images: Tensor) -> Tensor:
-    """Map gray levels 0…255 to float32 in [-1, 1]: ``x / 127.5 - 1``.
-
-    >>> from_uint8(torch.tensor([0, 51, 255], dtype=torch.uint8))
-    tensor([-1.0000, -0.6000,  1.0000])
-    """
-    return images.float().div_(127.5).sub_(1)
-
-
 def positions(index: Index, length: int) -> Tensor:
-    """Return an index as a 1-D int64 tensor of positions in ``[0, length)``.
+    """Convert an index to a 1-D int64 tensor of positions in ``[0, length)``.
+
+    Negative positions count from the end, as in Python lists.
+
+    Args:
+        index: A slice, a list or a 1-D tensor of positions, or a boolean mask ``(length,)``.
+        length: Number of samples of the split.
 
     Raises:
-        TypeError: If the index is a single position, or holds anything but integers.
+        TypeError: If the index is a single number, or does not hold integers.
         IndexError: If a position lies outside the split.
 
     >>> positions(slice(None, None, 2), 5), positions([-1], 5)
@@ -71,16 +69,17 @@ def positions(index: Index, length: int) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Arrays:
-    """A split whose samples lie in memory, as tensors with one row per sample.
+    """Split held in memory: tensors with one row per sample.
 
-    Images may be kept as ``uint8`` (a quarter of the memory); they leave as float32 in [-1, 1].
+    Images can be stored as ``uint8``, which takes a quarter of the memory of float32. A batch then
+    holds them as float32 in [-1, 1].
 
     Args:
         columns: Tensors ``(N, *)`` under the names of ``flowkit.types.Batch``; ``x1`` is required.
-        name: What the data are called in errors, for instance their file.
+        name: Name of the data in errors, for example their file.
 
     Raises:
-        ValueError: If columns differ in length or hold NaN or infinity.
+        ValueError: If the columns differ in length, or hold NaN or infinity.
 
     >>> split = Arrays({"x1": torch.tensor([[0.0], [1.0], [2.0]]), "cond": torch.tensor([4, 5, 6])})
     >>> split[[2, 0]]
@@ -91,7 +90,7 @@ class Arrays:
     name: str = "data"
 
     def __post_init__(self) -> None:
-        """Refuse columns that do not fit together, and values that would poison a training."""
+        """Check that all columns have the same length and hold finite values."""
         for key, column in self.columns.items():
             if len(column) != len(self.columns["x1"]):
                 raise ValueError(
@@ -109,18 +108,14 @@ class Arrays:
         return len(self.columns["x1"])
 
     def __getitem__(self, index: Index) -> Batch:
-        """Return the samples at some positions as one batch."""
+        """Return the samples at the positions of an index as one batch."""
         rows = positions(index, len(self))
-        # Several times faster than column[rows] on images, since it copies whole rows.
+        # index_select copies whole rows: on images it is several times faster than column[rows].
         batch = {key: column.index_select(0, rows) for key, column in self.columns.items()}
         if batch["x1"].dtype == torch.uint8:
             batch["x1"] = from_uint8(batch["x1"])
         return cast(Batch, batch)
 
     def fingerprint(self) -> str:
-        """Return the SHA-256 of names, types, shapes and bytes of all columns."""
-        digest = hashlib.sha256()
-        for key, column in sorted(self.columns.items()):
-            digest.update(f"{key} {column.dtype} {tuple(column.shape)}\n".encode())
-            digest.update(column.contiguous().numpy().tobytes())
-        return digest.hexdigest()
+        """Return the SHA-256 of the names, types, shapes and bytes of all columns."""
+        return content_hash(self.columns)

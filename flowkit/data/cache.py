@@ -1,16 +1,17 @@
-"""A cache of latents on disk: images encoded once, as shards that are read by memory map.
+"""Cache of latents on disk. Images are encoded once and stored in files, called shards.
 
-A cache is a folder of safetensors shards, ``train-00000.safetensors`` and so on, and an
-``index.json`` that is written last: without it a cache is not finished. A shard holds the
-posterior's ``mean`` and ``std`` of its images and, where they are mirrored too, after those the
-same of their mirror images; beside them ``cond``, or ``cond.<name>`` for each of several.
+A cache is a folder of safetensors files, ``train-00000.safetensors`` and so on, and an
+``index.json``. The index is written last: a folder without the index holds an unfinished cache.
+A shard holds the ``mean`` and the ``std`` of the posterior of each of its images. If the data are
+mirrored, the rows of the mirror images follow those of the images. The conditions are stored as
+``cond``, or as ``cond.<name>`` if there are several by name. Shards are mapped into memory: only
+the rows of a batch are read.
 """
 
-import functools
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from flowkit.checks import check_at_least, check_finite, check_labels
 from flowkit.data.arrays import Index, Split, positions
 from flowkit.data.splits import SplitData
 from flowkit.data.stream import InOrder
+from flowkit.provenance import write_atomically
 from flowkit.types import Batch, Cond
 
 INDEX = "index.json"
@@ -41,26 +43,28 @@ def write_cache(
     source: Mapping[str, Any] | None = None,
     done: Callable[[int], object] = lambda count: None,
 ) -> dict[str, Any]:
-    """Encode all splits of some images; the training split's mirror images too if ``data.flip``.
+    """Encode the images of all splits and store their latents in a folder.
 
-    Each shard appears in one move when it is complete, and is kept by a later call, so that the
-    same call again goes on where it was stopped.
+    If ``data.flip`` is set, the mirror images of the training split are encoded too. A shard is
+    moved into the folder when it is complete, and a later call keeps the complete shards. So the
+    same call continues an interrupted one.
 
     Args:
-        data: The images, set up.
-        autoencoder: On the device that shall encode.
-        root: The cache's folder.
+        data: The images; ``data.setup()`` was called.
+        autoencoder: The encoder. Its device encodes the images.
+        root: The folder of the cache.
         shard_size: Images per shard.
-        batch_size: Images encoded at a time.
-        source: The configuration of ``data``, by which evaluations find the images again.
-        done: Told the number of images of every batch, or of a shard that was there.
+        batch_size: Images per call of the encoder.
+        source: The configuration of ``data``, with which an evaluation finds the images again.
+        done: Called with the number of images of each encoded batch, and with the number of images
+            whose latents an earlier call stored.
 
     Returns:
-        The index.
+        The content of ``index.json``.
 
     Raises:
-        ValueError: If the folder holds shards of another encoding, data are no images, labels are
-            out of range or latents not finite.
+        ValueError: If the folder holds shards of another encoding, the data are not images, a
+            label is out of range or a latent is not finite.
     """
     check_at_least(shard_size, 1, "shard_size")
     if len(data.shape) != 3:
@@ -69,16 +73,14 @@ def write_cache(
     root.mkdir(parents=True, exist_ok=True)
     shards = list(_plan(data, autoencoder, root, shard_size))
     missing = [shard for shard in shards if not shard.is_done()]
-    if missing:  # only now: a cache of another encoding has been refused, and stays as it is
+    if missing:  # after the checks above, which leave a cache of another encoding unchanged
         (root / INDEX).unlink(missing_ok=True)
     done(sum(len(shard.part) for shard in shards if shard not in missing))
     for shard in missing:
         batches = InOrder(shard.part, batch_size)
         loader = DataLoader(batches, batch_size=None, num_workers=data.num_workers)
         columns = _encode(loader, autoencoder, shard.mirror, data.num_classes, done)
-        partial = shard.file.with_suffix(".partial")
-        save_file(columns, partial, metadata=shard.tag)
-        os.replace(partial, shard.file)
+        write_atomically(shard.file, partial(save_file, columns, metadata=shard.tag))
     index = {
         "autoencoder": identity(autoencoder),
         "image_shape": list(data.shape),
@@ -98,15 +100,14 @@ def write_cache(
             for name in SPLITS
         },
     }
-    partial = root / f"{INDEX}.partial"
-    partial.write_text(json.dumps(index, indent=2) + "\n")
-    os.replace(partial, root / INDEX)
+    text = json.dumps(index, indent=2) + "\n"
+    write_atomically(root / INDEX, lambda file: file.write_text(text))
     return index
 
 
 @dataclass(frozen=True, eq=False)
 class _Part:
-    """Consecutive samples of a split."""
+    """Consecutive samples ``[start, stop)`` of a split."""
 
     split: Split
     start: int
@@ -124,7 +125,10 @@ class _Part:
 
 @dataclass(frozen=True, eq=False)
 class _Shard:
-    """A shard to be: its images, whether mirrored ones too, and the metadata it shall have."""
+    """Plan of one shard: its images, its file, and the metadata ``tag`` of the file.
+
+    If ``mirror`` is True, the shard holds the mirror images too.
+    """
 
     split: str
     part: _Part
@@ -133,7 +137,11 @@ class _Shard:
     tag: dict[str, str]
 
     def is_done(self) -> bool:
-        """Whether it is there and whole; one of another encoding is an error."""
+        """Return True if the file exists and is complete.
+
+        Raises:
+            ValueError: If the file holds another encoding.
+        """
         try:
             with safe_open(self.file, framework="pt") as shard:
                 found = shard.metadata() or {}
@@ -151,6 +159,7 @@ class _Shard:
 def _plan(
     data: SplitData, autoencoder: KLAutoencoder, root: Path, shard_size: int
 ) -> Iterator[_Shard]:
+    """Yield the plans of all shards, split by split."""
     for name in SPLITS:
         split, mirror = data.split(name), data.flip and name == "train"
         tag = {
@@ -172,7 +181,7 @@ def _encode(
     num_classes: int | None,
     done: Callable[[int], object],
 ) -> Columns:
-    """The columns of one shard."""
+    """Encode the images of one shard and return its columns."""
     parts: list[Columns] = []
     mirrored: list[Columns] = []
     for batch in loader:
@@ -182,7 +191,7 @@ def _encode(
         images = batch["x1"].to(autoencoder.mean.device)
         parts.append({**_moments(autoencoder, images), **conds})
         if mirror:
-            # A map, of labels or other, is mirrored with its image.
+            # A condition of the size of the image, a mask for example, is mirrored too.
             size = images.shape[-2:]
             turned = {k: v.flip(-1) if v.shape[-2:] == size else v for k, v in conds.items()}
             mirrored.append({**_moments(autoencoder, images.flip(-1)), **turned})
@@ -192,6 +201,7 @@ def _encode(
 
 
 def _moments(autoencoder: KLAutoencoder, images: Tensor) -> Columns:
+    """Return the mean and the std of the posteriors of some images, on the CPU."""
     columns = {k: v.cpu() for k, v in autoencoder.posterior(images)._asdict().items()}
     for name, value in columns.items():
         check_finite(value, f"{name} of the latents")
@@ -199,6 +209,7 @@ def _moments(autoencoder: KLAutoencoder, images: Tensor) -> Columns:
 
 
 def _named(cond: Cond) -> Columns:
+    """Return a condition as columns, under the names that a shard uses."""
     if cond is None:
         return {}
     if isinstance(cond, Tensor):
@@ -207,11 +218,17 @@ def _named(cond: Cond) -> Columns:
 
 
 def read_index(root: str | Path) -> dict[str, Any]:
-    """Read the index of a cache and look at all its shards' headers.
+    """Read the index of a cache and check the headers of all its shards.
+
+    Args:
+        root: The folder of the cache.
+
+    Returns:
+        The content of ``index.json``.
 
     Raises:
-        FileNotFoundError: If the cache is not finished, or shards are missing.
-        ValueError: If the index or a shard is damaged or of another encoding.
+        FileNotFoundError: If the cache is not finished, or a shard is missing.
+        ValueError: If the index or a shard is damaged, or a shard holds another encoding.
     """
     root = Path(root)
     if not (root / INDEX).is_file():
@@ -237,7 +254,7 @@ _AGAIN = "run `flowkit encode` with the same options again"
 
 
 def _check_shard(file: Path, made: Mapping[str, str], expected: list[int]) -> None:
-    """Require a whole shard of the autoencoder and images of its index, and of its shape."""
+    """Require a complete shard with the hashes ``made`` and with means of the expected shape."""
     if not file.is_file():
         raise FileNotFoundError(
             f"root must hold all shards of its {INDEX}, got no {file}; {_AGAIN}"
@@ -246,12 +263,12 @@ def _check_shard(file: Path, made: Mapping[str, str], expected: list[int]) -> No
         with safe_open(file, framework="pt") as opened:
             tag, shape = opened.metadata() or {}, opened.get_slice("mean").get_shape()
     except SafetensorError as error:
-        raise ValueError(f"shards must be whole, got {file}: {error}; {_AGAIN}") from error
+        raise ValueError(f"shards must be complete, got {file}: {error}; {_AGAIN}") from error
     found = {key: tag.get(key) for key in made}
     if found != made:
         raise ValueError(
-            f"shards must be of the autoencoder and images of the {INDEX}, hashes "
-            f"{' and '.join(made.values())}, got {file} of "
+            f"shards must have the hashes of autoencoder and images in {INDEX}, "
+            f"{' and '.join(made.values())}, got {file} with "
             f"{' and '.join(map(str, found.values()))}; {_AGAIN} in another root"
         )
     if shape != expected:
@@ -260,13 +277,15 @@ def _check_shard(file: Path, made: Mapping[str, str], expected: list[int]) -> No
         )
 
 
-@functools.cache
+@cache
 def open_shard(file: str, version: int) -> Columns:
-    """The tensors of a shard, mapped into memory: read from disk when touched, once a process.
+    """Open a shard as tensors that are mapped into memory, once per process.
+
+    The system reads a row from the disk when a program first uses the row.
 
     Args:
         file: The shard.
-        version: Its time of change, so that one written anew is opened anew.
+        version: The modification time of the file in ns. If it changes, the file is opened again.
     """
     with safe_open(file, framework="pt") as shard:
         return {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118
@@ -274,11 +293,11 @@ def open_shard(file: str, version: int) -> Columns:
 
 @dataclass(frozen=True, eq=False)
 class Shards:
-    """The columns of consecutive shards, read by row.
+    """Columns of consecutive shards, read by row.
 
     Args:
-        files: The shards and their times of change, see `open_shard`.
-        rows: How many rows each has.
+        files: The shards and their modification times in ns, see `open_shard`.
+        rows: The number of rows of each shard.
     """
 
     files: tuple[tuple[str, int], ...]
@@ -286,7 +305,7 @@ class Shards:
 
     @classmethod
     def find(cls, root: Path, shards: Sequence[Mapping[str, Any]]) -> "Shards":
-        """The shards of a split, as the index lists them."""
+        """Find the shards of a split from their entries in the index."""
         files = [root / shard["file"] for shard in shards]
         return cls(
             tuple((str(file), file.stat().st_mtime_ns) for file in files),
@@ -298,7 +317,7 @@ class Shards:
         return sum(self.rows)
 
     def read(self, rows: Tensor) -> Columns:
-        """Return the columns of some rows ``(n,)``, in their order."""
+        """Return the columns ``(n, *)`` of the rows ``(n,)``, in the order of the rows."""
         ends = torch.tensor(self.rows).cumsum(0)
         owner = torch.bucketize(rows.contiguous(), ends, right=True)
         columns: Columns = {}

@@ -1,28 +1,30 @@
-"""The 8x8 digits of scikit-learn."""
+"""Handwritten digits of scikit-learn, 8x8 pixels."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 
+from flowkit.couplings import Coupling
 from flowkit.data.arrays import Arrays
 from flowkit.data.splits import SplitData, partition
 
 
 class Digits(SplitData):
-    """The 1797 scanned digits that come with scikit-learn: ``x1 (B, 1, 8, 8)``, ``cond`` 0…9.
+    """Handwritten digits of scikit-learn, 1797 images: ``x1 (B, 1, 8, 8)``, ``cond (B,)`` in 0…9.
 
-    Gray levels 0…16 are mapped to [-1, 1] by ``x / 8 - 1``, exactly. Source: Alpaydin and
-    Kaynak, *Optical Recognition of Handwritten Digits*, UCI, 1998 (its test part).
+    The gray levels 0…16 are mapped to [-1, 1] by ``x / 8 - 1``, without rounding.
+
+    Source: Alpaydin and Kaynak, *Optical Recognition of Handwritten Digits*, UCI, 1998 (the test
+    part of this data set).
 
     Args:
-        batch_size: Samples per process and step.
+        batch_size: Samples per process and training step.
         val_fraction: The share of the validation split, stratified by class.
         test_fraction: The share of the test split, stratified by class.
         split_seed: The seed of the splits.
         seed: The seed of the training stream.
-        num_workers: Processes that read ahead.
-        coupling: Pairs data with noise in the loader; see ``SplitData``.
+        num_workers: Processes that prepare batches in advance; 0 means the main process.
+        coupling: Pairs data with noise in the workers of the loader; see `SplitData`.
 
     >>> data = Digits(batch_size=32)
     >>> data.setup()
@@ -41,7 +43,7 @@ class Digits(SplitData):
         split_seed: int = 0,
         seed: int = 0,
         num_workers: int = 0,
-        coupling: Any = None,
+        coupling: Coupling | None = None,
     ) -> None:
         super().__init__(
             batch_size=batch_size, seed=seed, num_workers=num_workers, coupling=coupling
@@ -50,7 +52,7 @@ class Digits(SplitData):
         self.split_seed = split_seed
 
     def load(self) -> Mapping[str, Arrays]:
-        """Read the digits from scikit-learn and cut them."""
+        """Read the digits from scikit-learn and divide them into splits."""
         from sklearn.datasets import load_digits
 
         pixels, targets = load_digits(return_X_y=True)

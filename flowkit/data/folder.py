@@ -1,4 +1,4 @@
-"""A folder of image files."""
+"""Image files in a folder, with one sub-folder per class or without classes."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from flowkit.checks import check_at_least
-from flowkit.data.arrays import Index, from_uint8, positions
+from flowkit.couplings import Coupling
+from flowkit.data.arrays import Index, positions
 from flowkit.data.splits import SplitData, partition
+from flowkit.metrics.pictures import from_uint8
 from flowkit.types import Batch
 
 if TYPE_CHECKING:
@@ -22,14 +24,23 @@ SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", 
 
 
 def square(image: "Image", size: int, channels: int = 3) -> Tensor:
-    """Bring an image to ``size x size`` pixels, ``(channels, size, size)`` uint8.
+    """Crop an image to its central square and resample it to ``size x size`` pixels.
 
-    Turned as its EXIF orientation says, converted to RGB or gray, then the largest centered
-    square is resampled once, with Pillow's Lanczos filter, which widens with the reduction
-    (no aliasing). The square's corners may lie between pixels; none is rounded.
+    The image is first rotated according to its EXIF orientation and converted to RGB or gray. Then
+    Pillow's Lanczos filter resamples the largest centered square in one step. The width of the
+    filter grows with the reduction, so there is no aliasing. The corners of the square may lie
+    between pixels: they are not rounded.
+
+    Args:
+        image: The image.
+        size: Side of the result in pixels.
+        channels: 1 (gray) or 3 (RGB).
+
+    Returns:
+        The pixels ``(channels, size, size)`` as uint8.
 
     Raises:
-        ValueError: If the image has more than 8 bits per channel, which Pillow would clip.
+        ValueError: If the image has more than 8 bits per channel. Pillow would clip its values.
 
     >>> from PIL import Image
     >>> square(Image.new("L", (6, 4), 200), size=2, channels=1).tolist()
@@ -46,14 +57,25 @@ def square(image: "Image", size: int, channels: int = 3) -> Tensor:
 
 
 def check_image_format(image_size: int, channels: int) -> None:
-    """Require a size of at least one pixel, and gray or RGB."""
+    """Require a size of at least one pixel, and 1 or 3 channels.
+
+    Raises:
+        ValueError: If a value is out of range.
+    """
     check_at_least(image_size, 1, "image_size")
     if channels not in (1, 3):
         raise ValueError(f"channels must be 1 (gray) or 3 (RGB), got {channels}")
 
 
 def raise_broken(broken: Sequence[str]) -> None:
-    """Raise ``ValueError`` if there are broken files, naming the first of them."""
+    """Raise an error that names the first ten broken files, if there are broken files.
+
+    Args:
+        broken: Name and error of each broken file.
+
+    Raises:
+        ValueError: If ``broken`` is not empty.
+    """
     if broken:
         shown = "; ".join(broken[:10]) + ("; …" if len(broken) > 10 else "")
         raise ValueError(
@@ -63,11 +85,16 @@ def raise_broken(broken: Sequence[str]) -> None:
 
 
 def image_files(root: Path) -> list[str]:
-    """Return the names of a folder's image files at any depth, relative to it and sorted.
+    """List the image files of a folder and of its sub-folders at any depth.
+
+    Hidden files are left out.
+
+    Returns:
+        The names relative to the folder, sorted.
 
     Raises:
-        FileNotFoundError: If there is no such folder.
-        ValueError: If it holds no images.
+        FileNotFoundError: If the folder does not exist.
+        ValueError: If the folder holds no images.
     """
     if not root.is_dir():
         raise FileNotFoundError(f"root must be a folder, got {root}")
@@ -78,16 +105,16 @@ def image_files(root: Path) -> list[str]:
     )
     if not names:
         raise ValueError(
-            f"root must hold images ({', '.join(sorted(SUFFIXES))}), got none in {root}"
+            f"root must hold images ({', '.join(sorted(SUFFIXES))}), got no image in {root}"
         )
     return names
 
 
 def verify(files: Iterable[Path]) -> None:
-    """Look into image files.
+    """Check the headers of image files.
 
     Raises:
-        ValueError: If some are none; the first of them are named.
+        ValueError: If a file is not a readable image. The error names the first ten such files.
     """
     from PIL import Image
 
@@ -102,15 +129,19 @@ def verify(files: Iterable[Path]) -> None:
 
 
 def decoded(files: Iterable[tuple[str, Callable[[], Any]]], size: int, channels: int) -> Tensor:
-    """Decode files into one batch ``(N, channels, size, size)`` in [-1, 1], squared by ``square``.
+    """Decode image files into one batch of square images, see `square`.
 
     Args:
-        files: Of each file a name for errors, and a function that gives what Pillow opens.
+        files: For each file, its name in errors and a function that returns a path or an open
+            file for Pillow.
         size: Side of the images in pixels.
         channels: 1 (gray) or 3 (RGB).
 
+    Returns:
+        The images ``(N, channels, size, size)`` in [-1, 1].
+
     Raises:
-        ValueError: If files do not decode; the first of them are named.
+        ValueError: If a file cannot be decoded. The error names the first ten such files.
     """
     from PIL import Image
 
@@ -127,13 +158,13 @@ def decoded(files: Iterable[tuple[str, Callable[[], Any]]], size: int, channels:
 
 @dataclass(frozen=True, eq=False)
 class Files:
-    """A split whose samples are image files, decoded when a batch asks for them.
+    """Split of image files. A file is decoded when a batch needs it.
 
     Args:
-        root: The folder that names are relative to.
-        names: The files.
+        root: The folder of the files.
+        names: The files, relative to ``root``.
         labels: Integer classes ``(N,)``, or None.
-        image_size: Side of the square images.
+        image_size: Side of the square images in pixels.
         channels: 1 (gray) or 3 (RGB).
     """
 
@@ -148,10 +179,10 @@ class Files:
         return len(self.names)
 
     def __getitem__(self, index: Index) -> Batch:
-        """Decode some files into one batch.
+        """Decode the files at the positions of an index into one batch.
 
         Raises:
-            ValueError: If files do not decode; all of this batch are named.
+            ValueError: If a file cannot be decoded. The error names the first ten such files.
         """
         rows = positions(index, len(self))
         files = [self.root / self.names[int(row)] for row in rows]
@@ -160,7 +191,7 @@ class Files:
         return Batch(x1=x1) if self.labels is None else Batch(x1=x1, cond=self.labels[rows])
 
     def fingerprint(self) -> str:
-        """Return a SHA-256 of the format and of every file's name, size in bytes and label."""
+        """Return the SHA-256 of the format and of the name, size and label of each file."""
         digest = hashlib.sha256(f"{self.image_size} {self.channels}\n".encode())
         labels = [None] * len(self) if self.labels is None else self.labels.tolist()
         for name, label in zip(self.names, labels, strict=True):
@@ -170,30 +201,44 @@ class Files:
 
 
 class Folder(SplitData):
-    """Image files, one sub-folder per class, or a flat folder without labels.
+    """Image files in one sub-folder per class, or in a folder without sub-folders and labels.
 
-    ``x1 (B, channels, image_size, image_size)``; ``cond`` counts the sub-folders in
-    alphabetical order. Files are found at any depth, decoded by the loader's workers and
-    squared by ``square``: centered, resampled once.
+    Batches hold ``x1 (B, channels, image_size, image_size)`` in [-1, 1]. With classes they hold
+    ``cond (B,)``, the number of the sub-folder in alphabetical order, from 0. The sub-folders may
+    have sub-folders of their own. The workers of the loader decode the files; `square` crops and
+    resamples them.
 
     Args:
         root: The folder.
         image_size: Side of the square images in pixels.
         channels: 1 (gray) or 3 (RGB).
-        batch_size: Samples per process and step.
+        batch_size: Samples per process and training step.
         flip: Mirror training images left to right with probability one half.
         val_fraction: The share of the validation split, stratified by class.
         test_fraction: The share of the test split, stratified by class.
         split_seed: The seed of the splits.
         seed: The seed of the training stream.
-        num_workers: Processes that read ahead.
-        coupling: Pairs data with noise in the loader; see ``SplitData``.
+        num_workers: Processes that prepare batches in advance; 0 means the main process.
+        coupling: Pairs data with noise in the workers of the loader; see `SplitData`.
 
     Raises:
-        ValueError: If ``image_size`` or ``channels`` is out of range; on ``setup``, if there
-            are no images, a class is empty, images lie beside class folders, or files are no
-            images (all are looked at; damage beyond the header may show only when decoding).
-        FileNotFoundError: On ``setup``, if there is no such folder.
+        ValueError: If ``image_size`` or ``channels`` is out of range. On ``setup``, if there are no
+            images, a class is empty, images lie beside the class folders, or a file is not an
+            image. ``setup`` checks the headers of all files; damage behind a header appears when
+            the file is decoded.
+        FileNotFoundError: On ``setup``, if the folder does not exist.
+
+    >>> import tempfile
+    >>> from PIL import Image
+    >>> root = Path(tempfile.mkdtemp())
+    >>> for name, level in (("dark", 50), ("light", 200)):
+    ...     (root / name).mkdir()
+    ...     for k in range(10):
+    ...         Image.new("L", (12, 8), level).save(root / name / f"{k}.png")
+    >>> data = Folder(root, image_size=8, channels=1, val_fraction=0.1, test_fraction=0.1)
+    >>> data.setup()
+    >>> data.summary()
+    'Folder: 16 train, 2 val, 2 test samples of shape (1, 8, 8), 2 classes (dark, light)'
     """
 
     def __init__(
@@ -208,7 +253,7 @@ class Folder(SplitData):
         split_seed: int = 0,
         seed: int = 0,
         num_workers: int = 0,
-        coupling: Any = None,
+        coupling: Coupling | None = None,
     ) -> None:
         super().__init__(
             batch_size=batch_size, seed=seed, num_workers=num_workers, flip=flip, coupling=coupling
@@ -220,7 +265,7 @@ class Folder(SplitData):
         self.split_seed = split_seed
 
     def load(self) -> Mapping[str, Files]:
-        """Find the files, look into each, and cut them into splits."""
+        """Find the files, check their headers, and divide them into splits."""
         names, labels = self._find()
         verify([self.root / name for name in names])
         parts = partition(len(names), self.fractions, self.split_seed, labels)
@@ -236,6 +281,7 @@ class Folder(SplitData):
         }
 
     def _find(self) -> tuple[list[str], Tensor | None]:
+        """Find the files and their classes, None without class folders; set the class names."""
         names = image_files(self.root)
         folders = sorted(
             entry.name
@@ -247,7 +293,7 @@ class Folder(SplitData):
         classes = [name.partition("/")[0] for name in names]
         empty = sorted(set(folders) - set(classes))
         if empty:
-            raise ValueError(f"class folders must hold images, got none in {', '.join(empty)}")
+            raise ValueError(f"class folders must hold images, got no image in {', '.join(empty)}")
         if loose := sorted(set(classes) - set(folders)):
             raise ValueError(
                 f"images must lie in class folders or all in {self.root} itself, got "

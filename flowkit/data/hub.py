@@ -1,4 +1,4 @@
-"""Image data sets in the format of the Hugging Face hub."""
+"""Image data sets of the Hugging Face hub."""
 
 import hashlib
 from collections.abc import Mapping
@@ -10,21 +10,23 @@ import torch
 from torch import Tensor
 
 from flowkit.checks import check_choice, check_labels
-from flowkit.data.arrays import Index, from_uint8, positions
+from flowkit.couplings import Coupling
+from flowkit.data.arrays import Index, positions
 from flowkit.data.folder import check_image_format, square
 from flowkit.data.splits import SplitData, partition
+from flowkit.metrics.pictures import from_uint8
 from flowkit.types import Batch
 
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """A split whose samples are rows of a ``datasets.Dataset``.
+    """Split of rows of a ``datasets.Dataset``.
 
     Args:
-        rows: The data set.
-        image_column: The column of images.
+        rows: The ``datasets.Dataset``.
+        image_column: Name of the column of images.
         labels: Integer classes ``(N,)``, or None.
-        image_size: Side of the square images.
+        image_size: Side of the square images in pixels.
         channels: 1 (gray) or 3 (RGB).
     """
 
@@ -39,7 +41,7 @@ class Rows:
         return len(self.rows)
 
     def __getitem__(self, index: Index) -> Batch:
-        """Decode some rows into one batch."""
+        """Decode the rows at the positions of an index into one batch."""
         rows = positions(index, len(self))
         x1 = torch.empty(0, self.channels, self.image_size, self.image_size)
         if len(rows):
@@ -50,7 +52,7 @@ class Rows:
         return Batch(x1=x1) if self.labels is None else Batch(x1=x1, cond=self.labels[rows])
 
     def fingerprint(self) -> str:
-        """Return a SHA-256 of the format, of every encoded image and of the labels."""
+        """Return the SHA-256 of the format, of all encoded images and of the labels."""
         from datasets import Image
 
         digest = hashlib.sha256(f"{self.image_size} {self.channels}\n".encode())
@@ -63,33 +65,35 @@ class Rows:
 
 
 class Hub(SplitData):
-    """A data set of the Hugging Face hub, or one in its format on disk.
+    """Image data set of the Hugging Face hub, or a folder on disk in the same format.
 
-    ``x1 (B, channels, image_size, image_size)``, squared like those of ``Folder``. The parts
-    ``validation`` and ``test`` are used where the data set has them; what is missing is carved
-    out of ``train``.
+    Batches hold ``x1 (B, channels, image_size, image_size)`` in [-1, 1], cropped and resampled by
+    `flowkit.data.folder.square`, and with labels ``cond (B,)``. If the data set has the parts
+    ``validation`` and ``test``, they are the splits val and test. A missing part is taken at
+    random from ``train``.
 
     Args:
-        path: A name on the hub, a folder written by ``save_to_disk``, or any other folder that
+        path: A name on the hub, a folder written by ``save_to_disk``, or another folder that
             ``datasets.load_dataset`` reads.
         image_size: Side of the square images in pixels.
-        name: The configuration of the data set, if it has several.
-        image_column: The column of images.
-        label_column: The column of class labels; None for no labels.
+        name: The configuration of the data set, if the data set has several.
+        image_column: Name of the column of images.
+        label_column: Name of the column of class labels; None for data without labels.
         channels: 1 (gray) or 3 (RGB).
-        batch_size: Samples per process and step.
+        batch_size: Samples per process and training step.
         flip: Mirror training images left to right with probability one half.
-        val_fraction: The share of a carved validation split, stratified by class.
-        test_fraction: The share of a carved test split, stratified by class.
+        val_fraction: The share of a validation split that is taken from ``train``, stratified by
+            class.
+        test_fraction: The share of a test split that is taken from ``train``, stratified by class.
         split_seed: The seed of the splits.
         seed: The seed of the training stream.
-        num_workers: Processes that read ahead.
-        coupling: Pairs data with noise in the loader; see ``SplitData``.
+        num_workers: Processes that prepare batches in advance; 0 means the main process.
+        coupling: Pairs data with noise in the workers of the loader; see `SplitData`.
 
     Raises:
         ImportError: On ``setup``, if the package ``datasets`` is not installed.
-        ValueError: On ``setup``, if there is no such column or no part ``train``, or labels
-            are out of range.
+        ValueError: If ``image_size`` or ``channels`` is out of range. On ``setup``, if a column or
+            the part ``train`` is missing, or a label is out of range.
         TypeError: On ``setup``, if labels are not integers.
     """
 
@@ -108,7 +112,7 @@ class Hub(SplitData):
         split_seed: int = 0,
         seed: int = 0,
         num_workers: int = 0,
-        coupling: Any = None,
+        coupling: Coupling | None = None,
     ) -> None:
         super().__init__(
             batch_size=batch_size, seed=seed, num_workers=num_workers, flip=flip, coupling=coupling
@@ -121,7 +125,7 @@ class Hub(SplitData):
         self.split_seed = split_seed
 
     def load(self) -> Mapping[str, Rows]:
-        """Load the data set, and carve the parts that it does not have."""
+        """Load the data set, and take missing parts from ``train``."""
         parts = self._read()
         labels = {part: self._labels(rows) for part, rows in parts.items()}
         if (known := labels["train"]) is not None:
@@ -144,6 +148,7 @@ class Hub(SplitData):
         }
 
     def _read(self) -> dict[str, Any]:
+        """Read the parts of the data set, and check their columns."""
         try:
             from datasets import Dataset, load_dataset, load_from_disk
         except ImportError as error:
@@ -163,6 +168,7 @@ class Hub(SplitData):
         return {part: parts[part] for part in ("train", *self.fractions) if part in parts}
 
     def _labels(self, rows: Any) -> Tensor | None:
+        """Return the labels ``(N,)`` of a part, or None without a column of labels."""
         if self.label_column is None:
             return None
         values = list(rows[self.label_column])

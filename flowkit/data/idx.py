@@ -1,4 +1,4 @@
-"""Files in the format of MNIST."""
+"""IDX files, the file format of MNIST and Fashion-MNIST."""
 
 import gzip
 import math
@@ -6,12 +6,12 @@ import struct
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from flowkit.checks import check_labels
+from flowkit.couplings import Coupling
 from flowkit.data.arrays import Arrays
 from flowkit.data.splits import SplitData, partition
 
@@ -31,13 +31,25 @@ FASHION_MNIST_CLASSES = (
 
 
 def read_idx(file: str | Path) -> Tensor:
-    """Read one IDX file of unsigned bytes, gzipped if its name ends in ``.gz``.
+    """Read one IDX file of unsigned bytes. A name that ends in ``.gz`` means a gzip file.
 
-    The format: two zero bytes, a type code (8), the number of dimensions, each dimension as
-    a big-endian 32-bit integer, then the values.
+    Format: two zero bytes, a type code (8), the number of dimensions, the size of each dimension
+    as a big-endian 32-bit integer, then the values.
+
+    Args:
+        file: The file.
+
+    Returns:
+        The values as uint8, in the shape that the file states.
 
     Raises:
-        ValueError: If the file is not of this format, or is cut short.
+        ValueError: If the file has another format, or is not complete.
+
+    >>> import tempfile
+    >>> file = Path(tempfile.mkdtemp()) / "labels-idx1-ubyte"
+    >>> _ = file.write_bytes(bytes([0, 0, 8, 1, 0, 0, 0, 3, 7, 2, 1]))
+    >>> read_idx(file)
+    tensor([7, 2, 1], dtype=torch.uint8)
     """
     file = Path(file)
     data = file.read_bytes()
@@ -45,7 +57,7 @@ def read_idx(file: str | Path) -> Tensor:
         try:
             data = gzip.decompress(data)
         except (EOFError, OSError, zlib.error) as error:
-            raise ValueError(f"{file} must be a whole gzip file, got {error}") from error
+            raise ValueError(f"{file} must be a complete gzip file, got {error}") from error
     if data[:3] != b"\x00\x00\x08" or len(data) < 4 + 4 * data[3]:
         raise ValueError(f"{file} must be an IDX file of unsigned bytes, got header {data[:4]!r}")
     start = 4 + 4 * data[3]
@@ -56,27 +68,42 @@ def read_idx(file: str | Path) -> Tensor:
 
 
 class IDX(SplitData):
-    """Images in the four files of MNIST: ``x1 (B, 1, H, W)``, ``cond`` labels.
+    """Images in the four IDX files of MNIST: ``x1 (B, 1, H, W)`` in [-1, 1], ``cond (B,)``.
 
-    The folder holds ``train-images-idx3-ubyte``, ``train-labels-idx1-ubyte`` and the same two
-    with ``t10k`` for test, each plain or with ``.gz``. Validation is carved out of train. The
-    default folder is where Debian's package ``dataset-fashion-mnist`` puts Fashion-MNIST
-    (Xiao, Rasul, Vollgraf, 2017, arXiv 1708.07747).
+    The folder holds ``train-images-idx3-ubyte`` and ``train-labels-idx1-ubyte``, and for test the
+    same two names with ``t10k`` instead of ``train``; ``.gz`` may follow each name. The validation
+    split is a random part of the training files. The default folder is that of Debian's package
+    ``dataset-fashion-mnist``.
+
+    Source of Fashion-MNIST: Xiao, Rasul and Vollgraf, 2017 (arXiv 1708.07747).
 
     Args:
-        root: The folder.
-        class_names: Names of the classes; None: known for the default folder, else not named.
-        batch_size: Samples per process and step.
+        root: The folder; None means the folder of Debian's package.
+        class_names: Names of the classes. None means the names of Fashion-MNIST for the default
+            folder, and no names for other folders.
+        batch_size: Samples per process and training step.
         flip: Mirror training images left to right with probability one half.
-        val_fraction: The validation split's share of the training files, stratified by class.
-        split_seed: The seed of this split.
+        val_fraction: The share of the validation split in the training files, stratified by class.
+        split_seed: The seed of the validation split.
         seed: The seed of the training stream.
-        num_workers: Processes that read ahead.
-        coupling: Pairs data with noise in the loader; see ``SplitData``.
+        num_workers: Processes that prepare batches in advance; 0 means the main process.
+        coupling: Pairs data with noise in the workers of the loader; see `SplitData`.
 
     Raises:
         FileNotFoundError: On ``setup``, if files are missing.
-        ValueError: On ``setup``, if files are damaged or do not fit together.
+        ValueError: On ``setup``, if a file is damaged, or the numbers of images and labels differ.
+
+    >>> import tempfile
+    >>> root = Path(tempfile.mkdtemp())
+    >>> for part, count in (("train", 20), ("t10k", 10)):
+    ...     head = bytes([0, 0, 8, 3, 0, 0, 0, count, 0, 0, 0, 2, 0, 0, 0, 2])
+    ...     _ = (root / f"{part}-images-idx3-ubyte").write_bytes(head + bytes(4 * count))
+    ...     labels = bytes([0, 0, 8, 1, 0, 0, 0, count]) + bytes([0, 1] * (count // 2))
+    ...     _ = (root / f"{part}-labels-idx1-ubyte").write_bytes(labels)
+    >>> data = IDX(root, val_fraction=0.1)
+    >>> data.setup()
+    >>> data.summary()
+    'IDX: 18 train, 2 val, 10 test samples of shape (1, 2, 2), 2 classes'
     """
 
     def __init__(
@@ -89,7 +116,7 @@ class IDX(SplitData):
         split_seed: int = 0,
         seed: int = 0,
         num_workers: int = 0,
-        coupling: Any = None,
+        coupling: Coupling | None = None,
     ) -> None:
         super().__init__(
             batch_size=batch_size, seed=seed, num_workers=num_workers, flip=flip, coupling=coupling
@@ -102,7 +129,7 @@ class IDX(SplitData):
         self.split_seed = split_seed
 
     def load(self) -> Mapping[str, Arrays]:
-        """Read the four files, and carve the validation split."""
+        """Read the four files, and take the validation split from the training files."""
         files = {
             (part, kind): self._find(f"{part}-{kind}-ubyte")
             for part in ("train", "t10k")
@@ -124,17 +151,19 @@ class IDX(SplitData):
         }
 
     def _find(self, name: str) -> Path:
+        """Return the file of a name, plain or with ``.gz``."""
         for file in (self.root / name, self.root / f"{name}.gz"):
             if file.is_file():
                 return file
         raise FileNotFoundError(
-            f"root must hold {name} or {name}.gz, got neither in {self.root}; Fashion-MNIST comes "
-            "with Debian's dataset-fashion-mnist (apt-get install dataset-fashion-mnist), other "
-            "sets of this format from their authors: name their folder as root"
+            f"root must hold {name} or {name}.gz, got neither in {self.root}; install "
+            "Fashion-MNIST by apt-get install dataset-fashion-mnist, or give the folder of another "
+            "data set of this format as root"
         )
 
     @staticmethod
     def _read(image_file: Path, label_file: Path) -> tuple[Tensor, Tensor]:
+        """Read images ``(N, 1, H, W)`` of uint8 and their labels ``(N,)`` of int64."""
         images, labels = read_idx(image_file), read_idx(label_file)
         if images.ndim != 3:
             raise ValueError(f"{image_file} must hold images (N, H, W), got {tuple(images.shape)}")

@@ -1,15 +1,16 @@
-"""Latents from a cache that `flowkit encode` wrote."""
+"""Latents read from a cache that the command ``flowkit encode`` writes."""
 
 import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from flowkit.couplings import Coupling
 from flowkit.data.arrays import Index, positions
 from flowkit.data.cache import Columns, Shards, read_index
 from flowkit.data.splits import SplitData
@@ -17,18 +18,18 @@ from flowkit.data.stream import Stream, keyed_generator, stream_positions
 from flowkit.sampling import seeded_noise
 from flowkit.types import Batch, Cond
 
-# Apart from the seeds of samples, so that no latent shares its noise with one; in the 32 bits that
-# count, see `flowkit.sampling.seeded_noise`.
+# Samples use small seeds; with this offset no latent has the noise of a sample. `seeded_noise` uses
+# the lower 32 bits of a seed, so the offset fits into 32 bits.
 _FIRST_SEED = 2**31
 
 
 @dataclass(frozen=True, eq=False)
 class LatentSplit:
-    """A split of a cache; its latents are drawn from their posteriors, row by row the same.
+    """Split of a cache. Each row has its own seed, so a row always gives the same latent.
 
     Args:
-        shards: Where the posteriors are.
-        shape: ``(c, h, w)`` of a latent.
+        shards: The shards, which hold the posteriors.
+        shape: Shape ``(c, h, w)`` of a latent.
         encoded_by: Hash of the autoencoder.
         images: SHA-256 of the images.
     """
@@ -39,39 +40,40 @@ class LatentSplit:
     images: str
 
     def __len__(self) -> int:
-        """Return the number of entries; mirror images are entries of their own."""
+        """Return the number of rows; a mirror image has a row of its own."""
         return len(self.shards)
 
     def __getitem__(self, index: Index) -> Batch:
-        """Draw the latents at some positions, the same at every call."""
+        """Draw the latents at the positions of an index, the same at every call."""
         rows = positions(index, len(self))
         batch = self.draw(rows, seeded_noise(self.shape, rows + _FIRST_SEED))
         return cast(Batch, {**batch, "encoded_by": self.encoded_by})
 
     def draw(self, rows: Tensor, noise: Tensor) -> Batch:
-        """Return ``mean + std · noise`` of rows ``(n,)``, with their conditions."""
+        """Return the latents ``mean + std · noise`` of rows ``(n,)``, with their conditions."""
         columns = self.shards.read(rows)
         x1 = columns["mean"].addcmul_(columns["std"], noise)
         cond = _cond(columns)
         return Batch(x1=x1) if cond is None else Batch(x1=x1, cond=cond)
 
     def fingerprint(self) -> str:
-        """Return the SHA-256 of autoencoder, images and number of entries."""
+        """Return a SHA-256 of the autoencoder, the images and the number of rows."""
         key = json.dumps([self.encoded_by, self.images, len(self)])
         return hashlib.sha256(key.encode()).hexdigest()
 
 
 def _cond(columns: Columns) -> Cond:
+    """Return the condition in the columns of a shard: tensors by name, a tensor or None."""
     named = {k.removeprefix("cond."): v for k, v in columns.items() if k.startswith("cond.")}
     return named or columns.get("cond")
 
 
 @dataclass(frozen=True, eq=False)
 class LatentStream(Stream):
-    """A stream whose latents are drawn anew from their posteriors at every step.
+    """Training stream that draws new latents from their posteriors at every step.
 
-    The noise of a step is that of all ranks together, like the samples: a function of the seed,
-    the step and the product of ranks and batch size alone.
+    The noise of a step, like its samples, depends on three values only: the seed, the step, and
+    the product of batch size and number of ranks.
     """
 
     def samples(self, step: int) -> Batch:
@@ -83,34 +85,35 @@ class LatentStream(Stream):
         return split.draw(rows[self.share], noise[self.share])
 
     def __getitem__(self, step: int) -> Batch:
-        """Return the batch of a step, which says whose latents it holds."""
+        """Return the batch of a step, with the hash of the autoencoder as ``encoded_by``."""
         encoded_by = cast(LatentSplit, self.split).encoded_by
         return cast(Batch, {**super().__getitem__(step), "encoded_by": encoded_by})
 
 
 class Latents(SplitData):
-    """Latents of images that `flowkit encode` put into a folder: ``x1 (B, c, h, w)``, ``cond``.
+    """Latents of images, read from the folder of ``flowkit encode``: ``x1 (B, c, h, w)``, ``cond``.
 
-    Shards are mapped into memory, not loaded. Batches hold the autoencoder's hash as
-    ``encoded_by``, by which a module that has another refuses them. In the training stream a
-    latent is a new draw from its posterior each time; elsewhere a row is always the same draw.
+    A latent is a draw ``mean + std · ε`` from its posterior, with ``ε ~ N(0, I)``. The training
+    stream draws a new ``ε`` at every step. The splits use a fixed ``ε`` for each row. Batches hold
+    the hash of the autoencoder as ``encoded_by``, and a module with another autoencoder refuses
+    them. Files are mapped into memory, so only the rows of a batch are read.
 
     Args:
-        root: The folder.
-        batch_size: Samples per process and step.
+        root: The folder of the cache.
+        batch_size: Samples per process and training step.
         seed: The seed of the training stream.
-        num_workers: Processes that read ahead.
-        coupling: Pairs latents with noise in the loader; see ``SplitData``.
+        num_workers: Processes that prepare batches in advance; 0 means the main process.
+        coupling: Pairs latents with noise in the workers of the loader; see `SplitData`.
 
     Attributes:
         autoencoder: Hash and config of the autoencoder, see `flowkit.autoencoders.identity`.
-        image_shape: ``(C, H, W)`` of the images.
-        source: The configuration of the images' own data module, or None; evaluations measure
-            against its images.
+        image_shape: Shape ``(C, H, W)`` of the images.
+        source: The configuration of the data module of the images, or None. An evaluation compares
+            with these images.
 
     Raises:
-        FileNotFoundError: On ``setup``, if the cache is not finished or shards are missing.
-        ValueError: On ``setup``, if shards are damaged or of another encoding.
+        FileNotFoundError: On ``setup``, if the cache is not finished or a shard is missing.
+        ValueError: On ``setup``, if a shard is damaged or holds another encoding.
     """
 
     def __init__(
@@ -119,7 +122,7 @@ class Latents(SplitData):
         batch_size: int = 128,
         seed: int = 0,
         num_workers: int = 0,
-        coupling: Any = None,
+        coupling: Coupling | None = None,
     ) -> None:
         super().__init__(
             batch_size=batch_size, seed=seed, num_workers=num_workers, coupling=coupling

@@ -1,4 +1,4 @@
-"""A folder of images, and a folder of their masks."""
+"""Image files in one folder, and their mask files in another folder."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -14,18 +14,25 @@ from flowkit.data.splits import SplitData, partition
 from flowkit.types import Batch
 
 LOSSLESS = frozenset({".bmp", ".gif", ".png", ".tif", ".tiff"})
-LABEL_MODES = frozenset({"1", "L", "P", "I", "I;16"})  # one number a pixel, in Pillow's words
+LABEL_MODES = frozenset({"1", "L", "P", "I", "I;16"})  # Pillow's modes with one number per pixel
 Colors = Sequence[Sequence[int]]
 
 
 def read_mask(file: str | Path, size: int, colors: Colors | None = None) -> Tensor:
-    """Read a mask as labels ``(size, size)`` of int64, of the pixels nearest to the square's.
+    """Read a mask file as labels ``(size, size)`` of int64.
 
-    The square is that of `flowkit.data.folder.square`. A label is a pixel's gray level or palette
-    index; with ``colors`` it is the place of the pixel's color among them.
+    The mask is cropped to the central square, as in `flowkit.data.folder.square`, and resampled by
+    nearest neighbors. A label is the gray level or the palette index of a pixel. With ``colors``,
+    a label is the position of the pixel's color in ``colors``.
+
+    Args:
+        file: The mask file.
+        size: Side of the result in pixels.
+        colors: RGB triples in 0…255, in the order of their labels; None for masks of one channel.
 
     Raises:
-        ValueError: If the file holds colors and ``colors`` is None, or other colors than these.
+        ValueError: If ``colors`` is None and the file holds colors, or the file holds a color that
+            is not in ``colors``.
     """
     import numpy as np
     from PIL import Image, ImageOps
@@ -33,8 +40,8 @@ def read_mask(file: str | Path, size: int, colors: Colors | None = None) -> Tens
     with Image.open(file) as image:
         if colors is None and image.mode not in LABEL_MODES:
             raise ValueError(
-                f"mask must hold a label per pixel, got mode {image.mode}; give colors for a mask "
-                "in colors"
+                f"mask must hold one label per pixel, got mode {image.mode}; give colors for a "
+                "color mask"
             )
         image = ImageOps.exif_transpose(image)
         image = image if colors is None else image.convert("RGB")
@@ -47,18 +54,18 @@ def read_mask(file: str | Path, size: int, colors: Colors | None = None) -> Tens
     wanted = (values * weights).sum(2)
     place = torch.searchsorted(keys, wanted).clamp_max(len(keys) - 1)
     if bool((other := keys[place] != wanted).any()):
-        raise ValueError(f"mask must hold the colors given alone, got {values[other][0].tolist()}")
+        raise ValueError(f"mask must hold only the given colors, got {values[other][0].tolist()}")
     return order[place]
 
 
 @dataclass(frozen=True, eq=False)
 class MaskedFiles:
-    """A split whose samples are image files and mask files, decoded when a batch asks for them.
+    """Split of image files and mask files. A file is decoded when a batch needs it.
 
     Args:
-        images: The images.
-        masks: The mask of each.
-        colors: See `read_mask`.
+        images: The image files.
+        masks: The mask file of each image, in the same order.
+        colors: The colors of the labels, see `read_mask`.
     """
 
     images: Files
@@ -70,10 +77,11 @@ class MaskedFiles:
         return len(self.images)
 
     def __getitem__(self, index: Index) -> Batch:
-        """Decode some images and their masks.
+        """Decode the images and masks at the positions of an index into one batch.
 
         Raises:
-            ValueError: If files do not decode or hold other colors; they are named.
+            ValueError: If a file cannot be decoded or holds another color. The error names the
+                first ten such files.
         """
         rows = positions(index, len(self))
         masks, broken, size = [], [], self.images.image_size
@@ -84,13 +92,13 @@ class MaskedFiles:
                 broken.append(f"{self.masks[row]} ({error})")
         if broken:
             raise ValueError(
-                f"masks must be readable labels, got {len(broken)} others: {_first(broken)}"
+                f"masks must be readable labels, got {len(broken)} broken: {_first(broken)}"
             )
         cond = torch.stack(masks) if masks else torch.empty(0, size, size, dtype=torch.long)
         return Batch(x1=self.images[rows]["x1"], cond=cond)
 
     def fingerprint(self) -> str:
-        """Return a SHA-256 of the images' fingerprint, the masks' sizes in bytes and colors."""
+        """Return a SHA-256 of the images' fingerprint, the masks' names and sizes, and colors."""
         digest = hashlib.sha256(f"{self.images.fingerprint()} {self.colors}\n".encode())
         for mask in self.masks:
             digest.update(f"{mask.name} {mask.stat().st_size}\n".encode())
@@ -98,32 +106,33 @@ class MaskedFiles:
 
 
 class MaskFolder(SplitData):
-    """Image files in ``root/images``, and the mask of each in ``root/masks``.
+    """Image files in ``root/images`` and their mask files in ``root/masks``.
 
-    ``x1 (B, channels, image_size, image_size)`` and ``cond (B, image_size, image_size)`` of int64
-    labels. A mask is named as its image but for the suffix, and as large; it is stored without
-    loss, in PNG say. Images are squared by `flowkit.data.folder.square`, masks by `read_mask`;
-    training images are mirrored with their masks.
+    Batches hold ``x1 (B, channels, image_size, image_size)`` in [-1, 1] and labels
+    ``cond (B, image_size, image_size)`` of int64. A mask has the name of its image, apart from the
+    suffix, and the same size in pixels. It is stored in a format without loss, for example PNG.
+    `flowkit.data.folder.square` crops and resamples the images, `read_mask` the masks. If a
+    training image is mirrored, its mask is mirrored too.
 
     Args:
-        root: The folder.
+        root: The folder with the folders ``images`` and ``masks``.
         image_size: Side of the square images in pixels.
-        channels: Of the images: 1 (gray) or 3 (RGB).
-        colors: RGB triples in 0…255 in the order of their labels, for masks in colors. Without,
+        channels: Channels of the images: 1 (gray) or 3 (RGB).
+        colors: RGB triples in 0…255, in the order of their labels, for color masks. With None, the
             labels are gray levels or palette indices.
-        batch_size: Samples per process and step.
+        batch_size: Samples per process and training step.
         flip: Mirror training images left to right with probability one half.
         val_fraction: The share of the validation split.
         test_fraction: The share of the test split.
         split_seed: The seed of the splits.
         seed: The seed of the training stream.
-        num_workers: Processes that read ahead.
+        num_workers: Processes that prepare batches in advance; 0 means the main process.
 
     Raises:
-        ValueError: If ``image_size`` or ``channels`` is out of range, or ``colors`` are no distinct
-            triples; on ``setup``, if images lack masks, masks are of another size, or files are no
-            images.
-        FileNotFoundError: On ``setup``, if there are no such folders.
+        ValueError: If ``image_size`` or ``channels`` is out of range, or ``colors`` does not hold
+            different triples. On ``setup``, if an image has no mask, a mask has another size than
+            its image, or a file is not an image.
+        FileNotFoundError: On ``setup``, if a folder does not exist.
 
     >>> import tempfile
     >>> from PIL import Image
@@ -161,7 +170,7 @@ class MaskFolder(SplitData):
             _check_colors(self.colors)
 
     def load(self) -> Mapping[str, MaskedFiles]:
-        """Find images and masks, look into each, and cut them into splits."""
+        """Find images and masks, check their headers, and divide them into splits."""
         images, masks = self.root / "images", self.root / "masks"
         if missing := [folder.name for folder in (images, masks) if not folder.is_dir()]:
             raise FileNotFoundError(
@@ -184,7 +193,7 @@ class MaskFolder(SplitData):
 
 
 def _masks_of(names: Sequence[str], folder: Path) -> list[Path]:
-    """The mask of each image, by its name without the suffix."""
+    """Return the mask file of each image: the file of the same name without the suffix."""
     found: dict[str, list[str]] = {}
     for mask in image_files(folder):
         found.setdefault(str(PurePath(mask).with_suffix("")), []).append(mask)
@@ -194,33 +203,35 @@ def _masks_of(names: Sequence[str], folder: Path) -> list[Path]:
         if len(masks) == 1 and PurePath(masks[0]).suffix.lower() in LOSSLESS:
             files.append(folder / masks[0])
         else:
-            wrong.append(f"{name} ({', '.join(masks) or 'none'})")
+            wrong.append(f"{name} ({', '.join(masks) or 'no mask'})")
     if wrong:
         raise ValueError(
-            f"each image must have one mask of its name in {folder}, stored without loss "
+            f"each image must have one mask of the same name in {folder}, stored without loss "
             f"({', '.join(sorted(LOSSLESS))}), got {len(wrong)} without: {_first(wrong)}"
         )
     return files
 
 
 def _check_sizes(images: Sequence[Path], masks: Sequence[Path]) -> None:
+    """Require that each mask has the size of its image."""
     sizes = zip(masks, map(_size, images), map(_size, masks), strict=True)
     if other := [f"{mask} ({b} beside {a})" for mask, a, b in sizes if a != b]:
         raise ValueError(
-            f"masks must have the size of their images, got {len(other)} others: {_first(other)}"
+            f"masks must have the size of their images, got {len(other)} wrong: {_first(other)}"
         )
 
 
 def _size(file: Path) -> tuple[int, int]:
-    """Width and height as they are looked at."""
+    """Return width and height after the rotation by the EXIF orientation."""
     from PIL import Image
 
     with Image.open(file) as image:
-        turned = image.getexif().get(0x0112, 1) > 4  # EXIF orientations with sides exchanged
+        turned = image.getexif().get(0x0112, 1) > 4  # EXIF orientations that swap the sides
         return (image.height, image.width) if turned else (image.width, image.height)
 
 
 def _check_colors(colors: Colors) -> None:
+    """Require two or more different RGB triples in 0…255."""
     triples = all(len(color) == 3 and all(0 <= c <= 255 for c in color) for color in colors)
     if not triples or len({tuple(color) for color in colors}) < max(len(colors), 2):
         raise ValueError(
@@ -229,4 +240,5 @@ def _check_colors(colors: Colors) -> None:
 
 
 def _first(texts: Sequence[str]) -> str:
+    """Join the first ten texts."""
     return "; ".join(texts[:10]) + ("; …" if len(texts) > 10 else "")

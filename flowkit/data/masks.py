@@ -1,4 +1,4 @@
-"""Masks made from images and their classes, by a rule."""
+"""Masks computed from images and their classes by a threshold."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,6 +6,7 @@ from typing import Any, cast
 
 from torch import Tensor
 
+from flowkit.data.arrays import Index
 from flowkit.data.splits import SplitData
 from flowkit.data.stream import Stream
 from flowkit.types import Batch
@@ -13,11 +14,13 @@ from flowkit.types import Batch
 
 @dataclass(frozen=True)
 class ForegroundRule:
-    """Pixels brighter than a threshold belong to the image's object, the others to class 0.
+    """Threshold rule for masks: bright pixels belong to the object, dark pixels to label 0.
+
+    A pixel is bright if the mean of its channels exceeds the threshold.
 
     Args:
-        threshold: In [-1, 1], on the mean of an image's channels.
-        classes: Whether the object's label is ``1 + class``, or 1 for all.
+        threshold: The threshold in [-1, 1].
+        classes: If True, the label of the object is ``1 + class``; if False, 1 for all classes.
 
     >>> import torch
     >>> images = torch.tensor([[[[-1.0, 0.5]]], [[[0.1, -0.3]]]])
@@ -29,7 +32,11 @@ class ForegroundRule:
     classes: bool = True
 
     def __call__(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Masks ``(B, H, W)`` of images ``(B, C, H, W)`` and their classes ``(B,)``."""
+        """Return masks ``(B, H, W)`` of images ``(B, C, H, W)`` with classes ``(B,)``.
+
+        Raises:
+            ValueError: If ``classes`` is True and ``labels`` is None.
+        """
         foreground = self.foreground(images)
         if not self.classes:
             return foreground.long()
@@ -38,13 +45,13 @@ class ForegroundRule:
         return foreground * (1 + labels[:, None, None])
 
     def foreground(self, images: Tensor) -> Tensor:
-        """Where objects are, booleans ``(B, H, W)``."""
+        """Return booleans ``(B, H, W)``: True at pixels of the object."""
         return images.mean(1) > self.threshold
 
 
 @dataclass(frozen=True, eq=False)
 class _Masked:
-    """A split or a stream whose conditions are masks."""
+    """Split or stream with masks as conditions."""
 
     inner: Any
     rule: ForegroundRule
@@ -52,7 +59,7 @@ class _Masked:
     def __len__(self) -> int:
         return len(self.inner)
 
-    def __getitem__(self, index: Any) -> Batch:
+    def __getitem__(self, index: int | Index) -> Batch:
         batch = self.inner[index]
         return cast(Batch, {**batch, "cond": self.rule(batch["x1"], batch.get("cond"))})
 
@@ -61,14 +68,19 @@ class _Masked:
 
 
 class Masks(SplitData):
-    """Any images with their masks as conditions: ``cond (B, H, W)`` of int64.
+    """Images of another data module, with masks as conditions: ``cond (B, H, W)`` of int64.
 
-    Masks are made after mirroring, from the images as they are.
+    A mask is computed from its image by a `ForegroundRule`. In training, the image is mirrored
+    first.
 
     Args:
-        images: The data of the images, and of their classes.
-        threshold: See `ForegroundRule`.
-        classes: See `ForegroundRule`; there are 11 labels for ten classes, and 2 without.
+        images: The data module of the images and their classes.
+        threshold: The threshold in [-1, 1], see `ForegroundRule`.
+        classes: If True, the label of an object is ``1 + class``: ten classes give the labels
+            0…10. If False, the labels are 0 and 1.
+
+    Raises:
+        ValueError: When a batch is read, if ``classes`` is True and the images have no classes.
 
     >>> from flowkit.data import Digits
     >>> data = Masks(Digits(batch_size=4))

@@ -1,4 +1,4 @@
-"""What a teacher made: pairs of noise and sample, or segments of its trajectories."""
+"""Pairs of noise and sample, or segments of trajectories, computed by a teacher."""
 
 import json
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from flowkit.data.splits import SplitData, partition
 from flowkit.types import Batch
 
 FORMAT, FORMAT_VERSION, RECORD = "flowkit-pairs", 1, "pairs.json"
-NAMED = "cond."  # before the names of named conditions
+NAMED = "cond."  # prefix of the columns of conditions by name
 FIELDS = (
     ("shards", list),
     ("rows_per_noise", int),
@@ -28,11 +28,12 @@ FIELDS = (
 
 @dataclass(frozen=True, eq=False)
 class Taught:
-    """A split of pairs or segments, each batch with the hashes of who made them.
+    """Split of pairs or segments. Each batch holds the hash of the teacher.
 
     Args:
         arrays: The columns of `to_columns`.
-        made_by: What else a batch holds: ``taught_by``, and ``encoded_by`` for latents.
+        made_by: Further entries of a batch: ``taught_by``, the hash of the teacher, and for latents
+            ``encoded_by``, the hash of the autoencoder.
     """
 
     arrays: Arrays
@@ -43,7 +44,7 @@ class Taught:
         return len(self.arrays)
 
     def __getitem__(self, index: Index) -> Batch:
-        """Return those at some positions as one batch."""
+        """Return the pairs or segments at the positions of an index as one batch."""
         columns = cast(dict[str, Any], self.arrays[index])
         named = {k: columns.pop(k) for k in list(columns) if k.startswith(NAMED)}
         if named:
@@ -56,7 +57,7 @@ class Taught:
 
 
 def to_columns(batch: Batch) -> dict[str, Tensor]:
-    """Return the tensors of a batch by name, those of named conditions as ``cond.<name>``.
+    """Return the tensors of a batch by name. Conditions by name become ``cond.<name>``.
 
     >>> list(to_columns({"x1": torch.zeros(1, 2), "cond": {"label": torch.tensor([3])}}))
     ['x1', 'cond.label']
@@ -68,28 +69,28 @@ def to_columns(batch: Batch) -> dict[str, Tensor]:
 
 
 class Pairs(SplitData):
-    """Pairs or segments written by ``flowkit pairs``: ``x0``, ``x1 (B, *)``, ``cond``.
+    """Pairs or segments from the folder of ``flowkit pairs``: ``x0``, ``x1 (B, *)``, ``cond``.
 
-    Segments hold ``t0`` and ``t1 (B,)`` as well. Those of one noise stay together when the
-    validation part is cut off. They are states of the flow, so latents where it runs on latents.
+    Segments hold their times ``t0`` and ``t1 (B,)`` too. ``x0`` and ``x1`` are states of the flow;
+    for a flow on latents they are latents. All segments of one noise are in the same split.
 
-    There is no test split: what a trained student is to be measured against are the data that its
-    teacher was trained on. ``flowkit evaluate`` finds them by ``source``.
+    There is no test split: a trained student is compared with the data of its teacher.
+    ``flowkit evaluate`` finds these data by ``source``.
 
     Args:
         root: The folder.
-        val_fraction: The share of noises for validation.
-        split_seed: The seed of that choice.
+        val_fraction: The share of the noises in the validation split.
+        split_seed: The seed of the splits.
         batch_size: Pairs per process and step.
         seed: The seed of the training stream.
-        num_workers: Processes that read ahead.
+        num_workers: Processes that prepare batches in advance; 0 means the main process.
 
     Attributes:
-        source: The configuration of the teacher's data.
+        source: The configuration of the data of the teacher.
 
     Raises:
         FileNotFoundError: On ``setup``, if the folder or a shard is missing.
-        ValueError: On ``setup``, if a file is damaged or of another format version.
+        ValueError: On ``setup``, if a file is damaged or has another version of the format.
     """
 
     def __init__(
@@ -126,21 +127,21 @@ class Pairs(SplitData):
         return splits
 
     def split(self, name: str) -> Split:
-        """Return a whole split.
+        """Return a split.
 
         Raises:
-            RuntimeError: Before ``setup``, or if ``test`` is asked for.
+            RuntimeError: Before ``setup``, or if ``name`` is test.
             ValueError: If ``name`` is not train, val or test.
         """
         if name == "test":
             raise RuntimeError(
-                "split must be train or val of pairs, got test; a student is measured against the "
-                "data of its teacher"
+                "split must be train or val of pairs, got test; compare a student with the data of "
+                "its teacher"
             )
         return super().split(name)
 
     def summary(self) -> str:
-        """Say in a line what was found."""
+        """Describe the data in one line: number of pairs or segments, shape, classes."""
         counts = ", ".join(f"{len(self.split(name)):,} {name}" for name in ("train", "val"))
         first = self.val[:1]
         kind = "segments" if "t0" in first else "pairs"
@@ -153,9 +154,12 @@ class Pairs(SplitData):
 def read_pairs(root: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Read the record and all shards of a folder.
 
+    Returns:
+        The record ``pairs.json`` and the columns ``(N, *)`` of all shards by name.
+
     Raises:
         FileNotFoundError: If the folder holds no record, or a shard is missing.
-        ValueError: Naming the file and the field, if one cannot be read.
+        ValueError: If a file or a field of the record cannot be read. The error names both.
     """
     from safetensors.torch import load_file
 
@@ -167,18 +171,19 @@ def read_pairs(root: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     for name in record["shards"]:
         if not (root / name).is_file():
             raise FileNotFoundError(
-                f"root must hold all {len(record['shards'])} shards, got none called {name} in "
-                f"{root}; run `flowkit pairs` again, which goes on where it stopped"
+                f"root must hold all {len(record['shards'])} shards, got no {name} in {root}; "
+                "run `flowkit pairs` again to compute the missing shards"
             )
         try:
             shards.append(load_file(root / name))
-        except Exception as error:  # safetensors raises its own kind
+        except Exception as error:  # safetensors raises errors of its own class
             raise ValueError(f"shard must be readable, got {root / name}: {error}") from error
     columns = {key: torch.cat([shard[key] for shard in shards]) for key in shards[0]}
     return record, cast(dict[str, Tensor], columns)
 
 
 def _read_record(file: Path) -> dict[str, Any]:
+    """Read ``pairs.json`` and check its format, version and fields."""
     try:
         record = json.loads(file.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

@@ -1,14 +1,13 @@
-"""Images in tar files: data sets of any size, read a few files at a time."""
+"""Image data sets in tar files, for data sets that are larger than the memory."""
 
 import hashlib
 import io
-import os
 import tarfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,10 +15,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flowkit.checks import check_at_least
+from flowkit.couplings import Coupling
 from flowkit.data.arrays import Index, positions
 from flowkit.data.folder import SUFFIXES, check_image_format, decoded
 from flowkit.data.splits import SplitData, partition
 from flowkit.data.stream import keyed_generator
+from flowkit.provenance import write_atomically
 from flowkit.types import Batch
 
 INDEX = "index.safetensors"
@@ -27,16 +28,17 @@ INDEX = "index.safetensors"
 
 @dataclass(frozen=True, eq=False)
 class Tars:
-    """A split whose samples lie in tar files; a batch reads its own bytes and no others.
+    """Split of images in tar files. A batch reads only the bytes of its own images.
 
     Args:
         files: The tar files.
-        columns: ``shard``, ``offset``, ``size`` and perhaps ``label`` ``(N,)`` of all samples:
-            which file, where its image begins and how long it is in bytes.
-        rows: The samples that belong to the split, in order.
-        image_size: Side of the square images.
+        columns: Tensors ``(N,)`` of all samples: ``shard`` (number of the tar file), ``offset``
+            (first byte of the image in the file), ``size`` (bytes of the image), and with labels
+            ``label``.
+        rows: The samples of the split ``(n,)``, as rows of ``columns``.
+        image_size: Side of the square images in pixels.
         channels: 1 (gray) or 3 (RGB).
-        mix: How many files training is shuffled across at a time.
+        mix: Number of tar files whose samples are shuffled together in training.
     """
 
     files: Sequence[Path]
@@ -51,15 +53,15 @@ class Tars:
         return len(self.rows)
 
     def __getitem__(self, index: Index) -> Batch:
-        """Read and decode some samples into one batch.
+        """Read and decode the samples at the positions of an index into one batch.
 
         Raises:
-            ValueError: If images do not decode; all of this batch are named.
+            ValueError: If an image cannot be decoded. The error names the first ten such images.
         """
         rows = self.rows[positions(index, len(self))]
         columns = [self.columns[name][rows].tolist() for name in ("shard", "offset", "size")]
         places = list(zip(*columns, strict=True))
-        order = sorted(range(len(rows)), key=places.__getitem__)  # file by file, as bytes lie there
+        order = sorted(range(len(rows)), key=places.__getitem__)  # in the order on disk
         files = (self._file(*places[k]) for k in order)
         images = decoded(files, self.image_size, self.channels)
         x1 = torch.empty_like(images)
@@ -69,6 +71,8 @@ class Tars:
         return Batch(x1=x1, cond=self.columns["label"][rows])
 
     def _file(self, shard: int, offset: int, size: int) -> tuple[str, Callable[[], io.BytesIO]]:
+        """Return the name of an image in errors, and a function that reads its bytes."""
+
         def content() -> io.BytesIO:
             with self.files[shard].open("rb") as file:
                 file.seek(offset)
@@ -77,10 +81,11 @@ class Tars:
         return f"{self.files[shard]} at byte {offset}", content
 
     def order(self, seed: int, epoch: int) -> Tensor:
-        """Return the order ``(len,)`` of an epoch of training: every sample once.
+        """Return the order ``(len(self),)`` of one training epoch, which holds each sample once.
 
-        Files come in a new order each epoch, ``mix`` at a time, and the samples of those are
-        shuffled with each other; so training reads from few files at a time.
+        Each epoch divides the tar files at random into groups of ``mix`` files. The groups follow
+        one another, and the samples of one group are shuffled together. So training reads from
+        ``mix`` files at a time.
         """
         generator = keyed_generator(seed, "shards", epoch)
         turn = torch.empty(len(self.files), dtype=torch.long)
@@ -90,7 +95,7 @@ class Tars:
         return shuffled[group[shuffled].argsort(stable=True)]
 
     def fingerprint(self) -> str:
-        """Return a SHA-256 of the format, the files' names and sizes, and the split's samples."""
+        """Return a SHA-256 of the format, the names and sizes of the files, and the samples."""
         digest = hashlib.sha256(f"{self.image_size} {self.channels}\n".encode())
         for file in self.files:
             digest.update(f"{file.name} {file.stat().st_size}\n".encode())
@@ -101,32 +106,47 @@ class Tars:
 
 
 class Shards(SplitData):
-    """Images in tar files, in the format of WebDataset: for data that outgrow a machine.
+    """Images in tar files, in the format of WebDataset, for data larger than the memory.
 
-    ``x1 (B, channels, image_size, image_size)``, squared by ``square``. Members of one name are a
-    sample: an image, and perhaps its label, a number in a ``.cls`` file (``1.jpg``, ``1.cls``).
-    Where samples lie is written once to ``root/index.safetensors``, if root can be written.
-    Shuffling is within ``mix`` files at a time, see `Tars.order`; like everything else it depends
-    on the seed and the step alone: ranks share the samples of a step, and runs resume exactly.
+    Batches hold ``x1 (B, channels, image_size, image_size)`` in [-1, 1], cropped and resampled by
+    `flowkit.data.folder.square`, and with labels ``cond (B,)``. Members of a tar file with the same
+    name form a sample: an image and optionally its label, a number in a ``.cls`` file (``1.jpg``
+    and ``1.cls``). The positions of all samples are written once to ``root/index.safetensors``, if
+    the folder can be written.
+
+    Training shuffles the samples of ``mix`` files together, see `Tars.order`. The order depends on
+    the seed and the step only, so a resumed run reads the same batches as an uninterrupted run.
 
     Args:
-        root: The folder of the tar files, which are not compressed.
+        root: The folder of the tar files, without compression.
         image_size: Side of the square images in pixels.
         channels: 1 (gray) or 3 (RGB).
-        batch_size: Samples per process and step.
+        batch_size: Samples per process and training step.
         flip: Mirror training images left to right with probability one half.
-        mix: How many files training is shuffled across at a time.
+        mix: Number of tar files whose samples are shuffled together in training.
         val_fraction: The share of the validation split, stratified by class.
         test_fraction: The share of the test split, stratified by class.
         split_seed: The seed of the splits.
         seed: The seed of the training stream.
-        num_workers: Processes that read ahead.
-        coupling: Pairs data with noise in the loader; see ``SplitData``.
+        num_workers: Processes that prepare batches in advance; 0 means the main process.
+        coupling: Pairs data with noise in the workers of the loader; see `SplitData`.
 
     Raises:
-        ValueError: If a number is out of range; on ``setup``, if there are no tar files, one cannot
-            be read, or samples have no image or only some have labels.
-        FileNotFoundError: On ``setup``, if there is no such folder.
+        ValueError: If a number is out of range. On ``setup``, if there are no tar files, a tar file
+            cannot be read, a sample has no image, or only some samples have labels.
+        FileNotFoundError: On ``setup``, if the folder does not exist.
+
+    >>> import tempfile
+    >>> from PIL import Image
+    >>> root = Path(tempfile.mkdtemp())
+    >>> with tarfile.open(root / "0.tar", "w") as tar:
+    ...     for k in range(20):
+    ...         Image.new("L", (12, 8), 10 * k).save(root / f"{k}.png")
+    ...         tar.add(root / f"{k}.png", f"{k}.png")
+    >>> data = Shards(root, image_size=8, channels=1, val_fraction=0.1, test_fraction=0.1)
+    >>> data.setup()
+    >>> data.summary()
+    'Shards: 16 train, 2 val, 2 test samples of shape (1, 8, 8), no classes'
     """
 
     def __init__(
@@ -142,7 +162,7 @@ class Shards(SplitData):
         split_seed: int = 0,
         seed: int = 0,
         num_workers: int = 0,
-        coupling: Any = None,
+        coupling: Coupling | None = None,
     ) -> None:
         super().__init__(
             batch_size=batch_size, seed=seed, num_workers=num_workers, flip=flip, coupling=coupling
@@ -154,12 +174,12 @@ class Shards(SplitData):
         self.fractions = (val_fraction, test_fraction)
 
     def load(self) -> Mapping[str, Tars]:
-        """Find the samples and cut them into splits."""
+        """Find the samples and divide them into splits."""
         if not self.root.is_dir():
             raise FileNotFoundError(f"root must be a folder, got {self.root}")
         files = sorted(self.root.glob("*.tar"))
         if not files:
-            raise ValueError(f"root must hold tar files, got none in {self.root}")
+            raise ValueError(f"root must hold tar files, got no tar file in {self.root}")
         columns = read_index(self.root, files)
         labels = columns.get("label")
         if labels is not None:
@@ -172,12 +192,23 @@ class Shards(SplitData):
 
 
 def read_index(root: Path, files: Sequence[Path]) -> dict[str, Tensor]:
-    """Say where all samples lie, from the index of a folder, which is written if there is none.
+    """Return the positions of all samples in the tar files of a folder.
+
+    The positions are read from ``index.safetensors`` if the file fits the tar files. Otherwise the
+    tar files are read, and the index is written.
+
+    Args:
+        root: The folder.
+        files: The tar files.
 
     Returns:
-        ``shard``, ``offset``, ``size`` and perhaps ``label`` ``(N,)``, see `Tars`.
+        ``shard``, ``offset``, ``size`` and with labels ``label`` ``(N,)``, see `Tars`.
+
+    Raises:
+        ValueError: If a tar file cannot be read, a sample has no image, or only some samples have
+            labels.
     """
-    # With the time of writing: a file made anew may be as large as before.
+    # The modification time is included: a new file can have the size of the old one.
     states = [(file.name, file.stat()) for file in files]
     found = "\n".join(f"{name} {state.st_size} {state.st_mtime_ns}" for name, state in states)
     digest, index = hashlib.sha256(found.encode()).hexdigest(), root / INDEX
@@ -188,18 +219,18 @@ def read_index(root: Path, files: Sequence[Path]) -> dict[str, Tensor]:
     labels = [sample[3] for sample in samples]
     if None in labels and any(label is not None for label in labels):
         first = files[samples[labels.index(None)][0]]
-        raise ValueError(f"samples must all have labels or none, got both; one in {first} has none")
+        raise ValueError(
+            f"labels must be given for all samples or for no sample, got one without in {first}"
+        )
     names = ("shard", "offset", "size", "label")[: 3 if None in labels else 4]
     columns = {name: torch.tensor([s[k] for s in samples]) for k, name in enumerate(names)}
     with suppress(OSError, SafetensorError):
-        partial = index.with_suffix(f".{os.getpid()}.partial")  # other ranks write theirs
-        save_file(columns, partial, metadata={"files": digest})
-        partial.replace(index)
+        write_atomically(index, partial(save_file, columns, metadata={"files": digest}))
     return columns
 
 
 def _samples(file: Path) -> list[tuple[int, int, int | None]]:
-    """Offset and size of every image of a tar file, and its label."""
+    """Return offset, size and label (or None) of each image in a tar file."""
     images: dict[str, tuple[int, int]] = {}
     labels: dict[str, int] = {}
     try:
@@ -216,7 +247,7 @@ def _samples(file: Path) -> list[tuple[int, int, int | None]]:
     except (tarfile.TarError, ValueError, OSError) as error:
         raise ValueError(f"shards must be tar files with labels, got {file}: {error}") from error
     if lonely := sorted(set(labels) - set(images)):
-        raise ValueError(f"samples must have an image, got none for {lonely[0]} in {file}")
+        raise ValueError(f"samples must have an image, got no image for {lonely[0]} in {file}")
     if not images:
-        raise ValueError(f"shards must hold images, got none in {file}")
+        raise ValueError(f"shards must hold images, got no image in {file}")
     return [(*place, labels.get(key)) for key, place in images.items()]

@@ -1,4 +1,4 @@
-"""What all data modules share: three splits, and the loaders over them."""
+"""Splits train, val and test, and their loaders: the common part of all data modules."""
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -7,33 +7,37 @@ from typing import Any, cast
 import torch
 from lightning import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from flowkit.checks import check_at_least, check_choice
+from flowkit.couplings import Coupling
 from flowkit.data.arrays import Split
 from flowkit.data.stream import InOrder, Steps, Stream, keyed_generator
+from flowkit.distributed import batches_seen
 from flowkit.types import Batch
 
 
 def partition(
     size: int, fractions: Sequence[float], seed: int, labels: Tensor | None = None
 ) -> list[Tensor]:
-    """Cut ``size`` samples at random into a remainder and one part per fraction.
+    """Divide ``size`` samples at random into a remainder and one part per fraction.
 
-    A part takes evenly spaced places of the shuffled samples sorted by label, so that every
-    class is represented in proportion, to within two samples.
+    The samples are shuffled and then sorted by label. A part takes samples at evenly spaced places
+    of this order. So the count of each class in a part is proportional to its count in the data,
+    up to two samples.
 
     Args:
         size: The number of samples.
-        fractions: The share of each part, each in (0, 1), below 1 together.
+        fractions: The share of each part, each in (0, 1), with a sum below 1.
         seed: The same seed gives the same parts.
-        labels: Integer classes ``(size,)``.
+        labels: Integer classes ``(size,)``; None divides without classes.
 
     Returns:
-        Positions of the remainder, then of each part; disjoint, in random order.
+        The positions of the remainder, then the positions of each part. The parts are disjoint and
+        in random order.
 
     Raises:
-        ValueError: If fractions are out of range, or samples too few for a part each.
+        ValueError: If a fraction is out of range, or there are too few samples for all parts.
 
     >>> train, val, test = partition(100, [0.1, 0.2], seed=0)
     >>> len(train), len(val), len(test)
@@ -60,30 +64,45 @@ def partition(
 
 
 class SplitData(LightningDataModule):
-    """A data set in three splits: train, val and test.
+    """Data module with the splits train, val and test; the superclass of all data modules here.
 
-    Training batches come from an endless ``Stream`` that resumes exactly; the other splits
-    are read in order. Give Lightning's trainer ``max_epochs=-1``, ``max_steps`` and
-    ``use_distributed_sampler=False``: each rank takes its own share here.
+    Training batches come from an endless `flowkit.data.stream.Stream`. A resumed run continues the
+    stream at the right step. The splits val and test are read in order. Each rank takes its
+    own share of a batch, so Lightning's trainer needs ``max_epochs=-1``, ``max_steps`` and
+    ``use_distributed_sampler=False``.
 
-    A data set is added by writing ``load``.
+    A new data set is a subclass with a method ``load``.
 
     Args:
-        batch_size: Samples per process and step.
-        seed: The seed of the training stream; how the splits are cut does not depend on it.
-        num_workers: Processes that read ahead.
+        batch_size: Samples per process and training step, at least 1.
+        seed: The seed of the training stream. It does not change the splits.
+        num_workers: Processes that prepare batches in advance; 0 means the main process.
         flip: Mirror training images left to right with probability one half.
-        coupling: Anything with ``pair(x0, x1, cond, generator) -> Pairs``: training batches
-            then hold ``x0`` as well, paired by the loader's workers.
+        coupling: Pairs each training batch with noise in the workers of the loader; the batches
+            then hold ``x0`` too. None leaves the pairing to the training module.
 
     Attributes:
-        num_classes: The number of labels, or None without labels; known after ``setup``.
-        class_names: Their names where known.
-        x0_is_noise: Whether source samples in the splits are standard normal noise, so that a
-            model samples from any noise rather than from them.
+        num_classes: The number of classes, or None for data without classes; set by ``setup``.
+        class_names: The names of the classes, or None if they have no names.
+        x0_is_noise: True if the source samples ``x0`` of the splits are standard normal noise. Then
+            a model can sample from new noise instead.
 
     Raises:
         ValueError: If ``batch_size`` or ``num_workers`` is out of range.
+
+    >>> from flowkit.data.arrays import Arrays
+    >>> class Line(SplitData):
+    ...     def load(self):
+    ...         parts = partition(100, [0.1, 0.1], seed=0)
+    ...         x1 = torch.linspace(-1, 1, 100)[:, None]
+    ...         names = ("train", "val", "test")
+    ...         return {name: Arrays({"x1": x1[part]}) for name, part in zip(names, parts)}
+    >>> data = Line(batch_size=4, seed=0, num_workers=0)
+    >>> data.setup()
+    >>> data.summary()
+    'Line: 80 train, 10 val, 10 test samples of shape (1,), no classes'
+    >>> next(iter(data.train_dataloader()))["x1"].shape
+    torch.Size([4, 1])
     """
 
     num_classes: int | None = None
@@ -97,7 +116,7 @@ class SplitData(LightningDataModule):
         seed: int,
         num_workers: int,
         flip: bool = False,
-        coupling: Any = None,
+        coupling: Coupling | None = None,
     ) -> None:
         super().__init__()
         check_at_least(batch_size, 1, "batch_size")
@@ -111,19 +130,19 @@ class SplitData(LightningDataModule):
 
     @abstractmethod
     def load(self) -> Mapping[str, Split]:
-        """Read the data; return the splits train, val and test, and set the classes."""
+        """Read the data, set ``num_classes`` and ``class_names``, and return the splits by name."""
         raise NotImplementedError
 
     def setup(self, stage: str | None = None) -> None:
-        """Read the data, once."""
+        """Read the data by `load`, at the first call only."""
         if not self._splits:
             self._splits = self.load()
 
     def split(self, name: str) -> Split:
-        """Return a whole split: ``split("val")[:100]["x1"]``.
+        """Return a split, for example for ``split("val")[:100]["x1"]``.
 
         Raises:
-            RuntimeError: Before ``setup``.
+            RuntimeError: If ``setup`` was not called.
             ValueError: If ``name`` is not train, val or test.
         """
         check_choice(name, ("train", "val", "test"), "split")
@@ -135,26 +154,26 @@ class SplitData(LightningDataModule):
 
     @property
     def train(self) -> Split:
-        """The training split."""
+        """Training split."""
         return self.split("train")
 
     @property
     def val(self) -> Split:
-        """The validation split."""
+        """Validation split."""
         return self.split("val")
 
     @property
     def test(self) -> Split:
-        """The test split."""
+        """Test split."""
         return self.split("test")
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of one sample: ``(C, H, W)`` or ``(d,)``."""
+        """Shape of one sample, for example ``(C, H, W)`` or ``(d,)``."""
         return tuple(self.val[:1]["x1"].shape[1:])
 
     def summary(self) -> str:
-        """Say in a line what was found: samples, their shape, classes and other conditions.
+        """Describe the data in one line: number of samples, shape, classes and conditions.
 
         >>> from flowkit.data import Digits
         >>> data = Digits()
@@ -175,7 +194,7 @@ class SplitData(LightningDataModule):
         return f"{type(self).__name__}: {found}" + (", source samples" if "x0" in first else "")
 
     def fingerprint(self, name: str) -> str:
-        """Return the SHA-256 of a split's content."""
+        """Return the SHA-256 of the content of a split."""
         return self.split(name).fingerprint()
 
     def stream(self, rank: int = 0, world_size: int = 1) -> Stream:
@@ -185,12 +204,12 @@ class SplitData(LightningDataModule):
         )
 
     def dataloader(self, name: str, batch_size: int | None = None) -> DataLoader[Batch]:
-        """Return a loader over a whole split in order; each rank gets a strided part of it."""
+        """Return a loader over a split in order. Rank ``r`` of ``n`` reads samples ``r::n``."""
         size = self.batch_size if batch_size is None else batch_size
         return self._loader(InOrder(self.split(name), size, *self._rank()))
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        """Return the endless training loader, which starts where the trainer stands."""
+        """Return the endless training loader, which starts at the current step of the trainer."""
         stream = self.stream(*self._rank())
         return self._loader(stream, sampler=Steps(stream, self._consumed))
 
@@ -203,20 +222,17 @@ class SplitData(LightningDataModule):
         return self.dataloader("test")
 
     def _rank(self) -> tuple[int, int]:
+        """Return the rank of this process and the number of processes."""
         if self.trainer is None:
             return 0, 1
         return self.trainer.global_rank, self.trainer.world_size
 
     def _consumed(self) -> int:
-        # Batches rather than optimizer steps: right for gradient accumulation and for several
-        # optimizers, too. Lightning restores the count before it asks for the loader.
         trainer = cast(Any, self.trainer)
-        if trainer is None or trainer.overfit_batches:
-            return 0
-        return trainer.fit_loop.epoch_loop.batch_progress.total.processed
+        return 0 if trainer is None or trainer.overfit_batches else batches_seen(trainer)
 
-    def _loader(self, batches: Any, sampler: Steps | None = None) -> DataLoader[Batch]:
-        # The items are whole batches already, so nothing is collated.
+    def _loader(self, batches: Dataset[Batch], sampler: Steps | None = None) -> DataLoader[Batch]:
+        """Return a loader over whole batches, which need no collation."""
         return DataLoader(
             batches,
             batch_size=None,

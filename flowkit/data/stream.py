@@ -1,8 +1,8 @@
-"""The order in which samples are seen: an endless training stream, and splits read in order.
+"""Order of the samples: an endless training stream, and splits read in order.
 
-Training is counted in steps. Batch ``k`` of rank ``r`` is a pure function of
-``(seed, k, r, world_size)``, so that a resumed run sees exactly what an uninterrupted one
-would have seen, whatever the number of workers.
+Training is counted in steps. Batch ``k`` of rank ``r`` is a function of
+``(seed, k, r, world_size)`` only. So a resumed run reads exactly the batches of an uninterrupted
+run, for any number of workers.
 """
 
 import functools
@@ -17,15 +17,18 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, SequentialSampler
 
+from flowkit.couplings import Coupling
 from flowkit.data.arrays import Split
 from flowkit.types import Batch
 
 Order = Callable[[int, int, int], Tensor]
-"""From the number of samples, a seed and an epoch to the order ``(size,)`` of the epoch."""
+"""Function ``order(size, seed, epoch)`` that returns the permutation ``(size,)`` of an epoch."""
 
 
 def keyed_generator(*key: int | str) -> torch.Generator:
-    """Return a generator that depends on its key alone, as in ``keyed_generator(seed, step)``.
+    """Return a random generator whose seed is a hash of the key, for example of (seed, step).
+
+    The same key gives the same random numbers.
 
     >>> torch.equal(torch.randn(3, generator=keyed_generator(0, "flip", 7)),
     ...             torch.randn(3, generator=keyed_generator(0, "flip", 7)))
@@ -37,17 +40,30 @@ def keyed_generator(*key: int | str) -> torch.Generator:
 
 @functools.lru_cache(maxsize=4)
 def epoch_order(size: int, seed: int, epoch: int) -> Tensor:
-    """Return the permutation ``(size,)`` of one epoch; shared between calls, so never modify it."""
+    """Return the permutation ``(size,)`` of one epoch.
+
+    Calls share the result, so a caller must not modify it in place.
+    """
     return torch.randperm(size, generator=keyed_generator(seed, "epoch", epoch))
 
 
 def stream_positions(
     size: int, seed: int, start: int, stop: int, order: Order = epoch_order
 ) -> Tensor:
-    """Return entries ``start`` to ``stop`` of the endless stream over ``size`` samples.
+    """Return entries ``start`` to ``stop - 1`` of the endless stream over ``size`` samples.
 
-    The stream is the concatenation of all epochs' permutations: every sample once per epoch,
-    nothing dropped at its end. ``order(size, seed, epoch)`` is one of them.
+    The stream is the concatenation of the permutations of all epochs. Each epoch holds each sample
+    exactly once. A batch may continue in the next epoch, so no sample is left out.
+
+    Args:
+        size: Number of samples.
+        seed: The seed of the permutations.
+        start: First entry, at least 0.
+        stop: Entry after the last one, larger than ``start``.
+        order: Returns the permutation of an epoch.
+
+    Returns:
+        Positions of samples ``(stop - start,)``.
 
     >>> sorted(stream_positions(size=5, seed=0, start=5, stop=10).tolist())
     [0, 1, 2, 3, 4]
@@ -60,33 +76,44 @@ def stream_positions(
 
 @functools.lru_cache(maxsize=4)
 def _own_order(split: Any, size: int, seed: int, epoch: int) -> Tensor:
-    """The order of a split that reads faster in one of its own."""
+    """Return the permutation that a split with a method ``order`` defines for an epoch."""
     return split.order(seed, epoch)
 
 
-def draw_pairs(batch: Batch, coupling: Any, generator: torch.Generator) -> Batch:
-    """Pair data with their source samples; Gaussian ones are drawn if the batch holds none.
+def draw_pairs(batch: Batch, coupling: Coupling, generator: torch.Generator) -> Batch:
+    """Pair the data of a batch with source samples.
+
+    If the batch holds no source samples, they are drawn from N(0, I).
 
     Args:
-        batch: ``x1``, and possibly ``x0`` and ``cond``.
-        coupling: Anything with ``pair(x0, x1, cond, generator) -> Pairs``.
-        generator: Where noise and coupling draw from.
+        batch: ``x1 (B, *)``, and possibly ``x0 (B, *)`` and ``cond``.
+        coupling: Pairs source samples with data.
+        generator: Draws the noise and the pairs.
+
+    Returns:
+        The pairs ``x0``, ``x1`` and, with conditions, ``cond``.
 
     Raises:
-        ValueError: If the coupling returns weights, which a batch does not carry, or the batch
-            holds what pairs do not: a mask or segments.
+        ValueError: If the coupling returns weights, which a batch cannot hold, or the batch holds
+            other entries than ``x0``, ``x1`` and ``cond``, for example a mask.
+
+    >>> from flowkit.couplings import MinibatchOT
+    >>> batch = {"x0": torch.tensor([[0.0], [1.0]]), "x1": torch.tensor([[1.1], [0.1]])}
+    >>> pairs = draw_pairs(batch, MinibatchOT(), torch.Generator())
+    >>> bool(((pairs["x1"] - pairs["x0"]).abs() < 0.2).all())
+    True
     """
     if unpaired := sorted(set(batch) - {"x0", "x1", "cond"}):
         raise ValueError(
             f"coupling must be null for data with {', '.join(unpaired)}, got {coupling}; "
-            "pairs would lose them"
+            "pairs do not hold these entries"
         )
     x0 = batch["x0"] if "x0" in batch else torch.randn(batch["x1"].shape, generator=generator)
     pairs = coupling.pair(x0, batch["x1"], batch.get("cond"), generator)
     if pairs.log_weight is not None:
         raise ValueError(
             f"coupling must return pairs without weights in a data module, got {coupling}; "
-            "give it to the training module instead"
+            "give this coupling to the training module instead"
         )
     if pairs.cond is None:
         return Batch(x1=pairs.x1, x0=pairs.x0)
@@ -95,20 +122,25 @@ def draw_pairs(batch: Batch, coupling: Any, generator: torch.Generator) -> Batch
 
 @dataclass(frozen=True, eq=False)
 class Stream(Dataset):
-    """The training batches of one rank, indexed by step; endless, so without a length.
+    """Training batches of one rank, indexed by step. The stream is endless and has no length.
 
-    The batches of all ranks together are ``world_size * batch_size`` consecutive entries of
-    the stream, of which rank ``r`` takes entries ``r::world_size``: which samples make up a
-    step, and which of them are mirrored, depends on the product alone.
+    A step uses ``world_size * batch_size`` consecutive entries of the stream, and rank ``r`` takes
+    the entries ``r::world_size`` of them. The samples of a step, and their mirroring, depend on
+    this product only, not on its factors.
 
     Args:
         split: The training split.
         batch_size: Samples per rank and step.
         seed: The seed of order, mirroring and pairs.
-        rank: This process, in ``[0, world_size)``.
+        rank: The number of this process, in ``[0, world_size)``.
         world_size: The number of processes.
-        flip: Mirror each image, and a mask of its size, left to right with probability one half.
-        coupling: Pairs data with noise here, in the loader's workers; see ``draw_pairs``.
+        flip: Mirror each image, and its mask, left to right with probability one half.
+        coupling: Pairs data with noise, see `draw_pairs`; None leaves batches without pairs.
+
+    >>> from flowkit.data.arrays import Arrays
+    >>> stream = Stream(Arrays({"x1": torch.arange(4.0)[:, None]}), batch_size=2, seed=0)
+    >>> torch.cat([stream[0]["x1"], stream[1]["x1"]]).flatten().sort().values
+    tensor([0., 1., 2., 3.])
     """
 
     split: Split
@@ -117,20 +149,20 @@ class Stream(Dataset):
     rank: int = 0
     world_size: int = 1
     flip: bool = False
-    coupling: Any = None
+    coupling: Coupling | None = None
 
     @property
     def total(self) -> int:
-        """Samples per step over all ranks."""
+        """Number of samples per step, over all ranks."""
         return self.batch_size * self.world_size
 
     @property
     def share(self) -> slice:
-        """This rank's part of a step's samples."""
+        """Slice of a step's samples that belongs to this rank."""
         return slice(self.rank, None, self.world_size)
 
     def samples(self, step: int) -> Batch:
-        """Return this rank's samples of a step, before mirroring and pairing."""
+        """Return the samples of this rank in a step, before mirroring and pairing."""
         start = step * self.total
         own = functools.partial(_own_order, self.split)
         order = own if hasattr(self.split, "order") else epoch_order
@@ -152,6 +184,7 @@ class Stream(Dataset):
 
 
 def _images_and_masks(batch: Batch) -> list[Tensor]:
+    """Return the tensors to mirror: the images, and a condition of the size of the images."""
     images, cond = batch["x1"], batch.get("cond")
     if isinstance(cond, Tensor) and cond.ndim > 2 and cond.shape[-2:] == images.shape[-2:]:
         return [images, cond]
@@ -159,14 +192,14 @@ def _images_and_masks(batch: Batch) -> list[Tensor]:
 
 
 class Steps(SequentialSampler):
-    """Counts the steps of a stream, without end.
+    """Sampler of the steps of a stream, without end.
 
-    It is a kind of ``SequentialSampler`` since Lightning replaces all others on
-    ``overfit_batches``.
+    It is a subclass of ``SequentialSampler``: with ``overfit_batches`` Lightning replaces samplers
+    of other classes.
 
     Args:
-        stream: The stream it counts for.
-        start: Returns the number of batches already consumed; asked anew by each iteration.
+        stream: The training stream.
+        start: Returns the number of batches already read. Each iteration calls it once.
     """
 
     def __init__(self, stream: Stream, start: Callable[[], int]) -> None:
@@ -174,13 +207,19 @@ class Steps(SequentialSampler):
         self.start = start
 
     def __iter__(self) -> Iterator[int]:
-        """Yield steps from ``start()`` on."""
+        """Yield the steps ``start()``, ``start() + 1`` and so on."""
         return itertools.count(self.start())
 
 
 @dataclass(frozen=True, eq=False)
 class InOrder(Dataset):
-    """The batches of a whole split in its own order; each rank takes a strided part.
+    """Batches of a split in order. Rank ``r`` of ``n`` takes the samples ``r::n``.
+
+    Args:
+        split: The split.
+        batch_size: Samples per batch; the last batch may be smaller.
+        rank: The number of this process, in ``[0, world_size)``.
+        world_size: The number of processes.
 
     >>> from flowkit.data.arrays import Arrays
     >>> batches = InOrder(Arrays({"x1": torch.arange(7.0)}), batch_size=2, rank=1, world_size=2)
@@ -195,14 +234,14 @@ class InOrder(Dataset):
 
     @property
     def rows(self) -> range:
-        """The positions that belong to this rank."""
+        """Positions of the samples of this rank."""
         return range(self.rank, len(self.split), self.world_size)
 
     def __len__(self) -> int:
-        """Return the number of batches, the last one possibly smaller."""
+        """Return the number of batches of this rank."""
         return math.ceil(len(self.rows) / self.batch_size)
 
     def __getitem__(self, number: int) -> Batch:
-        """Return one batch."""
+        """Return the batch of a number, from 0."""
         start = number * self.batch_size
         return self.split[self.rows[start : start + self.batch_size]]

@@ -1,7 +1,7 @@
-"""Sets of points in the plane."""
+"""Toy data: random points in the plane."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -9,31 +9,37 @@ import torch
 from torch import Tensor
 
 from flowkit.checks import check_at_least, check_choice
+from flowkit.couplings import Coupling
 from flowkit.data.arrays import Arrays
 from flowkit.data.splits import SplitData
 from flowkit.data.stream import Stream, keyed_generator
 from flowkit.types import Batch
 
 Samples = tuple[Tensor, Tensor | None]
+"""Points ``(n, 2)`` and their labels ``(n,)``, or None for a set without parts."""
 
 
 def _components(centers: Tensor, std: float, n: int, generator: torch.Generator | None) -> Samples:
+    """Draw from a mixture of equal Gaussians with the given centers ``(k, 2)``."""
     labels = torch.randint(len(centers), (n,), generator=generator)
     return centers[labels] + std * torch.randn(n, 2, generator=generator), labels
 
 
 def _circle(count: int) -> Tensor:
+    """Return ``count`` evenly spaced points on the unit circle, from (1, 0) on."""
     angles = 2 * math.pi * torch.arange(count) / count
     return torch.stack([angles.cos(), angles.sin()], dim=1)
 
 
 def _gaussian(n: int, generator: torch.Generator | None) -> Samples:
+    """Draw from N(0, I)."""
     return torch.randn(n, 2, generator=generator), None
 
 
-def _gaussians(count: int):
-    # A variance of √0.1 per axis is what the code behind the published tables draws: it hands
-    # √var to a covariance.
+def _gaussians(count: int) -> Callable[[int, torch.Generator | None], Samples]:
+    """Return a function that draws from Gaussians on a circle of radius 5."""
+
+    # The published code uses √var = √0.1 as the variance per axis; the published tables need it.
     def draw(n: int, generator: torch.Generator | None) -> Samples:
         return _components(5 * _circle(count), 0.1**0.25, n, generator)
 
@@ -41,10 +47,12 @@ def _gaussians(count: int):
 
 
 def _mixture(n: int, generator: torch.Generator | None) -> Samples:
+    """Draw from two Gaussians, see `sample_toy`."""
     return _components(torch.tensor([[-2.0, 0.0], [2.0, 0.0]]), 0.5, n, generator)
 
 
 def _moons(n: int, generator: torch.Generator | None) -> Samples:
+    """Draw from two half circles, see `sample_toy`."""
     labels = torch.randint(2, (n,), generator=generator)
     angle = math.pi * torch.rand(n, generator=generator)
     arc = torch.stack([angle.cos(), angle.sin()], dim=1)
@@ -53,6 +61,7 @@ def _moons(n: int, generator: torch.Generator | None) -> Samples:
 
 
 def _checkerboard(n: int, generator: torch.Generator | None) -> Samples:
+    """Draw from eight cells of a checkerboard, see `sample_toy`."""
     cells = torch.randint(8, (n,), generator=generator)
     column = cells // 2
     corner = torch.stack([column, 2 * (cells % 2) + column % 2], dim=1)
@@ -71,33 +80,33 @@ _NUM_CLASSES = {"mixture": 2, "5gaussians": 5, "8gaussians": 8, "moons": 2, "che
 
 
 def sample_toy(name: str, n: int, generator: torch.Generator | None = None) -> Samples:
-    """Draw ``n`` independent points of a two-dimensional set, with labels where it has parts.
+    """Draw ``n`` independent points of a two-dimensional distribution, with labels of its parts.
 
     - ``gaussian``: N(0, I), without labels.
-    - ``mixture``: N((±2, 0), 0.25 I), left and right alike.
-    - ``5gaussians``, ``8gaussians``: as many equal Gaussians, evenly on a circle of radius 5
-      from (5, 0) on, each of variance √0.1 ≈ 0.316 per axis.
-    - ``moons``: ``3 m - 1`` with m on the upper half circle (cos a, sin a) or the lower one
-      (1 - cos a, 1/2 - sin a), a uniform in [0, π], both coordinates shifted by one uniform
-      draw from [0, 0.2].
-    - ``checkerboard``: uniform on eight of the sixteen 2x2 cells of [-4, 4]², the one at the
-      lower left included.
+    - ``mixture``: N((-2, 0), 0.25 I) and N((2, 0), 0.25 I), each with probability 1/2.
+    - ``5gaussians``, ``8gaussians``: 5 or 8 Gaussians of equal probability. Their centers are
+      evenly spaced on a circle of radius 5, from (5, 0) on. The variance is √0.1 ≈ 0.316 per axis.
+    - ``moons``: ``3 m - 1``, with the point m on the upper half circle (cos a, sin a) or on the
+      lower half circle (1 - cos a, 1/2 - sin a). The angle a is uniform in [0, π]. Both coordinates
+      of m are shifted by the same uniform draw from [0, 0.2].
+    - ``checkerboard``: uniform on eight of the sixteen cells of size 2x2 in [-4, 4]². The cell at
+      the lower left is one of them.
 
-    ``8gaussians`` and ``moons`` follow Tong et al., *Improving and Generalizing Flow-Based
-    Generative Models with Minibatch Optimal Transport* (2023, arXiv 2302.00482), as their
-    published code draws them; it spaces the angles of moons evenly and halves the classes
-    exactly, here both are independent draws.
+    Source of ``8gaussians`` and ``moons``: the published code of Tong et al., *Improving and
+    Generalizing Flow-Based Generative Models with Minibatch Optimal Transport* (2023,
+    arXiv 2302.00482). Their code spaces the angles of ``moons`` evenly and draws equal numbers of
+    both classes. Here angles and classes are independent random draws.
 
     Args:
-        name: One of the above.
-        n: How many points.
-        generator: Where to draw from; None is torch's global generator.
+        name: Name of the distribution.
+        n: Number of points, at least 0.
+        generator: Draws the points; None means torch's global generator.
 
     Returns:
-        Points ``(n, 2)`` as float32 and labels ``(n,)`` as int64, or None.
+        Points ``(n, 2)`` as float32, and labels ``(n,)`` as int64 or None.
 
     Raises:
-        ValueError: If there is no set of this name.
+        ValueError: If the name is unknown or ``n`` is negative.
 
     >>> points, labels = sample_toy("moons", 1000, torch.Generator().manual_seed(0))
     >>> points.shape, labels.unique().tolist()
@@ -109,6 +118,7 @@ def sample_toy(name: str, n: int, generator: torch.Generator | None = None) -> S
 
 
 def _draw(source: str, target: str, cond: str | None, n: int, generator: torch.Generator) -> Batch:
+    """Draw a batch of ``n`` points, see `Toy`."""
     x1, labels = sample_toy(target, n, generator)
     columns = {"x1": x1}
     if cond == "continuous":
@@ -122,14 +132,19 @@ def _draw(source: str, target: str, cond: str | None, n: int, generator: torch.G
 
 @dataclass(frozen=True, eq=False)
 class FreshPoints(Stream):
-    """A stream that never sees a point twice: those of a step are drawn from its own key."""
+    """Training stream that draws new points at every step.
+
+    The points of a step depend on the seed, the step, and the number of samples over all ranks.
+    Arguments: those of `flowkit.data.stream.Stream`, and ``source``, ``target`` and ``cond`` of
+    `Toy`.
+    """
 
     source: str = "gaussian"
     target: str = "moons"
     cond: str | None = None
 
     def samples(self, step: int) -> Batch:
-        """Draw the points of all ranks, and keep this rank's."""
+        """Draw the points of all ranks, and return those of this rank."""
         generator = keyed_generator(self.seed, "toy", step)
         batch = _draw(self.source, self.target, self.cond, self.total, generator)
         columns = cast(Mapping[str, Tensor], batch)
@@ -137,27 +152,29 @@ class FreshPoints(Stream):
 
 
 class Toy(SplitData):
-    """Points in the plane, from any set to any other: ``x1 (B, 2)``, ``x0 (B, 2)``, ``cond``.
+    """Random points in the plane: ``x1 (B, 2)`` and optionally ``x0 (B, 2)`` and ``cond``.
 
-    Training draws fresh points forever; the splits are fixed samples. From a source other
-    than ``gaussian`` the batches hold ``x0``, drawn independently of ``x1``.
+    Training draws new points at every step. The splits are fixed samples. If the source is not
+    ``gaussian``, batches hold ``x0``, independent of ``x1``.
+
+    Source of the conditions ``"binary"`` and ``"continuous"`` on ``moons``: Cheng and Schwing, *The
+    Curse of Conditions* (C²OT, 2025, arXiv 2503.10636).
 
     Args:
-        source: The set at t = 0, one of those of ``sample``.
-        target: The set at t = 1, likewise.
-        cond: A condition taken from the target: ``"label"``, the part a point belongs to,
-            int64 ``(B,)``; ``"binary"``, the same for sets of two parts; ``"continuous"``,
-            its first coordinate, float32 ``(B, 1)``. The last two on moons are the tasks of
-            Cheng and Schwing, *The Curse of Conditions* (C²OT, 2025, arXiv 2503.10636).
-        size: Points in each split.
-        batch_size: Samples per process and step.
+        source: The distribution at t = 0, a name of `sample_toy`.
+        target: The distribution at t = 1, a name of `sample_toy`.
+        cond: The condition of a target point. ``"label"``: the number of its part, int64 ``(B,)``.
+            ``"binary"``: the same, for a target of two parts. ``"continuous"``: its first
+            coordinate, float32 ``(B, 1)``. None: no condition.
+        size: Number of points in each split.
+        batch_size: Samples per process and training step.
         split_seed: The seed of the splits.
         seed: The seed of the training stream.
-        num_workers: Processes that read ahead.
-        coupling: Pairs target with source in the loader; see ``SplitData``.
+        num_workers: Processes that prepare batches in advance; 0 means the main process.
+        coupling: Pairs target with source points in the workers of the loader; see `SplitData`.
 
     Raises:
-        ValueError: If there is no such set, or the target has no such condition.
+        ValueError: If a name is unknown, ``size`` is below 1, or the target has no such condition.
 
     >>> data = Toy("8gaussians", "moons", cond="binary", batch_size=4)
     >>> data.setup()
@@ -175,7 +192,7 @@ class Toy(SplitData):
         split_seed: int = 0,
         seed: int = 0,
         num_workers: int = 0,
-        coupling: Any = None,
+        coupling: Coupling | None = None,
     ) -> None:
         super().__init__(
             batch_size=batch_size, seed=seed, num_workers=num_workers, coupling=coupling

@@ -21,46 +21,52 @@ class LinearOperator(Protocol):
         ...
 
 
-def choose(y: Tensor, mask: Tensor | None, operator: LinearOperator | None):
-    """Return what measures iterates against ``y (B, *)``: all of it, a part, or ``A`` of it."""
+def choose(
+    y: Tensor, region: Tensor | None, operator: LinearOperator | None
+) -> "_Matching | _Measured":
+    """Return what measures iterates against ``y (B, *)``: all of it, a part, or ``A`` of it.
+
+    The part is what lies outside of the region.
+    """
     if operator is not None:
-        if mask is not None:
+        if region is not None:
             raise ValueError(
-                "mask must be None with an operator, got both; let the operator apply the mask"
+                "region must be None with an operator, got both; let the operator leave it out"
             )
         return _Measured(y, operator)
-    if mask is None:
+    if region is None:
         return _Matching(y, None)
     try:
-        mask = mask.to(y).expand(y.shape)
+        region = region.to(y).expand(y.shape)
     except RuntimeError:
         raise ValueError(
-            f"mask must broadcast to x1, {tuple(y.shape)}, got {tuple(mask.shape)}"
+            f"region must broadcast to x1, {tuple(y.shape)}, got {tuple(region.shape)}"
         ) from None
-    low, high = (v.item() for v in torch.aminmax(mask))
-    check_between(low, 0, 1, "mask")
-    check_between(high, 0, 1, "mask")
-    if not bool(mask.flatten(1).any(1).all()):
-        raise ValueError("mask must count something of every sample, got one that is 0 throughout")
-    return _Matching(y, mask)
+    low, high = (v.item() for v in torch.aminmax(region))
+    check_between(low, 0, 1, "region")
+    check_between(high, 0, 1, "region")
+    kept = 1 - region
+    if not bool(kept.flatten(1).any(1).all()):
+        raise ValueError("region must leave out something of every sample, got 1 throughout")
+    return _Matching(y, kept)
 
 
 class _Matching:
-    """``x − y``, weighted by the mask."""
+    """``x − y``, weighted by how much each element is to be kept."""
 
-    def __init__(self, y: Tensor, mask: Tensor | None):
-        self.y, self.mask = y, mask
+    def __init__(self, y: Tensor, kept: Tensor | None):
+        self.y, self.kept = y, kept
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         error = x - self.y
-        if self.mask is None:
+        if self.kept is None:
             return error, rms(error)
-        gradient, count = self.mask * error, self.mask.flatten(1).sum(1)
+        gradient, count = self.kept * error, self.kept.flatten(1).sum(1)
         return gradient, (inner(gradient, error) / count).sqrt()
 
     def normal(self, x: Tensor) -> Tensor:
         """``Aᵀ A x``."""
-        return x if self.mask is None else self.mask * x
+        return x if self.kept is None else self.kept * x
 
 
 class _Measured:

@@ -8,7 +8,7 @@ from torch import Tensor
 from flowkit.checks import check_at_least, check_finite, expand_like
 from flowkit.sampling import ODESampler
 from flowkit.types import Cond
-from flowkit.velocity import Velocity
+from flowkit.velocity import BoundVelocity, Velocity, bind
 
 
 class StepBound(NamedTuple):
@@ -104,12 +104,9 @@ class _Cast:
     def __call__(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
         return self.velocity(x.to(self.dtype), t, cond)
 
-    def bind(self, cond: Cond, grid: Tensor | None) -> "_Cast":
-        bind = getattr(self.velocity, "bind", None)
-        return self if bind is None else _Cast(bind(cond, grid), self.dtype)
-
-    def __getattr__(self, name: str):  # rows and begin_step, where the velocity has them
-        return getattr(self.velocity, name)
+    def bind(self, cond: Cond, grid: Tensor | None = None) -> BoundVelocity:
+        bound = bind(self.velocity, cond, grid)
+        return bound.wrapped(_Cast(bound, self.dtype))
 
 
 def inner(a: Tensor, b: Tensor) -> Tensor:

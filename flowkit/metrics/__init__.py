@@ -1,4 +1,10 @@
-"""Metrics: plain functions on tensors, and the record that an evaluation leaves behind."""
+"""Metrics of samples, images, labels and trajectories, as functions on tensors.
+
+`image_metrics` and `point_metrics` compute all metrics of images or points and return a record for
+JSON. The functions below them compute one metric each: Fréchet distances, kernel distance,
+precision and recall, Wasserstein distance, path energy, and the quality of labels and masks.
+Feature networks map images to vectors, in which these distances are measured.
+"""
 
 from flowkit.metrics.evaluate import image_metrics, point_metrics
 from flowkit.metrics.features import (
@@ -17,7 +23,7 @@ from flowkit.metrics.frechet import (
 from flowkit.metrics.judges import Judge, PixelSVC, agreement
 from flowkit.metrics.labels import classification_metrics
 from flowkit.metrics.neighbors import PRDC, KernelDistance, kid, prdc
-from flowkit.metrics.pictures import colored, save_picture, to_uint8
+from flowkit.metrics.pictures import as_saved, colored, from_uint8, save_picture, to_uint8
 from flowkit.metrics.stored import StoredFeatures
 from flowkit.metrics.straightness import normalized_path_energy, path_energy, wasserstein2
 
@@ -32,11 +38,13 @@ __all__ = [
     "Pixels",
     "StoredFeatures",
     "agreement",
+    "as_saved",
     "classification_metrics",
     "colored",
     "frechet_distance",
     "frechet_from_moments",
     "frechet_unbiased",
+    "from_uint8",
     "image_metrics",
     "inception",
     "kid",

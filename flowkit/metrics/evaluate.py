@@ -1,6 +1,6 @@
-"""Evaluation as a record: plain values beside what they were measured with."""
+"""Records of an evaluation: metrics with the features and the reference they depend on."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -10,9 +10,10 @@ from flowkit.metrics.features import Features
 from flowkit.metrics.frechet import frechet_distance, frechet_unbiased
 from flowkit.metrics.judges import Judge, agreement
 from flowkit.metrics.neighbors import kid, prdc
-from flowkit.metrics.pictures import to_uint8
+from flowkit.metrics.pictures import as_saved
 from flowkit.metrics.straightness import normalized_path_energy, path_energy, wasserstein2
 from flowkit.provenance import tensor_hash
+from flowkit.sampling import Solution
 
 
 def image_metrics(
@@ -27,34 +28,36 @@ def image_metrics(
     generator: torch.Generator | None = None,
     generated_features: Tensor | None = None,
 ) -> dict[str, Any]:
-    """Compare generated images with held-out real ones.
+    """Compare generated images with held-out real images.
 
-    Like with like: the same comparison, of as many *training* images with the same test images, is
-    the ``floor`` that a perfect model would reach; a model below it remembers. With fewer training
-    images than that, the floor's own ``num_samples`` tells, and its distance is biased upwards. All
-    images pass through `to_uint8` first, so that samples are measured as they would be saved.
+    The ``floor`` is the same comparison with ``n`` *training* images instead of the generated ones:
+    the value of a perfect model. A model with smaller distances reproduces training images. If
+    there are fewer than ``n`` training images, the floor has a smaller ``num_samples``, and its
+    distance has a larger upward bias. All images are first rounded by `to_uint8`, so a sample has
+    the values of its saved file.
 
-    ``frechet_distance`` is the usual, biased estimate at this sample count.
-    ``frechet_distance_unbiased`` and ``frechet_distance_unbiased_interval`` are about infinitely
-    many samples (see `frechet_unbiased`), and ``None`` when there are too few samples for the
-    features.
+    ``frechet_distance`` is the usual estimate, biased upwards at this number of samples.
+    ``frechet_distance_unbiased`` and ``frechet_distance_unbiased_interval`` estimate the distance
+    for infinitely many samples, see `frechet_unbiased`. They are ``None`` if there are too few
+    samples for the dimension of the features.
 
     Args:
-        real_train: Training images ``(N, C, H, W)`` in [-1, 1], for the floor.
-        real_test: Held-out images ``(M, C, H, W)``, the reference.
+        real_train: Training images ``(N, C, H, W)`` in [-1, 1], for the floor; at least 4.
+        real_test: Held-out images ``(M, C, H, W)`` in [-1, 1], the reference; at least 4.
         generated: Generated images ``(n, C, H, W)``, in [-1, 1] or 8-bit; at least 4.
         features: The feature space of all distances.
-        labels: Classes ``(n,)`` that the generated images were asked to show.
-        test_labels: Classes ``(M,)`` of the held-out images, for the judge's own accuracy.
+        labels: Requested classes ``(n,)`` of the generated images.
+        test_labels: Classes ``(M,)`` of the held-out images, for the accuracy of the judge.
         judge: An independent classifier; needs ``labels`` and ``test_labels``.
-        generator: Draws the floor's images, subsets and resamples; on the CPU.
-        generated_features: Those of the 8-bit ``generated``, where they are known already.
+        generator: Draws the images of the floor, subsets and groups; on the CPU.
+        generated_features: Features ``(n, F)`` of the 8-bit generated images, if they are known.
 
     Returns:
-        A record of plain types, ready for JSON. The reference's hash is that of its features.
+        A record of plain types for JSON. ``reference["hash"]`` is the hash of the features of the
+        held-out images.
 
     Raises:
-        ValueError: If there are fewer than 4 images of a kind, or a judge without labels.
+        ValueError: If there are fewer than 4 images of a kind, or a judge has no labels.
 
     >>> from flowkit.metrics import Pixels
     >>> g = torch.Generator().manual_seed(0)
@@ -98,28 +101,29 @@ def image_metrics(
 def point_metrics(
     real: Tensor,
     generated: Tensor,
-    path: Any = None,
+    path: Solution | Tensor | None = None,
     grid: Tensor | int | None = None,
 ) -> dict[str, Any]:
-    """Compare generated points with real ones and, given their path, measure its straightness.
+    """Compare generated points with real points, and measure the straightness of a path.
 
-    The normalized path energy refers to the transport from the source, ``path[0]``, to the real
-    points. A path energy below that ``W2²`` means a flow that misses the data, not a straighter
-    one: ``path_energy_below_w2_squared`` says so.
+    The normalized path energy compares the path energy with ``W2²`` between the source ``path[0]``
+    and the real points. A path energy below this ``W2²`` means that the flow does not reach the
+    data; it does not mean a straighter flow. ``path_energy_below_w2_squared`` is True in this case.
 
     Args:
         real: Real points ``(N, *)``.
         generated: Generated points ``(M, *)``.
-        path: A solution with its path, or the path ``(n+1, B, *)``.
-        grid: The path's times.
+        path: A solution with a path, or the path ``(n+1, B, *)``; None skips the path energy.
+        grid: The times ``(n+1,)`` of the path, or ``n`` for uniform times.
 
     Returns:
-        A record of plain types, ready for JSON: ``w2`` and ``w2_squared`` between generated and
-        real points; with a path also ``transport_w2`` and ``transport_w2_squared`` between source
-        and real points, ``path_energy`` and ``normalized_path_energy``.
+        A record of plain types for JSON: ``w2`` and ``w2_squared`` between generated and real
+        points. With a path also ``transport_w2`` and ``transport_w2_squared`` between source and
+        real points, ``path_energy``, ``normalized_path_energy`` and
+        ``path_energy_below_w2_squared``.
 
     Raises:
-        ValueError: If a path comes without its grid, or shapes differ.
+        ValueError: If a path is given without its grid, or shapes differ.
 
     >>> x0 = torch.tensor([[0.0], [1.0]])
     >>> record = point_metrics(x0 + 2, x0 + 2, torch.stack([x0, x0 + 2]), 1)
@@ -138,7 +142,7 @@ def point_metrics(
     if grid is None:
         raise ValueError("grid must be given with a path, got None")
     energy = path_energy(path, grid)
-    states = path if isinstance(path, Tensor) else path.path
+    states = path if isinstance(path, Tensor) else cast(Tensor, path.path)
     transport = wasserstein2(states[0], real)
     return record | {
         "transport_w2": transport,
@@ -150,10 +154,10 @@ def point_metrics(
 
 
 def _compare(a: Tensor, b: Tensor, generator: torch.Generator | None) -> dict[str, Any]:
-    """All distances between two sets of features."""
+    """Compute all distances between features ``a (N, F)`` and reference features ``b (M, F)``."""
     count = min(len(a), len(b))
     unbiased, interval = None, None
-    # The jackknife leaves out one of 20 groups.
+    # The jackknife of frechet_unbiased leaves out one of 20 groups.
     if count - -(-count // 20) > a.shape[1]:
         unbiased, (low, high) = frechet_unbiased(a, b, generator=generator)
         interval = [low, high]
@@ -172,13 +176,11 @@ def _compare(a: Tensor, b: Tensor, generator: torch.Generator | None) -> dict[st
 
 
 def _wilson(hits: Tensor) -> list[float]:
-    """Wilson's 95 % interval of a proportion: unlike a bootstrap, not empty when all agree."""
+    """Return Wilson's 95 % interval of a proportion.
+
+    If all values agree, its width is positive. The width of a bootstrap interval would be 0.
+    """
     from scipy.stats import binomtest
 
     interval = binomtest(int(hits.sum()), len(hits)).proportion_ci(method="wilson")
     return [float(interval.low), float(interval.high)]
-
-
-def as_saved(images: Tensor) -> Tensor:
-    """Return images, in [-1, 1] or 8-bit, as they come back in [-1, 1] from 8-bit files."""
-    return (images if images.dtype == torch.uint8 else to_uint8(images)).float() / 127.5 - 1

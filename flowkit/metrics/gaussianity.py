@@ -1,4 +1,4 @@
-"""Whether latents still look like the noise that a flow starts from."""
+"""Test of latents against the standard normal noise at the start of a flow."""
 
 from typing import NamedTuple
 
@@ -9,11 +9,12 @@ from flowkit.checks import check_at_least
 
 
 class Gaussianity(NamedTuple):
-    """What `gaussianity` returns, per sample ``(B,)``.
+    """Result of `gaussianity`: three tensors ``(B,)``, for latents of ``d`` elements.
 
-    ``norm``: ``‖z‖ / √d``; 1 for noise. ``chi2``: how far ``‖z‖²`` lies from what is expected of
-    χ² with ``d`` degrees of freedom, as a standard normal deviate. ``autocorrelation``: between
-    neighbors; 0 for noise, with a standard deviation of about 1 over the root of their number.
+    ``norm`` is ``‖z‖ / √d``; the expected value for noise is 1. ``chi2`` compares ``‖z‖²`` with the
+    χ² distribution of ``d`` degrees of freedom, as a standard normal deviate; the expected value
+    for noise is 0. ``autocorrelation`` is the correlation of neighboring elements; for noise its
+    mean is 0 and its standard deviation is about 1 / √(number of pairs of neighbors).
     """
 
     norm: Tensor
@@ -24,16 +25,22 @@ class Gaussianity(NamedTuple):
 def gaussianity(z: Tensor) -> Gaussianity:
     """Compare latents ``z (B, *)`` with standard normal noise.
 
-    An inversion under the wrong condition, or optimized beyond what the flow can express, leaves
-    structure in ``z``: its norm is off, or neighboring values agree. The deviate is that of
-    Wilson & Hilferty, *The Distribution of Chi-Square*, 1931; the autocorrelation is
-    ``Σ z_i z_{i+1} / Σ z_i²``, averaged over the last two axes, if there are two.
+    An inversion with a wrong condition, or an optimization with too many steps, leaves structure
+    in ``z``: its norm differs from √d, or neighboring elements correlate.
+
+    With ``s = 2 / (9 d)``, ``chi2 = ((‖z‖² / d)^{1/3} − (1 − s)) / √s``. The autocorrelation is
+    ``mean(z_i z_{i+1}) / mean(z_i²)``, for latents with height and width averaged over both axes.
+
+    Source of the deviate: Wilson & Hilferty, *The Distribution of Chi-Square*, 1931.
 
     Args:
-        z: Latents at ``t = 0``; later in time, neither norm nor correlation are those of noise.
+        z: Latents ``(B, *)`` at ``t = 0``. States at a later time are not expected to be noise.
+
+    Returns:
+        Three values for each sample, see `Gaussianity`.
 
     Raises:
-        ValueError: If a sample has no two neighbors.
+        ValueError: If an axis of neighbors has fewer than two elements.
 
     >>> noise = torch.randn(1, 4, 64, 64, generator=torch.Generator().manual_seed(0))
     >>> [round(value.item(), 2) for value in gaussianity(noise)]
@@ -52,6 +59,6 @@ def gaussianity(z: Tensor) -> Gaussianity:
 
 
 def _neighbors(z: Tensor, axis: int) -> Tensor:
-    """Mean product of neighbors along an axis."""
+    """Return the mean product ``(B,)`` of neighbors along an axis."""
     side = z.shape[axis] - 1
     return (z.narrow(axis, 0, side) * z.narrow(axis, 1, side)).flatten(1).mean(1)

@@ -1,4 +1,4 @@
-"""How good predicted labels are: of images, with their probabilities, and of pixels."""
+"""Quality of predicted labels: classes of images with probabilities, and labels of pixels."""
 
 from typing import Any
 
@@ -11,32 +11,37 @@ from flowkit.checks import as_labels, check_finite, check_labels
 def classification_metrics(
     probabilities: Tensor, labels: Tensor, bins: int = 15, coverages: int = 20
 ) -> dict[str, Any]:
-    """Measure class probabilities against the truth.
+    """Compare class probabilities with the true classes.
 
-    - ``accuracy`` of the most probable class, over all images alike.
-    - ``auc``: area under the receiver operating curve, one class against the rest, averaged over
-      the classes that occur.
-    - ``calibration_error``: mean distance of confidence and accuracy over bins of confidence.
-    - ``negative_log_likelihood`` in nats (of probabilities of at least 1e-6) and ``brier_score``.
-    - ``reliability``: ``confidence``, ``accuracy`` and ``share`` of each bin that is not empty.
-    - ``selective``: ``accuracy`` of the most confident images, for each ``coverage``; and
-      ``area_under_risk``, the mean error over all coverages.
+    The confidence of an image is the probability of its most probable class. The metrics are:
+
+    - ``accuracy``: share of images whose most probable class is the true class.
+    - ``auc``: area under the receiver operating characteristic curve, one class against the rest,
+      averaged over the classes in ``labels``; None if there is only one class.
+    - ``calibration_error``: ``Σ_b share_b · |confidence_b − accuracy_b|`` over bins of confidence.
+    - ``negative_log_likelihood``: mean of ``−log p`` of the true class in nats, with ``p`` at least
+      1e-6.
+    - ``brier_score``: mean of ``Σ_k (p_k − y_k)²``, with the one-hot true class ``y``.
+    - ``reliability``: ``confidence``, ``accuracy`` and ``share`` of each bin with images.
+    - ``selective``: for each ``coverage``, the ``accuracy`` of this share of the images, the most
+      confident ones; ``area_under_risk`` is the mean error over all coverages.
 
     Sources: Guo et al., *On Calibration of Modern Neural Networks*, 2017 (arXiv 1706.04599),
     equation 3; Geifman & El-Yaniv, *Selective Classification for Deep Neural Networks*, 2017
     (arXiv 1705.08500).
 
     Args:
-        probabilities: ``(N, K)``.
-        labels: The true classes ``(N,)``.
-        bins: Of confidence, evenly wide.
-        coverages: Points of the selective curve.
+        probabilities: Class probabilities ``(N, K)``; each row has the sum 1.
+        labels: The true classes ``(N,)`` in ``[0, K)``.
+        bins: Number of bins of confidence, all of the same width.
+        coverages: Number of points of the selective curve.
 
     Returns:
-        A record of plain types, ready for JSON.
+        A record of plain types for JSON.
 
     Raises:
-        ValueError: If shapes do not fit or a value is out of range.
+        ValueError: If a shape is wrong, or a value is out of range.
+        TypeError: If ``labels`` does not hold integers.
 
     >>> p = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4]])
     >>> record = classification_metrics(p, torch.tensor([0, 1, 1]), coverages=3)
@@ -72,26 +77,31 @@ def classification_metrics(
 def segmentation_metrics(
     masks: Tensor, truth: Tensor, num_classes: int, ignore_index: int | None = None
 ) -> dict[str, Any]:
-    """Measure predicted masks against the truth.
+    """Compare predicted masks with true masks.
 
-    - ``pixel_accuracy``, over all pixels alike.
-    - ``mean_iou``: intersection over union of each class, of all images together, averaged over
-      the classes that occur in either; ``iou``: those of the classes, None where absent.
-    - ``foreground_iou``: the same of all classes but 0, as one; None where absent.
+    The intersection over union (IoU) of a class is
+    ``|predicted ∩ true| / |predicted ∪ true|`` over the pixels of all images together. The metrics
+    are:
 
-    Where no pixel counts all are None.
+    - ``pixel_accuracy``: share of pixels with the true label.
+    - ``iou``: IoU of each class; None for a class that is neither predicted nor true.
+    - ``mean_iou``: mean of ``iou`` over the other classes.
+    - ``foreground_iou``: IoU of the union of all classes except 0; None if there is no such pixel.
+
+    If all pixels are ignored, all metrics are None.
 
     Args:
-        masks: Labels ``(N, H, W)``.
-        truth: Likewise.
-        num_classes: Of the labels, 0 being the background.
-        ignore_index: True label of pixels that do not count.
+        masks: Predicted labels ``(N, H, W)``.
+        truth: True labels ``(N, H, W)``.
+        num_classes: Number of classes; label 0 is the background.
+        ignore_index: True label of the pixels that are ignored; None ignores no pixel.
 
     Returns:
-        A record of plain types, ready for JSON.
+        A record of plain types for JSON.
 
     Raises:
-        ValueError: If shapes differ or a label is out of range.
+        ValueError: If the shapes differ, or a label is out of range.
+        TypeError: If a mask does not hold integers.
 
     >>> truth = torch.tensor([[[0, 1], [1, 2]]])
     >>> record = segmentation_metrics(torch.tensor([[[0, 1], [2, 2]]]), truth, num_classes=3)
@@ -129,6 +139,7 @@ def segmentation_metrics(
 
 
 def _check(probabilities: Tensor, labels: Tensor) -> None:
+    """Check the shapes and values of probabilities ``(N, K)`` and labels ``(N,)``."""
     if probabilities.ndim != 2 or labels.shape != (len(probabilities),) or not len(labels):
         raise ValueError(
             "labels must have shape (N,) beside probabilities (N, K), "
@@ -139,13 +150,13 @@ def _check(probabilities: Tensor, labels: Tensor) -> None:
     low, total = probabilities.min().item(), probabilities.sum(1)
     if low < 0 or not bool(((total - 1).abs() < 1e-3).all()):
         raise ValueError(
-            "probabilities must be non-negative and sum to 1, got values from "
+            "probabilities must be non-negative and sum to 1, got a smallest value of "
             f"{low} and sums in [{total.min().item()}, {total.max().item()}]"
         )
 
 
 def _reliability(confidence: Tensor, right: Tensor, bins: int) -> dict[str, list[float]]:
-    """Mean confidence and accuracy of the images in each bin of confidence."""
+    """Return mean confidence, accuracy and share of images for each bin with images."""
     index = (confidence * bins).ceil().clamp(1, bins).long() - 1
     rows = [index == b for b in range(bins) if bool((index == b).any())]
     return {
@@ -156,7 +167,7 @@ def _reliability(confidence: Tensor, right: Tensor, bins: int) -> dict[str, list
 
 
 def _selective(confidence: Tensor, right: Tensor, coverages: int) -> dict[str, Any]:
-    """Accuracy of the most confident images; equally confident ones count by their mean."""
+    """Return the selective curve. Images of equal confidence share their mean accuracy."""
     levels, group = confidence.unique(return_inverse=True)
     sums = torch.zeros_like(levels).index_add_(0, group, right)
     fair = sums / torch.zeros_like(levels).index_add_(0, group, torch.ones_like(right))

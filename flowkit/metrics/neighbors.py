@@ -1,4 +1,4 @@
-"""Precision, recall, density and coverage from nearest neighbors."""
+"""Distances of two sets of features: precision, recall, density, coverage, kernel distance."""
 
 from typing import NamedTuple
 
@@ -9,7 +9,7 @@ from flowkit.checks import check_at_least, check_between, check_finite
 
 
 class PRDC(NamedTuple):
-    """Fidelity (precision, density) and diversity (recall, coverage)."""
+    """Result of `prdc`: fidelity (precision, density) and diversity (recall, coverage)."""
 
     precision: float
     recall: float
@@ -20,31 +20,32 @@ class PRDC(NamedTuple):
 def prdc(real: Tensor, fake: Tensor, k: int = 5) -> PRDC:
     """Precision, recall, density and coverage of generated features.
 
-    With the open ball ``B(x)`` around ``x`` that reaches to its k-th nearest neighbor in its own
-    set:
+    ``B(x)`` is the open ball around a sample ``x``. Its radius is the distance to the k-th nearest
+    neighbor of ``x`` in the set of ``x``. Then:
 
-    * precision: share of fakes inside some ``B(real)``;
-    * recall: share of reals inside some ``B(fake)``;
-    * density: mean over fakes of the number of ``B(real)`` they are inside, over ``k``;
-    * coverage: share of reals whose ball holds a fake.
+    * precision: share of fake samples in at least one ball ``B(real)``;
+    * recall: share of real samples in at least one ball ``B(fake)``;
+    * density: number of balls ``B(real)`` around a fake sample, divided by ``k``, averaged over the
+      fake samples;
+    * coverage: share of balls ``B(real)`` that hold a fake sample.
 
-    All depend on the sample counts: compare at equal ones. Density is unbounded and 1 in
-    expectation for equal populations; coverage is then near ``1 − 2⁻ᵏ`` for equal counts.
+    All values depend on ``N`` and ``M``: compare them at equal numbers of samples. For equal
+    populations the expected density is 1, and with ``N = M`` the coverage is near ``1 − 2⁻ᵏ``.
 
     Source: Kynkäänniemi et al. 2019 (arXiv 1904.06991), equations 1 and 2; Naeem et al. 2020
-    (arXiv 2002.09797), section 3. The balls are open for all four, which makes the density of a
-    set against itself 1; it matters for ties alone.
+    (arXiv 2002.09797), section 3. Here the balls are open for all four values, so the density of a
+    set against itself is 1. This makes a difference only for equal distances.
 
     Args:
         real: Features ``(N, F)`` of real samples.
         fake: Features ``(M, F)`` of generated samples.
-        k: The neighbor that sets the radius, below ``N`` and ``M``.
+        k: Number of the neighbor that defines the radius; at least 1, below ``N`` and ``M``.
 
     Returns:
-        The four values, the density in [0, N/k], the others in [0, 1].
+        The four values: the density in [0, N/k], the others in [0, 1].
 
     Raises:
-        ValueError: If shapes differ, a value is not finite or ``k`` is out of range.
+        ValueError: If the shapes differ, a value is not finite or ``k`` is out of range.
 
     >>> real = torch.tensor([[0.0], [1.0], [2.0], [3.0]])
     >>> prdc(real, torch.tensor([[0.5], [0.6], [9.0]]), k=1)
@@ -57,7 +58,7 @@ def prdc(real: Tensor, fake: Tensor, k: int = 5) -> PRDC:
     check_finite(real, "real")
     check_finite(fake, "fake")
     check_between(k, 1, min(len(real), len(fake)) - 1, "k")
-    center = real.double().mean(0)  # keeps the rounding of ‖x‖² + ‖y‖² − 2 xᵀy small
+    center = real.double().mean(0)  # reduces the rounding error of ‖x‖² + ‖y‖² − 2 xᵀy
     real, fake = real.double() - center, fake.double() - center
     real_radius, fake_radius = _radii(real, k), _radii(fake, k)
     balls = torch.zeros(len(fake), device=real.device)
@@ -77,13 +78,13 @@ def prdc(real: Tensor, fake: Tensor, k: int = 5) -> PRDC:
 
 
 def _radii(x: Tensor, k: int) -> Tensor:
-    """Distance ``(N,)`` of each point to its k-th nearest other point."""
-    # The smallest distance of a row is that of the point to itself.
+    """Return the distances ``(N,)`` of points to their k-th nearest other point."""
+    # k + 1, since the smallest distance in a row is that of the point to itself.
     return torch.cat([torch.cdist(rows, x).kthvalue(k + 1).values for rows in x.split(1000)])
 
 
 class KernelDistance(NamedTuple):
-    """Mean and standard deviation over random subsets."""
+    """Result of `kid`: mean and standard deviation over random subsets."""
 
     mean: float
     std: float
@@ -96,13 +97,14 @@ def kid(
     subset_size: int = 1000,
     generator: torch.Generator | None = None,
 ) -> KernelDistance:
-    """Unbiased squared MMD with the kernel ``(xᵀy / F + 1)³``, averaged over random subsets.
+    """Kernel distance: unbiased squared MMD with the kernel ``(xᵀy / F + 1)³``.
 
-    Unlike the Fréchet distance it has no bias at any sample count, so it may come out negative
-    for sets that agree.
+    The maximum mean discrepancy (MMD) is averaged over random subsets. It has no bias at any number
+    of samples, so the value may be negative for equal populations. With the features of
+    `inception` it is the kernel Inception distance (KID).
 
-    Source: Bińkowski et al. 2018 (arXiv 1801.01401); computed by torchmetrics'
-    ``poly_mmd``, here in float64.
+    Source: Bińkowski et al. 2018 (arXiv 1801.01401); computed by ``poly_mmd`` of torchmetrics, in
+    float64.
 
     Args:
         a: Features ``(N, F)``.
@@ -112,11 +114,12 @@ def kid(
         generator: Draws the subsets; on the CPU.
 
     Returns:
-        Mean and standard deviation over the subsets. The standard deviation is that of one
-        subset's value; subsets overlap, so it says nothing certain about the mean's error.
+        Mean and standard deviation of the values of the subsets. The subsets overlap, so the
+        standard deviation is no estimate of the error of the mean.
 
     Raises:
-        ValueError: If shapes differ or ``subset_size`` is not in [2, min(N, M)].
+        ValueError: If the shapes differ, ``subsets`` is below 1, or ``subset_size`` is not in
+            [2, min(N, M)].
 
     >>> g = torch.Generator().manual_seed(0)
     >>> a, b = torch.randn(2, 500, 8, generator=g)

@@ -1,4 +1,4 @@
-"""Pictures of samples: image grids and scatter plots."""
+"""Pictures of samples as files: grids of images, scatter plots and histograms."""
 
 from pathlib import Path
 
@@ -9,16 +9,22 @@ from flowkit.checks import check_finite
 
 
 def save_picture(samples: Tensor, file: str | Path, columns: int = 10, zoom: int = 8) -> Path:
-    """Save images ``(N, C, H, W)`` in [-1, 1] as one grid, or points ``(N, *)`` as a plot.
+    """Save images as one picture in rows and columns, or points as a plot.
 
-    Images of neither 1 nor 3 channels are shown by their mean over channels, points by their first
-    two coordinates, numbers by a histogram.
+    Images with other than 1 or 3 channels are shown as the mean of their channels. Points are shown
+    by their first two coordinates, and points of one coordinate by a histogram.
 
     Args:
-        samples: Images or points.
-        file: A PNG file; its folder is made.
-        columns: Images in a row.
-        zoom: Small images are enlarged by whole pixels up to this factor.
+        samples: Images ``(N, C, H, W)`` in [-1, 1], or points ``(N, *)``.
+        file: The PNG file. Its folder is created if it does not exist.
+        columns: Number of images in a row.
+        zoom: Largest integer factor by which small images are enlarged.
+
+    Returns:
+        The file.
+
+    Raises:
+        ValueError: If an image holds NaN or infinity.
 
     >>> import tempfile
     >>> save_picture(torch.zeros(3, 1, 8, 8), tempfile.mkdtemp() + "/a.png", columns=3).name
@@ -35,6 +41,7 @@ def save_picture(samples: Tensor, file: str | Path, columns: int = 10, zoom: int
 
 
 def _save_images(samples: Tensor, file: Path, columns: int, zoom: int) -> None:
+    """Save images ``(N, 1 or 3, H, W)`` with white gaps between them."""
     from PIL import Image
 
     pixels = to_uint8(samples.detach().cpu())
@@ -53,6 +60,7 @@ def _save_images(samples: Tensor, file: Path, columns: int, zoom: int) -> None:
 
 
 def _save_points(samples: Tensor, file: Path) -> None:
+    """Save points ``(N, d)`` as a histogram for ``d = 1``, else as a scatter plot."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4, 4), layout="constrained")
@@ -66,7 +74,17 @@ def _save_points(samples: Tensor, file: Path) -> None:
 
 
 def colored(masks: Tensor, num_classes: int) -> Tensor:
-    """Masks ``(B, H, W)`` as color images in [-1, 1], black for class 0 and labels beyond."""
+    """Convert masks ``(B, H, W)`` to color images ``(B, 3, H, W)`` in [-1, 1].
+
+    Class 0 and labels outside ``[0, num_classes)`` are black. The colors repeat after 20 classes.
+
+    Args:
+        masks: Labels ``(B, H, W)`` of int64.
+        num_classes: Number of classes.
+
+    >>> colored(torch.tensor([[[0, 1]]]), num_classes=2)[0, :, 0, 0]
+    tensor([-1., -1., -1.])
+    """
     from matplotlib import colormaps
 
     palette = torch.zeros(num_classes + 1, 3)
@@ -80,7 +98,7 @@ def to_uint8(images: Tensor) -> Tensor:
     """Map [-1, 1] to 0...255: ``round(127.5 (x + 1))`` after clamping, halves to even.
 
     Rounding, where truncation would darken images by half a gray level on average. The inverse
-    is ``x / 127.5 - 1``, exact on all 256 levels from float32 on.
+    is `from_uint8`.
 
     Args:
         images: Floats ``(B, *)`` in [-1, 1]; what lies outside is clamped.
@@ -101,3 +119,26 @@ def to_uint8(images: Tensor) -> Tensor:
     # Half precision cannot hold 255 levels around 0 and 1 once shifted.
     wide = images.to(torch.promote_types(images.dtype, torch.float32))
     return wide.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
+
+
+def from_uint8(pixels: Tensor) -> Tensor:
+    """Map gray levels 0...255 to float32 in [-1, 1]: ``x / 127.5 - 1``.
+
+    It undoes `to_uint8`, and `to_uint8` undoes it on all 256 levels.
+
+    Args:
+        pixels: Bytes, or other numbers, of any shape.
+
+    >>> from_uint8(torch.tensor([0, 51, 255], dtype=torch.uint8))
+    tensor([-1.0000, -0.6000,  1.0000])
+    """
+    return pixels.to(torch.float32, copy=True).div_(127.5).sub_(1)
+
+
+def as_saved(images: Tensor) -> Tensor:
+    """Return images, in [-1, 1] or 8-bit, as they come back in [-1, 1] from 8-bit files.
+
+    >>> as_saved(torch.tensor([0.0, 2.0]))
+    tensor([0.0039, 1.0000])
+    """
+    return from_uint8(images if images.dtype == torch.uint8 else to_uint8(images))

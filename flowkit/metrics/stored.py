@@ -1,7 +1,7 @@
-"""Features of real images, computed once."""
+"""Features stored on disk, so that they are computed only once."""
 
 import hashlib
-import os
+from functools import partial
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -10,15 +10,17 @@ from torch import Tensor
 
 from flowkit.metrics.features import Features
 from flowkit.metrics.pictures import to_uint8
-from flowkit.provenance import tensor_hash
+from flowkit.provenance import tensor_hash, write_atomically
 
 
 class StoredFeatures:
-    """Features that are kept in a folder, under a hash of the network and of the 8-bit images.
+    """Features with a cache in a folder.
+
+    The name of a file is a hash of the feature network and of the 8-bit images.
 
     Args:
-        features: What computes them where they are not there yet.
-        folder: Where they are kept; made when needed.
+        features: The feature network, for images whose features are not stored.
+        folder: The folder of the cache. It is created if it does not exist.
 
     >>> import tempfile, torch
     >>> from flowkit.metrics import Pixels
@@ -27,12 +29,12 @@ class StoredFeatures:
     (torch.Size([2, 16]), 1)
     """
 
-    def __init__(self, features: Features, folder: str | Path):
+    def __init__(self, features: Features, folder: str | Path) -> None:
         self.features, self.folder = features, Path(folder)
         self.name, self.hash = features.name, features.hash
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Features ``(B, F)`` of images ``(B, C, H, W)`` in [-1, 1]."""
+        """Return the features ``(B, F)`` of images ``(B, C, H, W)`` in [-1, 1]."""
         content = f"{self.name} {self.hash} {tensor_hash(to_uint8(images))}"
         key = hashlib.sha256(content.encode()).hexdigest()
         file = self.folder / f"features-{key[:32]}.safetensors"
@@ -41,7 +43,6 @@ class StoredFeatures:
         except (FileNotFoundError, SafetensorError):
             found = self.features(images)
         self.folder.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(f".{os.getpid()}.partial")
-        save_file({"features": found.contiguous()}, partial)
-        os.replace(partial, file)
+        tensors = {"features": found.contiguous()}
+        write_atomically(file, partial(save_file, tensors))
         return found

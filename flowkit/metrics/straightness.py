@@ -1,34 +1,32 @@
-"""How straight the trajectories of a flow are."""
-
-from typing import Any
+"""Straightness of trajectories: path energy, and the Wasserstein distance it refers to."""
 
 import torch
 from torch import Tensor
 
 from flowkit.checks import as_grid, check_at_least, check_finite, check_positive
+from flowkit.sampling import Solution
 
 
-def path_energy(solution: Any, grid: Tensor | int) -> float:
-    """Path energy ``E ∫‖v‖² dt`` of a sampler's trajectories.
+def path_energy(solution: Solution | Tensor, grid: Tensor | int) -> float:
+    """Path energy ``E ∫‖v‖² dt`` of the trajectories of a sampler.
 
-    ``E Σ_k ‖x_{k+1} − x_k‖² / (t_{k+1} − t_k)``, summed over elements and averaged over the batch.
-    For Euler steps this is the integral of the velocities used; for any solver it bounds the
-    energy of the solved flow from below and meets it as the grid is refined. Over all of
-    [0, 1] it is at least ``W2²`` between the ends of the path, with equality for straight, optimal
-    paths.
+    It is computed as ``E Σ_k ‖x_{k+1} − x_k‖² / (t_{k+1} − t_k)``, summed over the elements and
+    averaged over the batch. For Euler steps this is the integral of the velocities of the steps.
+    For other solvers it is a lower bound of the energy of the flow, and converges to this energy
+    as the grid is refined. Over the whole interval [0, 1] the energy is at least ``W2²`` between
+    the ends of the path. It equals ``W2²`` for straight paths of the optimal transport.
 
-    Source: Tong et al. 2023 (arXiv 2302.00482), section 5.1 (there by an adaptive solver).
+    Source: Tong et al. 2023 (arXiv 2302.00482), section 5.1. They use an adaptive solver.
 
     Args:
-        solution: A `flowkit.sampling.Solution` (or anything with ``path``), or the path itself,
-            ``(n+1, B, *)``.
-        grid: The times ``(n+1,)`` of the path, or ``n`` for uniform ones.
+        solution: A `flowkit.sampling.Solution` with a path, or the path ``(n+1, B, *)``.
+        grid: The times ``(n+1,)`` of the path, or ``n`` for uniform times.
 
     Returns:
         The energy, in squared units of the samples per unit of time.
 
     Raises:
-        ValueError: If the solution holds no path or the grid does not fit it.
+        ValueError: If the solution holds no path, or the path and the grid differ in length.
 
     >>> import torch
     >>> path = torch.tensor([[[0.0, 0.0]], [[3.0, 4.0]]])      # one step of length 5
@@ -51,19 +49,19 @@ def path_energy(solution: Any, grid: Tensor | int) -> float:
 
 
 def normalized_path_energy(path_energy: float, w2: float) -> float:
-    """Normalized path energy ``NPE = |PE − W2²| / W2²``; 0 for straight, optimal paths.
+    """Normalized path energy ``NPE = |PE − W2²| / W2²``.
 
-    It is no measure of quality by itself: a flow that misses the data can have less energy than
-    ``W2²``. Report it beside both.
+    It is 0 for straight paths of the optimal transport. A flow that does not reach the data can
+    have a path energy below ``W2²``. So report ``PE`` and ``W2²`` together with it.
 
     Source: Tong et al. 2023 (arXiv 2302.00482), section 5.1.
 
     Args:
-        path_energy: From `path_energy`.
-        w2: The *rooted* `wasserstein2` between source and data.
+        path_energy: The path energy ``PE``, from the function `path_energy`.
+        w2: The distance ``W2`` (not squared) between source and data, from `wasserstein2`.
 
     Returns:
-        The relative excess, at least 0.
+        The relative difference, at least 0.
 
     Raises:
         ValueError: If ``path_energy`` is negative or ``w2`` is not positive.
@@ -77,24 +75,24 @@ def normalized_path_energy(path_energy: float, w2: float) -> float:
 
 
 def wasserstein2(a: Tensor, b: Tensor) -> float:
-    """Exact 2-Wasserstein distance of two empirical distributions, *rooted*.
+    """Exact 2-Wasserstein distance of two empirical distributions.
 
-    ``W2 = (min_π Σ_ij π_ij ‖a_i − b_j‖²)^{1/2}`` over plans with uniform marginals. Its square is
-    always called ``w2_squared``. Between finite samples of one distribution it is not 0: compare at
-    equal counts.
+    ``W2 = (min_π Σ_ij π_ij ‖a_i − b_j‖²)^{1/2}`` over plans ``π`` with uniform marginals. Records
+    call its square ``w2_squared``. Two finite samples of the same distribution have a positive
+    distance. So compare distances only at equal numbers of samples.
 
     Source: Peyré & Cuturi 2019 (arXiv 1803.00567), equation 2.11; solved by POT's ``emd2``.
 
     Args:
-        a: Points ``(N, *)``, flattened.
-        b: Points ``(M, *)``, flattened. Memory and time grow as ``N M`` and worse: thousands, not
-            tens of thousands.
+        a: Points ``(N, *)``; each point is flattened.
+        b: Points ``(M, *)``; each point is flattened. The memory grows as ``N M``, the time faster:
+            use thousands of points, not tens of thousands.
 
     Returns:
-        The distance, in the unit of the points.
+        The distance, at least 0, in the unit of the points.
 
     Raises:
-        ValueError: If shapes differ or a value is not finite.
+        ValueError: If the shapes differ, a set is empty or a value is not finite.
         RuntimeError: If the solver does not reach the optimum.
 
     >>> round(wasserstein2(torch.tensor([[0.0], [1.0]]), torch.tensor([[3.0], [2.0]])), 6)
@@ -103,11 +101,13 @@ def wasserstein2(a: Tensor, b: Tensor) -> float:
     import ot
 
     if a.ndim < 2 or a.shape[1:] != b.shape[1:] or not len(a) or not len(b):
-        raise ValueError(f"b must be points (M, *) as a {tuple(a.shape)}, got {tuple(b.shape)}")
+        raise ValueError(
+            f"b must hold points (M, *) of the shape of a {tuple(a.shape)}, got {tuple(b.shape)}"
+        )
     check_finite(a, "a")
     check_finite(b, "b")
     a, b = (x.detach().to("cpu", torch.float64).flatten(1) for x in (a, b))
-    # The direct mode: expanding the square would lose half of the digits of small distances.
+    # Without this mode cdist expands the square, which loses half of the digits of small distances.
     cost = torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist").square().numpy()
     squared, log = ot.emd2([], [], cost, numItermax=100_000_000, log=True)
     if log["warning"] is not None:

@@ -1,4 +1,9 @@
-"""Lightning modules, one file per method, what trains them, and loading of runs."""
+"""Lightning modules, one file per method, and the callbacks and strategies that train them.
+
+Each module has a method ``loss(batch)`` and can also be used without a trainer. `FlowModule` is the
+superclass of all modules of flows. It has the methods ``sample`` and ``solve``. `load_run` loads
+the module of a run folder.
+"""
 
 from flowkit.modules.autoencoding import Autoencoding
 from flowkit.modules.blockwise import BlockwiseFlowMatching

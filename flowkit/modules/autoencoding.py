@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flowkit.autoencoders import pad_to_multiple
+from flowkit.autoencoders import Posterior, pad_to_multiple
 from flowkit.checks import check_at_least
 from flowkit.modules.resume import ADAMW, ExactResume, MakeOptimizer, MakeScheduler
 from flowkit.types import Batch
@@ -15,7 +15,7 @@ from flowkit.types import Batch
 Perceptual = Callable[[Tensor, Tensor], Tensor]
 
 
-class Autoencoding(ExactResume):
+class Autoencoding(ExactResume, frozen=("perceptual",)):
     """Train an ``AutoencoderKL``: absolute error, divergence and, if given, a perceptual term.
 
     Per pixel and channel the loss is ``|x̂ − x| + kl_weight · KL / n + perceptual_weight · P``,
@@ -28,7 +28,7 @@ class Autoencoding(ExactResume):
     Args:
         vae: The network; see `flowkit.nn.autoencoder_kl`.
         kl_weight: Small weights leave latents informative and of any scale.
-        perceptual: ``(x̂, x) -> scalar``, both in [-1, 1].
+        perceptual: ``(x̂, x) -> scalar``, both in [-1, 1]; frozen if it is a module.
         perceptual_weight: Its weight.
         optimizer: Makes the optimizer from parameters.
         lr_scheduler: Makes a scheduler, stepped every training step.
@@ -52,28 +52,14 @@ class Autoencoding(ExactResume):
         check_at_least(kl_weight, 0, "kl_weight")
         check_at_least(perceptual_weight, 0, "perceptual_weight")
         self.vae, self.kl_weight = vae, kl_weight
-        self.perceptual_weight = perceptual_weight
-        if isinstance(perceptual, nn.Module):
-            perceptual.eval().requires_grad_(False)
-        # In the dictionary: it moves with this module, but is neither trained nor stored.
-        self.__dict__["perceptual"] = perceptual
-
-    perceptual: Perceptual | None
-
-    def _apply(self, fn: Callable, recurse: bool = True) -> "Autoencoding":
-        if isinstance(self.perceptual, nn.Module):
-            self.perceptual._apply(fn, recurse)
-        return super()._apply(fn, recurse)
+        self.perceptual, self.perceptual_weight = perceptual, perceptual_weight
 
     def loss(self, batch: Batch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Return ``loss`` and its terms: ``l1``, ``kl`` in nats per image, ``perceptual``."""
         images, vae = batch["x1"], cast(Any, self.vae)
         factor = 2 ** (len(vae.config.block_out_channels) - 1)
         law = vae.encode(pad_to_multiple(images, factor)).latent_dist
-        noise = torch.randn(
-            law.mean.shape, dtype=law.mean.dtype, device=law.mean.device, generator=generator
-        )
-        decoded = vae.decode(law.mean + law.std * noise).sample
+        decoded = vae.decode(Posterior(law.mean, law.std).sample(generator)).sample
         decoded = decoded[..., : images.shape[-2], : images.shape[-1]]
         terms = {"l1": F.l1_loss(decoded, images), "kl": law.kl().mean()}
         loss = terms["l1"] + self.kl_weight * terms["kl"] / images[0].numel()
@@ -81,27 +67,6 @@ class Autoencoding(ExactResume):
             terms["perceptual"] = self.perceptual(decoded, images)
             loss = loss + self.perceptual_weight * terms["perceptual"]
         return {"loss": loss, **terms}
-
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """One loss, logged, refusing NaN."""
-        terms = self.loss(batch)
-        if not torch.isfinite(terms["loss"]):
-            raise RuntimeError(
-                f"loss must be finite, got {terms['loss'].item()} at step {self.global_step}; "
-                "lower the learning rate, and resume from the last checkpoint"
-            )
-        for name, value in terms.items():
-            self.log(f"train/{name}", value.detach(), prog_bar=name == "loss")
-        return terms["loss"]
-
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """The loss under fixed noise, logged as ``val/…``."""
-        terms = self.loss(batch, torch.Generator(self.device).manual_seed(batch_idx))
-        self.log_dict(
-            {f"val/{name}": value for name, value in terms.items()},
-            batch_size=len(batch["x1"]),
-            sync_dist=True,
-        )
 
 
 class FeatureError(nn.Module):

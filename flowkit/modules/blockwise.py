@@ -29,7 +29,7 @@ from flowkit.velocity import Velocity
 Encoder = Callable[[Tensor], Tensor]
 
 
-class BlockwiseFlowMatching(FlowModule):
+class BlockwiseFlowMatching(FlowModule, frozen=("encoder",)):
     """Train a velocity in blocks, `flowkit.blockwise.Blockwise`, in two stages.
 
     - ``stage="flow"``: trunk and stacks on the flow-matching loss, the mean over segments of each
@@ -53,8 +53,6 @@ class BlockwiseFlowMatching(FlowModule):
         start: A run folder to take weights from at the start of a fit: stage 1 for stage 2, an
             earlier run for some stacks alone, or a plain run whose network seeds every stack.
         segments: Train these segments' stacks alone, on their times; None for everything.
-        target: ``"velocity"``, or ``"chord"`` of the segment, which is the same on a linear path
-            and refused on a curved one.
         compare: What stage 2 compares: ``"features"`` or ``"velocity"``.
         path: Where pairs are at time ``t``.
         coupling: Which noise goes with which data.
@@ -68,7 +66,7 @@ class BlockwiseFlowMatching(FlowModule):
         TypeError: If the velocity has no blocks.
         ValueError: If an argument is out of range or a part that the stage needs is missing.
 
-    >>> from flowkit.blockwise.mlp import BlockwiseMLP
+    >>> from flowkit.blockwise import BlockwiseMLP
     >>> module = BlockwiseFlowMatching(BlockwiseMLP((2,), edges=2, width=16))
     >>> sorted(module.loss({"x1": torch.randn(8, 2)}))
     ['explained', 'loss', 'segment_0', 'segment_1']
@@ -85,7 +83,6 @@ class BlockwiseFlowMatching(FlowModule):
         projector_width: int = 2048,
         start: str | FilePath | None = None,
         segments: Sequence[int] | None = None,
-        target: str = "velocity",
         compare: str = "features",
         path: Path = Linear(),
         coupling: Coupling = Independent(),
@@ -102,14 +99,8 @@ class BlockwiseFlowMatching(FlowModule):
                 "Blockwise(None, flowkit.blockwise.copies(network, M), M) makes blocks of a network"
             )
         check_choice(stage, ("flow", "fra"), "stage")
-        check_choice(target, ("velocity", "chord"), "target")
         check_choice(compare, ("features", "velocity"), "compare")
         check_at_least(align_weight, 0, "align_weight")
-        if target == "chord" and not isinstance(path, Linear):
-            raise ValueError(
-                f"target must be 'velocity' on a curved path, got 'chord' with {path}; a segment's "
-                "chord is the path's velocity on Linear() alone"
-            )
         needed = {
             "trunk": stage == "fra" or encoder is not None,
             "feature_residual": stage == "fra",
@@ -121,8 +112,7 @@ class BlockwiseFlowMatching(FlowModule):
         self.path, self.coupling, self.times = path, coupling, times
         self.segments = self._train_only(segments)
         self.align_weight, self.align_stop = align_weight, align_stop
-        self.__dict__["encoder"] = encoder  # no part of this module: frozen, and never stored
-        self.projector = None
+        self.encoder, self.projector = encoder, None
         if encoder is not None:
             width = encoder_width or getattr(encoder, "width", None)
             if width is None:
@@ -212,9 +202,8 @@ class BlockwiseFlowMatching(FlowModule):
 
     def _alignment(self, h: Tensor, images: Tensor) -> Tensor:
         if isinstance(self.encoder, partial):
-            self.__dict__["encoder"] = self.encoder()
-        if isinstance(self.encoder, nn.Module):
-            self.encoder.eval().to(images.device)
+            made = self.encoder()
+            self.encoder = made.to(images.device) if isinstance(made, nn.Module) else made
         with torch.no_grad():
             tokens = resize_tokens(cast(Encoder, self.encoder)(images), self.flow.trunk.sides)
         h = h if h.ndim == 3 else h[:, None]

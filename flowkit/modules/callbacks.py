@@ -1,6 +1,5 @@
-"""What recipes want to happen while training: pictures, checkpoints, progress."""
+"""Callbacks of training: pictures of samples, checkpoints, Ctrl-C and the progress bar."""
 
-import os
 import signal
 import sys
 import threading
@@ -12,26 +11,33 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint, TQDMProgressBar
 
 from flowkit.checks import check_at_least
+from flowkit.distributed import batches_seen
 from flowkit.metrics.pictures import save_picture
 from flowkit.modules.flow import FlowModule, Guidance, brings_start
+from flowkit.provenance import write_atomically
 from flowkit.sampling import ODESampler, seeded_noise
 from flowkit.types import take
 
 
 class SampleGrid(Callback):
-    """Save a picture of samples at every validation, always from the same start.
+    """Picture of samples, saved at every validation from the same initial states.
 
-    They start from noise of the same seeds, with all classes in turn; if the data bring source
-    samples or conditions of another kind, from those of the first validation batch.
+    The samples start from noise with fixed seeds, and their classes are 0, 1, 2, … in turn. If the
+    data hold source samples, or conditions other than classes, the samples start from those of the
+    first validation batch.
 
-    With averaged weights in use the pictures are theirs, since they are drawn while validation
-    runs, which is when Lightning has them swapped in.
+    During validation Lightning uses the averaged weights, if weights are averaged. So the pictures
+    show samples of the averaged weights.
 
     Args:
-        folder: Pictures go to ``<folder>/step-<step>.png``.
-        sampler: The solver and grid.
-        guidance: Scale of classifier-free guidance.
-        rows: Samples of each class (without classes: rows of 10).
+        folder: The folder of the pictures, which are ``<folder>/step-<step>.png``.
+        sampler: The solver and its grid; None means the default of `FlowModule.sample`.
+        guidance: Scale of classifier-free guidance, or a function that wraps the velocity; None
+            means no guidance.
+        rows: Samples of each class; for data without classes, rows of 10 samples.
+
+    Raises:
+        ValueError: If ``rows`` is below 1.
     """
 
     def __init__(
@@ -40,7 +46,7 @@ class SampleGrid(Callback):
         sampler: ODESampler | None = None,
         guidance: Guidance = None,
         rows: int = 4,
-    ):
+    ) -> None:
         check_at_least(rows, 1, "rows")
         self.folder, self.sampler, self.guidance, self.rows = Path(folder), sampler, guidance, rows
 
@@ -52,9 +58,9 @@ class SampleGrid(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Draw once a validation; the first process saves.
+        """Draw the samples before the first batch of a validation, and save the picture.
 
-        All draw, since a network that is sharded needs them all.
+        All processes draw, since a sharded network needs all of them. The first process saves.
         """
         if batch_idx or trainer.sanity_checking:
             return
@@ -77,88 +83,104 @@ class SampleGrid(Callback):
 
 
 class LastCheckpoint(Checkpoint):
-    """Keep ``<folder>/last.ckpt``, written every few steps and at the last one.
+    """Checkpoint ``<folder>/last.ckpt``, written every ``every_n_steps`` and at the last step.
 
-    The last one may come early, by ``trainer.max_time`` say.
+    A training may end before ``trainer.max_steps``, for example by ``trainer.max_time``. The
+    checkpoint is then written at the end, too.
 
-    The file is replaced in one move, and only by one that has reached the disk: whenever a process
-    or machine dies, it holds the last checkpoint that was finished. It then also replaces what
-    Lightning saved on a SLURM cluster's signal.
+    The new checkpoint is written to another file, flushed to the disk and then renamed. So after a
+    crash of the process or the machine, ``last.ckpt`` holds the last complete checkpoint. A new
+    checkpoint also replaces the ``hpc_ckpt_*.ckpt`` files that Lightning writes at the signal of a
+    SLURM cluster.
 
     Args:
-        folder: Where the checkpoint lies.
-        every_n_steps: Optimizer steps between checkpoints.
+        folder: The folder of the checkpoint.
+        every_n_steps: Optimizer steps between checkpoints, at least 1.
 
     Raises:
-        RuntimeError: If it cannot be written; the one before is left as it was.
+        ValueError: If ``every_n_steps`` is below 1.
+        RuntimeError: In training, if the checkpoint cannot be written. The last checkpoint is then
+            unchanged.
     """
 
-    def __init__(self, folder: str | Path, every_n_steps: int):
+    def __init__(self, folder: str | Path, every_n_steps: int) -> None:
         check_at_least(every_n_steps, 1, "every_n_steps")
         self.folder, self.every_n_steps = Path(folder), every_n_steps
         self.saved_step = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The step of a resumed run is saved; it must not be again amid gradients of the next."""
+        """Mark the first step as saved: a resumed run starts with a saved step.
+
+        With accumulated gradients, a second checkpoint of this step would hold a part of the
+        gradients of the next step.
+        """
         self.saved_step = trainer.global_step
+        if trainer.is_global_zero:  # what a process left that died while writing
+            for left in self.folder.glob("last.ckpt.*.partial"):
+                left.unlink()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save if a step has come that asks for it."""
+        """Save a checkpoint after every ``every_n_steps`` steps and after the last step."""
         step = trainer.global_step
         last_one = step == trainer.max_steps or trainer.should_stop
         if step == self.saved_step or (step % self.every_n_steps and not last_one):
             return
         self.saved_step = step
-        partial, last = self.folder / "last.ckpt.partial", self.folder / "last.ckpt"
+        last = self.folder / "last.ckpt"
         try:
-            trainer.save_checkpoint(partial)
-            if trainer.is_global_zero:
-                _flush(partial)
-                os.replace(partial, last)
-                _flush(self.folder)
+            if not trainer.is_global_zero:
+                trainer.save_checkpoint(last)  # takes part, and writes nothing
+            else:
+                write_atomically(last, trainer.save_checkpoint)
                 for superseded in Path(trainer.default_root_dir).glob("hpc_ckpt_*.ckpt"):
                     superseded.unlink(missing_ok=True)
         except OSError as error:
-            partial.unlink(missing_ok=True)
-            kept = "the last one is as it was" if last.is_file() else "there is none yet"
+            kept = "last.ckpt is unchanged" if last.is_file() else "there is no last.ckpt yet"
             raise RuntimeError(
-                f"checkpoint must be written to a folder with room, got {self.folder} at step "
+                f"folder must have room for a checkpoint, got {self.folder} at step "
                 f"{step}: {error}; {kept}"
             ) from error
 
 
 class StopOnInterrupt(Callback):
-    """Let Ctrl-C end training after the step it is in, so that `LastCheckpoint` saves that step.
+    """Stop at Ctrl-C after the current step, so that `LastCheckpoint` saves this step.
 
-    The command then ends with the way to go on. A second Ctrl-C ends it at once. Where several
-    processes train, which would not stop at the same step, Ctrl-C is left to Lightning.
+    The command then ends with a message that names the ``resume`` option. A second Ctrl-C ends the
+    command at once. With several processes Lightning handles Ctrl-C, since the processes would not
+    stop at the same step.
 
     Args:
-        folder: What ``resume`` is to be given.
+        folder: The run folder, for the ``resume`` option in the message.
 
     Raises:
-        SystemExit: At the end of a training that was stopped.
+        SystemExit: At the end of a training that Ctrl-C stopped early.
     """
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path) -> None:
         self.folder, self.asked = Path(folder), False
         self.before: Any = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Listen, where Python allows it; Lightning has by now noted whom to give signals back."""
-        ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # by a script's background jobs
+        """Replace the handler of Ctrl-C in the main thread of a single process.
+
+        At this point Lightning has stored its own handlers, so it does not restore this one.
+        """
+        # A background job of a script ignores Ctrl-C; it must continue to do so.
+        ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
         main = threading.current_thread() is threading.main_thread()
         if trainer.world_size == 1 and main and not ignored:
             self.before = signal.signal(signal.SIGINT, self._ask)
 
     def _ask(self, *_: Any) -> None:
+        """Handle the first Ctrl-C: request a stop, and restore the old handler."""
         self.asked = True
         self._restore()
-        sys.stderr.write("\nstopping after this step; Ctrl-C again stops at once, and loses it\n")
+        sys.stderr.write("\nstopping after this step; Ctrl-C again stops at once without saving\n")
 
     def _restore(self) -> None:
+        """Restore the old handler of Ctrl-C."""
         if self.before is not None:
             signal.signal(signal.SIGINT, self.before)
         self.before = None
@@ -166,66 +188,59 @@ class StopOnInterrupt(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Stop, if asked to, where no gradients wait for those of further batches."""
-        if self.asked and _batches_seen(trainer) % trainer.accumulate_grad_batches == 0:
+        """Stop the training after Ctrl-C, as soon as no accumulated gradients are left."""
+        if self.asked and batches_seen(trainer) % trainer.accumulate_grad_batches == 0:
             trainer.should_stop = True
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """End the command if it was stopped early."""
+        """End the command if Ctrl-C stopped the training before its last step."""
         self._restore()
         if self.asked and trainer.global_step != trainer.max_steps:
             raise SystemExit(
-                f"stopped at step {trainer.global_step}; go on by resume={self.folder}"
+                f"stopped at step {trainer.global_step}; continue with resume={self.folder}"
             )
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Give Ctrl-C back."""
+        """Restore the old handler of Ctrl-C after an error."""
         self._restore()
 
 
-def _flush(path: Path) -> None:
-    """Wait until a file, or the names in a folder, have reached the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 class StepProgress(TQDMProgressBar):
-    """Lightning's progress bar over the whole training, resumed or not; it knows no epochs."""
+    """Progress bar over the whole training, counted in batches instead of epochs.
 
-    def __init__(self, refresh_rate: int = 20):
+    In a resumed run the bar starts at the step of the checkpoint.
+
+    Args:
+        refresh_rate: Batches between two updates of the bar.
+    """
+
+    def __init__(self, refresh_rate: int = 20) -> None:
         super().__init__(refresh_rate)
 
     def on_train_start(self, trainer: Trainer, *args: Any) -> None:
-        """Start the bar where the training stands, to the last step."""
+        """Set the bar to the current batch, and its end to the last batch."""
         super().on_train_start(trainer, *args)
         bar = self.train_progress_bar
         bar.set_description("training")
         bar.total = None
         if trainer.max_steps >= 0:
             bar.total = trainer.max_steps * trainer.accumulate_grad_batches
-        bar.initial = bar.n = _batches_seen(trainer)
+        bar.initial = bar.n = batches_seen(trainer)
 
     def on_train_epoch_start(self, *args: Any) -> None:
-        """Go on: the training stream is endless."""
+        """Leave the bar as it is, since the training stream has no epochs."""
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Move the bar."""
-        seen = _batches_seen(trainer)
+        """Move the bar to the number of batches since the start of the training."""
+        seen = batches_seen(trainer)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, seen - 1)
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """The logged values, without the logger's version number."""
+        """Return the logged values without the version number of the logger."""
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
         return metrics  # type: ignore[return-value]
-
-
-def _batches_seen(trainer: Trainer) -> int:
-    return cast(Any, trainer.fit_loop.epoch_loop.batch_progress.total).processed

@@ -1,4 +1,4 @@
-"""Pictures made in training of what a flow makes of its conditions."""
+"""Pictures of samples beside their conditions, saved during training."""
 
 from pathlib import Path
 from typing import Any
@@ -17,17 +17,22 @@ from flowkit.types import Batch
 
 
 class ConditionGrid(Callback):
-    """Save a picture at every validation: what was given, the real image, and several samples.
+    """Picture of conditions, real images and samples, saved at every validation.
 
-    One row for each of the first validation images. Given are, for inpainting, the images with
-    holes, for a map of labels, its gray levels. Holes and seeds are always the same.
+    Each row shows the condition of one of the first validation images, the real image, and several
+    samples. For inpainting the condition is the image with holes; for a map of labels, the gray
+    levels of the map. Holes and seeds are the same in all pictures.
 
     Args:
-        folder: Pictures go to ``<folder>/step-<step>.png``.
-        sampler: The solver and grid.
-        guidance: Scale of classifier-free guidance.
-        rows: Images.
-        samples: Samples of each.
+        folder: The folder of the pictures, which are ``<folder>/step-<step>.png``.
+        sampler: The solver and its grid; None means the default of `FlowModule.sample`.
+        guidance: Scale of classifier-free guidance, or a function that wraps the velocity; None
+            means no guidance.
+        rows: Number of images, at least 1.
+        samples: Samples of each image, at least 1.
+
+    Raises:
+        ValueError: If ``rows`` or ``samples`` is below 1.
     """
 
     def __init__(
@@ -37,7 +42,7 @@ class ConditionGrid(Callback):
         guidance: Guidance = None,
         rows: int = 8,
         samples: int = 4,
-    ):
+    ) -> None:
         check_at_least(rows, 1, "rows")
         check_at_least(samples, 1, "samples")
         self.folder, self.sampler, self.guidance = Path(folder), sampler, guidance
@@ -51,7 +56,7 @@ class ConditionGrid(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Draw once a validation, on the first process."""
+        """Save the picture before the first batch of a validation, on the first process."""
         if batch_idx or trainer.sanity_checking or not trainer.is_global_zero:
             return
         if isinstance(pl_module, LatentFlowMatching) and pl_module.sample_shape is not None:
@@ -72,19 +77,24 @@ def condition_grid(
     guidance: Guidance = None,
     seed: int = 0,
 ) -> Tensor:
-    """Return images ``(rows · (2 + samples), C, H, W)``: given, real and samples, row by row.
+    """Draw samples for the conditions of a batch, and return the images of the picture.
 
     Args:
-        module: A flow with masks, or on maps of labels ``(B, H, W)``.
-        batch: Images or latents, with their conditions.
-        rows: How many of the batch.
-        samples: Samples of each.
-        sampler: The solver and grid.
-        guidance: Scale of classifier-free guidance.
-        seed: Of the holes, and of the first sample.
+        module: A flow for inpainting (with ``masks``), or with maps of labels as conditions.
+        batch: Images or latents ``x1``, and conditions: classes ``(B,)`` for inpainting, else maps
+            of labels ``(B, H, W)``.
+        rows: Number of samples of the batch to use.
+        samples: Samples of each image.
+        sampler: The solver and its grid; None means the default of `FlowModule.sample`.
+        guidance: Scale of classifier-free guidance, or a function that wraps the velocity.
+        seed: Seed of the holes. The samples have the seeds ``seed``, ``seed + 1``, ….
+
+    Returns:
+        Images ``(rows · (2 + samples), C, H, W)`` on the CPU, row by row: the condition, the real
+        image, the samples.
 
     Raises:
-        ValueError: If the module has no masks and the batch no maps.
+        ValueError: If the module has no masks and the batch has no maps.
     """
     real, cond = batch["x1"][:rows], batch.get("cond")
     if "encoded_by" in batch:
@@ -104,5 +114,5 @@ def condition_grid(
         drawn = module.sample(len(each), sampler, each, seeds, guidance)
         drawn = drawn.unflatten(0, (-1, samples))
     else:
-        raise ValueError("module must have masks, or batches maps (B, H, W) as cond, got neither")
+        raise ValueError("module must have masks, or the batch maps (B, H, W) as cond, got neither")
     return torch.cat([given[:, None], real[:, None], drawn.to(real)], 1).flatten(0, 1).cpu()

@@ -24,11 +24,11 @@ from flowkit.velocity import Velocity
 Guidance = float | Callable[[Velocity], Velocity] | None
 
 
-class FlowModule(ExactResume):
+class FlowModule(ExactResume, frozen=("autoencoder",)):
     """A velocity, its optimizer and sampling from it. A method adds `loss`.
 
     A resumed run goes on exactly as an uninterrupted one, see
-    `flowkit.modules.resume.ExactResume`. Validation draws the same noise every time.
+    `flowkit.modules.resume.ExactResume`.
     Weights are averaged by Lightning's ``EMAWeightAveraging`` callback: checkpoints then hold the
     averaged weights, and validation and samples made during it use them.
 
@@ -63,24 +63,11 @@ class FlowModule(ExactResume):
             raise TypeError(
                 f"velocity must be callable as velocity(x, t, cond), got {type(velocity).__name__}"
             )
-        self.velocity, self.drop_cond = velocity, drop_cond
-        if isinstance(autoencoder, nn.Module):
-            autoencoder.eval().requires_grad_(False)
-        # In the dictionary: it moves with this module, but is neither trained, averaged nor stored.
-        self.__dict__["autoencoder"] = autoencoder
-
-    def _apply(self, fn: Callable, recurse: bool = True) -> "FlowModule":
-        if isinstance(self.autoencoder, nn.Module):
-            self.autoencoder._apply(fn, recurse)
-        return super()._apply(fn, recurse)
+        self.velocity, self.drop_cond, self.autoencoder = velocity, drop_cond, autoencoder
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
         """Velocity ``(B, *)`` at ``x (B, *)``, ``t (B,)``: a module is itself a velocity."""
         return self.velocity(x, t, cond)
-
-    def loss(self, batch: Batch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """Return ``"loss"`` and whatever else is to be logged."""
-        raise NotImplementedError
 
     def encode(self, batch: Batch, generator: torch.Generator | None = None) -> Batch:
         """Return the batch with states of the flow: latents are drawn, cached ones are kept.
@@ -192,39 +179,6 @@ class FlowModule(ExactResume):
             )
         return ClassifierFree(self.velocity, guidance, self.drop_cond.null)
 
-    @property
-    def terms_are_seen(self) -> bool:
-        """Whether the terms of the next loss will be: always, but in steps that are not logged.
-
-        Lightning's log costs more than a small network's step.
-        """
-        trainer = cast(Any, self._trainer)
-        if trainer is None or not trainer.training:
-            return True
-        every = trainer.log_every_n_steps
-        return bool(every) and (self.global_step + 1) % every == 0
-
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """One loss, logged, refusing NaN."""
-        terms = self.loss(batch)
-        if not torch.isfinite(terms["loss"]):
-            raise RuntimeError(self._not_finite(batch, batch_idx, terms["loss"]))
-        if self.terms_are_seen:
-            for name, value in terms.items():
-                self.log(f"train/{name}", value.detach(), prog_bar=name == "loss", sync_dist=True)
-        return terms["loss"]
-
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """The loss under fixed noise, logged as ``val/…``."""
-        # Ranks see other data, so under other noise.
-        seed = batch_idx * cast(Any, self.trainer).world_size + self.global_rank
-        generator = torch.Generator(self.device).manual_seed(seed)
-        terms = self.loss(batch, generator)
-        size = len(batch["x1"])
-        self.log_dict(
-            {f"val/{name}": value for name, value in terms.items()}, batch_size=size, sync_dist=True
-        )
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store what is not a weight."""
         super().on_save_checkpoint(checkpoint)
@@ -240,17 +194,6 @@ class FlowModule(ExactResume):
         check_identity(stored["autoencoder"], self.autoencoder, "the flow")
         shape = stored["sample_shape"]
         self.sample_shape = None if shape is None else tuple(shape)
-
-    def _not_finite(self, batch: Batch, batch_idx: int, loss: Tensor) -> str:
-        where = f"got {loss.item()} at step {self.global_step}, batch {batch_idx}"
-        for name, value in batch.items():
-            if isinstance(value, Tensor) and not torch.isfinite(value).all():
-                rows = (~torch.isfinite(value)).flatten(1).any(1).nonzero().flatten().tolist()
-                return f"loss must be finite, {where}; {name} is not finite in its rows {rows[:10]}"
-        return (
-            f"loss must be finite, {where}; the data are finite: lower the learning rate or clip "
-            "gradients, and resume from the last checkpoint"
-        )
 
 
 @contextmanager

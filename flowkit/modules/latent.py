@@ -23,34 +23,36 @@ from flowkit.velocity import Velocity
 
 
 class LatentFlowMatching(FlowModule):
-    """Flow matching on ``z = (E(x) − mean) / std``, drawn from the autoencoder's posterior.
+    """Flow matching on latents ``z = (E(x) − mean) / std`` of an autoencoder.
 
-    Batches hold images, or latents from a cache (``data=latents``), which say by the key
-    ``encoded_by`` whose they are. With ``masks`` the flow learns to inpaint: every image gets a
-    random hole, and the velocity, a `flowkit.nn.Inpainting`, is told what lies around it.
+    ``E(x)`` is a draw from the posterior of the autoencoder. Batches hold images, or latents from a
+    cache (``data=latents``) with the hash of their autoencoder as ``encoded_by``. With ``masks``
+    the flow learns to inpaint: each image gets a random hole. The velocity is then a
+    `flowkit.nn.Inpainting`, and its condition is the mask with the image around the hole.
 
-    The distance of generated images from data is bounded by two terms, of which the flow only
-    governs the second: ``W2² ≤ Δ² + L² e^{1+2L̂} ∫ E‖v − v̂‖² dt``, with the autoencoder's
-    reconstruction gap ``Δ`` and the Lipschitz constants ``L`` of the decoder and ``L̂`` of the
-    velocity. So measure the gap (``flowkit autoencoder`` does) apart from the flow.
+    The distance of generated images from data has the bound
+    ``W2² ≤ Δ² + L² e^{1+2L̂} ∫ E‖v − v̂‖² dt``, with the reconstruction error ``Δ`` of the
+    autoencoder and the Lipschitz constants ``L`` of the decoder and ``L̂`` of the velocity. The flow
+    changes the second term only. So measure ``Δ`` separately, by ``flowkit autoencoder``.
 
-    At the start of a fit the log says how latents lie and, for the default path and coupling, what
-    losses to expect, see `expected_losses`.
+    At the start of a fit the module prints mean and std of the latents. For the default path and
+    coupling it also prints the losses of `expected_losses`.
 
-    Source: Dao, Phung, Nguyen, Tran, *Flow Matching in Latent Space*, 2023 (arXiv 2307.08698),
-    whose time runs the other way; its ``σ_min = 1e-5`` is ``path=Linear(1e-5)``.
+    Source: Dao, Phung, Nguyen, Tran, *Flow Matching in Latent Space*, 2023 (arXiv 2307.08698).
+    Their time has the opposite direction. Their ``σ_min = 1e-5`` is ``path=Linear(1e-5)``.
 
     Args:
         velocity: The network.
-        autoencoder: Frozen; checkpoints hold its hash and config, and refuse another.
-        path: Where pairs are at time ``t``.
-        coupling: Which noise goes with which latents.
-        times: Distribution of training times.
-        masks: Draws the holes of inpainting.
-        drop_cond: Conditions dropped in training, for classifier-free guidance; labels beside
-            masks are named ``label``.
-        optimizer: Makes the optimizer from parameters.
-        lr_scheduler: Makes a scheduler, stepped every training step.
+        autoencoder: The autoencoder, which is not trained. A checkpoint holds its hash and config,
+            and refuses another autoencoder.
+        path: The path between noise and latents.
+        coupling: The pairs of noise and latents.
+        times: The distribution of training times.
+        masks: Draws the holes of inpainting; None for a flow without inpainting.
+        drop_cond: Drops conditions in training, for classifier-free guidance. With masks, the
+            labels have the name ``label``.
+        optimizer: Creates the optimizer from parameters.
+        lr_scheduler: Creates a learning-rate scheduler, called after every training step.
 
     >>> from flowkit.autoencoders import Identity
     >>> from flowkit.exact import GaussianFlow
@@ -70,13 +72,25 @@ class LatentFlowMatching(FlowModule):
         drop_cond: DropCond | None = None,
         optimizer: MakeOptimizer = ADAMW,
         lr_scheduler: MakeScheduler | None = None,
-    ):
+    ) -> None:
         super().__init__(velocity, autoencoder, drop_cond, optimizer, lr_scheduler)
         self.path, self.coupling, self.times, self.masks = path, coupling, times, masks
         self._told = False
 
     def loss(self, batch: Batch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """Return the flow-matching loss of a batch and the share of energy explained."""
+        """Compute the flow-matching loss of a batch.
+
+        Args:
+            batch: Images ``x1 (B, C, H, W)`` in [-1, 1] or cached latents, with conditions.
+            generator: Draws latents, holes, noise and times; None means the global generator.
+
+        Returns:
+            ``loss`` and ``explained``, the share of the energy of the target that the velocity
+            explains.
+
+        Raises:
+            ValueError: If latents have another autoencoder, or a flow with masks gets latents.
+        """
         latents = self.encode(batch, generator)
         if self.masks is not None:
             latents["cond"] = self._hide(batch, generator)
@@ -105,30 +119,31 @@ class LatentFlowMatching(FlowModule):
         *,
         paste_back: bool = True,
     ) -> Tensor:
-        """Fill holes, each several times.
+        """Inpaint images: draw ``num_samples`` contents for the hole of each image.
 
         Args:
-            images: ``(B, C, H, W)`` in [-1, 1].
-            mask: ``(B, 1, H, W)``, 1 in the hole, 0 elsewhere.
-            num_samples: Fillings of each hole.
-            sampler: As for `sample`.
-            labels: Classes ``(B,)`` of the images, for a network with classes; None leaves them
-                open where labels were dropped in training.
-            seeds: One for each filling, ``B · num_samples`` of them, image by image.
-            guidance: Scale of classifier-free guidance towards the labels.
-            paste_back: Take the known pixels from the images, exactly, not from the decoder.
+            images: Images ``(B, C, H, W)`` in [-1, 1].
+            mask: Masks ``(B, 1, H, W)``: 1 in the hole, 0 elsewhere.
+            num_samples: Samples of each image, at least 1.
+            sampler: The solver and its grid, see `sample`.
+            labels: Classes ``(B,)`` of the images, for a network with classes. None means unknown
+                classes, for a network whose training drops labels.
+            seeds: Seeds ``(B · num_samples,)`` of the samples, image by image.
+            guidance: Scale of classifier-free guidance to the labels.
+            paste_back: If True, the pixels outside of the hole are those of the images. If False,
+                they come from the decoder.
 
         Returns:
-            ``(B, num_samples, C, H, W)``.
+            Images ``(B, num_samples, C, H, W)``.
 
         Raises:
-            ValueError: If the mask does not fit, or numbers of seeds and labels do not, or guidance
-                has no labels to lead to.
+            ValueError: If the mask has a wrong shape, the number of seeds or labels is wrong, or
+                ``guidance`` is given without labels.
         """
         check_at_least(num_samples, 1, "num_samples")
         if labels is None and guidance not in (None, 1):
             raise ValueError(
-                f"labels must be given for guidance towards them, got none and guidance {guidance}"
+                f"labels must be given with guidance, got labels None and guidance {guidance}"
             )
         images, mask = images.to(self.device), mask.to(self.device)
         cond = inpainting.inpainting_cond(self.autoencoder, images, mask)
@@ -145,12 +160,12 @@ class LatentFlowMatching(FlowModule):
         return drawn.unflatten(0, (-1, num_samples))
 
     def _hide(self, batch: Batch, generator: torch.Generator | None) -> Cond:
-        """The condition of a batch of images with random holes."""
+        """Draw holes for a batch of images, and return the condition of inpainting."""
         images = batch["x1"]
         if "encoded_by" in batch:
             raise ValueError(
-                "x1 must hold images to be masked, got cached latents; train with the images' "
-                "own data"
+                "x1 must hold images for random masks, got cached latents; train with the data of "
+                "the images"
             )
         size = (images.shape[-2], images.shape[-1])
         mask = cast(inpainting.RandomMasks, self.masks)(len(images), size, generator, images.device)
@@ -159,7 +174,7 @@ class LatentFlowMatching(FlowModule):
         return cond if labels is None else {**cond, "label": cast(Tensor, labels)}
 
     def _tell(self, latents: Tensor) -> None:
-        """Log what losses to expect, once a fit."""
+        """Print and log mean and std of the latents and the expected losses, once per fit."""
         if self._trainer is None:
             return
         self._told = True
@@ -172,16 +187,21 @@ class LatentFlowMatching(FlowModule):
 
 
 def expected_losses(latents: Tensor) -> dict[str, float]:
-    """What a flow-matching loss on latents ``(B, c, *)`` means.
+    """Compute reference values for the flow-matching loss on latents ``z (B, c, *)``.
 
-    It is that of independent standard normal noise on straight paths; see `flowkit.paths.Linear`.
+    The values hold for independent standard normal noise and the path `flowkit.paths.Linear`:
 
-    A zero network's loss is the target's energy, ``zero = 1 + E[z²]``. One that knows mean and
-    std ``s`` of each channel and nothing else reaches ``gaussian = π/2 · mean s``, which is the
-    least possible for independent normal latents, and so explains ``explained`` of the energy.
+    - ``zero = 1 + E[z²]`` is the loss of a network with the output 0: the energy of the target.
+    - ``gaussian = π/2 · mean_c(s_c)``, with the std ``s_c`` of channel ``c``, is the smallest loss
+      of a network that knows only mean and std of each channel. For independent normal latents no
+      network has a smaller loss.
+    - ``explained = 1 − gaussian / zero`` is the share of the energy that this network explains.
+
+    Args:
+        latents: Latents ``(B, c, *)``.
 
     Returns:
-        ``mean``, ``std``, ``zero``, ``gaussian``, ``explained``.
+        ``mean`` and ``std`` of all latents, ``zero``, ``gaussian`` and ``explained``.
 
     >>> losses = expected_losses(torch.randn(4000, 4, 4, 4))
     >>> [round(losses[name], 1) for name in ("std", "zero", "gaussian", "explained")]
@@ -201,17 +221,26 @@ def expected_losses(latents: Tensor) -> dict[str, float]:
 
 
 def describe_latents(latents: Tensor, expected: dict[str, float]) -> str:
-    """Put `expected_losses` into words."""
+    """Describe latents and the losses of `expected_losses` in one line.
+
+    Args:
+        latents: Latents ``(B, c, *)``.
+        expected: ``mean`` and ``std``, and for all losses also ``zero``, ``gaussian`` and
+            ``explained``.
+
+    >>> describe_latents(torch.zeros(1, 4, 8, 8), {"mean": 0.0, "std": 1.0})
+    'latents   (4, 8, 8) have mean 0.00 and std 1.00'
+    """
     text = (
         f"latents   {tuple(latents.shape[1:])} have mean {expected['mean']:z.2f} and std "
         f"{expected['std']:.2f}"
     )
     if "zero" in expected:
         text += (
-            f": a zero network's loss is {expected['zero']:.2f}, one that knows only their mean "
-            f"and std ends at {expected['gaussian']:.2f} (explained {expected['explained']:.2f}); "
-            "a healthy run falls below that"
+            f": the loss of a zero network is {expected['zero']:.2f}, that of a network that knows "
+            f"only mean and std is {expected['gaussian']:.2f} "
+            f"(explained {expected['explained']:.2f}); a good run gets a smaller loss"
         )
     if not 0.5 <= expected["std"] <= 2:
-        text += "; the std is far from 1: set the autoencoder's scale by fit_scale"
+        text += "; the std is far from 1: set the scale of the autoencoder by fit_scale"
     return text

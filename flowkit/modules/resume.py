@@ -8,9 +8,13 @@ from typing import Any, cast
 
 import torch
 from lightning import LightningModule
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+
+from flowkit.distributed import batches_seen
+from flowkit.nn.frozen import Frozen
+from flowkit.types import Batch
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
 MakeScheduler = Callable[[Optimizer], LRScheduler]
@@ -18,13 +22,14 @@ MakeScheduler = Callable[[Optimizer], LRScheduler]
 ADAMW = partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.0)
 
 
-class ExactResume(LightningModule):
-    """An optimizer, a schedule, and randomness that a resumed run repeats.
+class ExactResume(Frozen, LightningModule):
+    """Training on a loss that subclasses add, with randomness that a resumed run repeats.
 
     Every training step's randomness (noise, times, dropped conditions, dropout) is a function of
     the seed at the start of the fit, the number of batches seen and the rank, so that a resumed
     run goes on exactly as an uninterrupted one. It may go on for longer, or with another learning
-    rate: schedule and optimizer follow what is configured now.
+    rate: schedule and optimizer follow what is configured now. Validation draws the same noise
+    every time.
 
     Args:
         optimizer: Makes the optimizer from parameters.
@@ -35,6 +40,43 @@ class ExactResume(LightningModule):
         super().__init__()
         self.make_optimizer, self.make_scheduler = optimizer, lr_scheduler
         self.noise_seed: int | None = None
+
+    def loss(self, batch: Batch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """Return ``"loss"`` and whatever else is to be logged."""
+        raise NotImplementedError
+
+    @property
+    def terms_are_seen(self) -> bool:
+        """Whether the terms of the next loss will be: always, but in steps that are not logged.
+
+        Lightning's log costs more than a small network's step.
+        """
+        trainer = cast(Any, self._trainer)
+        if trainer is None or not trainer.training:
+            return True
+        every = trainer.log_every_n_steps
+        return bool(every) and (self.global_step + 1) % every == 0
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """One loss, logged, refusing NaN."""
+        terms = self.loss(batch)
+        if not torch.isfinite(terms["loss"]):
+            raise RuntimeError(self._not_finite(batch, batch_idx, terms["loss"]))
+        if self.terms_are_seen:
+            for name, value in terms.items():
+                self.log(f"train/{name}", value.detach(), prog_bar=name == "loss", sync_dist=True)
+        return terms["loss"]
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """The loss under fixed noise, logged as ``val/…``."""
+        # Ranks see other data, so under other noise.
+        seed = batch_idx * cast(Any, self.trainer).world_size + self.global_rank
+        generator = torch.Generator(self.device).manual_seed(seed)
+        terms = self.loss(batch, generator)
+        size = len(batch["x1"])
+        self.log_dict(
+            {f"val/{name}": value for name, value in terms.items()}, batch_size=size, sync_dist=True
+        )
 
     def configure_optimizers(self) -> Any:
         """Lightning's hook: the optimizer over all trainable parameters."""
@@ -57,7 +99,7 @@ class ExactResume(LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed the step by (seed, batches seen, rank)."""
-        seen = cast(Any, self.trainer).fit_loop.epoch_loop.batch_progress.total.processed
+        seen = batches_seen(self.trainer)
         key = f"{self.noise_seed} {seen} {self.global_rank}".encode()
         seed = int.from_bytes(hashlib.sha256(key).digest()[:8], "little") >> 1
         # Not torch.manual_seed, which looks for every kind of device at every call.
@@ -72,6 +114,17 @@ class ExactResume(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore it."""
         self.noise_seed = checkpoint["flowkit"]["noise_seed"]
+
+    def _not_finite(self, batch: Batch, batch_idx: int, loss: Tensor) -> str:
+        where = f"got {loss.item()} at step {self.global_step}, batch {batch_idx}"
+        for name, value in batch.items():
+            if isinstance(value, Tensor) and not torch.isfinite(value).all():
+                rows = (~torch.isfinite(value)).flatten(1).any(1).nonzero().flatten().tolist()
+                return f"loss must be finite, {where}; {name} is not finite in its rows {rows[:10]}"
+        return (
+            f"loss must be finite, {where}; the data are finite: lower the learning rate or clip "
+            "gradients, and resume from the last checkpoint"
+        )
 
     def _follow_configuration(self, optimizers: Sequence[Optimizer], schedules: Sequence) -> None:
         """Bring a fresh schedule to the step reached, and the resumed optimizer to its values."""

@@ -1,4 +1,4 @@
-"""Networks that are too large for one device: parameters sharded over all of them (FSDP2)."""
+"""Fully sharded training (FSDP2), for networks that do not fit on one device."""
 
 import math
 from collections.abc import Iterator
@@ -14,49 +14,63 @@ from flowkit.modules.flow import FlowModule
 
 
 class FullySharded(ModelParallelStrategy):
-    """Lightning's FSDP2, over all devices of all nodes, with checkpoints in one file."""
+    """Strategy for FSDP2: each device of each node holds a shard of the parameters.
+
+    A checkpoint is a single file with all parameters.
+    """
 
     def __init__(self) -> None:
         super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False)
 
     def setup_environment(self) -> None:
-        """Start the processes, and make one group of them."""
+        """Start the processes as one data-parallel group."""
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
 
 
 def shard_if_asked(module: FlowModule, trainer: Trainer) -> None:
-    """Have the trainer shard a module's network, if its strategy is `FullySharded`.
+    """Shard the network of a module, if the strategy of the trainer is `FullySharded`.
 
-    Every block of the network (an entry of one of its outermost ``nn.ModuleList``) is a unit whose
-    parameters are gathered for its forward and backward pass only; what is left is another.
+    A block of the network is an entry of one of its outermost ``nn.ModuleList``. Each block is a
+    unit: its parameters are gathered only for its forward and backward pass. The parameters outside
+    of the blocks are one more unit.
+
+    Args:
+        module: The module.
+        trainer: The trainer that will fit the module.
 
     Raises:
-        ValueError: If weights are averaged, which Lightning cannot do with shards, or something
-            else than the network has parameters to train.
+        ValueError: If a callback averages the weights, or the module has trainable parameters
+            outside of its velocity. Lightning does not average sharded weights.
     """
     if not isinstance(trainer.strategy, FullySharded):
         return
     if any(isinstance(callback, WeightAveraging) for callback in cast(Any, trainer).callbacks):
         raise ValueError(
-            "callback must be raw with trainer=fsdp, got averaged weights; Lightning averages no "
-            "sharded ones"
+            "callback must be raw with trainer=fsdp, got averaged weights; Lightning does not "
+            "average sharded weights"
         )
     inside = {id(p) for p in cast(nn.Module, module.velocity).parameters()}
     outside = [n for n, p in module.named_parameters() if p.requires_grad and id(p) not in inside]
     if outside:
         raise ValueError(
-            "module must train nothing but its velocity with trainer=fsdp, got "
+            "module must train its velocity only with trainer=fsdp, got "
             f"{', '.join(outside[:5])}; use trainer=ddp"
         )
-    # On the instance, since Lightning treats every class that overrides the hook as sharded.
+    # The hook is set on the instance: Lightning takes each class with this hook for sharded.
     module.configure_model = partial(_shard, module)  # type: ignore[method-assign]
 
 
 def even_validation(trainer: Trainer, num_samples: int, batch_size: int) -> None:
-    """Have all ranks validate on equally many batches, if the trainer shards the network.
+    """Limit validation to the same number of batches on all ranks, for a sharded network.
 
-    Each call of a sharded network needs every rank: one that had a batch more would wait for ever.
+    Each call of a sharded network needs all ranks. A rank with one batch more than the others would
+    wait without end. Without the strategy `FullySharded` the function changes nothing.
+
+    Args:
+        trainer: The trainer, whose ``limit_val_batches`` is set.
+        num_samples: Number of validation samples.
+        batch_size: Samples per rank and batch.
     """
     if not isinstance(trainer.strategy, FullySharded):
         return
@@ -67,6 +81,7 @@ def even_validation(trainer: Trainer, num_samples: int, batch_size: int) -> None
 
 
 def _shard(module: FlowModule) -> None:
+    """Shard the blocks of the velocity, then the rest of the velocity."""
     from torch.distributed.fsdp import fully_shard
 
     mesh = cast(Any, module.device_mesh)["data_parallel"]
@@ -77,6 +92,7 @@ def _shard(module: FlowModule) -> None:
 
 
 def _blocks(network: nn.Module) -> Iterator[nn.Module]:
+    """Yield the entries of the outermost module lists of a network."""
     for child in network.children():
         if isinstance(child, nn.ModuleList):
             yield from child

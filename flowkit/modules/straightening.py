@@ -1,4 +1,4 @@
-"""Straightening: a student whose few large steps end where the teacher's many end."""
+"""Straightening: a student learns to reach the samples of a teacher in fewer steps."""
 
 from pathlib import Path
 from typing import cast
@@ -19,38 +19,45 @@ from flowkit.types import Batch
 from flowkit.velocity import Velocity
 
 
-class Straightening(FlowModule):
-    """Regress chords of a teacher's trajectories: BOSS fine-tuning, or reflow.
+class Straightening(FlowModule, frozen=("teacher",)):
+    """BOSS fine-tuning or reflow: regression of the chords of a teacher's trajectories.
 
-    In a batch of segments, with ``t0`` and ``t1``, the velocity at their start is the chord,
+    A batch of segments holds ``t0`` and ``t1``. The velocity at the start of a segment learns the
+    chord
 
-        v(x0, t0) ≈ (x1 − x0) / (t1 − t0),
+        v(x0, t0) ≈ (x1 − x0) / (t1 − t0).
 
-    so that Euler's steps on the segments' grid follow the teacher. In a batch of pairs of source
-    and sample, without times, it is the chord at random times between: reflow. Batches come from
-    ``flowkit pairs`` (``data=pairs``). In other batches the teacher replaces the data as training
-    goes by what it makes of their source samples, or of noise, and of their conditions, which
-    takes its ``fine_steps`` evaluations each step.
+    Euler steps on the grid of the segments then follow the teacher. A batch of pairs of source and
+    sample holds no times. The velocity learns ``x1 − x0`` at random times on the straight line from
+    ``x0`` to ``x1``: this is reflow.
 
-    Student and teacher start from the averaged weights of a run. The teacher may be guided; the
-    student is then trained to need no guidance.
+    Pairs and segments come from ``flowkit pairs`` (``data=pairs``). For other batches the teacher
+    computes them in each training step, from the source samples of the batch, or from noise, and
+    from its conditions. This takes ``fine_steps`` evaluations of the teacher per step.
+
+    Student and teacher start from the averaged weights of a run. The teacher may use guidance; the
+    student then needs no guidance.
 
     Sources: Nguyen et al., *Bellman Optimal Step-size Straightening of Flow-Matching Models*, 2024
     (arXiv 2312.16414); Liu et al., *Flow Straight and Fast*, 2022 (arXiv 2209.03003),
     for reflow.
 
     Args:
-        velocity: The student, of the same architecture as the run's.
-        start: The run folder that student and teacher start from; None leaves the student as it
-            is, and needs batches from elsewhere.
-        grid: Times of the segments that the teacher makes; None makes pairs.
-        fine_steps: Euler steps of the teacher.
-        guidance: The teacher's, see `FlowModule.guided`.
-        lora_rank: Train adapters of this rank instead of the weights; 0 trains the weights.
-        times: Training times of reflow.
+        velocity: The student. It has the architecture of the network of the run.
+        start: The run folder of the initial weights and the teacher. None keeps the weights of the
+            student, and all batches must be pairs or segments.
+        grid: Times of the segments, or their number; None means pairs from t = 0 to t = 1.
+        fine_steps: Euler steps of the teacher from t = 0 to t = 1, at least 1.
+        guidance: Guidance of the teacher, see `FlowModule.guided`.
+        lora_rank: Rank of the LoRA adapters that are trained instead of the weights; 0 trains the
+            weights.
+        times: The distribution of training times for pairs.
         autoencoder: Decodes samples.
-        optimizer: Makes the optimizer from parameters.
-        lr_scheduler: Makes a scheduler, stepped every training step.
+        optimizer: Creates the optimizer from parameters.
+        lr_scheduler: Creates a learning-rate scheduler, called after every training step.
+
+    Raises:
+        ValueError: If ``lora_rank`` or ``fine_steps`` is out of range.
 
     >>> from flowkit.exact import GaussianFlow
     >>> flow, module = GaussianFlow(2.0, 0.5), Straightening(GaussianFlow(2.0, 0.5))
@@ -71,28 +78,34 @@ class Straightening(FlowModule):
         autoencoder: Autoencoder = Identity(),
         optimizer: MakeOptimizer = ADAMW,
         lr_scheduler: MakeScheduler | None = None,
-    ):
+    ) -> None:
         super().__init__(velocity, autoencoder, None, optimizer, lr_scheduler)
         check_at_least(lora_rank, 0, "lora_rank")
         check_at_least(fine_steps, 1, "fine_steps")
         if lora_rank:
             add_lora(cast(nn.Module, velocity), lora_rank)
         self.start, self.grid, self.fine_steps = start, grid, fine_steps
-        self.guidance, self.times = guidance, times
-        self.__dict__["teacher"] = None  # no part of this module: it is not trained or stored
+        self.guidance, self.times, self.teacher = guidance, times, None
 
     teacher: FlowModule | None
 
     def setup(self, stage: str) -> None:
-        """Take the run's averaged weights, before a checkpoint to resume from brings others."""
+        """Load the averaged weights of the run.
+
+        This happens before a resumed training loads the weights of its checkpoint.
+        """
         if stage == "fit" and self.start is not None:
             self.begin(load_run(self.start))
 
     def begin(self, teacher: FlowModule) -> None:
-        """Take the teacher and its weights.
+        """Set the teacher, and copy its weights to the student.
+
+        Args:
+            teacher: The module of a run.
 
         Raises:
-            ValueError: If its flow is not that of its network alone, or the network another.
+            ValueError: If the velocity of the teacher is not its network, or the network of the
+                student has other parameters.
         """
         if teacher.guided(None) is not teacher.velocity:
             raise ValueError(
@@ -108,40 +121,48 @@ class Straightening(FlowModule):
         wrong |= set(given) - set(map(_plain, own))
         if wrong:
             raise ValueError(
-                f"velocity must be the network of the run {self.start}, got another in "
+                f"velocity must be the network of the run {self.start}, got other parameters in "
                 f"{', '.join(sorted(wrong)[:3])}"
             )
         student.load_state_dict(cast(dict[str, Tensor], taken))
         self.sample_shape = teacher.sample_shape
-        self.__dict__["teacher"] = teacher
+        self.teacher = teacher.to(self.device)
 
     def merged(self) -> nn.Module:
-        """Return a copy of the student with its adapters merged into the weights."""
+        """Return a copy of the student whose LoRA adapters are added to its weights."""
         return merge_lora(cast(nn.Module, self.velocity))
 
     def loss(self, batch: Batch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """Return the regression loss of a batch and the share of energy explained.
+        """Compute the regression loss of a batch.
+
+        Args:
+            batch: Pairs or segments; with a teacher, any batch.
+            generator: Draws noise and times; None means the global generator.
+
+        Returns:
+            ``loss`` and ``explained``, the share of the energy of the chords that the velocity
+            explains.
 
         Raises:
             RuntimeError: If the batch has no ``x0`` and there is no teacher.
-            ValueError: If latents are of another autoencoder.
+            ValueError: If latents have another autoencoder.
         """
         made = "taught_by" in batch or "t0" in batch
         if self.teacher is not None and not made:
-            batch = self._teach(self.teacher.to(self.device), batch, generator)
+            batch = self._teach(self.teacher, batch, generator)
         elif "x0" in batch:
             ours = getattr(self.autoencoder, "hash", None)
-            batch = self.encode(cast(Batch, {"encoded_by": ours, **batch}))  # states as they are
+            batch = self.encode(cast(Batch, {"encoded_by": ours, **batch}))  # states stay as is
         else:
             raise RuntimeError(
-                "start must be a run, whose velocity teaches, for batches without x0, got None; "
-                "or train on data=pairs"
+                "start must be a run folder for batches without x0, got None; give a run as the "
+                "teacher, or train on data=pairs"
             )
         times = _at_start if "t0" in batch else self.times
         return flow_matching_loss(self.velocity, batch, times=times, generator=generator)
 
     def _teach(self, teacher: FlowModule, batch: Batch, generator: torch.Generator | None) -> Batch:
-        """Segments, or pairs, from the batch's source samples or fresh noise."""
+        """Compute segments or pairs with the teacher, from source samples or new noise."""
         x0 = batch.get("x0")
         if x0 is None:
             size = (len(batch["x1"]), *cast(tuple, teacher.sample_shape))
@@ -156,9 +177,10 @@ class Straightening(FlowModule):
 def _at_start(
     batch: int, device: Device = None, generator: torch.Generator | None = None
 ) -> Tensor:
+    """Return the times 0: the start of each segment."""
     return torch.zeros(batch, device=device)
 
 
 def _plain(name: str) -> str:
-    """A parameter's name in a network without adapters."""
+    """Return the name of a parameter in a network without adapters."""
     return name.replace("base_layer.", "")

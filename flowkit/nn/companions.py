@@ -1,4 +1,4 @@
-"""Networks whose state has companions: channels that condition it pixel by pixel."""
+"""Networks with companions of the state: extra channels that condition it pixel by pixel."""
 
 from collections.abc import Mapping
 
@@ -11,15 +11,17 @@ from flowkit.types import Cond
 
 
 class Inpainting(nn.Module):
-    """A velocity given an image with a hole: ``net([x, masked, mask], t, label)``.
+    """Velocity conditioned by an image with a hole: ``net([x, masked, mask], t, label)``.
 
-    The condition is a mapping: ``masked (B, c, h, w)``, the state of the masked image, ``mask
-    (B, 1, h, w)``, 1 in the hole and -1 elsewhere, and for a network with classes ``label (B,)``.
-    `flowkit.inpainting.inpainting_cond` makes it. Source: Dao et al., *Flow Matching in Latent
-    Space*, 2023 (arXiv 2307.08698), section 4.3: ``4 + 4 + 1`` channels of latents.
+    The condition is a mapping that `flowkit.inpainting.inpainting_cond` makes.
+    ``masked (B, c, h, w)`` is the state of the masked image. ``mask (B, 1, h, w)`` is 1 in the hole
+    and -1 elsewhere. ``label (B,)`` is needed for a network with classes.
 
     Args:
-        net: A network that takes ``2 c + 1`` channels and returns ``c``.
+        net: Network with ``2 c + 1`` input and ``c`` output channels.
+
+    Source: Dao et al., *Flow Matching in Latent Space*, 2023 (arXiv 2307.08698), section 4.3:
+    ``4 + 4 + 1`` channels of latents.
 
     >>> from flowkit.nn import DiT
     >>> net = Inpainting(DiT((4, 8, 8), width=32, depth=1, heads=2, in_channels=9))
@@ -28,15 +30,20 @@ class Inpainting(nn.Module):
     torch.Size([2, 4, 8, 8])
     """
 
-    def __init__(self, net: nn.Module):
+    def __init__(self, net: nn.Module) -> None:
         super().__init__()
         self.net = net
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
-        """Velocity ``(B, c, h, w)`` at ``x (B, c, h, w)`` and ``t (B,)``."""
+        """Return the velocity ``(B, c, h, w)`` at ``x (B, c, h, w)`` and ``t (B,)``.
+
+        Raises:
+            TypeError: If ``cond`` is not a mapping with ``masked`` and ``mask``.
+            ValueError: If ``masked`` or ``mask`` has another shape.
+        """
         if not isinstance(cond, Mapping) or not {"masked", "mask"} <= set(cond):
             given = sorted(cond) if isinstance(cond, Mapping) else type(cond).__name__
-            raise TypeError(f"cond must be a mapping with masked and mask, got {given}")
+            raise TypeError(f"cond must be a mapping with the names masked and mask, got {given}")
         masked, mask = cond["masked"], cond["mask"]
         for name, value, shape in (
             ("cond['masked']", masked, x.shape),
@@ -49,19 +56,24 @@ class Inpainting(nn.Module):
 
 
 class SemanticMap(nn.Module):
-    """A velocity given a map of labels: ``net([x, r(one-hot map)], t)`` with a learned ``r``.
+    """Velocity conditioned by a map of labels: ``net([x, r(one-hot map)], t)``.
 
-    The map ``(B, H, W)`` holds integers in ``[0, num_classes]``, the last of which stands for *no
-    label*: a map full of it is the null condition of guidance. The reduction ``r`` cuts the map
-    into squares of ``factor x factor`` labels, one for each pixel of the state, and is learned
-    with the rest. Source: Dao et al., *Flow Matching in Latent Space*, 2023 (arXiv 2307.08698),
-    section 4.3.
+    The map ``(B, H, W)`` holds integers in ``[0, num_classes]``. The last label means *no label*: a
+    map of this label everywhere is the null condition of guidance. The reduction ``r`` maps each
+    square of ``factor x factor`` labels to one pixel of the state. Training learns ``r`` together
+    with the network.
 
     Args:
-        net: A network that takes ``channels`` more channels than it returns.
-        num_classes: Labels of the map, the null label not counted.
-        factor: Labels of the map per pixel of the state along a side: the autoencoder's factor.
+        net: Network with ``channels`` more input channels than output channels.
+        num_classes: Number of labels, without the null label.
+        factor: Labels of the map per pixel of the state, along one side: the factor of the
+            autoencoder.
         channels: Channels of the reduced map.
+
+    Raises:
+        ValueError: If a number is below 1.
+
+    Source: Dao et al., *Flow Matching in Latent Space*, 2023 (arXiv 2307.08698), section 4.3.
 
     >>> from flowkit.nn import DiT
     >>> net = DiT((4, 8, 8), width=32, depth=1, heads=2, in_channels=8)
@@ -70,7 +82,7 @@ class SemanticMap(nn.Module):
     torch.Size([2, 4, 8, 8])
     """
 
-    def __init__(self, net: nn.Module, num_classes: int, factor: int, channels: int = 4):
+    def __init__(self, net: nn.Module, num_classes: int, factor: int, channels: int = 4) -> None:
         super().__init__()
         sizes = {"num_classes": num_classes, "factor": factor, "channels": channels}
         for name, size in sizes.items():
@@ -83,15 +95,20 @@ class SemanticMap(nn.Module):
         )
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
-        """Velocity ``(B, c, h, w)`` at ``x (B, c, h, w)`` and ``t (B,)``."""
+        """Return the velocity ``(B, c, h, w)`` at ``x (B, c, h, w)`` and ``t (B,)``.
+
+        Raises:
+            TypeError: If ``cond`` is not a tensor of integers.
+            ValueError: If the map has another size, or a label is out of its range.
+        """
         if not isinstance(cond, Tensor):
             raise TypeError(f"cond must be a map of labels, got {type(cond).__name__}")
         reduced = [-(-side // self.factor) for side in cond.shape[1:]]
         if cond.ndim != 3 or len(cond) != len(x) or reduced != list(x.shape[2:]):
             sides = (side * self.factor for side in x.shape[2:])
             raise ValueError(
-                f"cond must have shape ({len(x)}, {', '.join(map(str, sides))}), up to "
-                f"{self.factor - 1} less along a side, got {tuple(cond.shape)}"
+                f"cond must have shape ({len(x)}, {', '.join(map(str, sides))}), or sides up to "
+                f"{self.factor - 1} smaller, got {tuple(cond.shape)}"
             )
         check_labels(cond, self.num_classes + 1, "cond")
         codes = F.one_hot(cond.long(), self.num_classes + 1).movedim(-1, 1).to(x.dtype)

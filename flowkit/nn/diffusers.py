@@ -14,30 +14,33 @@ from flowkit.types import Cond
 
 
 class DiffusersVelocity(nn.Module):
-    """A diffusers network, read as a velocity: ``v(x, t, cond) = net(x, time_scale·t, cond)``.
+    """Network of the diffusers library as a velocity ``v(x, t, cond)``.
 
-    The network is *trained as* a velocity with flowkit's time, 0 at noise and 1 at data, such as
-    a fresh ``UNet2DModel`` or ``DiTTransformer2DModel``. A network that was pretrained under
-    another convention needs an adapter instead.
+    The equation is ``v(x, t, cond) = net(x, time_scale·t, cond)``.
 
-    A tensor condition goes to ``class_labels``; a mapping holds keyword arguments of the network,
-    e.g. ``encoder_hidden_states`` and ``pooled_projections`` of an ``SD3Transformer2DModel``.
-    Labels lie in ``[0, num_classes]``, the last being the null label: ``num_class_embeds`` of a
-    UNet counts it, ``num_embeds_ada_norm`` of a transformer does not. diffusers' transformers
-    drop labels in training on their own, in each block anew and by the global generator; that is
-    switched off here, so that ``DropCond`` alone drops labels.
+    The network is *trained as* a velocity with flowkit's time (0 at noise, 1 at data), for example
+    a new ``UNet2DModel`` or ``DiTTransformer2DModel``. A network pretrained under another
+    convention needs an adapter of `flowkit.adapters` instead.
+
+    A tensor condition becomes the argument ``class_labels``. A mapping holds keyword arguments of
+    the network, such as ``encoder_hidden_states`` and ``pooled_projections`` of an
+    ``SD3Transformer2DModel``. Labels lie in ``[0, num_classes]``, and the last label is the null
+    label. The setting ``num_class_embeds`` of a UNet counts the null label; ``num_embeds_ada_norm``
+    of a transformer does not. In training, transformers of diffusers drop labels themselves, in
+    each block anew, with the global generator. This class switches that off, so only ``DropCond``
+    drops labels.
 
     Args:
-        net: A network called as ``net(x, timestep=..., ...)`` whose answer has ``sample``.
-        time_scale: The timestep that stands for ``t = 1``.
-        channels_last: Keep weights and images in memory channels last, which convolutions prefer
-            on many GPUs. Off by default: small UNets on a CPU were 1.05 to 1.3 times slower.
-        drop_sigma: Return the first half of the output's channels, for a network built with
-            twice as many outputs as inputs (a learned variance).
+        net: Network with the call ``net(x, timestep=..., ...)`` and the result ``.sample``.
+        time_scale: Timestep of the network at ``t = 1``.
+        channels_last: Whether weights and images are stored with channels last, which is often
+            faster for convolutions on GPUs. Small UNets on a CPU were 1.05 to 1.3 times slower with
+            it.
+        drop_sigma: Whether to return only the first half of the output channels, for a network with
+            twice as many output as input channels (a learned variance).
 
     Raises:
-        ValueError: If the network returns twice the channels it takes, without ``drop_sigma``,
-            or the reverse.
+        ValueError: If ``drop_sigma`` does not match the channels of the network.
 
     >>> velocity = unet2d((1, 8, 8), num_classes=10, width=8)
     >>> velocity(torch.zeros(2, 1, 8, 8), torch.rand(2), torch.tensor([3, 10])).shape
@@ -50,7 +53,7 @@ class DiffusersVelocity(nn.Module):
         time_scale: float = 1000.0,
         channels_last: bool = False,
         drop_sigma: bool = False,
-    ):
+    ) -> None:
         from diffusers.models.embeddings import LabelEmbedding
 
         super().__init__()
@@ -76,7 +79,12 @@ class DiffusersVelocity(nn.Module):
         self.net = net
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
-        """Velocity ``(B, *)`` at ``x (B, *)`` and ``t (B,)``."""
+        """Return the velocity ``(B, *)`` at ``x (B, *)`` and ``t (B,)``.
+
+        Raises:
+            TypeError: If ``cond`` is a tensor for a network without class labels.
+            ValueError: If a shape does not fit, or a label is missing or out of its range.
+        """
         if x.ndim == 4 and self.channels not in (None, x.shape[1]):
             raise ValueError(f"x must have {self.channels} channels, got shape {tuple(x.shape)}")
         check_state(x, t, tuple(x.shape[1:]))
@@ -92,6 +100,7 @@ class DiffusersVelocity(nn.Module):
         return out.chunk(2, 1)[0] if self.drop_sigma else out
 
     def _labels(self, cond: Tensor | None, batch: int) -> dict[str, Tensor]:
+        """Return the label argument of the network."""
         if not self.takes_labels and cond is not None:
             raise TypeError(
                 "cond must be a mapping of keyword arguments of "
@@ -101,8 +110,8 @@ class DiffusersVelocity(nn.Module):
         return {} if labels is None else {"class_labels": labels}
 
 
-def _num_classes(config) -> int | None:
-    """Classes of a diffusers network, the null label not counted."""
+def _num_classes(config: Any) -> int | None:
+    """Return the number of classes of a diffusers network, without the null label."""
     if rows := getattr(config, "num_class_embeds", None):
         return rows - 1
     return getattr(config, "num_embeds_ada_norm", None)
@@ -117,20 +126,24 @@ def unet2d(
     dropout: float = 0.0,
     channels_last: bool = False,
 ) -> DiffusersVelocity:
-    """A new ``UNet2DModel`` for images of one shape, with zero output at the start.
+    """Build a new ``UNet2DModel`` for images of one shape; its output is zero at the start.
 
-    The image is halved between levels, as long as both sides are even: 32 and 28 pixels have
-    room for three levels (28, 14, 7), 8 pixels for four. Further ``multipliers`` are left out.
-    The lowest level has self-attention.
+    Each level halves the image, as long as both sides are even. Images of 32 and 28 pixels have
+    room for at least three levels (28, 14, 7), images of 8 pixels for four. Further ``multipliers``
+    have no effect. The lowest level has self-attention.
 
     Args:
-        shape: ``(C, H, W)``.
-        num_classes: For labels ``(B,)`` in ``[0, num_classes]``; the last is the null label.
+        shape: ``(C, H, W)`` of the images.
+        num_classes: Number of classes, for labels ``(B,)`` in ``[0, num_classes]``; the last label
+            is the null label.
         width: Channels of the first level.
         multipliers: Channels of each level, in units of ``width``.
-        layers: Residual blocks per level.
-        dropout: Dropout of the residual blocks, in [0, 1].
-        channels_last: As for :class:`DiffusersVelocity`.
+        layers: Number of residual blocks per level.
+        dropout: Dropout probability of the residual blocks, in [0, 1].
+        channels_last: Memory format, as for `DiffusersVelocity`.
+
+    Raises:
+        ValueError: If ``shape`` is not ``(C, H, W)`` or a size is below 1.
 
     >>> unet2d((1, 28, 28), width=16).net.config.block_out_channels
     (16, 32, 32)
@@ -172,14 +185,19 @@ def autoencoder_kl(
     latent_channels: int = 4,
     layers: int = 1,
 ) -> "AutoencoderKL":
-    """A new, small ``AutoencoderKL`` for images of one shape; its factor is 2 per further level.
+    """Build a new, small ``AutoencoderKL`` for images of one shape.
+
+    Each level after the first halves the sides of the latents.
 
     Args:
         shape: ``(C, H, W)`` of the images.
         width: Channels of the first level.
         multipliers: Channels of each level, in units of ``width``.
         latent_channels: Channels of the latents.
-        layers: Residual blocks per level.
+        layers: Number of residual blocks per level.
+
+    Raises:
+        ValueError: If ``shape`` is not ``(C, H, W)`` or a size is below 1.
 
     >>> autoencoder_kl((1, 8, 8), width=8, multipliers=(1, 2)).config.sample_size
     [8, 8]
@@ -199,7 +217,7 @@ def autoencoder_kl(
         block_out_channels=tuple(width * int(m) for m in multipliers),
         layers_per_block=layers,
         latent_channels=latent_channels,
-        # Four channels a group at least: norms of single channels take an image's brightness away.
+        # A group has at least four channels: a norm of a single channel removes the brightness.
         norm_num_groups=max(1, math.gcd(128, width) // 4),
         sample_size=[int(n) for n in shape[1:]],
         scaling_factor=1.0,

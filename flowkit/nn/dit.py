@@ -1,7 +1,8 @@
-"""The diffusion transformer, and the pieces that other transformers of flowkit share."""
+"""Diffusion transformer, and the layers that other transformers of flowkit share."""
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from flowkit.nn.embed import TimeLabelEmbedding, check_state, modulate, modulati
 from flowkit.types import Cond
 
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
-"""Depth, width and heads of the published sizes."""
+"""Depth, width and number of heads of the published sizes."""
 
 
 def patchify(x: Tensor, patch: int) -> Tensor:
@@ -28,26 +29,34 @@ def patchify(x: Tensor, patch: int) -> Tensor:
 
 
 def unpatchify(tokens: Tensor, patch: int, height: int, width: int) -> Tensor:
-    """Join tokens ``(B, HW/patch², C·patch²)`` to images ``(B, C, H, W)``."""
+    """Join tokens ``(B, HW/patch², C·patch²)`` to images ``(B, C, H, W)``.
+
+    >>> x = torch.randn(2, 3, 4, 6)
+    >>> torch.equal(unpatchify(patchify(x, 2), 2, 4, 6), x)
+    True
+    """
     b, (h, w) = len(tokens), (height // patch, width // patch)
     x = tokens.reshape(b, h, w, -1, patch, patch)
     return x.permute(0, 3, 1, 4, 2, 5).reshape(b, -1, height, width)
 
 
 class PatchEmbed(nn.Module):
-    """Tokens ``(B, N, width)`` of images: linear in the patch, plus a fixed position.
+    """Embedding of images as tokens ``(B, N, width)``: linear in each patch, plus a fixed position.
 
-    A position is the sinusoid of its row beside that of its column, ``width / 2`` numbers each.
+    The position joins the sinusoids of row and column, with ``width / 2`` numbers each.
 
     Args:
         shape: ``(C, H, W)`` of the images.
         patch: Side of a patch in pixels; divides ``H`` and ``W``.
-        width: Size of a token; a multiple of 4.
+        width: Size of a token, a multiple of 4.
+
+    Raises:
+        ValueError: If ``patch`` does not divide the sides, or ``width`` is not a multiple of 4.
     """
 
     positions: Tensor
 
-    def __init__(self, shape: Sequence[int], patch: int, width: int):
+    def __init__(self, shape: Sequence[int], patch: int, width: int) -> None:
         super().__init__()
         channels, height, columns = shape
         if height % patch or columns % patch:
@@ -65,29 +74,34 @@ class PatchEmbed(nn.Module):
         self.register_buffer("positions", torch.cat(waves, -1), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Embed ``x (B, C, H, W)``."""
+        """Return tokens ``(B, N, width)`` of ``x (B, C, H, W)``."""
         return self.linear(patchify(x, self.patch)) + self.positions
 
 
 class DiTBlock(nn.Module):
-    """Self-attention, then a perceptron, each modulated and gated by ``c`` (adaLN-Zero).
+    """Self-attention and a perceptron, each modulated and gated by ``c`` (adaLN-Zero).
 
         h ← h + g₁·Attention(LN(h)·(1 + s₁) + b₁)
         h ← h + g₂·MLP(LN(h)·(1 + s₂) + b₂)
 
-    Shifts ``b``, scales ``s`` and gates ``g`` are linear in ``silu(c)`` and start at zero: a new
-    block is the identity.
+    Shifts ``b``, scales ``s`` and gates ``g`` are linear in ``silu(c)`` and zero at the start, so a
+    new block is the identity.
 
     Args:
         width: Size of a token.
-        heads: Attention heads; divides ``width``.
+        heads: Number of attention heads; divides ``width``.
         mlp_ratio: Hidden size of the perceptron in units of ``width``.
-        cond_width: Size of ``c``; ``None`` for ``width``.
+        cond_width: Size of ``c``; ``None`` means ``width``.
+
+    Raises:
+        ValueError: If ``heads`` does not divide ``width``.
+
+    Source: Peebles & Xie (2023), *Scalable Diffusion Models with Transformers*, section 3.
     """
 
     def __init__(
         self, width: int, heads: int, mlp_ratio: float = 4.0, cond_width: int | None = None
-    ):
+    ) -> None:
         super().__init__()
         if width % heads:
             raise ValueError(f"heads must divide the width {width}, got {heads}")
@@ -103,13 +117,17 @@ class DiTBlock(nn.Module):
         self.modulation = modulation(cond_width or width, width, 6)
 
     def forward(self, h: Tensor, c: Tensor) -> Tensor:
-        """Update tokens ``h (B, N, width)`` given ``c``, one a sample or token: ``(B, 1|N, *)``."""
+        """Return the next tokens for ``h (B, N, width)`` and ``c (B, 1|N, *)``.
+
+        ``c`` is one condition per sample or one per token.
+        """
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c).chunk(6, -1)
         h = h + gate1 * self._attend(modulate(self.norm(h), shift1, scale1))
         hidden = self.expand(modulate(self.norm(h), shift2, scale2))
         return h + gate2 * self.contract(F.gelu(hidden, approximate="tanh"))
 
     def _attend(self, h: Tensor) -> Tensor:
+        """Return self-attention between the tokens ``(B, N, width)``."""
         b, n, width = h.shape
         q, k, v = self.qkv(h).reshape(b, n, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         out = F.scaled_dot_product_attention(q, k, v)
@@ -117,48 +135,53 @@ class DiTBlock(nn.Module):
 
 
 class PatchOutput(nn.Module):
-    """The last layer: a modulated norm, then a linear map to pixels; zero at the start.
+    """Output layer: a modulated norm and a linear map to pixels, zero at the start.
 
     Args:
         width: Size of a token.
         size: Numbers per patch, ``C·patch²``.
-        cond_width: Size of ``c``; ``None`` for ``width``.
+        cond_width: Size of ``c``; ``None`` means ``width``.
     """
 
-    def __init__(self, width: int, size: int, cond_width: int | None = None):
+    def __init__(self, width: int, size: int, cond_width: int | None = None) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.modulation = modulation(cond_width or width, width, 2)
         self.linear = zeroed(nn.Linear(width, size))
 
     def forward(self, h: Tensor, c: Tensor) -> Tensor:
-        """Map tokens ``h (B, N, width)`` to patches ``(B, N, size)``; ``c`` is ``(B, 1|N, *)``."""
+        """Return patches ``(B, N, size)`` for tokens ``h (B, N, width)`` and ``c (B, 1|N, *)``."""
         shift, scale = self.modulation(c).chunk(2, -1)
         return self.linear(modulate(self.norm(h), shift, scale))
 
 
 class DiT(nn.Module):
-    """The diffusion transformer with adaLN-Zero, for images and latents.
+    """Diffusion transformer with adaLN-Zero, for images and latents.
 
-    Source: Peebles & Xie (2023), *Scalable Diffusion Models with Transformers*, section 3. It
-    differs in its output: a velocity with the channels of the state, and no learned variance.
+    The output differs from the paper: a velocity with the channels of the state, without a learned
+    variance.
 
     Args:
         shape: ``(C, H, W)`` of the state.
         patch: Side of a patch in pixels; divides ``H`` and ``W``.
-        width: Size of a token; a multiple of 4.
+        width: Size of a token, a multiple of 4.
         depth: Number of blocks.
-        heads: Attention heads; divides ``width``.
+        heads: Number of attention heads; divides ``width``.
         mlp_ratio: Hidden size of a block's perceptron in units of ``width``.
-        num_classes: For labels ``(B,)`` in ``[0, num_classes]``; the last is the null label.
-        in_channels: Channels of the input where the state has companions (a mask, a second
-            image), which follow the state's ``C`` channels; ``None`` for ``C``.
-        num_times: Times per sample: with 1, ``t`` is ``(B,)``, otherwise ``(B, num_times)``.
-        gradient_checkpointing: Keep only the tokens between blocks for the backward pass and
-            compute the rest again there: a third more time for much less memory.
+        num_classes: Number of classes, for labels ``(B,)`` in ``[0, num_classes]``; the last label
+            is the null label.
+        in_channels: Channels of the input, for a state with companions (a mask, a second image).
+            The companions follow the ``C`` channels of the state. ``None`` means ``C``.
+        num_times: Number of times per sample. With 1, ``t`` is ``(B,)``, otherwise
+            ``(B, num_times)``.
+        gradient_checkpointing: Whether to keep only the tokens between blocks for the backward
+            pass, and to compute the rest again. This takes a third more time and much less memory.
 
     Raises:
-        ValueError: If ``patch`` does not divide the image or ``heads`` the width.
+        ValueError: If ``patch`` does not divide the image, ``heads`` does not divide the width, or
+            a size is below 1.
+
+    Source: Peebles & Xie (2023), *Scalable Diffusion Models with Transformers*, section 3.
 
     >>> net = DiT((1, 8, 8), width=32, depth=2, heads=2, num_classes=10)
     >>> v, tokens = net(torch.randn(3, 1, 8, 8), torch.rand(3), torch.arange(3), return_features=1)
@@ -178,7 +201,7 @@ class DiT(nn.Module):
         in_channels: int | None = None,
         num_times: int = 1,
         gradient_checkpointing: bool = False,
-    ):
+    ) -> None:
         super().__init__()
         if len(shape) != 3:
             raise ValueError(f"shape must be (C, H, W), got {tuple(shape)}")
@@ -194,20 +217,25 @@ class DiT(nn.Module):
         self.outputs = PatchOutput(width, channels * patch**2)
 
     @classmethod
-    def from_name(cls, name: str, shape: Sequence[int], **options) -> "DiT":
-        """A published size, ``"DiT-S/2"``: S, B, L or XL, and the patch.
+    def from_name(cls, name: str, shape: Sequence[int], **options: Any) -> "DiT":
+        """Build a published size from its name, such as ``"DiT-S/2"``.
 
         Args:
-            name: ``DiT-<size>/<patch>``.
+            name: ``DiT-<size>/<patch>`` with the size ``S``, ``B``, ``L`` or ``XL``.
             shape: ``(C, H, W)`` of the state.
             **options: Other arguments of the constructor.
+
+        Raises:
+            ValueError: If the name has another form or the size is unknown.
 
         >>> len(DiT.from_name("DiT-S/8", (4, 32, 32), num_classes=1000).blocks)
         12
         """
         match = re.fullmatch(r"DiT-(\w+)/(\d+)", name)
         if match is None:
-            raise ValueError(f"name must read DiT-<size>/<patch>, got {name!r}; e.g. 'DiT-B/2'")
+            raise ValueError(
+                f"name must read DiT-<size>/<patch>, got {name!r}; an example is 'DiT-B/2'"
+            )
         check_choice(match[1], SIZES, "size")
         depth, width, heads = SIZES[match[1]]
         return cls(shape, int(match[2]), width, depth, heads, **options)
@@ -215,14 +243,19 @@ class DiT(nn.Module):
     def forward(
         self, x: Tensor, t: Tensor, cond: Cond = None, return_features: int | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Velocity ``(B, C, H, W)`` at ``x (B, in_channels, H, W)`` and ``t (B,)``.
+        """Return the velocity ``(B, C, H, W)`` at ``x (B, in_channels, H, W)`` and ``t (B,)``.
 
         Args:
-            x: State, with its companions where the network has ``in_channels``.
+            x: State, followed by its companions if the network has ``in_channels``.
             t: Times in [0, 1].
             cond: Labels ``(B,)``, for a network with ``num_classes``.
-            return_features: Also return the tokens ``(B, N, width)`` after this many blocks,
-                between 1 and ``depth``.
+            return_features: Number of blocks, from 1 to ``depth``. If given, the result also holds
+                the tokens ``(B, N, width)`` after this block.
+
+        Raises:
+            TypeError: If ``cond`` is a mapping or holds no integers.
+            ValueError: If a shape does not fit, or a label is missing, unwanted or out of its
+                range.
         """
         check_state(x, t, self.in_shape, self.num_times)
         if return_features is not None:

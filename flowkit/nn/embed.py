@@ -1,4 +1,4 @@
-"""What the networks share: checks of their inputs, and embeddings of time and label."""
+"""Embeddings of time and label, checks of inputs, and modulation: layers that networks share."""
 
 import math
 from collections.abc import Mapping
@@ -12,9 +12,13 @@ from flowkit.types import Cond
 
 
 def check_state(x: Tensor, t: Tensor, shape: tuple[int, ...], num_times: int = 1) -> None:
-    """Require ``x (B, *shape)`` and ``t (B,)``, or ``(B, num_times)`` where there are several.
+    """Require ``x (B, *shape)`` and ``t (B,)``, or ``t (B, num_times)`` for several times.
 
-    Only shapes are read: networks run in a solver's inner loop, where looking at values costs.
+    The check reads shapes only. Networks run in the inner loop of a solver, where a check of values
+    is slow.
+
+    Raises:
+        ValueError: If a shape differs.
     """
     if tuple(x.shape[1:]) != shape:
         raise ValueError(f"x must have shape (B, {', '.join(map(str, shape))}), got {(*x.shape,)}")
@@ -24,15 +28,23 @@ def check_state(x: Tensor, t: Tensor, shape: tuple[int, ...], num_times: int = 1
 
 
 def check_cond(cond: Cond, batch: int, num_classes: int | None) -> Tensor | None:
-    """Require labels ``(batch,)`` of a network with classes, and no condition of another."""
+    """Require labels ``(batch,)`` for a network with classes, and ``None`` for other networks.
+
+    Returns:
+        The labels, or ``None``.
+
+    Raises:
+        TypeError: If ``cond`` is a mapping.
+        ValueError: If labels are missing, unwanted or of another shape.
+    """
     if isinstance(cond, Mapping):
         raise TypeError(f"cond must be a tensor or None, got a mapping of {', '.join(cond)}")
     if num_classes is None:
         if cond is not None:
             kind = f"shape {tuple(cond.shape)}" if isinstance(cond, Tensor) else type(cond).__name__
             raise ValueError(
-                f"cond must be None for a network without num_classes, got {kind}; build "
-                "it with num_classes for classes (B,), or take a method of masks for masks"
+                f"cond must be None for a network without num_classes, got {kind}; build the "
+                "network with num_classes for labels (B,), or with SemanticMap for maps of labels"
             )
         return None
     if cond is None:
@@ -46,10 +58,19 @@ def check_cond(cond: Cond, batch: int, num_classes: int | None) -> Tensor | None
 
 
 def look_up(table: Tensor, labels: Tensor) -> Tensor:
-    """Rows ``(B, W)`` of ``table (K, W)``, for labels ``(B,)`` in ``[0, K)``.
+    """Return the rows ``(B, W)`` of ``table (K, W)`` for labels ``(B,)`` in ``[0, K)``.
 
-    The look-up itself finds labels out of range (on a GPU, as a CUDA assertion); their values
-    are read only then, so that the check costs a good batch nothing.
+    The look-up itself detects labels out of range (on a GPU, by a CUDA assertion). Only then does
+    this function read the labels for a clear message, so the check takes no time for a correct
+    batch.
+
+    Raises:
+        TypeError: If labels are not integers.
+        ValueError: If a label is out of its range.
+
+    >>> look_up(torch.eye(3), torch.tensor([2, 0]))
+    tensor([[0., 0., 1.],
+            [1., 0., 0.]])
     """
     if labels.dtype not in (torch.int64, torch.int32):
         check_labels(labels, len(table), "cond")
@@ -61,31 +82,44 @@ def look_up(table: Tensor, labels: Tensor) -> Tensor:
         raise
 
 
-def sinusoid(t: Tensor, dim: int, scale: float = 1000.0, max_period: float = 1e4) -> Tensor:
-    """Sines and cosines ``(..., dim)`` of ``scale·t·ω_k``, with ``ω_k = max_period^(−2k/dim)``.
+def sinusoid(t: Tensor, dim: int, scale: float = 1000.0) -> Tensor:
+    """Return sinusoids ``(..., dim)`` of times: cosines and sines of ``scale·t·ω_k``.
 
-    Computed in float32 at least: half precision cannot tell angles of a thousand radians apart.
+    The frequencies are ``ω_k = 10000^(−2k/dim)``; all cosines come before all sines.
+
+    The precision is at least float32, because half precision cannot resolve angles of a thousand
+    radians.
+
+    Args:
+        t: Times or positions ``(...)``.
+        dim: Size of the result, an even number.
+        scale: Factor of ``t``.
 
     >>> sinusoid(torch.tensor([0.0]), 4)
     tensor([[1., 1., 0., 0.]])
     """
     dtype = torch.promote_types(t.dtype, torch.float32)
     k = torch.arange(dim // 2, dtype=dtype, device=t.device)
-    angles = scale * t.to(dtype)[..., None] * torch.exp(-math.log(max_period) * 2 * k / dim)
+    angles = scale * t.to(dtype)[..., None] * torch.exp(-math.log(10_000) * 2 * k / dim)
     return torch.cat([angles.cos(), angles.sin()], -1)
 
 
 class TimeLabelEmbedding(nn.Module):
-    """The vector ``c (B, width)`` that conditions a network: time plus label.
+    """Embedding ``c (B, width)`` of time and label, the condition of a network.
 
-    Time enters as a sinusoid of ``1000 t`` through a two-layer SiLU perceptron, a label as a row
-    of a table whose last row, ``num_classes``, stands for *no label*.
+    Each time becomes a sinusoid of ``1000 t`` and passes a two-layer SiLU perceptron. A label adds
+    a row of a table. The last row, number ``num_classes``, means *no label*.
 
     Args:
         width: Size of the embedding.
-        num_classes: Classes, the null label not counted; ``None`` for an unconditional network.
-        num_times: Times per sample: with 1, ``t`` is ``(B,)``, otherwise ``(B, num_times)``.
-        frequencies: Size of each time's sinusoid.
+        num_classes: Number of classes without the null label; ``None`` for a network without
+            classes.
+        num_times: Number of times per sample. With 1, ``t`` is ``(B,)``, otherwise
+            ``(B, num_times)``.
+        frequencies: Size of the sinusoid of each time, an even number.
+
+    Raises:
+        ValueError: If a number is below 1.
     """
 
     def __init__(
@@ -94,7 +128,7 @@ class TimeLabelEmbedding(nn.Module):
         num_classes: int | None = None,
         num_times: int = 1,
         frequencies: int = 256,
-    ):
+    ) -> None:
         super().__init__()
         check_at_least(num_times, 1, "num_times")
         self.num_classes, self.frequencies = num_classes, frequencies
@@ -110,7 +144,7 @@ class TimeLabelEmbedding(nn.Module):
             nn.init.normal_(self.labels.weight, std=0.02)
 
     def forward(self, t: Tensor, cond: Cond = None) -> Tensor:
-        """Embed times ``(B,)`` or ``(B, num_times)`` and labels ``(B,)``."""
+        """Return ``c (B, width)`` for times ``(B,)`` or ``(B, num_times)`` and labels ``(B,)``."""
         labels = check_cond(cond, len(t), self.num_classes)
         waves = sinusoid(t.reshape(len(t), -1), self.frequencies).flatten(1)
         c = self.outputs(F.silu(self.inputs(waves.to(self.inputs.weight.dtype))))
@@ -120,17 +154,20 @@ class TimeLabelEmbedding(nn.Module):
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """``x·(1 + scale) + shift``: the adaptive half of adaptive layer normalization."""
+    """Return ``x·(1 + scale) + shift``, the affine part of adaptive layer normalization."""
     return x * (1 + scale) + shift
 
 
 def modulation(cond_width: int, width: int, chunks: int) -> nn.Sequential:
-    """The map from ``c`` to ``chunks`` shifts, scales or gates; zero at the start (adaLN-Zero)."""
+    """Return a layer from ``c`` to ``chunks`` shifts, scales or gates, zero at the start.
+
+    Source: adaLN-Zero of Peebles & Xie (2023), *Scalable Diffusion Models with Transformers*.
+    """
     return nn.Sequential(nn.SiLU(), zeroed(nn.Linear(cond_width, chunks * width)))
 
 
 def zeroed(layer: nn.Linear) -> nn.Linear:
-    """Set a layer's weight and bias to zero, so that training starts from zero output."""
+    """Set weight and bias of a layer to zero, so that training starts from zero output."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer

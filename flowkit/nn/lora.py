@@ -1,4 +1,4 @@
-"""Low-rank adapters: training a few numbers beside frozen weights."""
+"""Low-rank adapters: few trainable numbers beside frozen weights."""
 
 import copy
 import re
@@ -9,20 +9,23 @@ from torch import nn
 def add_lora(net: nn.Module, rank: int) -> nn.Module:
     """Add trainable low-rank adapters to all linear and convolution layers, in place.
 
-    ``W x`` becomes ``W x + B A x`` with ``A`` of ``rank`` rows, ``B = 0`` at first, so that the
-    network starts as it was; ``W`` is frozen. By the library ``peft``. Source: Hu et al., *LoRA:
-    Low-Rank Adaptation of Large Language Models*, 2021 (arXiv 2106.09685).
+    ``W x`` becomes ``W x + B A x``. The matrix ``A`` has ``rank`` rows, and ``B`` is 0 at the
+    start, so the network computes the same as before. ``W`` is frozen. The library ``peft``
+    provides the adapters.
 
     Args:
         net: The network.
-        rank: Of the adapters, at least 1.
+        rank: Rank of the adapters, at least 1.
 
     Returns:
-        The network.
+        The same network.
 
     Raises:
-        ImportError: Without ``peft``.
-        ValueError: If the rank is below 1 or there are no such layers.
+        ImportError: If ``peft`` is not installed.
+        ValueError: If ``rank`` is below 1 or the network has no such layers.
+
+    Source: Hu et al., *LoRA: Low-Rank Adaptation of Large Language Models*, 2021 (arXiv
+    2106.09685).
 
     >>> net = add_lora(nn.Sequential(nn.Linear(64, 64)), rank=4)
     >>> sum(p.numel() for p in net.parameters() if p.requires_grad)
@@ -36,17 +39,21 @@ def add_lora(net: nn.Module, rank: int) -> nn.Module:
         ) from error
     if rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}")
-    # exactly these: what inherits from them, as in attention, may be used without being called
+    # Only these types: a subclass, as in attention, may be used without a call of the layer.
     layers = [n for n, m in net.named_modules() if type(m) in (nn.Linear, nn.Conv1d, nn.Conv2d)]
     if not layers:
-        raise ValueError("net must have linear or convolution layers, got none")
+        raise ValueError(
+            f"net must have linear or convolution layers, got {type(net).__name__} without them"
+        )
     pattern = "|".join(map(re.escape, layers))
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=pattern)
     return inject_adapter_in_model(config, net)
 
 
 def merge_lora(net: nn.Module) -> nn.Module:
-    """Return a copy with the adapters added to the weights, of the original's structure.
+    """Return a copy of the network with the adapters added to the weights.
+
+    The copy has the structure of the original network without adapters.
 
     >>> net = merge_lora(add_lora(nn.Sequential(nn.Linear(64, 64)), rank=4))
     >>> type(net[0]).__name__

@@ -1,4 +1,4 @@
-"""Multilayer perceptrons as velocities: for points, and for images of a few dozen pixels."""
+"""Multilayer perceptrons as velocities, for points and for images of a few dozen pixels."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -22,24 +22,29 @@ ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU, "selu": nn.SELU, "silu": nn.SiL
 
 
 class MLP(nn.Module):
-    """A plain perceptron on the concatenation ``[x, t, condition]``.
+    """Plain perceptron on the concatenation ``[x, t, condition]``.
 
-    With the defaults it is the network of the two-dimensional experiments of Tong et al. (2023),
-    *Improving and generalizing flow-based generative models with minibatch optimal transport*,
-    there without conditions. A label enters as a one-hot code of ``num_classes + 1`` numbers,
-    the last of which stands for *no label*.
+    A label enters as a one-hot code of ``num_classes + 1`` numbers, and the last number means *no
+    label*.
 
     Args:
-        shape: Shape of a sample, ``(2,)`` or ``(1, 8, 8)``.
+        shape: Shape of a sample, such as ``(2,)`` or ``(1, 8, 8)``.
         width: Size of the hidden layers.
         depth: Number of hidden layers.
-        num_classes: For labels ``(B,)`` in ``[0, num_classes]``; the last is the null label.
-        cond_dim: For conditions ``(B, cond_dim)`` of floats; not with ``num_classes``.
+        num_classes: Number of classes, for labels ``(B,)`` in ``[0, num_classes]``; the last label
+            is the null label.
+        cond_dim: Size of float conditions ``(B, cond_dim)``; not together with ``num_classes``.
         activation: ``"gelu"``, ``"relu"``, ``"selu"``, ``"silu"`` or ``"tanh"``.
-        num_times: Times per sample: with 1, ``t`` is ``(B,)``, otherwise ``(B, num_times)``.
+        num_times: Number of times per sample. With 1, ``t`` is ``(B,)``, otherwise
+            ``(B, num_times)``.
 
     Raises:
-        ValueError: If both ``num_classes`` and ``cond_dim`` are given, or a size is below 1.
+        ValueError: If both ``num_classes`` and ``cond_dim`` are given, the activation is unknown,
+            or a size is below 1.
+
+    Source: Tong et al. (2023), *Improving and generalizing flow-based generative models with
+    minibatch optimal transport*. The defaults are the network of the two-dimensional experiments,
+    which has no conditions.
 
     >>> net = MLP((2,), num_classes=10)
     >>> net(torch.zeros(5, 2), torch.rand(5), torch.full((5,), 10)).shape
@@ -57,11 +62,11 @@ class MLP(nn.Module):
         cond_dim: int | None = None,
         activation: str = "selu",
         num_times: int = 1,
-    ):
+    ) -> None:
         super().__init__()
         if num_classes is not None and cond_dim is not None:
             raise ValueError(
-                f"cond_dim must be None where num_classes is given, got {cond_dim}; "
+                f"cond_dim must be None if num_classes is given, got {cond_dim}; "
                 "a network takes labels or float conditions"
             )
         check_choice(activation, ACTIVATIONS, "activation")
@@ -84,7 +89,13 @@ class MLP(nn.Module):
         self.layers = nn.Sequential(*layers, nn.Linear(size, pixels))
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
-        """Velocity ``(B, *shape)`` at ``x (B, *shape)`` and ``t (B,)``."""
+        """Return the velocity ``(B, *shape)`` at ``x (B, *shape)`` and ``t (B,)``.
+
+        Raises:
+            TypeError: If ``cond`` is of a wrong kind.
+            ValueError: If a shape does not fit, or a label is missing, unwanted or out of its
+                range.
+        """
         check_state(x, t, self.shape, self.num_times)
         parts = [x.flatten(1), t.reshape(len(x), -1).to(x.dtype)]
         if self.cond_dim is not None:
@@ -94,6 +105,7 @@ class MLP(nn.Module):
         return self.layers(torch.cat(parts, 1)).reshape(x.shape)
 
     def _float_cond(self, cond: Cond, batch: int) -> Tensor:
+        """Require float conditions ``(batch, cond_dim)``."""
         if cond is None or isinstance(cond, Mapping):
             raise TypeError(f"cond must be a tensor of floats, got {type(cond).__name__}")
         if tuple(cond.shape) != (batch, self.cond_dim):
@@ -104,20 +116,27 @@ class MLP(nn.Module):
 
 
 class ResidualMLP(nn.Module):
-    """A residual perceptron modulated by time and label: for small images such as 8×8 digits.
+    """Residual perceptron modulated by time and label, for small images such as 8×8 digits.
 
-    Each block computes ``h + g·W₂ silu(W₁ (LN(h)·(1 + s) + b))``, where shift ``b``, scale ``s``
-    and gate ``g`` are linear in the embedding of time and label: the modulation of Peebles & Xie
-    (2023), *Scalable Diffusion Models with Transformers*, without its attention. All gates and
-    the output start at zero.
+    Each block computes ``h + g·W₂ silu(W₁ (LN(h)·(1 + s) + b))``. Shift ``b``, scale ``s`` and gate
+    ``g`` are linear in the embedding of time and label, after a SiLU. All gates and the output are
+    zero at the start.
 
     Args:
         shape: Shape of a sample.
         width: Size of the residual stream and of the embedding.
         depth: Number of blocks.
-        num_classes: For labels ``(B,)`` in ``[0, num_classes]``; the last is the null label.
+        num_classes: Number of classes, for labels ``(B,)`` in ``[0, num_classes]``; the last label
+            is the null label.
         dropout: Probability of dropping a hidden unit of a block in training, in [0, 1].
-        num_times: Times per sample: with 1, ``t`` is ``(B,)``, otherwise ``(B, num_times)``.
+        num_times: Number of times per sample. With 1, ``t`` is ``(B,)``, otherwise
+            ``(B, num_times)``.
+
+    Raises:
+        ValueError: If a size is below 1.
+
+    Source: the modulation of Peebles & Xie (2023), *Scalable Diffusion Models with Transformers*,
+    without attention.
 
     >>> net = ResidualMLP((1, 8, 8), num_classes=10)
     >>> net(torch.randn(2, 1, 8, 8), torch.rand(2), torch.tensor([3, 10])).abs().max()
@@ -132,7 +151,7 @@ class ResidualMLP(nn.Module):
         num_classes: int | None = None,
         dropout: float = 0.0,
         num_times: int = 1,
-    ):
+    ) -> None:
         super().__init__()
         check_at_least(width, 1, "width")
         check_at_least(depth, 1, "depth")
@@ -146,7 +165,13 @@ class ResidualMLP(nn.Module):
         self.outputs = zeroed(nn.Linear(width, pixels))
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
-        """Velocity ``(B, *shape)`` at ``x (B, *shape)`` and ``t (B,)``."""
+        """Return the velocity ``(B, *shape)`` at ``x (B, *shape)`` and ``t (B,)``.
+
+        Raises:
+            TypeError: If ``cond`` is a mapping or holds no integers.
+            ValueError: If a shape does not fit, or a label is missing, unwanted or out of its
+                range.
+        """
         check_state(x, t, self.shape, self.num_times)
         c = self.embedding(t, cond)
         h = self.inputs(x.flatten(1))
@@ -157,7 +182,9 @@ class ResidualMLP(nn.Module):
 
 
 class _ResidualBlock(nn.Module):
-    def __init__(self, width: int, dropout: float):
+    """Residual block of two layers, modulated and gated by a condition ``c (B, width)``."""
+
+    def __init__(self, width: int, dropout: float) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
         self.modulation = modulation(width, width, 3)
@@ -166,5 +193,6 @@ class _ResidualBlock(nn.Module):
         )
 
     def forward(self, h: Tensor, c: Tensor) -> Tensor:
+        """Return the next state ``(B, width)`` for ``h (B, width)``."""
         shift, scale, gate = self.modulation(c).chunk(3, -1)
         return h + gate * self.layers(modulate(self.norm(h), shift, scale))

@@ -9,10 +9,12 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from flowkit.adapters import DiffusersPipelineFlow
+from flowkit.autoencoders import mean_latents
 from flowkit.provenance import tensor_hash
 from flowkit.runs.run import Run
 from flowkit.sampling import ODESampler
 from flowkit.types import Cond
+from flowkit.velocity import BoundVelocity, bind
 
 
 class Settings(NamedTuple):
@@ -72,9 +74,7 @@ class RunFlow:
             raise ValueError(
                 f"image must have the size of the run's, {self.image_shape}, got {shape}; resize it"
             )
-        autoencoder: Any = self.module.autoencoder
-        posterior = getattr(autoencoder, "posterior", None)
-        states = autoencoder.encode(images) if posterior is None else posterior(images).mean
+        states = mean_latents(self.module.autoencoder, images)
         if tuple(states.shape[1:]) != self.module.sample_shape:
             raise ValueError(
                 "run must have a flow of images and nothing else, got one of states of shape "
@@ -98,26 +98,13 @@ class RunFlow:
         """Velocity of the run under a condition of `condition`."""
         return self.bind(cond)(x, t, cond)
 
-    def bind(self, cond: Any, grid: Tensor | None = None) -> "_Labeled":
+    def bind(self, cond: Any, grid: Tensor | None = None) -> BoundVelocity:
         """Guide by the scale in the condition, for one solve."""
-        if cond is None:
-            return _Labeled(self.module.velocity, None, grid)
-        return _Labeled(self.module.guided(cond["guidance"][0].item()), cond["label"], grid)
-
-
-class _Labeled:
-    """A velocity under one class."""
-
-    def __init__(self, velocity: Any, label: Tensor | None, grid: Tensor | None):
-        bind = getattr(velocity, "bind", None)
-        self.velocity = velocity if bind is None else bind(label, grid)
-        self.label = label
-
-    def __call__(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
-        return self.velocity(x, t, self.label)
-
-    def __getattr__(self, name: str) -> Any:  # rows and begin_step, where the velocity has them
-        return getattr(self.velocity, name)
+        velocity, label = self.module.velocity, None
+        if cond is not None:
+            velocity, label = self.module.guided(cond["guidance"][0].item()), cond["label"]
+        bound = bind(velocity, label, grid)
+        return bound.wrapped(lambda x, t, cond=None: bound(x, t, label))
 
 
 class PipelineFlow(DiffusersPipelineFlow):

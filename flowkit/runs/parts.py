@@ -2,11 +2,11 @@
 
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from flowkit.blockwise import Blockwise, solve_cost
 from flowkit.modules import FlowModule
-from flowkit.provenance import tensor_hash
+from flowkit.provenance import tensor_hash, write_atomically
 from flowkit.sampling import ODESampler
 from flowkit.types import Cond, take
 
@@ -57,9 +57,8 @@ class Parts:
         hidden = True if rank else None  # None: only where there is no terminal
         for number in tqdm(range(rank, count, world), "sampling", leave=False, disable=hidden):
             if not files[number].is_file():
-                partial = files[number].with_suffix(".partial")
-                save_file({k: v.contiguous() for k, v in make(number).items()}, partial)
-                os.replace(partial, files[number])
+                columns = {k: v.contiguous() for k, v in make(number).items()}
+                write_atomically(files[number], partial(save_file, columns))
         self.fabric.barrier()
         return [] if rank else [_read(file) for file in files]
 

@@ -18,20 +18,22 @@ from flowkit.sampling.solvers import (
     ADAPTIVE,
     FIXED,
     STEPS,
+    After,
     Corrected,
     Field,
+    Step,
     adaptive,
     fixed,
     with_edges,
 )
 from flowkit.types import Cond
-from flowkit.velocity import Velocity
+from flowkit.velocity import Velocity, bind
 
 Callback = Callable[[int, float, Tensor], Tensor | None]
 
 
 class Solution(NamedTuple):
-    """What a solve returns.
+    """Result of a solve.
 
     ``x``: the final state. ``nfe``: velocity evaluations, counted. ``rows``: rows that went
     through the network in all of them (a guided velocity needs up to two per sample and
@@ -66,7 +68,8 @@ class ODESampler:
     chosen for the whole batch, so its samples depend on the batch within the tolerances.
 
     Raises:
-        ValueError: If the grid is none, the method unknown or a tolerance not positive.
+        ValueError: If the grid is not increasing within [0, 1], the method is unknown or a
+            tolerance is not positive.
 
     >>> from flowkit.exact import GaussianFlow
     >>> sampler = ODESampler(grid=4, method="heun")
@@ -80,8 +83,8 @@ class ODESampler:
     rtol: float = 1e-5
     atol: float = 1e-5
 
-    def __post_init__(self):
-        _ = self.times  # refuses what is no grid
+    def __post_init__(self) -> None:
+        _ = self.times  # refuses a wrong grid
         check_choice(self.method, (*FIXED, *ADAPTIVE), "method")
         check_positive(self.rtol, "rtol")
         check_positive(self.atol, "atol")
@@ -137,19 +140,19 @@ class ODESampler:
             velocity: As in `solve`.
             x: State ``(B, *)`` at the grid's last time. It is not changed.
             cond: Passed to the velocity.
-            correct: Undo Euler's own steps instead of taking Euler steps backwards: predict with
-                the carried velocity, evaluate there, step from the old point with the new
-                velocity, and carry it (Uni-Inv, second order). A number repeats the evaluation
-                and the step so often, which is fixed-point inversion: it converges to the state
-                that Euler's step started from where ``h ‖∂v/∂x‖ < 1``. ``n`` steps cost
-                ``1 + n · correct`` evaluations. Sources: Jiao et al., *UniEdit-Flow*, 2025 (arXiv
-                2504.13109); Pan et al., *Effective Real Image Editing with Accelerated Iterative
-                Diffusion Inversion*, 2023 (arXiv 2309.04907).
+            correct: Undo Euler's own steps instead of taking Euler steps backwards. A corrected
+                step predicts with the last velocity, evaluates the velocity there, and steps again
+                from the old point with the new velocity (Uni-Inv, second order). A number ``k``
+                repeats the evaluation and the step ``k`` times, which is fixed-point inversion: it
+                converges to the state that Euler's step started from where ``h ‖∂v/∂x‖ < 1``.
+                ``n`` steps cost ``1 + n · correct`` evaluations. Sources: Jiao et al.,
+                *UniEdit-Flow*, 2025 (arXiv 2504.13109); Pan et al., *Effective Real Image Editing
+                with Accelerated Iterative Diffusion Inversion*, 2023 (arXiv 2309.04907).
             return_path: Keep the states, from the last time to the first.
             callback: As in `solve`.
 
         Raises:
-            ValueError: If ``correct`` is negative, or asked of another method than Euler.
+            ValueError: If ``correct`` is negative, or if it is set for a method other than Euler.
         """
         check_at_least(correct, 0, "correct")
         if correct and self.method != "euler":
@@ -160,20 +163,30 @@ class ODESampler:
         step = Corrected(int(correct)) if correct else None
         return self._run(self.times.flip(0), velocity, x, cond, return_path, callback, step)
 
-    def _run(self, times, velocity, x, cond, return_path, callback, step=None) -> Solution:
+    def _run(
+        self,
+        times: Tensor,
+        velocity: Velocity,
+        x: Tensor,
+        cond: Cond,
+        return_path: bool,
+        callback: Callback | None,
+        step: Step | None = None,
+    ) -> Solution:
         if not x.is_floating_point():
             raise TypeError(f"x must be a floating-point tensor, got {x.dtype}")
-        bind = getattr(velocity, "bind", None)
-        field = Field(velocity if bind is None else bind(cond, self.times), x, cond)
+        bound = bind(velocity, cond, self.times)
+        field, rows = Field(bound, x, cond), bound.rows
         path = x.new_empty((len(times), *x.shape)) if return_path else None
         after = _after_step(path, x, callback)
-        times, after = with_edges(times, getattr(field.velocity, "edges", ()), after)
+        times, after = with_edges(times, bound.edges, after)
         if self.method in ADAPTIVE:
             tolerances = {"rtol": self.rtol, "atol": self.atol}
             x = adaptive(field, x, times, after, method=self.method, **tolerances)
         else:
             x = fixed(field, x, times.tolist(), after, step or STEPS[self.method]())
-        return Solution(x, field.nfe, field.rows, path)
+        bound.count(field.nfe, field.nfe * len(x))
+        return Solution(x, field.nfe, bound.rows - rows, path)
 
 
 def seeded_noise(
@@ -200,8 +213,8 @@ def seeded_noise(
     return noise.to(device)
 
 
-def _after_step(path: Tensor | None, x: Tensor, callback: Callback | None):
-    """What to do with the state after each step, or None if there is nothing to do."""
+def _after_step(path: Tensor | None, x: Tensor, callback: Callback | None) -> After | None:
+    """Return the function that keeps the path and calls the callback; None if there is neither."""
     if path is not None:
         path[0] = x
     elif callback is None:

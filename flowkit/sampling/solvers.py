@@ -9,20 +9,25 @@ from torch import Tensor
 
 from flowkit.checks import check_same_shape
 from flowkit.types import Cond
-from flowkit.velocity import Velocity
+from flowkit.velocity import BoundVelocity
 
-CLOSE = 1e-6  # times that differ by less are one: grids may come in float32
+CLOSE = 1e-6  # times that differ by less are one time: grids may come in float32
+
+After = Callable[[int, float, Tensor], Tensor]
+"""``after(step, t, x) -> x``, called at each time of the grid; the result replaces the state."""
 
 
 class Field:
     """The velocity of one solve as a function of a float time, counting its evaluations."""
 
-    __slots__ = ("cond", "in_place", "nfe", "t", "velocity")
+    __slots__ = ("bound", "cond", "in_place", "nfe", "t", "velocity")
 
-    def __init__(self, velocity: Velocity, x: Tensor, cond: Cond):
+    def __init__(self, bound: BoundVelocity, x: Tensor, cond: Cond) -> None:
         dtype = torch.promote_types(x.dtype, torch.float32)
         self.t = torch.empty(len(x), dtype=dtype, device=x.device)
-        self.velocity, self.cond, self.nfe, self.in_place = velocity, cond, 0, True
+        # Called without the bound velocity around it: that call is a tenth of a tiny step.
+        self.bound, self.velocity = bound, bound.velocity
+        self.cond, self.nfe, self.in_place = cond, 0, True
 
     def at(self, x: Tensor, t: float) -> Tensor:
         v = self.velocity(x, self.t.fill_(t), self.cond)
@@ -38,18 +43,22 @@ class Field:
         return x.add_(v, alpha=h) if self.in_place else _stage(x, v, h)
 
     @property
-    def rows(self) -> int:
-        return getattr(self.velocity, "rows", self.nfe * len(self.t))
-
-    @property
     def begin_step(self) -> Callable[[float, float], None] | None:
-        """Tells the velocity the step, in either direction as its left and its right end."""
-        tell = getattr(self.velocity, "begin_step", None)
-        return tell and (lambda t, end: tell(min(t, end), max(t, end)))
+        """Tell the velocity a step, in either direction as its left and its right end."""
+        if not self.bound.follows_steps:
+            return None
+        tell = self.bound.begin_step
+        return lambda t, end: tell(min(t, end), max(t, end))
 
 
-def with_edges(times: Tensor, edges: Sequence[float], after):
-    """Stop at a velocity's edges as well, unseen by what follows each step."""
+Step = Callable[[Field, Tensor, float, float], Tensor]
+"""``step(field, x, t, h) -> x`` at time ``t + h``."""
+
+
+def with_edges(
+    times: Tensor, edges: Sequence[float], after: After | None
+) -> tuple[Tensor, After | None]:
+    """Add a velocity's edges to the times of the solve; ``after`` is not called at them."""
     if not edges:
         return times, after
     low, high = sorted((float(times[0]), float(times[-1])))
@@ -61,10 +70,13 @@ def with_edges(times: Tensor, edges: Sequence[float], after):
     stops, origin = both.sort(descending=bool(times[0] > times[-1]))
     steps = {k: step for k, step in enumerate(origin.tolist()) if step < len(times)}
 
+    if after is None:
+        return stops, None
+
     def seen(k: int, t: float, x: Tensor) -> Tensor:
         return after(steps[k], t, x) if k in steps else x
 
-    return stops, after and seen
+    return stops, seen
 
 
 # --- fixed steps -------------------------------------------------------------------------------
@@ -74,7 +86,7 @@ def with_edges(times: Tensor, edges: Sequence[float], after):
 # number of steps and a velocity may reuse its output buffer.
 
 
-def fixed(field: Field, x: Tensor, times: list[float], after, step) -> Tensor:
+def fixed(field: Field, x: Tensor, times: list[float], after: After | None, step: Step) -> Tensor:
     """Carry ``x (B, *)`` through all times, one step between two."""
     x, begin_step = x.clone(), field.begin_step
     for k, (t, end) in enumerate(pairwise(times), 1):
@@ -90,23 +102,23 @@ def _stage(x: Tensor, v: Tensor, h: float) -> Tensor:
     return x.add(v, alpha=h).to(x.dtype)
 
 
-def _euler(f, x, t, h):
+def _euler(f: Field, x: Tensor, t: float, h: float) -> Tensor:
     v = f.at(x, t)  # f.add written out: beside a tiny network a call is 2 % of a step
     return x.add_(v, alpha=h) if f.in_place else _stage(x, v, h)
 
 
-def _midpoint(f, x, t, h):
+def _midpoint(f: Field, x: Tensor, t: float, h: float) -> Tensor:
     return f.add(x, f.at(_stage(x, f.at(x, t), h / 2), t + h / 2), h)
 
 
-def _heun(f, x, t, h):
+def _heun(f: Field, x: Tensor, t: float, h: float) -> Tensor:
     v = f.at(x, t)
     predicted = _stage(x, v, h)
     x = f.add(x, v, h / 2)
     return f.add(x, f.at(predicted, t + h), h / 2)
 
 
-def _rk4(f, x, t, h):
+def _rk4(f: Field, x: Tensor, t: float, h: float) -> Tensor:
     start, v = x.clone(), f.at(x, t)
     for weight, reach in ((1 / 6, 1 / 2), (1 / 3, 1 / 2), (1 / 3, 1)):
         stage = _stage(start, v, h * reach)
@@ -118,10 +130,10 @@ def _rk4(f, x, t, h):
 class _AB2:
     """``x + h ((1 + r) v − r v_last)``, ``r = h / (2 h_last)``; one midpoint step to start."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.last: tuple[Tensor, float] | None = None
 
-    def __call__(self, f, x, t, h):
+    def __call__(self, f: Field, x: Tensor, t: float, h: float) -> Tensor:
         v = f.at(x, t).clone()
         if self.last is None:
             self.last = v, h
@@ -132,13 +144,13 @@ class _AB2:
 
 
 class Corrected:
-    """Predict with the carried velocity; as often as asked, evaluate there and start over."""
+    """Euler's step with a corrected velocity: predict, evaluate there, step from the start."""
 
-    def __init__(self, corrections: int):
+    def __init__(self, corrections: int) -> None:
         self.corrections = corrections
         self.carried: Tensor | None = None
 
-    def __call__(self, f, x, t, h):
+    def __call__(self, f: Field, x: Tensor, t: float, h: float) -> Tensor:
         v = f.at(x, t) if self.carried is None else self.carried
         for _ in range(self.corrections):
             v = f.at(_stage(x, v, h), t + h)
@@ -147,7 +159,7 @@ class Corrected:
 
 
 FIXED = ("euler", "midpoint", "heun", "rk4", "ab2")
-STEPS = {  # what makes the step function of one solve
+STEPS: dict[str, Callable[[], Step]] = {  # makers of the step function of one solve
     "euler": lambda: _euler,
     "midpoint": lambda: _midpoint,
     "heun": lambda: _heun,
@@ -160,8 +172,8 @@ STEPS = {  # what makes the step function of one solve
 ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun")
 
 
-def adaptive(field: Field, x: Tensor, times: Tensor, after, **options: Any) -> Tensor:
-    """Carry ``x (B, *)`` through the times by torchdiffeq, in steps as its tolerances ask."""
+def adaptive(field: Field, x: Tensor, times: Tensor, after: After | None, **options: Any) -> Tensor:
+    """Carry ``x (B, *)`` through the times by torchdiffeq, whose tolerances choose the steps."""
     from torchdiffeq import odeint
 
     def f(t: Tensor, x: Tensor) -> Tensor:
@@ -172,7 +184,7 @@ def adaptive(field: Field, x: Tensor, times: Tensor, after, **options: Any) -> T
         return v
 
     begin_step = field.begin_step
-    if not (after or begin_step):  # nobody minds the times between
+    if not (after or begin_step):  # the times between have no use
         times = times[[0, -1]]
     for k, (t, end) in enumerate(pairwise(times), 1):
         if begin_step:

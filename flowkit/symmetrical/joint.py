@@ -16,7 +16,8 @@ from torch import Tensor
 
 from flowkit.checks import check_same_shape, expand_like
 from flowkit.distributed import mean_over_ranks
-from flowkit.paths import Linear
+from flowkit.guidance import combine
+from flowkit.paths import Linear, noise_like
 from flowkit.sampling import ODESampler, Solution
 from flowkit.sampling.ode import Callback
 from flowkit.types import Cond
@@ -103,8 +104,8 @@ class JointFlow:
             The image's loss and the label's, each a mean over its own (counted) elements.
         """
         t, s = self._draw_times(len(x1), x1.device, boundary_share, generator)
-        image = PATH.sample(_noise(x1, generator) if x0 is None else x0, x1, t)
-        label = PATH.sample(y0, _noise(y0, generator), s)
+        image = PATH.sample(noise_like(x1, generator) if x0 is None else x0, x1, t)
+        label = PATH.sample(y0, noise_like(y0, generator), s)
         y_s = label.x_t
         if self.two_times:
             mask = _times(mask, expand_like(t < 1, x1))
@@ -157,14 +158,20 @@ class JointFlow:
         field = JointField(self, x0.shape[1], noise.ndim, across=True)
         return unpack(sampler(field, pack(x0, noise)), x0.shape[1], noise.ndim)
 
-    def _draw_times(self, batch, device, edges, generator) -> tuple[Tensor, Tensor]:
+    def _draw_times(
+        self,
+        batch: int,
+        device: torch.device,
+        share: float,
+        generator: torch.Generator | None,
+    ) -> tuple[Tensor, Tensor]:
         if not self.two_times:
             t = torch.rand(batch, device=device, generator=generator)
             return t, t
         t, s, side = torch.rand(3, batch, device=device, generator=generator)
-        t = torch.where((side >= edges / 2) & (side < edges), 1.0, t)
-        s = torch.where((side >= edges * 3 / 4) & (side < edges), 1.0, s)
-        return t, torch.where(side < edges / 2, 0.0, s)
+        t = torch.where((side >= share / 2) & (side < share), 1.0, t)
+        s = torch.where((side >= share * 3 / 4) & (side < share), 1.0, s)
+        return t, torch.where(side < share / 2, 0.0, s)
 
 
 class JointField:
@@ -185,13 +192,17 @@ class JointField:
         self.flow, self.channels, self.code_ndim = flow, channels, code_ndim
         self.across, self.scale, self.rows = across, scale, 0
 
+    def bind(self, cond: Cond = None, grid: Tensor | None = None) -> "JointField":
+        """Return a field that counts the rows of one solve."""
+        return JointField(self.flow, self.channels, self.code_ndim, self.across, self.scale)
+
     def __call__(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
         """Velocity ``(B, C + K, *)`` of packed states ``x``."""
         x, y = unpack(x, self.channels, self.code_ndim)
         v_x, v_y = self._evaluate(x, y, t, 1 - t if self.across else t)
         if self.scale != 1:
             v_null, _ = self._evaluate(x, torch.zeros_like(y), t, torch.ones_like(t))
-            v_x = torch.lerp(v_null, v_x, self.scale)
+            v_x = combine(v_x, v_null, self.scale)
         if isinstance(cond, Tensor):
             v_y = v_y * expand_like(cond, v_y)
         return pack(v_x, -v_y if self.across else v_y)
@@ -293,10 +304,6 @@ def unpack(state: Tensor, channels: int, code_ndim: int) -> tuple[Tensor, Tensor
     """Undo `pack`: images, and codes of ``code_ndim`` dimensions, being the means of planes."""
     x, y = state[:, :channels], state[:, channels:]
     return x, y if code_ndim == state.ndim else y.flatten(2).mean(2)
-
-
-def _noise(x: Tensor, generator: torch.Generator | None) -> Tensor:
-    return torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
 
 
 def _times(weight: Tensor | None, factor: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flowkit.autoencoders import Autoencoder
+from flowkit.autoencoders import Autoencoder, mean_latents
 from flowkit.checks import as_labels, expand_like
 from flowkit.sampling import seeded_noise
 from flowkit.symmetrical.codecs import Codec
@@ -66,9 +66,8 @@ class LabelStates:
             )
 
     def latents(self, images: Tensor) -> Tensor:
-        """Latents of images that are to be known: the posterior's mean, if there is a posterior."""
-        posterior = getattr(self.autoencoder, "posterior", None)
-        return self.autoencoder.encode(images) if posterior is None else posterior(images).mean
+        """Latents of images that are to be known, see `flowkit.autoencoders.mean_latents`."""
+        return mean_latents(self.autoencoder, images)
 
     def known(self, images: Tensor, shape: Sequence[int], like: Tensor) -> Tensor:
         """`latents` ``(B, *shape)``, of the device and type of another tensor.

@@ -135,15 +135,19 @@ def test_predicted_data_are_sampled_by_euler_to_the_end_and_edited_before_it():
 
 def test_refusals():
     x, t = torch.zeros(2, 3), torch.tensor([0.5, 0.0])
-    with pytest.raises(ValueError, match=r"t must lie where predicted noise .* got 0.0; start the"):
+    with pytest.raises(
+        ValueError, match=r"t must be a time at which predicted noise .* got 0.0; start the"
+    ):
         from_noise_prediction(lambda x, t, c: x)(x, t)
     for path in (Linear(), VP()):
-        with pytest.raises(ValueError, match=r"t must lie where .* data .* got 1.0; end the"):
+        with pytest.raises(
+            ValueError, match=r"t must be a time at which .* data .* got 1.0; end the"
+        ):
             from_data_prediction(lambda x, t, c: x, path)(x, 1 - t)
     assert from_noise_prediction(lambda x, t, c: x, VP())(x, t).isfinite().all()
     for adapt in (from_noise_prediction, from_data_prediction):
         for path in (Linear(sigma=0.1), BrownianBridge(0.5)):
-            with pytest.raises(ValueError, match=r"path must be a x1 \+ b x0 without noise"):
+            with pytest.raises(ValueError, match=r"path must be a x1 \+ b x0 without added noise"):
                 adapt(lambda x, t, c: x, path)
     with pytest.raises(ValueError, match="time_scale must be positive and finite, got 0"):
         from_reversed_time(lambda x, t, c: x, 0)

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from flowkit.data.arrays import Arrays, from_uint8
+from flowkit.data.arrays import Arrays
 from flowkit.data.stream import Steps, Stream
+from flowkit.metrics import from_uint8
 
 STEPS = 50
 

@@ -45,7 +45,7 @@ def test_tokens_are_resized_as_a_grid():
     columns = torch.arange(4.0).repeat(4).reshape(1, 16, 1)
     halves = resize_tokens(columns, (1, 2))[0, :, 0]
     assert halves[0] < 1.5 < halves[1]
-    with pytest.raises(ValueError, match="tokens must be a square grid, or 2x2, got 3"):
+    with pytest.raises(ValueError, match="tokens must form a square grid or a grid of 2x2, got 3"):
         resize_tokens(torch.zeros(1, 3, 1), (2, 2))
 
 
@@ -58,9 +58,11 @@ def test_tokens_on_disk_are_found_by_content(tmp_path):
     order = torch.tensor([5, 0, 6, 0])
     expected = torch.nn.functional.normalize(encoder(images[order]), dim=-1)
     torch.testing.assert_close(stored(images[order]), expected, rtol=0, atol=1e-3)
-    with pytest.raises(ValueError, match=r"images must be those whose .* 2 unknown of 3"):
+    with pytest.raises(ValueError, match=r"images must have tokens in .* 2 unknown of 3"):
         stored(torch.cat([images[:1], images[1:3].flip(-1)]))
-    with pytest.raises(ValueError, match=r"file must hold tokens, got None; `flowkit tokens`"):
+    with pytest.raises(
+        ValueError, match=r"file must hold tokens, got None; write one with `flowkit tokens`"
+    ):
         StoredTokens(None)
     MaskedEncoder((1, 4, 4), width=16, depth=1, heads=2).save(tmp_path / "net.safetensors")
     with pytest.raises(ValueError, match="file must be written by `flowkit tokens`, got"):
@@ -96,7 +98,9 @@ def test_the_masked_encoder_learns_to_fill_in(tmp_path):
     net.save(tmp_path / "encoder.safetensors")
     again = MaskedEncoder.load(tmp_path / "encoder.safetensors")
     assert torch.equal(again(held_out), net(held_out))
-    with pytest.raises(ValueError, match="file must be an encoder, got None; `flowkit tokens`"):
+    with pytest.raises(
+        ValueError, match="file must hold an encoder, got None; train one with `flowkit tokens`"
+    ):
         MaskedEncoder.load(None)
     one, same = (train_masked_encoder(images, steps=2, **sizes) for _ in range(2))
     assert torch.equal(one(held_out), same(held_out))

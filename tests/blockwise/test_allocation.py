@@ -70,10 +70,10 @@ def test_every_segment_has_a_price():
 def test_costs_are_those_of_the_reference():
     f, x0 = flow([0.0, 0.5, 1.0]), torch.randn(8, 2)
     costs = step_costs(f, x0, grids.blockwise([0.0, 0.5, 1.0], 4))
-    with pytest.raises(ValueError, match=r"costs must be of the 7 times .* got shape \(9, 9\)"):
+    with pytest.raises(ValueError, match=r"costs must belong to the 7 times .* got shape \(9, 9\)"):
         allocate_steps(f, x0, [(3.0, 1.0)] * 2, 60, fine_steps=3, costs=costs)
 
 
 def test_a_budget_must_pay_a_step_each():
-    with pytest.raises(ValueError, match=r"budget must pay a step in each segment, 7.0, got 6"):
+    with pytest.raises(ValueError, match=r"budget must pay one step in each segment, 7.0, got 6"):
         allocate_steps(flow([0.0, 0.5, 1.0]), torch.randn(8, 2), [(3.0, 1.0), (4.0, 1.0)], 6)

@@ -123,14 +123,16 @@ def test_a_grid_without_the_edges_gets_them_and_says_so(method):
     x0 = torch.randn(5, 2, dtype=torch.float64)
     coarse = torch.tensor([0.0, 0.5, 0.6, 1.0], dtype=torch.float64)
     union = torch.tensor([0.0, 0.35, 0.5, 0.6, 1.0], dtype=torch.float64)
-    with pytest.warns(UserWarning, match=r"grid must hold the edges .* without \[0.35\]; they are"):
+    with pytest.warns(
+        UserWarning, match=r"grid must hold the edges .* without \[0.35\]; the solve splits"
+    ):
         a = ODESampler(coarse, method).solve(flow, x0, return_path=True)
     fine, stop = ODESampler(union, method), {"callback": lambda *_: None}  # at all times
     b = fine.solve(GAUSSIAN, x0, return_path=True)
     assert a.path.shape[0] == 4
     assert (a.path - b.path[[0, 2, 3, 4]]).abs().max() <= 1e-12
     assert a.nfe == b.nfe
-    with pytest.warns(UserWarning, match="they are added"):
+    with pytest.warns(UserWarning, match="the solve splits steps"):
         back = ODESampler(coarse, method).invert(flow, a.x).x
     assert (back - fine.invert(GAUSSIAN, a.x, **stop).x).abs().max() <= 1e-12
 
@@ -368,7 +370,7 @@ def test_drift_of_linear_features_is_known():
     lines = drift.table().splitlines()
     assert len(lines) == 3
     assert lines[0].split() == ["segment", "from", "cached", "fra"]
-    with pytest.raises(ValueError, match="trunk must be given for features to drift, got None"):
+    with pytest.raises(ValueError, match=r"trunk must be a network to measure .*, got None"):
         feature_drift(Blockwise(None, copies(MLP((2,)), 2), 2), torch.zeros(1, 2), 2)
 
 

@@ -18,7 +18,7 @@ from flowkit.couplings import Gibbs, MinibatchOT
 from flowkit.exact import GaussianFlow
 from flowkit.guidance import DropCond
 from flowkit.losses import flow_matching_loss
-from flowkit.paths import Cosine, Linear
+from flowkit.paths import VP, Cosine, Linear
 from flowkit.times import Beta, LogitNormal, Stratified
 
 
@@ -259,3 +259,41 @@ def test_loss_by_time_and_edges_of_equal_burden():
     )
     edges = equal_burden(ends, loss, 4)
     assert edges[1] > 0.3  # the burden lies near the data
+
+
+@pytest.mark.filterwarnings("ignore:MinibatchOT ignores cond")
+@pytest.mark.parametrize(
+    ("options", "sums", "cond", "segment"),
+    [
+        ({}, (8.166901394724846, 2.7397346701473, 11.417877301573753), range(6), 0),
+        (
+            {"coupling": MinibatchOT(), "turn": 2},
+            (7.287773162126541, 2.7397346701473, 11.41787737980485),
+            range(6),
+            0,
+        ),
+        (
+            {"path": VP(), "times": LogitNormal(), "drop_cond": DropCond(0.5, null=10)},
+            (6.9558360055089, 2.917829141020775, 16.182293815072626),
+            [10, 10, 2, 3, 4, 10],
+            0,
+        ),
+        (
+            {"path": Linear(sigma=0.1), "segments": [0, 2], "drop_cond": DropCond(0.5, null=10)},
+            (10.284729182720184, 2.826489740051329, 11.417877301573753),
+            [10, 1, 2, 10, 10, 10],
+            1,
+        ),
+    ],
+    ids=["plain", "coupling", "path, times and dropped", "noise of the path"],
+)
+def test_the_order_of_the_draws_is_fixed(options, sums, cond, segment):
+    """Values of an earlier release: a resumed run goes on with the same noise and times."""
+    batch = {"x1": torch.arange(12.0).reshape(6, 2) / 5, "cond": torch.arange(6)}
+    draw = draw_segments(
+        tiny(edges=3), batch, generator=torch.Generator().manual_seed(3), **options
+    )
+    found = [x.double().sum().item() for x in (draw.x_t, draw.t, draw.u)]
+    assert found == pytest.approx(list(sums), rel=1e-5)
+    assert draw.cond.tolist() == list(cond)
+    assert draw.segment.tolist() == [[0, 1, 0, 2, 1, 2], [0, 0, 2, 0, 2, 2]][segment]

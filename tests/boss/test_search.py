@@ -462,17 +462,17 @@ BAD_COSTS[3, 7] = torch.nan
         ),
         (
             lambda: boss.endpoint_grid(breaks_at(0.45), noise(8, 2), 10, 3),
-            "states of the reference must be finite, got others at t = 0.6",
+            "states of the reference must be finite, got NaN or infinite values at t = 0.6",
         ),
         (
             lambda: boss.step_costs(ring(0.3), noise(8, 2), 10, reference=ODESampler(15)),
-            r"reference.grid must have the ends of fine_grid and hold all .* got none at t = 0.",
+            r"reference.grid must have the ends of fine_grid .* got no time at t = 0.",
         ),
         (
             lambda: boss.step_costs(
                 ring(0.3), noise(8, 2), torch.tensor([0.5, 1.0]), reference=ODESampler(2)
             ),
-            r"reference.grid must have the ends .* got none at t = 0.5",
+            r"reference.grid must have the ends .* got no time at t = 0.5",
         ),
         (lambda: boss.step_costs(ring(0.3), noise(8, 2), 10, groups=3), "groups must divide the 8"),
         (
@@ -481,7 +481,7 @@ BAD_COSTS[3, 7] = torch.nan
         ),
         (
             lambda: boss.bellman_interval(torch.zeros(11, 11), 10, 2),
-            r"costs must be of at least 2 groups, \(groups, n, n\), got shape \(11, 11\)",
+            r"costs must have shape \(groups, n, n\) with at least 2 groups, got shape \(11, 11\)",
         ),
         (
             lambda: boss.optimize_grid(ring(0.3), noise(5, 2), 3),
@@ -492,7 +492,7 @@ BAD_COSTS[3, 7] = torch.nan
             lambda: boss.score_grids(
                 ring(0.3), noise(5, 2), {"a": grids.uniform(2), "b": torch.tensor([0, 0.5])}
             ),
-            "grids must run from 0 to 1 like the first, got 0 to 0.5 for 'b'",
+            "grids must run from 0 to 1 like the first grid, got 0 to 0.5 for 'b'",
         ),
         (
             lambda: boss.converged_costs(

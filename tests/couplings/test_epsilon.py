@@ -95,7 +95,7 @@ def test_plot_marks_the_choice():
         ({"target": "ess", "value": 1.5}, r"value must lie in \(0, 1\), got 1.5"),
         (
             {"target": "corr", "value": 0.5, "cost": lambda a, b: 0 * (a - b).sum(-1)},
-            r"value must lie between .* and .*, which the corr of these samples takes, got 0.5",
+            r"value must lie between .* and .*, the range of corr for these samples, got 0.5",
         ),
     ],
 )
@@ -108,7 +108,7 @@ def test_bad_samples():
     x0, x1 = normals(50, 2)
     with pytest.raises(ValueError, match="x1 must be finite, got 1 NaN"):
         suggest_epsilon(x0, torch.where(torch.arange(100).reshape(50, 2) == 7, math.nan, x1))
-    with pytest.raises(ValueError, match="x0 must have samples of the shape of x1's"):
+    with pytest.raises(ValueError, match="x0 must have samples of the same shape as x1"):
         suggest_epsilon(x0, x1[:, :1])
 
 

@@ -371,7 +371,7 @@ def test_plain_weights_shift_the_shares_of_classes_and_class_weights_do_not():
     mass, x0, near = quadrature()
     x0, x1 = torch.cat([x0, x0]), torch.cat([near, near + 3])
     label = torch.arange(2).repeat_interleave(len(near))
-    with pytest.warns(UserWarning, match="how often each label is seen.*normalize='class'"):
+    with pytest.warns(UserWarning, match="how often each label occurs.*normalize='class'"):
         w = mass.repeat(2) * weights(Gibbs(4.0, "sqeuclidean"), x0, x1, label)
     assert w[label == 1].sum() / w.sum() == pytest.approx(0.2451, abs=5e-5)
 
@@ -547,7 +547,7 @@ def test_any_shape_and_dtype():
 @pytest.mark.parametrize(
     ("make", "error", "match"),
     [
-        (lambda: Gibbs(0.0), ValueError, "epsilon must be positive, got 0.0; infinity is plain"),
+        (lambda: Gibbs(0.0), ValueError, "epsilon must be positive, got 0.0; inf gives plain"),
         (lambda: Gibbs(-1.0), ValueError, "epsilon must be positive, got -1"),
         (lambda: Gibbs(math.nan), ValueError, "epsilon must be positive, got nan"),
         (lambda: Gibbs(1.0, "l2"), ValueError, "cost must be one of cityblock, euclidean, inner"),
@@ -567,7 +567,7 @@ def test_bad_batches():
     x0, x1 = normals(8, 2)
     by_class = Gibbs(1.0, normalize="class")
     with pytest.raises(
-        TypeError, match=r"cond must be labels \(B,\) where normalize='class', got None; set"
+        TypeError, match=r"cond must hold labels \(B,\) if normalize='class', got None; set"
     ):
         by_class.pair(x0, x1)
     with pytest.raises(TypeError, match=r"got torch.float32 \(8, 1\); set normalize='batch'"):
@@ -590,7 +590,7 @@ def test_underflow_of_all_weights_says_what_to_change():
     x0, x1 = normals(8, 2)
     with pytest.raises(
         ValueError,
-        match=r"epsilon must be .* above 0, got 0.01, where the largest is exp\(-\d+.*; raise eps",
+        match=r"epsilon must give .* got 0.01, .* largest weight is exp\(-\d+.*; raise eps",
     ):
         Gibbs(0.01, normalize="none").pair(x0, x1 + 5)
     running = Gibbs(0.01, normalize="running")

@@ -3,7 +3,8 @@ import pytest
 import torch
 from hypothesis import given
 
-from flowkit.data.arrays import Arrays, from_uint8, positions
+from flowkit.data.arrays import Arrays, positions
+from flowkit.metrics import from_uint8
 
 
 def test_gray_levels_map_exactly_and_back():

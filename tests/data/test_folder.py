@@ -156,10 +156,10 @@ def test_files_cut_short_are_named_when_decoded(tmp_path):
 def test_folders_that_make_no_data_set_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"root must be a folder, got .*nowhere"):
         Folder(tmp_path / "nowhere", 4).setup()
-    with pytest.raises(ValueError, match=r"root must hold images \(.bmp, .* got none in"):
+    with pytest.raises(ValueError, match=r"root must hold images \(.bmp, .* got no image in"):
         Folder(tmp_path, 4).setup()
     write_classes(tmp_path, {"a": 5, "empty": 0})
-    with pytest.raises(ValueError, match="class folders must hold images, got none in empty"):
+    with pytest.raises(ValueError, match="class folders must hold images, got no image in empty"):
         Folder(tmp_path, 4).setup()
     (tmp_path / "empty").rmdir()
     Image.new("L", (4, 4)).save(tmp_path / "loose.png")

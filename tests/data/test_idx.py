@@ -54,8 +54,7 @@ def test_missing_files_say_what_was_looked_for_and_how_to_get_it(tmp_path):
     data = IDX(tmp_path / "nowhere")
     message = (
         f"root must hold train-images-idx3-ubyte or train-images-idx3-ubyte.gz, got neither in "
-        f"{tmp_path}/nowhere; Fashion-MNIST comes with Debian's dataset-fashion-mnist "
-        "(apt-get install dataset-fashion-mnist)"
+        f"{tmp_path}/nowhere; install Fashion-MNIST by apt-get install dataset-fashion-mnist"
     )
     with pytest.raises(FileNotFoundError, match=re.escape(message)):
         data.setup()
@@ -73,7 +72,7 @@ def test_damaged_files_are_named(tmp_path):
         IDX(tmp_path).setup()
     for content in (gzip.compress(whole)[:-9], whole):
         (tmp_path / "x.gz").write_bytes(content)
-        with pytest.raises(ValueError, match=r"x\.gz must be a whole gzip file, got"):
+        with pytest.raises(ValueError, match=r"x\.gz must be a complete gzip file, got"):
             read_idx(tmp_path / "x.gz")
     file.write_bytes(b"")
     with pytest.raises(ValueError, match=r"t10k-images.* must be an IDX file of unsigned bytes"):

@@ -280,7 +280,7 @@ def test_damaged_and_missing_shards_are_named_and_encoded_again(autoencoder, tmp
     encoded(images, autoencoder, tmp_path)
     shard = tmp_path / "val-00001.safetensors"
     shard.write_bytes(shard.read_bytes()[:-7])
-    with pytest.raises(ValueError, match=r"shards must be whole, got .*val-00001.safetensors"):
+    with pytest.raises(ValueError, match=r"shards must be complete, got .*val-00001.safetensors"):
         cached(tmp_path)
     encoded(images, autoencoder, tmp_path)
     assert _content(tmp_path) == before
@@ -318,7 +318,9 @@ def test_shards_of_another_cache_are_refused_by_both_hashes(autoencoder, tmp_pat
     encoded(pictures(), other, tmp_path / "b")
     name = "train-00001.safetensors"
     (tmp_path / "a" / name).write_bytes((tmp_path / "b" / name).read_bytes())
-    with pytest.raises(ValueError, match=f"hashes {autoencoder.hash} and .*got .*{other.hash}"):
+    with pytest.raises(
+        ValueError, match=f"must have the hashes .*{autoencoder.hash} and .*got .*{other.hash}"
+    ):
         cached(tmp_path / "a")
 
 

@@ -130,7 +130,7 @@ def _setup(root, **options):
 
 def test_missing_lossy_and_doubled_masks_are_named(root):
     mask = root / "masks" / "03.png"
-    message = "must have one mask of its name .* got 1 without: "
+    message = "must have one mask of the same name .* got 1 without: "
     Image.open(mask).save(mask.with_suffix(".tif"))
     with pytest.raises(ValueError, match=message + r"03.png \(03.png, 03.tif\)"):
         _setup(root)
@@ -140,14 +140,15 @@ def test_missing_lossy_and_doubled_masks_are_named(root):
     with pytest.raises(ValueError, match=message + r"03.png \(03.jpg\)"):
         _setup(root)
     mask.with_suffix(".jpg").unlink()
-    with pytest.raises(ValueError, match=message + r"03.png \(none\)"):
+    with pytest.raises(ValueError, match=message + r"03.png \(no mask\)"):
         _setup(root)
 
 
 def test_masks_of_another_size_than_the_image_are_named(root):
     Image.new("L", (8, 8)).save(root / "masks" / "05.png")
     with pytest.raises(
-        ValueError, match=r"size of their images, got 1 .*05.png \(\(8, 8\) beside \(16, 8\)\)"
+        ValueError,
+        match=r"size of their images, got 1 .*05.png \(\(8, 8\) beside \(16, 8\)\)",
     ):
         _setup(root)
 
@@ -170,7 +171,7 @@ def test_folders_that_are_missing_or_empty_are_named(tmp_path):
     write(tmp_path, count=5)
     for mask in (tmp_path / "masks").iterdir():
         mask.unlink()
-    with pytest.raises(ValueError, match=r"root must hold images .* got none in .*masks"):
+    with pytest.raises(ValueError, match=r"root must hold images .* got no image in .*masks"):
         _setup(tmp_path)
 
 
@@ -179,12 +180,12 @@ def test_what_is_no_mask_is_refused_by_its_name(root):
     Image.fromarray(np.array(COLORS, np.uint8)[blocks(8, 16, 2)]).save(file)
     data = MaskFolder(root, 8)
     data.setup()
-    with pytest.raises(ValueError, match=r"07.png \(mask must hold a label per pixel, got mode"):
+    with pytest.raises(ValueError, match=r"07.png \(mask must hold one label per pixel, got"):
         [data.split(name)[:] for name in ("train", "val", "test")]
     other = np.array(COLORS, np.uint8)[blocks(8, 16, 2)]
     other[3, 9] = [1, 2, 3]
     Image.fromarray(other).save(file)
-    message = re.escape("mask must hold the colors given alone, got [1, 2, 3]")
+    message = re.escape("mask must hold only the given colors, got [1, 2, 3]")
     with pytest.raises(ValueError, match=message):
         read_mask(file, 8, COLORS)
     (root / "masks" / "08.png").write_bytes(b"no image")

@@ -133,16 +133,16 @@ def test_images_without_labels(tmp_path):
     ("members", "message"),
     [
         (None, r"shards must be tar files with labels, got .*a\.tar"),
-        ({"1.txt": b"no image"}, r"shards must hold images, got none in .*a\.tar"),
+        ({"1.txt": b"no image"}, r"shards must hold images, got no image in .*a\.tar"),
         (
             {"1.png": png(1), "2.cls": b"3"},
-            r"samples must have an image, got none for /2 in ",
+            r"samples must have an image, got no image for /2 in ",
         ),
         ({"1.png": png(1), "1.cls": b"cat"}, r"shards must be tar files with labels, got .*a\.tar"),
         ({"1.png": png(1), "1.cls": b"-1"}, r"a\.tar: label must be at least 0, got -1"),
         (
             {"1.png": png(1), "1.cls": b"3", "2.png": png(1)},
-            r"must all have labels or none, ",
+            r"labels must be given for all samples or for no sample, ",
         ),
     ],
 )
@@ -158,7 +158,7 @@ def test_shards_that_make_no_data_set_are_refused(tmp_path, members, message):
 def test_what_is_not_there_and_what_does_not_decode_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"root must be a folder, got .*nowhere"):
         opened(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="root must hold tar files, got none in"):
+    with pytest.raises(ValueError, match="root must hold tar files, got no tar file in"):
         opened(tmp_path)
     write(tmp_path / "a.tar", {f"{n}.png": png(n)[: 30 if n < 9 else None] for n in range(12)})
     with pytest.raises(ValueError, match=r"files must be readable, got \d+ broken: .*a\.tar at"):

@@ -524,11 +524,11 @@ class Mean:
         return y.repeat_interleave(2, 1) / 2
 
 
-def test_a_mask_leaves_the_rest_to_the_target():
+def test_the_region_is_the_targets_and_the_rest_the_sources():
     x1 = data(5, 4) * 0.5
     x1[:, 0] += 2
-    mask = torch.tensor([0.0, 0.0, 1.0, 1.0])
-    edit = FlowOpt(ODESampler(10), "auto", 40)(steered, x1, 2.0, -2.0, mask=mask)
+    region = torch.tensor([1.0, 1.0, 0.0, 0.0])
+    edit = FlowOpt(ODESampler(10), "auto", 40)(steered, x1, 2.0, -2.0, region=region)
     assert (edit.residuals[-1] < 1e-9).all()
     torch.testing.assert_close(edit.x[:, 2:], x1[:, 2:])
     assert (edit.x[:, 0] < 0).all()
@@ -537,16 +537,18 @@ def test_a_mask_leaves_the_rest_to_the_target():
     torch.testing.assert_close(edit.residuals, rmse)
 
 
-def test_a_mask_of_ones_is_no_mask_and_a_fraction_weighs():
+def test_an_empty_region_is_none_and_a_fraction_weighs():
     x1 = data()
     flowopt = FlowOpt(ODESampler(5), 0.5, 4)
-    plain, ones = flowopt(CENTRED, x1), flowopt(CENTRED, x1, mask=torch.ones(3))
-    torch.testing.assert_close(plain.x, ones.x)
-    torch.testing.assert_close(plain.residuals, ones.residuals)
-    half = flowopt(CENTRED, x1, mask=torch.full((1, 3), 0.5))
+    plain, empty = flowopt(CENTRED, x1), flowopt(CENTRED, x1, region=torch.zeros(3))
+    torch.testing.assert_close(plain.x, empty.x)
+    torch.testing.assert_close(plain.residuals, empty.residuals)
+    half = flowopt(CENTRED, x1, region=torch.full((1, 3), 0.5))
+    most = flowopt(CENTRED, x1, region=torch.full((1, 3), 0.75))
     torch.testing.assert_close(half.residuals[0], plain.residuals[0])
-    weaker = replace(flowopt, step_size=0.25)(CENTRED, x1)
-    torch.testing.assert_close(half.x, weaker.x)
+    for found, step in ((half, 0.25), (most, 0.125)):  # the share that is to stay
+        weaker = replace(flowopt, step_size=step)(CENTRED, x1)
+        torch.testing.assert_close(found.x, weaker.x)
 
 
 def test_an_operator_matches_measurements_alone():
@@ -569,7 +571,7 @@ def test_an_operator_matches_measurements_alone():
     torch.testing.assert_close(change[:, ::2], change[:, 1::2])
 
 
-def test_an_operator_that_hides_is_a_mask():
+def test_an_operator_that_hides_is_a_region():
     class Hide:
         def __call__(self, x):
             return x[:, 1:]
@@ -578,9 +580,9 @@ def test_an_operator_that_hides_is_a_mask():
             return torch.cat([torch.zeros_like(y[:, :1]), y], 1)
 
     x1, flowopt = data(), FlowOpt(ODESampler(5), 0.7, 5)
-    mask = torch.tensor([0.0, 1.0, 1.0])
+    region = torch.tensor([1.0, 0.0, 0.0])
     a = flowopt(CENTRED, x1, operator=Hide())
-    b = flowopt(CENTRED, x1, mask=mask)
+    b = flowopt(CENTRED, x1, region=region)
     torch.testing.assert_close(a.x, b.x)
     torch.testing.assert_close(a.residuals, b.residuals)
 
@@ -689,14 +691,16 @@ def test_inputs_that_do_not_fit():
         flowopt(CENTRED, torch.zeros(2, 2).long())
     with pytest.raises(ValueError, match="x1 must be finite, got 1 NaN"):
         flowopt(CENTRED, x1.where(x1 < x1.max(), torch.nan))
-    with pytest.raises(ValueError, match=r"mask must broadcast to x1, \(6, 3\), got \(4,\)"):
-        flowopt(CENTRED, x1, mask=torch.ones(4))
-    with pytest.raises(ValueError, match=r"mask must lie in \[0, 1\], got 2.0"):
-        flowopt(CENTRED, x1, mask=torch.full((3,), 2.0))
-    with pytest.raises(ValueError, match="mask must count something of every sample"):
-        flowopt(CENTRED, x1, mask=torch.zeros(3))
-    with pytest.raises(ValueError, match="mask must be None with an operator, got both"):
-        flowopt(CENTRED, x1, mask=torch.ones(3), operator=Mean())
+    with pytest.raises(ValueError, match=r"region must broadcast to x1, \(6, 3\), got \(4,\)"):
+        flowopt(CENTRED, x1, region=torch.ones(4))
+    with pytest.raises(ValueError, match=r"region must lie in \[0, 1\], got 2.0"):
+        flowopt(CENTRED, x1, region=torch.full((3,), 2.0))
+    with pytest.raises(ValueError, match="region must leave out something of every sample"):
+        flowopt(CENTRED, x1, region=torch.ones(3))
+    with pytest.raises(ValueError, match="region must be None with an operator, got both"):
+        flowopt(CENTRED, x1, region=torch.ones(3), operator=Mean())
+    with pytest.raises(TypeError, match="unexpected keyword argument 'mask'"):
+        flowopt(CENTRED, x1, mask=torch.ones(3))  # which once meant the opposite
 
     class Wrong(Mean):
         def adjoint(self, y):

@@ -316,7 +316,8 @@ def test_wasserstein_of_unequal_sizes_and_translations():
 
 
 def test_wasserstein_errors():
-    with pytest.raises(ValueError, match=r"b must be points \(M, \*\) as a \(4, 2\), got \(4, 3\)"):
+    message = r"b must hold points \(M, \*\) of the shape of a \(4, 2\), got \(4, 3\)"
+    with pytest.raises(ValueError, match=message):
         wasserstein2(normal(4, 2), normal(4, 3))
     with pytest.raises(ValueError, match="a must be finite"):
         wasserstein2(torch.full((2, 2), math.inf), normal(2, 2))

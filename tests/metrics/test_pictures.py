@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from flowkit.metrics import to_uint8
+from flowkit.metrics import as_saved, from_uint8, to_uint8
 from flowkit.metrics.pictures import save_picture
 
 
@@ -40,3 +40,23 @@ def test_other_samples_have_a_picture_too(tmp_path):
     five = save_picture(images, tmp_path / "five.png")
     mean = save_picture(images.mean(1, keepdim=True), tmp_path / "mean.png")
     assert five.read_bytes() == mean.read_bytes()
+
+
+def test_bytes_and_images_undo_each_other():
+    levels = torch.arange(256, dtype=torch.uint8)
+    images = from_uint8(levels)
+    assert torch.equal(images, levels.float() / 127.5 - 1)
+    assert images.dtype == torch.float32
+    assert torch.equal(to_uint8(images), levels)
+    assert torch.equal(levels, torch.arange(256, dtype=torch.uint8))  # as they were
+    floats = levels.float()
+    assert torch.equal(from_uint8(floats), images)
+    assert torch.equal(floats, levels.float())
+
+
+def test_saved_images_have_levels():
+    x = torch.rand(500) * 2.2 - 1.1
+    saved = as_saved(x)
+    assert torch.equal(as_saved(saved), saved)
+    assert torch.equal(as_saved(to_uint8(x)), saved)
+    assert (saved - x.clamp(-1, 1)).abs().max().item() <= 0.5 / 127.5 + 1e-6

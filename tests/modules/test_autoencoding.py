@@ -117,5 +117,12 @@ def test_grid_shows_maps_as_gray_levels_and_latents_as_images():
     rows = condition_grid(module, batch, 2, 1, ODESampler(2)).unflatten(0, (2, 3))
     assert torch.equal(rows[:, 0, 0], maps / 2 - 1)
     torch.testing.assert_close(rows[:, 1], autoencoder.decode(z))
-    with pytest.raises(ValueError, match="module must have masks, or batches maps"):
+    with pytest.raises(ValueError, match="module must have masks, or the batch maps"):
         condition_grid(module, {"x1": x, "cond": torch.zeros(2)}, 2, 1)
+
+
+def test_a_loss_that_is_not_finite_names_the_images():
+    x = torch.zeros(3, 1, 8, 8)
+    x[1, 0, 2, 2] = torch.nan
+    with pytest.raises(RuntimeError, match=r"got nan at step 0, batch 7; x1 is not .* rows \[1\]"):
+        Autoencoding(network()).training_step({"x1": x}, 7)

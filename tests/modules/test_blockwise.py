@@ -15,7 +15,6 @@ from flowkit.blockwise import Blockwise, BlockwiseDiT, BlockwiseMLP, copies
 from flowkit.guidance import DropCond
 from flowkit.modules import BlockwiseFlowMatching, ConditionalFlowMatching
 from flowkit.nn import ResidualMLP
-from flowkit.paths import Cosine, Linear
 from flowkit.sampling import ODESampler
 
 pytestmark = pytest.mark.filterwarnings(
@@ -341,9 +340,6 @@ def test_sampling_by_the_module_follows_the_feature_mode():
 def test_bad_input_is_named():
     with pytest.raises(TypeError, match="velocity must be a Blockwise, got ResidualMLP"):
         BlockwiseFlowMatching(ResidualMLP((2,)))
-    with pytest.raises(ValueError, match="target must be 'velocity' on a curved path, got"):
-        BlockwiseFlowMatching(tiny(), target="chord", path=Cosine())
-    BlockwiseFlowMatching(tiny(), target="chord", path=Linear())
     with pytest.raises(ValueError, match="feature_residual must be part of the velocity"):
         BlockwiseFlowMatching(tiny(residual_depth=None), stage="fra")
     with pytest.raises(ValueError, match="trunk must be part of the velocity"):

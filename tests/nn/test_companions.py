@@ -114,11 +114,11 @@ def _map(cond):
 @pytest.mark.parametrize(
     ("run", "error", "message"),
     [
-        (lambda: _inpaint(None), TypeError, "mapping with masked and mask, got NoneType"),
+        (lambda: _inpaint(None), TypeError, "mapping with the names masked and mask, got NoneType"),
         (
             lambda: _inpaint({"mask": torch.zeros(2, 1, 3, 3)}),
             TypeError,
-            r"cond must be a mapping with masked and mask, got \['mask'\]",
+            r"cond must be a mapping with the names masked and mask, got \['mask'\]",
         ),
         (
             lambda: _inpaint({"masked": torch.zeros(2, 4, 3, 3), "mask": torch.zeros(2, 1, 6, 6)}),
@@ -140,12 +140,12 @@ def _map(cond):
         (
             lambda: _map(torch.zeros(2, 8, 4, dtype=torch.long)),
             ValueError,
-            r"cond must have shape \(2, 8, 8\), up to 3 less along a side, got \(2, 8, 4\)",
+            r"cond must have shape \(2, 8, 8\), or sides up to 3 smaller, got \(2, 8, 4\)",
         ),
         (
             lambda: _map(torch.zeros(2, dtype=torch.long)),
             ValueError,
-            r"cond must have shape \(2, 8, 8\), up to 3 less along a side, got \(2,\)",
+            r"cond must have shape \(2, 8, 8\), or sides up to 3 smaller, got \(2,\)",
         ),
         (lambda: SemanticMap(Seen(), 0, 4), ValueError, "num_classes must be at least 1, got 0"),
     ],

@@ -156,7 +156,7 @@ def test_input_errors(kind):
 
 
 def test_constructor_errors():
-    with pytest.raises(ValueError, match="cond_dim must be None where num_classes is given, got 2"):
+    with pytest.raises(ValueError, match="cond_dim must be None if num_classes is given, got 2"):
         MLP((2,), num_classes=3, cond_dim=2)
     with pytest.raises(ValueError, match=r"activation must be one of gelu, .*, got 'swish'"):
         MLP((2,), activation="swish")

@@ -247,7 +247,7 @@ def test_samples_say_their_feature_mode_and_what_they_took(folder, stage1, stage
     with pytest.raises(ValueError, match="tolerance must be null where no features are reused"):
         evaluate(cfg)
     for run, rule in (
-        (stage1, "feature_residual must be given for feature_mode 'fra', got None; the second"),
+        (stage1, "feature_residual must be given for feature_mode 'fra', got None; train one"),
         (plain, "feature_mode must be null for a run without blocks, got fra"),
     ):
         with pytest.raises(ValueError, match=rule):

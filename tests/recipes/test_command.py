@@ -11,7 +11,15 @@ import pytest
 from hydra.errors import HydraException, InstantiationException
 from omegaconf import OmegaConf
 
-from flowkit.__main__ import ErrorInALine, check_overrides, explained, recipes
+from flowkit import __version__
+from flowkit.__main__ import (
+    ErrorInALine,
+    check_experiment,
+    check_overrides,
+    experiments,
+    explained,
+    recipes,
+)
 from flowkit.checks import check_at_least
 from tests.conftest import CONF
 
@@ -161,3 +169,68 @@ def test_nothing_to_measure_is_refused(configure, recipe, name):
     module = importlib.import_module(f"flowkit.recipes.{recipe}")
     with pytest.raises(ValueError, match=f"{name} must be at least [12], got 0"):
         getattr(module, recipe)(configure(recipe, "run=nowhere", f"{name}=0"))
+
+
+def test_the_version_is_printed(tmp_path):
+    result = _run(tmp_path, "--version")
+    assert (result.returncode, result.stdout) == (0, f"flowkit {__version__}\n")
+
+
+def test_a_recipe_lists_its_own_experiments(tmp_path):
+    result = _run(tmp_path, "compare", "--help")
+    listed = result.stdout.partition("experiment=null  # ")[2].partition("\nOptions")[0]
+    assert [name.strip() for name in listed.split(",")] == experiments("compare")
+    assert {"toy_table", "weighted_toy"} <= set(experiments("compare"))
+    assert not set(experiments("compare")) & set(experiments("train"))
+
+
+def test_an_experiment_of_another_recipe_is_an_error_at_once_that_names_the_recipe(tmp_path):
+    """At once: nothing heavy has been imported by then."""
+    script = (
+        "import sys, flowkit.__main__ as m\n"
+        "sys.argv[1:] = ['train', 'experiment=toy_table']\n"
+        "try: m.main()\n"
+        "finally: print(*{'torch', 'hydra', 'omegaconf', 'lightning'} & set(sys.modules))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 1
+    assert result.stderr == (
+        "error: experiment must be one of train's, got toy_table; it is one of compare's: "
+        "flowkit compare experiment=toy_table\n"
+    )
+    assert result.stdout == "\n"
+
+
+def test_an_experiment_is_of_the_recipe_or_of_the_users_own(tmp_path):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\nseed: 3\n")
+    accepted = [["experiment=digits_cfm"], ["experiment='digits_cfm'"], ["experiment=null"]]
+    accepted += [["experiment=mine", "--config-dir", str(tmp_path)]]
+    accepted += [[f"--config-dir={tmp_path}", "experiment=mine"]]
+    accepted += [["-cd", str(tmp_path), "experiment=mine"], ["experiment=${oc.env:NAME}"]]
+    accepted += [["experiment=other", "--config-path", "elsewhere"], ["data.experiment=mine"]]
+    accepted += [["experiment=mine", "hydra.searchpath=[pkg://mine]"], ["debug=one_batch"]]
+    for arguments in accepted:
+        check_experiment("train", arguments)
+    check_experiment("sample", ["experiment=mine"])  # Hydra says that it has no such option
+    for arguments in (["experiment=mine"], ["experiment=digits_cfm,mine", "--multirun"]):
+        with pytest.raises(ValueError, match=r"one of train's, got mine; there are boss_digits, "):
+            check_experiment("train", arguments)
+    with pytest.raises(ValueError, match=r"one of train's, got theirs; there are"):
+        check_experiment("train", ["experiment=theirs", "--config-dir", str(tmp_path)])
+    with pytest.raises(ValueError, match=r"compare_edits's, got mine; there are digits_edits, f"):
+        check_experiment("compare_edits", ["experiment=mine"])
+    for experiment in experiments("compare"):
+        with pytest.raises(ValueError, match=f"flowkit compare experiment={experiment}$"):
+            check_experiment("train", [f"experiment={experiment}"])
+
+
+def test_the_users_own_files_come_from_a_folder(tmp_path):
+    folder = tmp_path / "mine" / "experiment"
+    folder.mkdir(parents=True)
+    (folder / "short.yaml").write_text("# @package _global_\nbatch_size: 17\n")
+    result = _run(tmp_path, "train", "experiment=short", "--config-dir", "mine", "--cfg", "job")
+    assert result.returncode == 0, result.stderr
+    assert "\nbatch_size: 17\n" in result.stdout

@@ -103,15 +103,26 @@ def test_without_a_target_it_inverts(tiny_run, digit, configure, tmp_path):
     assert set(record["gaussianity"]) == {"norm", "chi2", "autocorrelation"}
 
 
-def test_a_mask_keeps_what_is_white(tiny_run, digit, configure, tmp_path):
-    mask = torch.zeros(8, 8, dtype=torch.uint8)
-    mask[:, :4] = 255
-    Image.fromarray(mask.numpy()).save(tmp_path / "mask.png")
-    options = ["source=3", "target=8", "num_iters=40", "num_steps=5", f"mask={tmp_path}/mask.png"]
-    options += ["step_size=auto", "target_guidance=4", f"out={tmp_path / 'o'}"]
+def test_a_region_changes_where_it_is_white(tiny_run, digit, configure, tmp_path):
+    region = torch.zeros(8, 8, dtype=torch.uint8)
+    region[:, 4:] = 255
+    Image.fromarray(region.numpy()).save(tmp_path / "region.png")
+    options = ["source=3", "target=8", "num_iters=40", "num_steps=5"]
+    options += [
+        f"region={tmp_path}/region.png",
+        "step_size=auto",
+        "target_guidance=4",
+        f"out={tmp_path / 'o'}",
+    ]
     found = edit(configure("edit", f"run={tiny_run}", f"image={digit}", *options))
     change = (found.x - read_image(digit, 1)).abs()[0, 0]
     assert change[:, :4].mean() < 0.2 * change[:, 4:].mean()
+    assert json.loads((tmp_path / "o" / "edit.json").read_text())["region"].endswith("region.png")
+
+
+def test_a_mask_of_earlier_commands_is_not_taken_for_a_region(tiny_run, digit, configure):
+    with pytest.raises(ValueError, match=r"region must be given in place of mask, got mask=m\.png"):
+        edit(configure("edit", f"run={tiny_run}", f"image={digit}", "source=3", "+mask=m.png"))
 
 
 def test_the_default_folder_names_the_edit(tiny_run, digit, configure, tmp_path):
@@ -147,8 +158,8 @@ def test_what_does_not_fit_a_run(options, message, tiny_run, digit, configure, t
 def test_pictures_of_another_size(tiny_run, digit, photo, configure, tmp_path):
     with pytest.raises(ValueError, match=r"image must have the size of the run's, \(1, 8, 8\)"):
         edit(configure("edit", f"run={tiny_run}", f"image={photo}", "source=3"))
-    with pytest.raises(ValueError, match=r"mask must have the image's size, \(8, 8\), got"):
-        edit(configure("edit", f"run={tiny_run}", f"image={digit}", "source=3", f"mask={photo}"))
+    with pytest.raises(ValueError, match=r"region must have the image's size, \(8, 8\), got"):
+        edit(configure("edit", f"run={tiny_run}", f"image={digit}", "source=3", f"region={photo}"))
 
 
 def test_guidance_of_a_run_that_was_not_trained_for_it(tiny_run):

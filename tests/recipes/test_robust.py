@@ -88,12 +88,26 @@ def test_a_killed_process_is_resumed_exactly(configure, tmp_path, whole, when):
 def test_a_resumed_step_is_not_saved_again_amid_gradients_of_the_next(tmp_path):
     saved = []
     trainer = SimpleNamespace(
-        global_step=4, max_steps=8, should_stop=False, save_checkpoint=saved.append
+        global_step=4,
+        max_steps=8,
+        should_stop=False,
+        is_global_zero=True,
+        save_checkpoint=saved.append,
     )
     callback = LastCheckpoint(tmp_path, 2)
     callback.on_train_start(trainer, None)
     callback.on_train_batch_end(trainer, None, None, None, 0)
     assert not saved
+
+
+def test_what_a_killed_process_left_is_cleared_by_the_first_of_the_next(tmp_path):
+    for name in ("last.ckpt", "last.ckpt.17.partial"):
+        (tmp_path / name).touch()
+    for first, left in ((False, 2), (True, 1)):
+        trainer = SimpleNamespace(global_step=4, is_global_zero=first)
+        LastCheckpoint(tmp_path, 2).on_train_start(trainer, None)
+        assert len(list(tmp_path.iterdir())) == left
+    assert (tmp_path / "last.ckpt").is_file()
 
 
 def test_a_training_that_ends_by_the_clock_can_go_on(configure, tmp_path):
@@ -137,7 +151,7 @@ def test_ctrl_c_ends_after_the_step_which_is_saved(configure, tmp_path, batch, c
     options = [*OPTIONS, "trainer.accumulate_grad_batches=2"]
     train(configure("train", *options, f"run_dir={tmp_path / 'whole'}"))
     run, before = tmp_path / "run", signal.getsignal(signal.SIGINT)
-    with pytest.raises(SystemExit, match=f"stopped at step 8; go on by resume={run}"):
+    with pytest.raises(SystemExit, match=f"stopped at step 8; continue with resume={run}"):
         train(configure("train", *options, f"run_dir={run}", _press(7, batch)))
     assert "stopping after this step" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGINT) is before
@@ -182,7 +196,7 @@ def test_a_full_disk_is_an_error_that_leaves_the_last_checkpoint(configure, tmp_
     file = tmp_path / "checkpoints" / "last.ckpt"
     node = f"+callback.room={{_target_: tests.recipes.test_robust.NoRoom, file: {file}}}"
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    message = r"checkpoint must be .* got .*checkpoints at step 10: .*; the last one is as it was"
+    message = r"folder must have room .* got .*checkpoints at step 10: .*; last.ckpt is unchanged"
     try:
         with pytest.raises(RuntimeError, match=message):
             train(configure("train", *OPTIONS, f"run_dir={tmp_path}", node))

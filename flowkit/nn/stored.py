@@ -1,0 +1,56 @@
+"""Networks that are kept in one file: weights, and what builds the network again."""
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
+
+from torch import nn
+
+from flowkit.provenance import write_atomically
+
+
+class Stored(nn.Module):
+    """A network that is written to a safetensors file and read without running any code of it.
+
+    A subclass sets ``config``, the arguments that build it, as plain types.
+
+    >>> import tempfile, torch
+    >>> class Scale(Stored):
+    ...     def __init__(self, width):
+    ...         super().__init__()
+    ...         self.config, self.scale = {"width": width}, nn.Parameter(torch.ones(width))
+    >>> Scale(3).save(file := tempfile.mkdtemp() + "/scale.safetensors")
+    >>> Scale.load(file).scale
+    Parameter containing:
+    tensor([1., 1., 1.])
+    """
+
+    config: dict[str, Any]
+
+    def save(self, file: str | Path) -> None:
+        """Write weights and architecture; the folder must exist."""
+        from safetensors.torch import save_file
+
+        weights = {name: value.contiguous() for name, value in self.state_dict().items()}
+        metadata = {"config": json.dumps(self.config)}
+        write_atomically(Path(file), partial(save_file, weights, metadata=metadata))
+
+    @classmethod
+    def load(cls, file: str | Path) -> Self:
+        """Read what `save` wrote; without gradients, in ``eval`` mode, on the CPU.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If it was written by something else.
+        """
+        from safetensors import safe_open
+
+        with safe_open(file, framework="pt") as stored:
+            config = (stored.metadata() or {}).get("config")
+            if config is None:
+                raise ValueError(f"file must be written by {cls.__name__}.save, got {file}")
+            weights = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+        net = cls(**json.loads(config))
+        net.load_state_dict(weights)
+        return net.eval().requires_grad_(False)

@@ -1,0 +1,38 @@
+"""Networks in files."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from flowkit.nn.stored import Stored
+
+
+class Scale(Stored):
+    def __init__(self, width, name="scale"):
+        super().__init__()
+        self.config, self.name = {"width": width, "name": name}, name
+        self.scale = nn.Parameter(torch.arange(float(width)))
+        self.norm = nn.BatchNorm1d(width)
+
+    def forward(self, x):
+        return self.norm(self.scale * x)
+
+
+def test_a_network_comes_back_as_it_was(tmp_path):
+    net, x = Scale(3, "other"), torch.randn(5, 3)
+    net(x)  # moves the norm's averages
+    net.save(tmp_path / "net.safetensors")
+    again = Scale.load(tmp_path / "net.safetensors")
+    assert (again.name, again.training) == ("other", False)
+    assert not any(p.requires_grad for p in again.parameters())
+    assert torch.equal(again(x), net.eval()(x))
+    assert [file.name for file in tmp_path.iterdir()] == ["net.safetensors"]
+
+
+def test_what_is_no_stored_network_is_refused(tmp_path):
+    save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=r"file must be written by Scale\.save, got"):
+        Scale.load(tmp_path / "other.safetensors")
+    with pytest.raises(FileNotFoundError):
+        Scale.load(tmp_path / "missing.safetensors")

@@ -1,0 +1,95 @@
+"""Digests that files hold, and files that are whole."""
+
+import os
+
+import pytest
+import torch
+from torch import nn
+
+from flowkit.autoencoders import identity, mean_latents
+from flowkit.data.arrays import Arrays
+from flowkit.provenance import content_hash, tensor_hash, write_atomically
+
+
+class Scaled(nn.Module):
+    """An autoencoder without a posterior."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(2, 1)
+        self.net.weight.data = torch.tensor([[1.0, -2.0]])
+        self.net.bias.data = torch.tensor([0.5])
+
+    def encode(self, images):
+        return 3 * images
+
+    def decode(self, latents):
+        return latents / 3
+
+
+def test_digests_are_those_that_earlier_files_hold():
+    found = identity(Scaled())["hash"]
+    assert found == "91626220cc2562a4a59c8ae1ab7b583f33a11ac2af9d139343164a6bd43a8f51"
+    columns = {"b": torch.tensor([1, 2]), "a": torch.tensor(1.5, dtype=torch.bfloat16)}
+    found = content_hash(columns, '{"a": [2], "x": 1}')
+    assert found == "3d01f1d9db7b7c9039013a9d6230c4f4a30480631f240c61e0c271e87e55afa6"
+    split = Arrays({"x1": torch.tensor([[0.5], [1.0]]), "cond": torch.tensor([4, 5])})
+    expected = "129e6dcbcd971b427d1bd01a9a62e33af3012faef0763f495bb100bfa823ace3"
+    assert split.fingerprint() == expected
+    found = tensor_hash({"b": torch.tensor([1, 2]), "a": torch.tensor(1.5)})
+    assert found == "84e5edc3945c257e646522ea55bf4a5652ea830471cb27942b79ef8362fbdecf"
+
+
+@pytest.mark.parametrize("digest", [tensor_hash, content_hash])
+def test_digests_see_names_types_shapes_and_values_and_nothing_else(digest):
+    x = torch.arange(6.0).reshape(2, 3)
+    same = digest({"a": x, "b": x[0]})
+    assert same == digest({"b": x[0].clone(), "a": x.T.contiguous().T})
+    others = [
+        {"a": x, "c": x[0]},
+        {"a": x.double(), "b": x[0]},
+        {"a": x.reshape(3, 2), "b": x[0]},
+        {"a": x + 1, "b": x[0]},
+    ]
+    assert len({same, *map(digest, others)}) == 5
+
+
+def test_a_file_is_replaced_by_a_whole_one(tmp_path):
+    file, seen = tmp_path / "a.bin", []
+
+    def write(partial):
+        seen.append((partial.name, file.read_bytes()))
+        partial.write_bytes(b"new")
+
+    file.write_bytes(b"old")
+    write_atomically(file, write)
+    assert seen == [(f"a.bin.{os.getpid()}.partial", b"old")]
+    assert file.read_bytes() == b"new"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_failed_write_leaves_what_was_there(tmp_path):
+    file = tmp_path / "a.bin"
+    file.write_bytes(b"old")
+
+    def fail(partial):
+        partial.write_bytes(b"ne")
+        raise OSError("no room")
+
+    with pytest.raises(OSError, match="no room"):
+        write_atomically(file, fail)
+    assert file.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_known_latents_are_the_posteriors_mean_or_what_is_encoded():
+    class Law:
+        mean = torch.tensor([7.0])
+
+    class Drawn(Scaled):
+        def posterior(self, images):
+            return Law()
+
+    x = torch.ones(1, 2)
+    assert torch.equal(mean_latents(Scaled(), x), torch.full((1, 2), 3.0))
+    assert mean_latents(Drawn(), x) is Law.mean
