@@ -27,7 +27,7 @@ from flowkit.data import SplitData
 from flowkit.metrics import Features, image_metrics, to_uint8
 from flowkit.metrics.pictures import save_picture
 from flowkit.modules import LastCheckpoint
-from flowkit.modules.autoencoding import Autoencoding, FeatureError
+from flowkit.modules.autoencoding import Autoencoding
 from flowkit.modules.callbacks import StepProgress, StopOnInterrupt
 from flowkit.modules.checkpoints import CHECKPOINT, CONFIG, UNRESOLVED
 from flowkit.provenance import versions
@@ -166,11 +166,6 @@ def measure(
     rows = min(4, len(test) // columns)
     both = [x[: rows * columns].unflatten(0, (rows, columns)) for x in (test, decoded)]
     return {"psnr": psnr, **metrics}, torch.stack(both, 1).flatten(0, 2)
-
-
-def classifier_error(data: SplitData, metric: Any) -> FeatureError:
-    """Return a perceptual term by the classifier that `flowkit evaluate` measures with."""
-    return FeatureError(metric(data).trunk)
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="autoencoder")

@@ -24,10 +24,10 @@ from flowkit.metrics import PixelSVC, agreement
 from flowkit.metrics.labels import segmentation_metrics
 from flowkit.metrics.pictures import colored, save_picture
 from flowkit.modules import SymmetricalFlowMatching
-from flowkit.recipes.predict import symmetrical
 from flowkit.runs import Run
 from flowkit.runs.parts import draw
 from flowkit.runs.records import write_record
+from flowkit.runs.run import symmetrical
 from flowkit.runs.starts import choose_labels, noise_batches
 from flowkit.sampling import ODESampler
 

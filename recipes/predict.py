@@ -26,6 +26,7 @@ from flowkit.metrics.pictures import colored, save_picture
 from flowkit.modules import SymmetricalFlowMatching
 from flowkit.runs import Run
 from flowkit.runs.records import write_record
+from flowkit.runs.run import symmetrical
 from flowkit.runs.splits import prepared
 from flowkit.sampling import ODESampler
 
@@ -74,20 +75,6 @@ def predict(cfg: DictConfig) -> dict[str, Any]:
         print(f"picture   {files[2]}")
     print(f"labels    {files[1]}\nnumbers   {files[0]}")
     return record
-
-
-def symmetrical(run: Run) -> SymmetricalFlowMatching:
-    """The module of a run that can label images.
-
-    Raises:
-        TypeError: If it is of another method.
-    """
-    if not isinstance(run.module, SymmetricalFlowMatching):
-        raise TypeError(
-            "run must be of SymmetricalFlowMatching (module=symmetrical) to label images, "
-            f"got {type(run.module).__name__}"
-        )
-    return run.module
 
 
 def label(

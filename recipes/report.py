@@ -22,7 +22,6 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from flowkit import grids
 from flowkit.checks import check_at_least
 from flowkit.metrics import (
     PixelSVC,
@@ -143,12 +142,6 @@ def _show(rows: list[Row], measure: Measure, out: Path) -> None:
     if len({row["guidance"] for row in rows}) > 1:
         plot_guidance(rows, measure.name, measure.real, out / "guidance.png")
         print(f"guidance  {out / 'guidance.png'}")
-
-
-def saved(num_steps: int, folder: str) -> Tensor | None:
-    """Return the grid of so many steps that `flowkit boss` wrote to a folder; None without one."""
-    file = Path(folder) / f"grid-{num_steps}.json"
-    return grids.load(file) if file.is_file() else None
 
 
 def _cells(cfg: DictConfig) -> list[tuple[str, str, ODESampler]]:

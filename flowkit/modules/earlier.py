@@ -32,7 +32,9 @@ NAMES = {
     "flowkit.nn.masked": "flowkit.blockwise",
     "flowkit.nn.parts": "flowkit.blockwise",
     "flowkit.nn.planes": "flowkit.symmetrical",
+    "flowkit.recipes.autoencoder": "flowkit.runs",
     "flowkit.recipes.evaluate": "flowkit.runs",
+    "flowkit.recipes.report.saved": "flowkit.runs.saved_grid",
 }
 
 # Keys of a class: their name now, or None where they had no effect and are gone.

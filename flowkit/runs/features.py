@@ -1,6 +1,7 @@
-"""Feature networks by name, for ``conf/metric``."""
+"""Feature networks by name, for ``conf/metric`` and ``conf/perceptual``."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
@@ -14,6 +15,7 @@ from flowkit.metrics import (
     inception,
     train_classifier,
 )
+from flowkit.modules.autoencoding import FeatureError
 from flowkit.modules.flow import labels_of
 from flowkit.runs.processes import say
 
@@ -63,3 +65,10 @@ def pixel_features(data: SplitData) -> Pixels:
 def inception_features(data: SplitData, weights: str, device: str = "cpu") -> Features:
     """Return the Inception features that FID is defined with."""
     return inception(weights, device)
+
+
+def classifier_error(
+    data: SplitData, metric: Callable[[SplitData], ConvClassifier]
+) -> FeatureError:
+    """Return a perceptual term by the classifier that `flowkit evaluate` measures with."""
+    return FeatureError(metric(data).trunk)

@@ -19,7 +19,7 @@ def lines_of(rows: list[Row], *names: str) -> dict[str, list[Row]]:
 
 
 def plot(rows: list[Row], measure: str, floor: float, file: Path) -> None:
-    """Plot distance over evaluations and time: colors are solvers and scales, line styles grids."""
+    """Plot distance over evaluations and time: a color a solver and scale, a line style a grid."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter
 

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 
 from flowkit import grids
 from flowkit.blockwise import Blockwise, Drift, feature_drift
 from flowkit.checks import check_at_least
 from flowkit.data import SplitData
-from flowkit.modules import FlowModule, load_run
+from flowkit.modules import FlowModule, SymmetricalFlowMatching, load_run
 from flowkit.modules.checkpoints import read_config
 from flowkit.modules.flow import Guidance
 from flowkit.provenance import versions
@@ -189,3 +190,23 @@ class Run:
         x0, cond = self.starts(seed)(0, 128)
         grid = grids.blockwise(flow.edges, 8)
         return feature_drift(flow, x0, grid, cond, velocity=self.velocity)
+
+
+def saved_grid(num_steps: int, folder: str) -> Tensor | None:
+    """Return the grid of so many steps that `flowkit boss` wrote to a folder; None without one."""
+    file = Path(folder) / f"grid-{num_steps}.json"
+    return grids.load(file) if file.is_file() else None
+
+
+def symmetrical(run: Run) -> SymmetricalFlowMatching:
+    """Return the module of a run that can label images.
+
+    Raises:
+        TypeError: If it is of another method.
+    """
+    if not isinstance(run.module, SymmetricalFlowMatching):
+        raise TypeError(
+            "run must be of SymmetricalFlowMatching (module=symmetrical) to label images, "
+            f"got {type(run.module).__name__}"
+        )
+    return run.module

@@ -59,7 +59,7 @@ def test_points_are_measured_by_w2_on_grids_of_a_folder(configure, tmp_path):
     run = tmp_path / "run"
     train(configure("train", *TINY, "data=toy", "data.size=500", f"run_dir={run}"))
     grids.save(grids.power(4, 2.0), tmp_path / "grid-4.json")
-    node = f"{{_target_: flowkit.recipes.report.saved, _partial_: true, folder: {tmp_path}}}"
+    node = f"{{_target_: flowkit.runs.saved_grid, _partial_: true, folder: {tmp_path}}}"
     options = [f"run={run}", *OPTIONS[1:], f"+grids.boss={node}", "grids.shifted=null"]
     rows = report(configure("report", *options))
     found = [(row["solver"], row["nfe"]) for row in rows if row["grid"] == "boss"]

@@ -13,6 +13,7 @@ from flowkit.modules import load_run
 from flowkit.modules.checkpoints import read_config
 from flowkit.modules.earlier import current, current_name
 from flowkit.recipes.autoencoder import autoencoder
+from flowkit.recipes.blockwise import blockwise
 from flowkit.recipes.train import train
 from flowkit.runs.resuming import resumed
 from tests.runs.reference import decoded, numbers
@@ -37,9 +38,8 @@ def test_an_earlier_name_is_that_of_a_package_now(name):
     now = current_name(name)
     assert callable(get_object(now))
     _, package, public, *_ = now.split(".")
-    if package != "recipes":
-        owner = importlib.import_module(f"flowkit.{package}")
-        assert public in getattr(owner, "__all__", vars(owner))
+    owner = importlib.import_module(f"flowkit.{package}")
+    assert public in getattr(owner, "__all__", vars(owner))
 
 
 def test_names_that_have_not_moved_stay():
@@ -79,3 +79,26 @@ def test_resume_goes_on(kind, configure, tmp_path, monkeypatch):
     assert any(changed)
     if kind != "autoencoder":
         assert load_run(folder).weights == {"kind": "averaged", "step": 3}
+
+
+def test_training_starts_from_earlier_runs(configure, here, tmp_path):
+    """A student, and the second stage of blocks: networks and data are those of the earlier run."""
+    few = ["trainer.max_steps=1", "trainer.val_check_interval=1", "logger.tensorboard=null"]
+    few += ["trainer.enable_progress_bar=false", "trainer.accelerator=cpu", "batch_size=8"]
+    few += ["callback=raw", "+trainer.limit_val_batches=1"]
+    start = ["module=straightening", f"module.start={EARLIER}/conditional", "module.fine_steps=2"]
+    train(configure("train", *few, *start, "sampler.grid=2", f"run_dir={tmp_path}/student"))
+    taught = load_run(EARLIER / "conditional").state_dict()
+    assert load_run(tmp_path / "student").state_dict().keys() == taught.keys()
+    options = [
+        f"run={EARLIER}/blockwise_flow",
+        f"run_dir={tmp_path}/second",
+        "sampler.grid.steps=1",
+    ]
+    blockwise(configure("blockwise", *few, *options))
+    first, second = (
+        load_run(f).velocity for f in (EARLIER / "blockwise_flow", tmp_path / "second")
+    )
+    assert second.feature_mode == "fra"
+    for name, value in first.state_dict().items():
+        assert torch.equal(value, second.state_dict()[name]), name
