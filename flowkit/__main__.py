@@ -20,6 +20,14 @@ CONFIG_DIR = ("--config-dir", "-cd")
 TAKE_A_VALUE = (*CONFIG_DIR, "--config-path", "-cp", "--config-name", "-cn")  # options of Hydra's
 
 
+# Commands and options of earlier versions, and what to write now.
+FORMER = {
+    "sweep": "flowkit report run=<folder> guidance=[1,1.5,2]",
+    "edit mask": "region=<picture>, whose white may change (the white of a mask stayed): invert it",
+    "train module.edges": "module.boundary_share",
+}
+
+
 def recipes() -> dict[str, str]:
     """Return the recipes by name, each with the first line of its docstring."""
     found = {}
@@ -52,7 +60,10 @@ def main() -> None:
         return
     if name not in known:
         if name not in (None, "-h", "--help"):
-            print(f"recipe must be one of {', '.join(known)}, got {name!r}\n", file=sys.stderr)
+            print(f"recipe must be one of {', '.join(known)}, got {name!r}", file=sys.stderr)
+            if now := FORMER.get(name):
+                print(f"`{name}` is now `{now}`", file=sys.stderr)
+            print(file=sys.stderr)
         print("usage: flowkit <recipe> [option=value ...]\n")
         width = max(map(len, known))
         for recipe, line in known.items():
@@ -66,6 +77,7 @@ def main() -> None:
         return
     sys.path.insert(0, os.getcwd())  # a user's own classes are importable as _target_
     with ErrorInALine():
+        check_former(name, sys.argv[1:])
         check_overrides(sys.argv[1:])
         check_experiment(name, sys.argv[1:])
         _errors_to_us()
@@ -99,6 +111,18 @@ def explained(name: str) -> str:
         f"{about}\n\n{listed}\nOptions:\n\n{options}\n\n"
         f"`flowkit {name} --cfg job` prints the whole configuration, choices filled in."
     )
+
+
+def check_former(recipe: str, overrides: list[str]) -> None:
+    """Refuse options of earlier versions, and say what to write now.
+
+    Raises:
+        ValueError: If an option is called otherwise now, or means something else.
+    """
+    for override in overrides:
+        option = override.partition("=")[0].lstrip("+~")
+        if now := FORMER.get(f"{recipe} {option}"):
+            raise ValueError(f"{option} must be given as {now}, got {override}")
 
 
 def check_overrides(overrides: list[str]) -> None:

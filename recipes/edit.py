@@ -30,11 +30,6 @@ from flowkit.sampling import ODESampler
 
 def edit(cfg: DictConfig) -> Edit:
     """Edit as configured; writes pictures, the latent and the iterates, and a record."""
-    if "mask" in cfg:  # as it was called while its white was to stay
-        raise ValueError(
-            f"region must be given in place of mask, got mask={cfg.mask}; white of a region may "
-            "change, so invert the picture"
-        )
     if (cfg.run is None) == (cfg.pipeline is None):
         raise ValueError(
             f"run or pipeline must be given, and not both, got {cfg.run} and {cfg.pipeline}"
@@ -62,7 +57,7 @@ def edit(cfg: DictConfig) -> Edit:
         patience=cfg.patience,
     )
     began = time.perf_counter()
-    found = flowopt(model, x1, source, target, region=region)
+    found = flowopt(model, x1, source, target, mask=region)
     seconds = round(time.perf_counter() - began, 3)
     record = {
         "image": str(cfg.image),

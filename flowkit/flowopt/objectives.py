@@ -22,32 +22,32 @@ class LinearOperator(Protocol):
 
 
 def choose(
-    y: Tensor, region: Tensor | None, operator: LinearOperator | None
+    y: Tensor, mask: Tensor | None, operator: LinearOperator | None
 ) -> "_Matching | _Measured":
     """Return what measures iterates against ``y (B, *)``: all of it, a part, or ``A`` of it.
 
-    The part is what lies outside of the region.
+    The part is what lies outside of the mask.
     """
     if operator is not None:
-        if region is not None:
+        if mask is not None:
             raise ValueError(
-                "region must be None with an operator, got both; let the operator leave it out"
+                "mask must be None with an operator, got both; let the operator leave it out"
             )
         return _Measured(y, operator)
-    if region is None:
+    if mask is None:
         return _Matching(y, None)
     try:
-        region = region.to(y).expand(y.shape)
+        mask = mask.to(y).expand(y.shape)
     except RuntimeError:
         raise ValueError(
-            f"region must broadcast to x1, {tuple(y.shape)}, got {tuple(region.shape)}"
+            f"mask must broadcast to x1, {tuple(y.shape)}, got {tuple(mask.shape)}"
         ) from None
-    low, high = (v.item() for v in torch.aminmax(region))
-    check_between(low, 0, 1, "region")
-    check_between(high, 0, 1, "region")
-    kept = 1 - region
+    low, high = (v.item() for v in torch.aminmax(mask))
+    check_between(low, 0, 1, "mask")
+    check_between(high, 0, 1, "mask")
+    kept = 1 - mask
     if not bool(kept.flatten(1).any(1).all()):
-        raise ValueError("region must leave out something of every sample, got 1 throughout")
+        raise ValueError("mask must leave out something of every sample, got 1 throughout")
     return _Matching(y, kept)
 
 

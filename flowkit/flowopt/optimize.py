@@ -46,7 +46,7 @@ class Edit(NamedTuple):
     ``x``: the result ``(B, *)``. ``z``: its latent, in float32 at least. ``trace``: the outputs
     ``f(z_k)`` of all iterates ``(num_iters + 1, B, *)``, or of those asked for. ``residuals``:
     ``(num_iters + 1, B)``, their RMSE to the source (of ``A x``, with an operator; outside of the
-    region, with one). A rejected trial repeats the iterate before it, as does every iterate
+    mask, with one). A rejected trial repeats the iterate before it, as does every iterate
     after a sample has ended. ``step_size``: each sample's last, ``(B,)``. ``nfe``: velocity
     evaluations of everything, counted. ``status``: per sample ``"converged"``, ``"stopped"`` (by
     distance, patience or callback), ``"diverged"`` or, when none of these, ``"iterations"``.
@@ -75,7 +75,7 @@ class FlowOpt:
     Source: Ronai, Kulikov, Michaeli, *FlowOpt: Fast Optimization Through Whole Flow Processes for
     Training-Free Editing*, 2025 (arXiv 2510.22010), algorithms 1 and 2. Backtracking, the measured
     step, Anderson acceleration (Walker & Ni, *Anderson Acceleration for Fixed-Point Iterations*,
-    2011), regions and operators are ours.
+    2011), masks and operators are ours.
 
     Args:
         sampler: Solver and grid; a part of [0, 1] skips the noisiest steps.
@@ -87,7 +87,7 @@ class FlowOpt:
             step is taken, and ``"auto"`` steps are lowered where consecutive iterates ask for it.
         anderson: Differences of iterates to accelerate with, 0 for none; each holds two states.
         tolerance: A residual that ends a sample as converged.
-        distance: An RMSE to the source that ends a sample's edit, in the region too.
+        distance: An RMSE to the source that ends a sample's edit, in the mask too.
         patience: Iterations without an improvement by 0.1 % that end a sample; None for no such
             rule.
         keep: Numbers of the iterates that ``trace`` is to hold; None for all.
@@ -134,7 +134,7 @@ class FlowOpt:
         source: Cond = None,
         target: Cond = None,
         *,
-        region: Tensor | None = None,
+        mask: Tensor | None = None,
         operator: LinearOperator | None = None,
         callback: Callback | None = None,
     ) -> Edit:
@@ -145,8 +145,8 @@ class FlowOpt:
             x1: Data ``(B, *)`` at the last time of the grid; its dtype is the network's.
             source: The condition that ``x1`` is inverted under, passed to the velocity.
             target: The condition of the edit; None means ``source``, an inversion.
-            region: Where the sample may change: broadcastable to ``x1``, within [0, 1]. The edit is
-                free where it is 1; the residual counts where it is 0, by ``1 − region`` between.
+            mask: Where the sample may change: broadcastable to ``x1``, within [0, 1]. The edit is
+                free where it is 1; the residual counts where it is 0, by ``1 − mask`` between.
             operator: ``A`` of the objective ``½‖A f(z) − A x1‖²``, updated by
                 ``z ← z − η Aᵀ(A f(z) − A x1)``: ``x1`` is any sample with the measured ``A x1``.
             callback: Called as ``callback(k, x, z)`` with every iterate, from ``k = 0``, to look
@@ -155,7 +155,7 @@ class FlowOpt:
 
         Raises:
             TypeError: If ``x1`` is not a floating-point tensor.
-            ValueError: If ``x1`` is not finite, the region does not fit, both a region and an
+            ValueError: If ``x1`` is not finite, the mask does not fit, both a mask and an
                 operator are given, or ``"auto"`` finds no step size that converges for some sample.
 
         Warns:
@@ -168,7 +168,7 @@ class FlowOpt:
         check_finite(x1, "x1")
         flow = Flow(self.sampler, velocity, x1.dtype)
         y = x1.to(flow.dtype)
-        objective = choose(y, region, operator)
+        objective = choose(y, mask, operator)
         cond = source if target is None else target
 
         def evaluate(z: Tensor) -> _Iterate:

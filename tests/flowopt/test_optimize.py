@@ -527,8 +527,8 @@ class Mean:
 def test_the_region_is_the_targets_and_the_rest_the_sources():
     x1 = data(5, 4) * 0.5
     x1[:, 0] += 2
-    region = torch.tensor([1.0, 1.0, 0.0, 0.0])
-    edit = FlowOpt(ODESampler(10), "auto", 40)(steered, x1, 2.0, -2.0, region=region)
+    mask = torch.tensor([1.0, 1.0, 0.0, 0.0])
+    edit = FlowOpt(ODESampler(10), "auto", 40)(steered, x1, 2.0, -2.0, mask=mask)
     assert (edit.residuals[-1] < 1e-9).all()
     torch.testing.assert_close(edit.x[:, 2:], x1[:, 2:])
     assert (edit.x[:, 0] < 0).all()
@@ -540,11 +540,11 @@ def test_the_region_is_the_targets_and_the_rest_the_sources():
 def test_an_empty_region_is_none_and_a_fraction_weighs():
     x1 = data()
     flowopt = FlowOpt(ODESampler(5), 0.5, 4)
-    plain, empty = flowopt(CENTRED, x1), flowopt(CENTRED, x1, region=torch.zeros(3))
+    plain, empty = flowopt(CENTRED, x1), flowopt(CENTRED, x1, mask=torch.zeros(3))
     torch.testing.assert_close(plain.x, empty.x)
     torch.testing.assert_close(plain.residuals, empty.residuals)
-    half = flowopt(CENTRED, x1, region=torch.full((1, 3), 0.5))
-    most = flowopt(CENTRED, x1, region=torch.full((1, 3), 0.75))
+    half = flowopt(CENTRED, x1, mask=torch.full((1, 3), 0.5))
+    most = flowopt(CENTRED, x1, mask=torch.full((1, 3), 0.75))
     torch.testing.assert_close(half.residuals[0], plain.residuals[0])
     for found, step in ((half, 0.25), (most, 0.125)):  # the share that is to stay
         weaker = replace(flowopt, step_size=step)(CENTRED, x1)
@@ -580,9 +580,9 @@ def test_an_operator_that_hides_is_a_region():
             return torch.cat([torch.zeros_like(y[:, :1]), y], 1)
 
     x1, flowopt = data(), FlowOpt(ODESampler(5), 0.7, 5)
-    region = torch.tensor([1.0, 0.0, 0.0])
+    mask = torch.tensor([1.0, 0.0, 0.0])
     a = flowopt(CENTRED, x1, operator=Hide())
-    b = flowopt(CENTRED, x1, region=region)
+    b = flowopt(CENTRED, x1, mask=mask)
     torch.testing.assert_close(a.x, b.x)
     torch.testing.assert_close(a.residuals, b.residuals)
 
@@ -691,14 +691,14 @@ def test_inputs_that_do_not_fit():
         flowopt(CENTRED, torch.zeros(2, 2).long())
     with pytest.raises(ValueError, match="x1 must be finite, got 1 NaN"):
         flowopt(CENTRED, x1.where(x1 < x1.max(), torch.nan))
-    with pytest.raises(ValueError, match=r"region must broadcast to x1, \(6, 3\), got \(4,\)"):
-        flowopt(CENTRED, x1, region=torch.ones(4))
-    with pytest.raises(ValueError, match=r"region must lie in \[0, 1\], got 2.0"):
-        flowopt(CENTRED, x1, region=torch.full((3,), 2.0))
-    with pytest.raises(ValueError, match="region must leave out something of every sample"):
-        flowopt(CENTRED, x1, region=torch.ones(3))
-    with pytest.raises(ValueError, match="region must be None with an operator, got both"):
-        flowopt(CENTRED, x1, region=torch.ones(3), operator=Mean())
+    with pytest.raises(ValueError, match=r"mask must broadcast to x1, \(6, 3\), got \(4,\)"):
+        flowopt(CENTRED, x1, mask=torch.ones(4))
+    with pytest.raises(ValueError, match=r"mask must lie in \[0, 1\], got 2.0"):
+        flowopt(CENTRED, x1, mask=torch.full((3,), 2.0))
+    with pytest.raises(ValueError, match="mask must leave out something of every sample"):
+        flowopt(CENTRED, x1, mask=torch.ones(3))
+    with pytest.raises(ValueError, match="mask must be None with an operator, got both"):
+        flowopt(CENTRED, x1, mask=torch.ones(3), operator=Mean())
     with pytest.raises(TypeError, match="unexpected keyword argument 'mask'"):
         flowopt(CENTRED, x1, mask=torch.ones(3))  # which once meant the opposite
 

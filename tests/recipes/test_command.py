@@ -15,6 +15,7 @@ from flowkit import __version__
 from flowkit.__main__ import (
     ErrorInALine,
     check_experiment,
+    check_former,
     check_overrides,
     experiments,
     explained,
@@ -234,3 +235,23 @@ def test_the_users_own_files_come_from_a_folder(tmp_path):
     result = _run(tmp_path, "train", "experiment=short", "--config-dir", "mine", "--cfg", "job")
     assert result.returncode == 0, result.stderr
     assert "\nbatch_size: 17\n" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("recipe", "option", "now"),
+    [
+        ("edit", "mask=m.png", r"mask must be given as region=<picture>, whose white may change"),
+        ("edit", "+mask=m.png", r"invert it, got \+mask=m.png"),
+        ("train", "module.edges=0.5", "module.edges must be given as module.boundary_share"),
+    ],
+)
+def test_options_of_earlier_versions_are_refused_with_the_fix(recipe, option, now):
+    with pytest.raises(ValueError, match=now):
+        check_former(recipe, ["run=r", option])
+    check_former("sample", ["run=r", option])  # another recipe's options are its own
+
+
+def test_a_command_of_earlier_versions_names_its_successor(tmp_path):
+    result = _run(tmp_path, "sweep", "run=r")
+    assert result.returncode == 1
+    assert "`sweep` is now `flowkit report run=<folder> guidance=[1,1.5,2]`" in result.stderr

@@ -120,11 +120,6 @@ def test_a_region_changes_where_it_is_white(tiny_run, digit, configure, tmp_path
     assert json.loads((tmp_path / "o" / "edit.json").read_text())["region"].endswith("region.png")
 
 
-def test_a_mask_of_earlier_commands_is_not_taken_for_a_region(tiny_run, digit, configure):
-    with pytest.raises(ValueError, match=r"region must be given in place of mask, got mask=m\.png"):
-        edit(configure("edit", f"run={tiny_run}", f"image={digit}", "source=3", "+mask=m.png"))
-
-
 def test_the_default_folder_names_the_edit(tiny_run, digit, configure, tmp_path):
     run = shutil.copytree(tiny_run, tmp_path / "run")
     edit(configure("edit", f"run={run}", f"image={digit}", "source=0", "target=8", "num_iters=0"))
