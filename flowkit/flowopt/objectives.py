@@ -47,7 +47,7 @@ def choose(
     check_between(high, 0, 1, "mask")
     kept = 1 - mask
     if not bool(kept.flatten(1).any(1).all()):
-        raise ValueError("mask must leave out something of every sample, got 1 throughout")
+        raise ValueError("mask must be below 1 somewhere in every sample, got 1 throughout")
     return _Matching(y, kept)
 
 
