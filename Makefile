@@ -20,7 +20,7 @@ quickstart: .venv/.installed
 test: .venv/.installed
 	$(PYTEST)
 
-check: .venv/.installed
+check: .venv/.installed docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright

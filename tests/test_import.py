@@ -56,3 +56,32 @@ def test_names_of_packages_are_listed_once_in_order_and_are_there(package):
     assert len(set(module.__all__)) == len(module.__all__)
     for name in module.__all__:
         assert getattr(module, name) is not None
+
+
+def test_every_import_is_declared():
+    """What the code imports is a dependency or an extra, under the name that the index has."""
+    import ast
+    import re
+    import tomllib
+    from pathlib import Path
+
+    root = Path(__file__).parent.parent
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    users = [
+        *project["dependencies"],
+        *(r for name in extras if name != "dev" for r in extras[name]),
+    ]
+    declared = {re.split(r"[<>=\[]", requirement)[0].lower() for requirement in users}
+    on_the_index = {"PIL": "pillow", "sklearn": "scikit-learn", "hydra": "hydra-core", "ot": "pot"}
+    on_the_index |= {"yaml": "pyyaml", "torch_fidelity": "torch-fidelity"}
+    imported = set()
+    for file in [*(root / "flowkit").rglob("*.py"), *(root / "recipes").glob("*.py")]:
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.module:
+                names = [node.module]
+            imported |= {name.partition(".")[0] for name in names}
+    third_party = imported - set(sys.stdlib_module_names) - {"flowkit"}
+    assert {"torch", "PIL", "ot"} <= third_party
+    assert {on_the_index.get(name, name) for name in third_party} <= declared
