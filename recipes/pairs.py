@@ -42,7 +42,7 @@ def pairs(cfg: DictConfig) -> Path:
     wanted = read_grids(cfg.grid, made_with)
     record = {
         **_record(cfg, made_with, wanted),
-        "num_classes": run.num_classes,
+        "num_classes": run.classes,
         "x0_is_noise": starts.are_noise,
         "encoded_by": getattr(run.module.autoencoder, "hash", None),
         "source": run.config["data"],

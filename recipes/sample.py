@@ -41,7 +41,7 @@ def sample(cfg: DictConfig) -> Tensor:
         cond, size, chosen = batch.get("cond"), len(batch["x1"]), "of the test split"
         x0, source = start(run, cfg, size, given_source(batch, run.data))
     else:
-        cond = choose_labels(cfg.labels, cfg.num_samples, run.num_classes)
+        cond = choose_labels(cfg.labels, cfg.num_samples, run.classes)
         x0, source = start(run, cfg, cfg.num_samples)
     folder = Path(cfg.out) if cfg.out else run.folder / "drawn"
     used = {"weights": run.weights, **run.describe(sampler), **source}

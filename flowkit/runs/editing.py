@@ -55,7 +55,7 @@ class RunFlow:
 
     def condition(self, label: Any, guidance: float, name: str, batch: int = 1) -> Cond:
         """The condition of a class, or of a run without classes."""
-        classes = self.run.num_classes
+        classes = self.run.classes
         if classes is None:
             if label is not None:
                 raise ValueError(f"{name} must be null for a run without classes, got {label}")

@@ -75,14 +75,9 @@ class Run:
         return stored_data(self.config["data"])
 
     @property
-    def num_classes(self) -> int | None:
-        """How many classes the network knows; None is none."""
+    def classes(self) -> int | None:
+        """How many classes the network knows, None is none; ``data.class_names`` may name them."""
         return self.config["num_classes"]
-
-    @property
-    def classes(self) -> list[str] | int | None:
-        """Names of the classes, or their number where the data name none; None without classes."""
-        return None if self.num_classes is None else self.data.class_names or self.num_classes
 
     @property
     def brings_starts(self) -> bool:
@@ -113,7 +108,7 @@ class Run:
     def starts(self, seed: int) -> Starts:
         """Source samples by their number, and conditions."""
         data = self.data if self.brings_starts else None
-        return Starts(self.sample_shape, self.num_classes, seed, self.device, data)
+        return Starts(self.sample_shape, self.classes, seed, self.device, data)
 
     def sampler(self, node: DictConfig) -> ODESampler:
         """Build a sampler; a grid from a file that was made for something else is warned about."""
