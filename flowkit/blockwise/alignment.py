@@ -210,7 +210,8 @@ class DINOv2(nn.Module):
                 from transformers import AutoModel
             except ImportError as error:
                 raise ImportError(
-                    f"transformers must be installed to load {model}; pip install 'flowkit-fm[dinov2]'"
+                    f"transformers must be installed to load {model}; "
+                    "pip install 'flowkit-fm[dinov2]'"
                 ) from error
             model = AutoModel.from_pretrained(model)
         self.model, self.size = model.eval().requires_grad_(False), size
