@@ -2,13 +2,15 @@
 
 import os
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from flowkit.autoencoders import identity, mean_latents
 from flowkit.data.arrays import Arrays
-from flowkit.provenance import content_hash, tensor_hash, write_atomically
+from flowkit.provenance import content_hash, tensor_hash, versions, write_atomically
+from tests.metrics.samples import normal
 
 
 class Scaled(nn.Module):
@@ -93,3 +95,21 @@ def test_known_latents_are_the_posteriors_mean_or_what_is_encoded():
     x = torch.ones(1, 2)
     assert torch.equal(mean_latents(Scaled(), x), torch.full((1, 2), 3.0))
     assert mean_latents(Drawn(), x) is Law.mean
+
+
+def test_tensor_hash_sees_every_bit():
+    x = normal(3, 4)
+    views = {tensor_hash(y) for y in (x, x.clone(), x.T.contiguous().T)}
+    assert len(views) == 1
+    bumped = x.clone()
+    bumped[2, 3] = np.nextafter(bumped[2, 3].item(), 9)
+    others = (bumped, x.T, x.float(), x.reshape(-1), x.bool(), x.to(torch.bfloat16), x[:0], x[0, 0])
+    assert len(views | {tensor_hash(y) for y in others}) == 9
+    assert tensor_hash({"a": x, "b": bumped}) == tensor_hash({"b": bumped, "a": x})
+    assert tensor_hash({"a": x, "b": bumped}) != tensor_hash({"b": x, "a": bumped})
+
+
+def test_versions_name_what_is_installed():
+    found = versions()
+    assert found["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert {"python", "flowkit", "lightning", "torchmetrics", "scipy"} <= set(found)

@@ -1,4 +1,4 @@
-"""Gibbs weights against closed forms: of Gaussians, for which everything is known."""
+"""Gibbs weights: moments, telemetry, classes and limits."""
 
 import math
 import warnings
@@ -20,60 +20,23 @@ from flowkit.couplings import (
     Independent,
     Potentials,
     RowSoftmax,
-    cost_matrix,
 )
 from flowkit.losses import flow_matching_loss
 from flowkit.metrics import point_metrics
 from flowkit.nn import MLP
 from flowkit.types import Pairs
+from tests.couplings.kernels import (
+    generated,
+    moments,
+    normals,
+    quadrature,
+    seeded,
+    two_classes,
+    weighted,
+    weights,
+)
 
 INF = math.inf
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def normals(batch: int, *shape: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    x = torch.randn(2, batch, *shape, generator=seeded(seed))
-    return x[0], x[1]
-
-
-def weights(coupling: Gibbs, x0, x1, cond=None) -> torch.Tensor:
-    return coupling.pair(x0, x1, cond).log_weight.double().exp()
-
-
-def quadrature(mean: float = 0.0, std: float = 1.0):
-    """Weights, ``x0`` and ``x1``: all pairs of Gauss-Hermite nodes of N(0, 1) and N(mean, std²)."""
-    nodes, mass = (torch.from_numpy(v) for v in np.polynomial.hermite_e.hermegauss(80))
-    x0, x1 = torch.meshgrid(nodes, mean + std * nodes, indexing="ij")
-    return torch.outer(mass, mass).ravel() / mass.sum() ** 2, x0.reshape(-1, 1), x1.reshape(-1, 1)
-
-
-def weighted(coupling: Gibbs, mean: float = 0.0, std: float = 1.0):
-    """Multiply the nodes' weights by the coupling's: expectations under ``q`` without sampling."""
-    mass, x0, x1 = quadrature(mean, std)
-    return mass * weights(coupling, x0, x1), x0, x1
-
-
-def moments(w, x0, x1):
-    """Weighted means and the covariance matrix of one-dimensional pairs."""
-    z = torch.cat([x0, x1], 1).double()
-    mean = (w[:, None] * z).sum(0) / w.sum()
-    return mean, (w[:, None] * (z - mean)).T @ (z - mean) / w.sum()
-
-
-def generated(w, x0, x1) -> tuple[float, float]:
-    """Mean and deviation of N(0, 1) carried along the flow that regression on the pairs learns.
-
-    Of Gaussian pairs the flow is affine: it maps the source's tilted law onto the data's.
-    """
-    mean, cov = moments(w, x0, x1)
-    std = (cov[1, 1] / cov[0, 0]).sqrt()
-    return (mean[1] - std * mean[0]).item(), std.item()
-
-
-# ----------------------------------------------------------------------- between equal Gaussians
 
 
 @pytest.mark.parametrize("epsilon", [1.0, 4.0, 20.0])
@@ -139,144 +102,10 @@ def test_energy_below_the_transport_is_flagged():
     assert record["path_energy"] < record["transport_w2_squared"]
 
 
-# -------------------------------------------------------------------------- bias and its removal
-
-
-def _shifted(batch: int, seed: int = 0):
-    x0, noise = normals(batch, 1, seed=seed)
-    return x0, 2 + 0.5 * noise
-
-
-def _seen(coupling: Gibbs, batches: int, batch: int, skip: int = 0):
-    """Weights and pairs of a stream, all but the first ``skip`` batches."""
-    parts = []
-    for k in range(batches):
-        pairs = coupling.pair(*_shifted(batch, seed=k), generator=seeded(k))
-        w = torch.ones(len(pairs.x0)) if pairs.log_weight is None else pairs.log_weight.exp()
-        parts.append((w.double(), pairs.x0, pairs.x1))
-    return tuple(torch.cat(part) for part in zip(*parts[skip:], strict=True))
-
-
 def test_plain_weights_bias_the_samples_as_predicted():
     mean, std = generated(*weighted(Gibbs(4.0, "sqeuclidean"), 2, 0.5))
     assert mean == pytest.approx(1.49086, abs=1e-5)
     assert std == pytest.approx(0.57735, abs=1e-5)
-
-
-def test_one_division_halves_the_bias_as_predicted():
-    coupling = Gibbs(4.0, "sqeuclidean", "none", Division(4000))
-    levels = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
-    quantiles = torch.special.ndtri(levels)[:, None]
-    coupling.pair(quantiles, 2 + 0.5 * quantiles)  # to be remembered
-    mean, std = generated(*weighted(coupling.eval(), 2, 0.5))
-    assert mean == pytest.approx(1.8926, abs=2e-4)
-    assert std == pytest.approx(0.5033, abs=2e-4)
-
-
-def test_running_potentials_remove_the_bias():
-    seen = _seen(Gibbs(4.0, "sqeuclidean", "running", Potentials(1024)), 200, 256, skip=40)
-    mean, std = generated(*seen)
-    assert mean == pytest.approx(2.0, abs=0.03)
-    assert std == pytest.approx(0.5, abs=0.02)
-    # The covariance c of the entropic plan solves c² + (ε/2) c = variance of x0 · variance of x1.
-    assert moments(*seen)[1][0, 1] == pytest.approx(math.sqrt(1 + 0.25) - 1, abs=0.02)
-
-
-def test_row_softmax_keeps_the_source_and_moves_the_data():
-    x0, x1 = _shifted(4000)
-    pairs = Gibbs(4.0, "sqeuclidean", debias=RowSoftmax()).pair(x0, x1, generator=seeded())
-    assert pairs.x0 is x0
-    assert pairs.log_weight is None
-    # One half Sinkhorn step: y | x has precision 4 + 2/ε and mean (8 + 2x/ε) / precision.
-    slope, left = 0.5 / 4.5, 1 / 4.5
-    z = torch.cat([pairs.x0, pairs.x1], 1).double()
-    assert z[:, 1].mean() == pytest.approx(8 / 4.5, abs=0.04)
-    assert z.T.cov()[0, 1] == pytest.approx(slope, abs=0.03)
-    assert z[:, 1].var() == pytest.approx(left + slope**2, abs=0.02)
-
-
-def test_row_softmax_draws_from_the_rows_of_the_kernel():
-    """Of copies of four points: which copy is drawn does not matter."""
-    x0, x1 = normals(4, 2)
-    expected = (-cost_matrix(x0, x1, "euclidean") / 0.7).softmax(1)
-    ends, counts = (x0.repeat(200, 1), x1.repeat(200, 1)), torch.zeros(4, 4)
-    for seed in range(15):
-        drawn = Gibbs(0.7, debias=RowSoftmax()).pair(*ends, generator=seeded(seed)).x1
-        columns = (drawn[:, None] == x1).all(2).int().argmax(1)
-        counts.index_put_((torch.arange(800) % 4, columns), torch.ones(800), accumulate=True)
-    assert_close(counts / 3000, expected, rtol=0, atol=0.035)
-
-
-def test_a_pool_draws_pairs_by_their_weights():
-    x0, x1 = normals(8, 2)
-    cond = torch.arange(8.0)[:, None]
-    expected = (-(x0 - x1).norm(dim=1) / 0.5).softmax(0)
-    coupling, counts = Gibbs(0.5, pool=4), torch.zeros(8)
-    for seed in range(3000):
-        pairs = coupling.pair(x0, x1, cond, seeded(seed))
-        assert len(pairs.x0) == 2
-        assert pairs.log_weight is None
-        rows = pairs.cond[:, 0].long()
-        assert pairs.x0.equal(x0[rows])
-        assert pairs.x1.equal(x1[rows])
-        counts.index_add_(0, rows, torch.ones(2))
-    assert_close(counts / 6000, expected, rtol=0, atol=0.025)
-
-
-@pytest.mark.parametrize("epsilon", [0.5, 2.0])
-def test_potentials_on_a_fixed_set_are_those_of_sinkhorn(epsilon):
-    """A memory that holds the same points again and again does Sinkhorn on them."""
-    x0, x1 = normals(40, 2)
-    x1 = x1 + 1
-    coupling = Gibbs(epsilon, "sqeuclidean", "none", Potentials(80))
-    for _ in range(300):
-        coupling.pair(x0, x1)
-    f, g = coupling.debias.factors(coupling.log_kernel, x0, x1, None)
-    cost = cost_matrix(x0, x1).double()
-    plan = (f[:, None] + g - cost / epsilon).exp() / 1600
-    uniform = np.full(40, 1 / 40)
-    expected = ot.sinkhorn(uniform, uniform, cost.numpy(), epsilon, numItermax=10_000, stopThr=1e-9)
-    assert_close(plan, torch.from_numpy(expected), rtol=1e-3, atol=1e-7)
-
-
-def test_division_is_by_the_tilts_of_earlier_batches():
-    (a0, a1), (b0, b1) = normals(50, 3), normals(30, 3, seed=1)
-    coupling = Gibbs(2.0, "euclidean", "none", Division(1000))
-    coupling.pair(a0, a1)
-    w = weights(coupling, b0, b1)
-    h_x = (-cost_matrix(b0, a1, "euclidean") / 2).double().exp().mean(1)
-    h_y = (-cost_matrix(a0, b1, "euclidean") / 2).double().exp().mean(0)
-    plain = weights(Gibbs(2.0, "euclidean", "none"), b0, b1)
-    assert_close(w, plain / (h_x * h_y), rtol=1e-5, atol=0)
-
-
-def test_memory_keeps_the_last_samples_and_rests_in_eval():
-    coupling = Gibbs(2.0, debias=Division(50))
-    for seed in range(3):
-        coupling.pair(*normals(30, 2, seed=seed))
-    last = normals(30, 2, seed=2)
-    assert coupling.debias.rows.shape == (2, 50, 4)
-    assert coupling.debias.rows[0, -30:, :2].equal(last[0])
-    assert coupling.debias.rows[1, -30:, :2].equal(last[1])
-    before = coupling.debias.rows
-    coupling.eval().pair(*normals(30, 2, seed=5))
-    assert coupling.debias.rows is before
-
-
-@pytest.mark.parametrize("debias", [Division, Potentials])
-def test_state_is_restored_exactly(debias):
-    def stream(coupling, seeds):
-        return [coupling.pair(*normals(20, 2, seed=k)).log_weight for k in seeds]
-
-    whole, first, second = (Gibbs(1.0, normalize="running", debias=debias(64)) for _ in range(3))
-    expected = stream(whole, range(12))[6:]
-    stream(first, range(6))
-    second.load_state_dict(first.state_dict())
-    for ours, theirs in zip(stream(second, range(6, 12)), expected, strict=True):
-        assert ours.equal(theirs)
-
-
-# --------------------------------------------------------------------------------- what theory says
 
 
 @pytest.mark.parametrize("epsilon", [0.3, 2.0])
@@ -358,15 +187,6 @@ def test_running_log_z_before_any_batch_is_that_of_the_batch():
     assert ours.equal(Gibbs(1.0).pair(x0, x1).log_weight)
 
 
-# --------------------------------------------------------------------------------------- classes
-
-
-def two_classes(batch: int):
-    x0, noise = normals(batch, 1)
-    label = torch.arange(batch) % 2
-    return x0, noise + 3 * label[:, None], label
-
-
 def test_plain_weights_shift_the_shares_of_classes_and_class_weights_do_not():
     mass, x0, near = quadrature()
     x0, x1 = torch.cat([x0, x0]), torch.cat([near, near + 3])
@@ -389,32 +209,6 @@ def test_class_weights_are_those_of_each_class_alone(seed, classes):
     for k in label.unique():
         rows = label == k
         assert_close(w[rows], Gibbs(0.4).pair(x0[rows], x1[rows]).log_weight, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("debias", [Division(4000), Potentials(4000)])
-def test_tilts_of_a_class_are_its_own(debias):
-    """Weights within a class are as if there were no other."""
-    x0, x1, label = two_classes(200)
-    both = Gibbs(1.0, "sqeuclidean", "class", debias)
-    alone = Gibbs(1.0, "sqeuclidean", "batch", type(debias)(4000))
-    rows = label == 1
-    for seed in range(4):
-        x0 = normals(200, 1, seed=seed)[0]
-        ours = both.pair(x0, x1, label).log_weight[rows]
-        assert_close(ours, alone.pair(x0[rows], x1[rows]).log_weight, rtol=1e-4, atol=1e-4)
-
-
-def test_row_softmax_stays_within_classes():
-    x0, x1, label = two_classes(200)
-    pairs = Gibbs(1.0, normalize="class", debias=RowSoftmax()).pair(x0, x1, label)
-    assert pairs.cond.equal(label)
-    assert not pairs.x1.equal(x1)
-    assert set(pairs.x1[label == 0].ravel().tolist()) <= set(x1[label == 0].ravel().tolist())
-    moved = Gibbs(1.0, debias=RowSoftmax()).pair(x0, x1, {"label": label, "x": x1})
-    assert moved.cond["x"].equal(moved.x1)
-
-
-# -------------------------------------------------------------------------------------- telemetry
 
 
 def test_telemetry_of_known_weights():
@@ -445,16 +239,6 @@ def test_tilt_is_the_relative_variance_of_the_closed_form():
     assert torch.stack(tilts).mean().item() == pytest.approx(expected, rel=0.1)
 
 
-@pytest.mark.filterwarnings("ignore:only 4.4% of the variance")
-@pytest.mark.parametrize("debias", [Division(4096), Potentials(4096)])
-def test_debiasing_shrinks_the_tilt(debias):
-    plain, ours = Gibbs(2.0, "sqeuclidean"), Gibbs(2.0, "sqeuclidean", debias=debias)
-    for seed in range(40):
-        pairs = ours.pair(*_shifted(512, seed=seed))
-    before, after = (c.telemetry(pairs)["tilt"] for c in (plain, ours))
-    assert after < before / (4 if isinstance(debias, Division) else 50)
-
-
 def test_few_effective_pairs_warn_once():
     x0, x1 = normals(256, 8)
     coupling = Gibbs(0.05)
@@ -472,9 +256,6 @@ def test_class_telemetry_looks_at_the_largest_class():
     alone = Gibbs(4.0, "sqeuclidean").telemetry(Pairs(x0[rows], x1[rows]))
     assert_close(ours["tilt"], alone["tilt"])
     assert_close(ours["interaction"], alone["interaction"])
-
-
-# ------------------------------------------------------------------------------ numbers and inputs
 
 
 def test_large_costs_leave_weights_of_mean_one():
@@ -600,9 +381,6 @@ def test_underflow_of_all_weights_says_what_to_change():
     assert Gibbs(0.01).pair(x0, x1 + 5).log_weight.isfinite().all()
     drawn = Gibbs(0.01, debias=RowSoftmax()).pair(x0, x1 + 5)
     assert drawn.x1.isfinite().all()
-
-
-# ----------------------------------------------------------------------------------- two processes
 
 
 def _stream(seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

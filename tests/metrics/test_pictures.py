@@ -1,5 +1,7 @@
 """Pictures show the samples, pixel by pixel."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from PIL import Image
 
 from flowkit.metrics import as_saved, from_uint8, to_uint8
 from flowkit.metrics.pictures import save_picture
+from tests.metrics.samples import F64
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -60,3 +63,29 @@ def test_saved_images_have_levels():
     assert torch.equal(as_saved(saved), saved)
     assert torch.equal(as_saved(to_uint8(x)), saved)
     assert (saved - x.clamp(-1, 1)).abs().max().item() <= 0.5 / 127.5 + 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_to_uint8_inverts_all_levels(dtype):
+    levels = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(to_uint8(levels.to(dtype) / 127.5 - 1), levels)
+    # Anything within half a level rounds back; truncation would not.
+    for offset in (-0.49, 0.49):
+        assert torch.equal(to_uint8((levels.double() + offset) / 127.5 - 1), levels)
+
+
+def test_to_uint8_is_unbiased_and_clamps():
+    x = torch.rand(200_000, generator=torch.Generator().manual_seed(0), dtype=F64) * 2 - 1
+    error = to_uint8(x).double() - (x + 1) * 127.5
+    assert abs(error.mean().item()) < 4 * (1 / 12) ** 0.5 / 200_000**0.5
+    assert error.abs().max() <= 0.5
+    assert to_uint8(torch.tensor([-7.0, 7.0])).tolist() == [0, 255]
+    # Half precision is widened: 0.75 is exact in it and maps to 223.125.
+    assert to_uint8(torch.tensor([0.75, -1, 1], dtype=torch.bfloat16)).tolist() == [223, 0, 255]
+
+
+def test_to_uint8_errors():
+    with pytest.raises(ValueError, match="images must be finite, got 1 NaN"):
+        to_uint8(torch.tensor([0.0, math.nan]))
+    with pytest.raises(TypeError, match=r"images must be a floating-point .* got torch.uint8"):
+        to_uint8(torch.zeros(3, dtype=torch.uint8))
