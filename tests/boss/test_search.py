@@ -109,6 +109,7 @@ def breaks_at(time):
 
 
 BAD_COSTS = torch.zeros(11, 11, dtype=F64)
+BAD_COSTS[3, 7] = torch.nan
 
 
 @pytest.mark.parametrize(
