@@ -7,7 +7,13 @@ import torch
 from torch import Tensor
 
 from flowkit.autoencoders import Autoencoder, Identity
-from flowkit.checks import check_at_least, check_between, check_choice, check_whole
+from flowkit.checks import (
+    check_at_least,
+    check_between,
+    check_choice,
+    check_whole,
+    renamed_arguments,
+)
 from flowkit.guidance import ClassifierFree
 from flowkit.modules.flow import (
     ADAMW,
@@ -101,6 +107,7 @@ class SymmetricalFlowMatching(FlowModule):
     label_shape: tuple[int, ...] | None = None
     """Shape of one label's state, learnt from the first batch passed to `loss`."""
 
+    @renamed_arguments(since="0.2.0", removed_in="0.4.0", edges="boundary_share")
     def __init__(
         self,
         velocity: Velocity,

@@ -380,7 +380,7 @@ def test_the_region_alone_changes():
     torch.testing.assert_close(x[:, :1][~outside], torch.full_like(x1[~outside], 9.0))
     for t, x in seen:
         torch.testing.assert_close(x[:, :1][outside], torch.lerp(x0, x1, t)[outside])
-    with pytest.raises(ValueError, match=r"region must have shape \(B, H, W\), one place per"):
+    with pytest.raises(ValueError, match=r"region must have shape \(B, H, W\), one value per"):
         put_back(x0, x1, region[:, :2])
 
 
