@@ -21,10 +21,7 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class Autoencoder(Protocol):
-    """The interface of an autoencoder: a pair of maps between images and latents.
-
-    It is frozen, and a flow is stored without its autoencoder.
-    """
+    """The interface of an autoencoder: two frozen maps, which are not stored with a flow."""
 
     def encode(self, images: Tensor) -> Tensor:
         """Return latents ``(B, *)`` of images ``(B, C, H, W)`` in [-1, 1]."""
@@ -56,16 +53,14 @@ class Identity(nn.Module):
 
 
 class Posterior(NamedTuple):
-    """A normal distribution of latents, independent in every element.
+    """A normal distribution of latents: ``mean`` and ``std``, each ``(B, c, h, w)``.
 
     >>> Posterior(torch.ones(1, 2), torch.zeros(1, 2)).sample()
     tensor([[1., 1.]])
     """
 
     mean: Tensor
-    """Means ``(B, c, h, w)``."""
     std: Tensor
-    """Standard deviations ``(B, c, h, w)``."""
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
         """Draw latents ``mean + std ε`` with standard normal ``ε``."""
@@ -178,11 +173,10 @@ class KLAutoencoder(Frozen, frozen=("vae",)):
 
     @torch.no_grad()
     def fit_scale(self, images: Tensor | Iterable[Tensor], batch_size: int = 64) -> "KLAutoencoder":
-        """Set ``mean`` and ``std`` so that the latents of these images are standardized.
+        """Set ``mean`` and ``std`` so that every channel of the images' latents is standard.
 
-        Every channel then has mean 0 and variance 1. The moments are those of the posteriors,
-        ``Var z = Var E[z|x] + E Var[z|x]``, and no latent is drawn. They replace the scale in the
-        network's config, which `save_pretrained` writes.
+        The moments are those of the posteriors, ``Var z = Var E[z|x] + E Var[z|x]``; no latent is
+        drawn. They replace the scale in the network's config, which `save_pretrained` writes.
 
         Args:
             images: Images ``(N, C, H, W)`` in [-1, 1], or batches of images.
@@ -192,8 +186,7 @@ class KLAutoencoder(Frozen, frozen=("vae",)):
             The autoencoder itself.
 
         Raises:
-            ValueError: If there are fewer than 2 latents per channel, or the variance of a channel
-                is not positive and finite.
+            ValueError: If there are fewer than 2 latents, or a variance is not positive and finite.
         """
         count, total, square = 0, 0.0, 0.0
         for batch in [images] if isinstance(images, Tensor) else images:
@@ -216,12 +209,7 @@ class KLAutoencoder(Frozen, frozen=("vae",)):
         return self
 
     def posterior(self, images: Tensor) -> Posterior:
-        """Return the distribution of the scaled latents of images ``(B, C, H, W)`` in [-1, 1].
-
-        Raises:
-            TypeError: If the images are not floats.
-            ValueError: If the shape of the images does not fit.
-        """
+        """Return the distribution from which `encode` draws; it raises the same errors."""
         raw = self._posterior(images)
         return Posterior((raw.mean - self.mean) / self.std, raw.std / self.std)
 
@@ -314,17 +302,12 @@ class KLAutoencoder(Frozen, frozen=("vae",)):
             tensor = torch.tensor(values).to(like)[None, :, None, None]
             check_finite(tensor, f"the {name} of latents")
             setattr(self, name, tensor)
-        # The hash is that of the weights as given. A later change of their type or device does not
-        # make another autoencoder.
+        # A later change of type or device does not make another autoencoder.
         self.hash = content_hash(self.vae.state_dict(), _text(self.config))
 
 
 def pad_to_multiple(images: Tensor, factor: int) -> Tensor:
-    """Repeat the last row and column of ``(B, C, H, W)`` until ``factor`` divides both sides.
-
-    >>> pad_to_multiple(torch.zeros(1, 1, 5, 8), 4).shape
-    torch.Size([1, 1, 8, 8])
-    """
+    """Repeat the last row and column of ``(B, C, H, W)`` until ``factor`` divides both sides."""
     extra = [-side % factor for side in images.shape[-2:]]
     return F.pad(images, (0, extra[1], 0, extra[0]), "replicate") if any(extra) else images
 
@@ -333,12 +316,8 @@ def mean_latents(autoencoder: Autoencoder, images: Tensor) -> Tensor:
     """Encode images without drawing noise: to the mean of the posterior, if there is a posterior.
 
     Args:
-        autoencoder: An autoencoder with ``posterior(images)``, or one whose ``encode`` draws no
-            noise.
-        images: Images ``(B, C, H, W)`` in [-1, 1].
-
-    Returns:
-        Latents ``(B, *)``.
+        autoencoder: One with ``posterior(images)``, or one whose ``encode`` draws no noise.
+        images: Images ``(B, C, H, W)`` in [-1, 1]. The result has the shape ``(B, *)``.
 
     >>> mean_latents(Identity(), torch.ones(1, 2))
     tensor([[1., 1.]])
@@ -371,27 +350,21 @@ def check_identity(stored: Mapping[str, Any], autoencoder: Autoencoder, made: st
     """Require an autoencoder with the same hash as a record.
 
     Args:
-        stored: The record, a result of `identity`. A hash of None stands for an autoencoder without
-            a hash.
+        stored: The record, a result of `identity`; its hash may be None.
         autoencoder: The autoencoder to compare with the record.
         made: Name, for the error, of the object made with the recorded autoencoder.
 
     Raises:
         ValueError: If the hashes differ. The error says how the configs differ.
-
-    >>> check_identity({"hash": "identity", "config": None}, Identity(), "the flow")
     """
     ours = identity(autoencoder)
     if stored["hash"] == ours["hash"]:
         return
     a, b = (record.get("config") or {} for record in (stored, ours))
     differ = [f"{k} {a.get(k)} and {b.get(k)}" for k in sorted({*a, *b}) if a.get(k) != b.get(k)]
+    known = a and b and differ
+    fix = f"they differ in {', '.join(differ)}" if known else "give the folder of the recorded one"
     raise ValueError(
         f"autoencoder must be the one that {made} was made with, hash {stored['hash']}, got "
-        f"{ours['hash']}; "
-        + (
-            f"they differ in {', '.join(differ)}"
-            if a and b and differ
-            else "give the folder of the recorded autoencoder"
-        )
+        f"{ours['hash']}; {fix}"
     )

@@ -8,22 +8,10 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from flowkit.checks import (
-    check_at_least,
-    check_between,
-    check_finite,
-    check_positive,
-    expand_like,
-)
+from flowkit.checks import check_at_least, check_between, check_finite, check_positive, expand_like
 from flowkit.flowopt.anderson import Anderson
 from flowkit.flowopt.objectives import LinearOperator, Objective, choose
-from flowkit.flowopt.step_size import (
-    Flow,
-    inner,
-    power_bound,
-    require_step,
-    rms,
-)
+from flowkit.flowopt.step_size import Flow, inner, power_bound, require_step, rms
 from flowkit.sampling import ODESampler, seeded_noise
 from flowkit.types import Cond
 from flowkit.velocity import Velocity
@@ -33,8 +21,7 @@ STATUS = ("iterations", "converged", "stopped", "diverged")
 RUNNING, CONVERGED, STOPPED, DIVERGED = range(4)
 GROW, SHRINK = 1.2, 0.5
 DIVERGENCE, PLATEAU = 10.0, 1e-3
-# A difference of 4000 times the rounding of f determines the bound of its pair to 0.1 %.
-ROUNDING = 4000
+ROUNDING = 4000  # a difference of 4000 roundings of f determines the bound of its pair to 0.1 %
 
 
 class Edit(NamedTuple):
@@ -76,9 +63,8 @@ class FlowOpt:
     for Euler). If ``c`` is the source condition, the optimization is an *inversion*. If ``c`` is
     another condition, the target, it is an *edit*. The first iterate of an edit follows the target
     freely. Every further iterate comes nearer to the source, and full convergence reproduces the
-    source. An edit is thus stronger with fewer iterations, and weaker if the grid leaves out
-    its first, noisy steps. The result of a sample does not depend on the other samples of its
-    batch.
+    source. An edit is thus stronger with fewer iterations, and weaker if the grid leaves out the
+    noisiest steps. The result of a sample does not depend on its batch.
 
     Source: Ronai, Kulikov, Michaeli, *FlowOpt: Fast Optimization Through Whole Flow Processes for
     Training-Free Editing*, 2025 (arXiv 2510.22010), algorithms 1 and 2. The paper has no
@@ -348,7 +334,7 @@ class _Run:
             self.any_running = bool(self.running.any())
 
     def result(self, now: _Iterate) -> _Iterate:
-        """Return the best iterate of a diverged sample, and the last one of any other."""
+        """Return the best iterate of a diverged sample, and the last iterate of any other."""
         if self.steady:
             return now
         broken = ~self.tried.isfinite()

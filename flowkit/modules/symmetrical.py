@@ -47,8 +47,9 @@ from flowkit.symmetrical.inputs import (
     count_of,
     warn_of_more_steps,
 )
-from flowkit.symmetrical.joint import ImageVelocity, put_back
+from flowkit.symmetrical.joint import ImageVelocity
 from flowkit.symmetrical.label_states import label_noise
+from flowkit.symmetrical.regions import put_back
 from flowkit.types import Batch, Cond, to_device
 from flowkit.velocity import Velocity
 
@@ -168,11 +169,7 @@ class SymmetricalFlowMatching(FlowModule):
         return {"loss": loss, "image_loss": image_loss, "label_loss": label_loss}
 
     def generate(
-        self,
-        labels: Tensor,
-        sampler: Sampler = None,
-        seeds: Seeds = None,
-        guidance: Guidance = None,
+        self, labels: Tensor, sampler: Sampler = None, seeds: Seeds = None, guidance: Guidance = None
     ) -> Tensor:
         """Draw an image ``(B, C, *)`` for each label or mask (``K``: none); see `sample`."""
         return self.sample(count_of(labels), sampler, labels, seeds, guidance)

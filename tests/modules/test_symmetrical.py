@@ -16,8 +16,8 @@ from flowkit.modules.earlier import current
 from flowkit.nn import DiT, ResidualMLP
 from flowkit.sampling import ODESampler, seeded_noise
 from flowkit.symmetrical import JointFlow, LabelStates, OneHot, OneHotMask, Ordinal, RGBPalette
-from flowkit.symmetrical.joint import put_back
 from flowkit.symmetrical.label_states import label_noise
+from flowkit.symmetrical.regions import put_back
 from tests.symmetrical.exact_joint import ClassMixture
 
 MIXTURE = ClassMixture(
