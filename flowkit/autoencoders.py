@@ -1,4 +1,4 @@
-"""Autoencoders: between what users see (images) and what a flow runs on (latents)."""
+"""Autoencoders: frozen maps from images to the latents of a flow, and back."""
 
 import json
 import math
@@ -21,19 +21,19 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class Autoencoder(Protocol):
-    """A pair of maps on batches; frozen, and never stored with a flow."""
+    """The interface of an autoencoder: two frozen maps, which are not stored with a flow."""
 
     def encode(self, images: Tensor) -> Tensor:
         """Return latents ``(B, *)`` of images ``(B, C, H, W)`` in [-1, 1]."""
         ...
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Return images of latents."""
+        """Return images ``(B, C, H, W)`` of latents ``(B, *)``."""
         ...
 
 
 class Identity(nn.Module):
-    """The autoencoder of a flow on the data itself.
+    """The identity as an autoencoder, for a flow on the data itself.
 
     >>> import torch
     >>> x = torch.ones(1, 2)
@@ -53,13 +53,17 @@ class Identity(nn.Module):
 
 
 class Posterior(NamedTuple):
-    """Independent normal latents: ``mean`` and ``std``, each ``(B, c, h, w)``."""
+    """A normal distribution of latents: ``mean`` and ``std``, each ``(B, c, h, w)``.
+
+    >>> Posterior(torch.ones(1, 2), torch.zeros(1, 2)).sample()
+    tensor([[1., 1.]])
+    """
 
     mean: Tensor
     std: Tensor
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """Draw ``mean + std ε``."""
+        """Draw latents ``mean + std ε`` with standard normal ``ε``."""
         return self.mean + self.std * noise_like(self.mean, generator)
 
 
@@ -67,27 +71,31 @@ class KLAutoencoder(Frozen, frozen=("vae",)):
     """A frozen ``AutoencoderKL`` of diffusers, between images ``x`` and scaled latents ``z``.
 
     ``z = (E(x) − mean) / std`` and ``x = D(mean + std z)``, where ``E(x)`` is drawn from the
-    posterior. The scale is the network's own, per channel and in diffusers' terms: ``mean`` is
-    ``latents_mean`` or ``shift_factor``, ``std`` is ``latents_std`` over ``scaling_factor``;
-    `fit_scale` estimates it. Source: Rombach et al., *High-Resolution Image Synthesis with Latent
-    Diffusion Models*, 2022 (arXiv 2112.10752), appendix G.
+    posterior. The scale, a mean and a standard deviation per channel, is read from the config of
+    the network: ``mean`` is ``latents_mean`` or ``shift_factor``, and ``std`` is ``latents_std``
+    divided by ``scaling_factor``. `fit_scale` estimates the scale from images. Source: Rombach et
+    al., *High-Resolution Image Synthesis with Latent Diffusion Models*, 2022 (arXiv 2112.10752),
+    appendix G.
 
-    The network's weights are not among the module's: they follow it from device to device, but no
-    optimizer, average of weights, ``train()`` or ``state_dict`` sees them. Both maps leave
-    autocast regions, so that latents are not rounded.
+    The weights of the network are not parameters of this module. They follow the module from device
+    to device, but no optimizer, average of weights, ``train()`` or ``state_dict`` sees the weights.
+    Both maps compute outside of autocast regions, so that latents are not rounded.
 
-    Images must have the network's channels, and sides that its factor divides. With
-    ``image_shape`` both are made so: sides grow to the right and below by repeating the last
-    pixels, gray becomes color, and `decode` takes both back.
+    Images must have the network's number of channels, and its ``factor`` must divide their sides.
+    With ``image_shape``, other images are allowed. Their last row and column are repeated until
+    ``factor`` divides the sides, and gray images become color images. `decode` reverses both
+    changes.
 
     Args:
-        vae: The network; it is put in ``eval`` mode, without gradients.
-        image_shape: ``(C, H, W)`` of all images; None takes it from the network's config if that
-            holds both sides (see `flowkit.nn.autoencoder_kl`), else any fitting size will do.
+        vae: The network. It is put in ``eval`` mode, without gradients.
+        image_shape: ``(C, H, W)`` of all images. None takes the shape from the network's config if
+            the config holds both sides (see `flowkit.nn.autoencoder_kl`). Otherwise images of all
+            sizes that ``factor`` divides are allowed.
 
     Raises:
-        TypeError: If ``vae`` is none.
-        ValueError: If its scale or ``image_shape`` cannot be.
+        TypeError: If ``vae`` is not an ``AutoencoderKL``.
+        ValueError: If the scale of ``vae`` is not finite and positive, or ``image_shape`` does not
+            fit its channels.
 
     >>> from flowkit.nn.diffusers import autoencoder_kl
     >>> autoencoder = KLAutoencoder(autoencoder_kl((1, 9, 9), width=8, multipliers=(1, 2)))
@@ -103,7 +111,7 @@ class KLAutoencoder(Frozen, frozen=("vae",)):
     hash: str
     """SHA-256 of weights, architecture, scale and ``image_shape``."""
 
-    def __init__(self, vae: "AutoencoderKL", image_shape: Sequence[int] | None = None):
+    def __init__(self, vae: "AutoencoderKL", image_shape: Sequence[int] | None = None) -> None:
         super().__init__()
         if not (hasattr(vae, "config") and "latent_channels" in vae.config):
             raise TypeError(f"vae must be an AutoencoderKL of diffusers, got {type(vae).__name__}")
@@ -126,15 +134,16 @@ class KLAutoencoder(Frozen, frozen=("vae",)):
     def from_pretrained(
         cls, path: str | Path, image_shape: Sequence[int] | None = None, **options: Any
     ) -> "KLAutoencoder":
-        """Read what `save_pretrained` or diffusers wrote.
+        """Read an autoencoder that `save_pretrained` or diffusers wrote.
 
         Args:
             path: A folder, or the name of a model on the Hugging Face hub.
-            image_shape: As for the class.
-            **options: Others of diffusers' ``from_pretrained``, e.g. ``subfolder="vae"``.
+            image_shape: See the class.
+            **options: Other arguments of diffusers' ``from_pretrained``, e.g. ``subfolder="vae"``.
 
         Raises:
-            OSError: If there is none.
+            ImportError: If diffusers is not installed.
+            OSError: If ``path`` holds no ``AutoencoderKL``.
         """
         from diffusers import AutoencoderKL  # type: ignore[attr-defined]
 
@@ -148,42 +157,42 @@ class KLAutoencoder(Frozen, frozen=("vae",)):
         return cls(vae, image_shape)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write weights, config and scale in diffusers' format."""
+        """Write weights, config and scale to a folder, in diffusers' format."""
         self.vae.save_pretrained(str(folder))
 
     @property
     def factor(self) -> int:
-        """Pixels per latent along a side."""
+        """Number of pixels per latent cell along each side."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     @property
     def config(self) -> dict[str, Any]:
-        """The network's architecture and scale, and ``image_shape``, as plain types."""
+        """Architecture and scale of the network, and ``image_shape``, as plain types."""
         public = {k: v for k, v in self.vae.config.items() if not k.startswith("_")}
         return json.loads(json.dumps({**public, "image_shape": self.image_shape}))
 
     @torch.no_grad()
     def fit_scale(self, images: Tensor | Iterable[Tensor], batch_size: int = 64) -> "KLAutoencoder":
-        """Set ``mean`` and ``std`` so that each channel of these images' latents is standard.
+        """Set ``mean`` and ``std`` so that every channel of the images' latents is standard.
 
-        The moments are those of the posteriors, ``Var z = Var E[z|x] + E Var[z|x]``, without
-        drawing. They replace the scale in the network's config, which `save_pretrained` keeps.
+        The moments are those of the posteriors, ``Var z = Var E[z|x] + E Var[z|x]``; no latent is
+        drawn. They replace the scale in the network's config, which `save_pretrained` writes.
 
         Args:
-            images: ``(N, C, H, W)`` in [-1, 1], or batches of them.
-            batch_size: Images that are encoded at a time.
+            images: Images ``(N, C, H, W)`` in [-1, 1], or batches of images.
+            batch_size: Number of images that are encoded at once.
 
         Returns:
-            The autoencoder.
+            The autoencoder itself.
 
         Raises:
-            ValueError: If there are no images, or a channel's moments cannot be a scale.
+            ValueError: If there are fewer than 2 latents, or a variance is not positive and finite.
         """
         count, total, square = 0, 0.0, 0.0
         for batch in [images] if isinstance(images, Tensor) else images:
             for part in batch.split(batch_size):
                 raw, mean = self._posterior(part.to(self.mean.device)), self.mean.double()
-                centered = raw.mean.double() - mean  # about the scale in use, against cancellation
+                centered = raw.mean.double() - mean  # centered, against cancellation
                 count += centered.numel() // centered.shape[1]
                 total = total + centered.sum((0, 2, 3))
                 square = square + (centered.square() + raw.std.double().square()).sum((0, 2, 3))
@@ -200,7 +209,7 @@ class KLAutoencoder(Frozen, frozen=("vae",)):
         return self
 
     def posterior(self, images: Tensor) -> Posterior:
-        """Return the law of the scaled latents of images ``(B, C, H, W)`` in [-1, 1]."""
+        """Return the distribution from which `encode` draws; it raises the same errors."""
         raw = self._posterior(images)
         return Posterior((raw.mean - self.mean) / self.std, raw.std / self.std)
 
@@ -208,16 +217,16 @@ class KLAutoencoder(Frozen, frozen=("vae",)):
         """Draw scaled latents ``(B, c, h, w)`` of images ``(B, C, H, W)`` in [-1, 1].
 
         Raises:
-            TypeError: If images are no floats.
-            ValueError: If their shape does not fit.
+            TypeError: If the images are not floats.
+            ValueError: If the shape of the images does not fit.
         """
         return self.posterior(images).sample(generator)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Return images of scaled latents ``(B, c, h, w)``.
+        """Return images ``(B, C, H, W)`` of scaled latents ``(B, c, h, w)``.
 
         Raises:
-            ValueError: If the latents' shape does not fit.
+            ValueError: If the shape of the latents does not fit.
         """
         self._check_latents(latents)
         with torch.autocast(latents.device.type, enabled=False):
@@ -230,16 +239,16 @@ class KLAutoencoder(Frozen, frozen=("vae",)):
         return images if images.shape[1] == channels else images.mean(1, keepdim=True)
 
     def latent_shape(self, image_shape: Sequence[int]) -> tuple[int, int, int]:
-        """Shape ``(c, h, w)`` of the latents of images ``(C, H, W)``."""
+        """Return the shape ``(c, h, w)`` of the latents of images ``(C, H, W)``."""
         height, width = (-(-side // self.factor) for side in image_shape[1:])
         return self.vae.config.latent_channels, height, width
 
     def pad(self, images: Tensor) -> Tensor:
-        """Repeat the last row and column until the factor divides both sides."""
+        """Repeat the last row and column of images until ``factor`` divides both sides."""
         return pad_to_multiple(images, self.factor)
 
     def _posterior(self, images: Tensor) -> Posterior:
-        """The law of the unscaled latents."""
+        """Return the distribution of the unscaled latents of images ``(B, C, H, W)``."""
         self._check_images(images)
         if images.shape[1] != self.vae.config.in_channels:
             images = images.expand(-1, self.vae.config.in_channels, -1, -1)
@@ -248,6 +257,7 @@ class KLAutoencoder(Frozen, frozen=("vae",)):
         return Posterior(law.mean.to(images.dtype), law.std.to(images.dtype))
 
     def _check_images(self, images: Tensor) -> None:
+        """Require floats of a shape that the network, or ``image_shape``, allows."""
         if not images.is_floating_point():
             raise TypeError(f"images must be floats in [-1, 1], got {images.dtype}")
         shape, channels, factor = tuple(images.shape), self.vae.config.in_channels, self.factor
@@ -260,10 +270,11 @@ class KLAutoencoder(Frozen, frozen=("vae",)):
         elif len(shape) != 4 or shape[1] != channels or shape[2] % factor or shape[3] % factor:
             raise ValueError(
                 f"images must have shape (B, {channels}, H, W) with sides divisible by {factor}, "
-                f"got {shape}; image_shape={shape[1:]} pads and crops, and makes gray of color"
+                f"got {shape}; image_shape={shape[1:]} pads and crops, and turns gray into color"
             )
 
     def _check_latents(self, latents: Tensor) -> None:
+        """Require latents of a shape that the network, or ``image_shape``, allows."""
         channels, shape = self.vae.config.latent_channels, tuple(latents.shape)
         if self.image_shape is None:
             fits, rule = len(shape) == 4 and shape[1] == channels, f"{channels}, h, w"
@@ -274,6 +285,7 @@ class KLAutoencoder(Frozen, frozen=("vae",)):
             raise ValueError(f"latents must have shape (B, {rule}), got {shape}")
 
     def _read_config(self) -> None:
+        """Set ``mean``, ``std`` and ``hash`` from the network and its config."""
         config = self.vae.config
         channels = config.latent_channels
         mean = config.get("latents_mean") or [config.get("shift_factor") or 0.0] * channels
@@ -290,7 +302,7 @@ class KLAutoencoder(Frozen, frozen=("vae",)):
             tensor = torch.tensor(values).to(like)[None, :, None, None]
             check_finite(tensor, f"the {name} of latents")
             setattr(self, name, tensor)
-        # Once, of the weights as they came: a later dtype or device is no other autoencoder.
+        # A later change of type or device does not make another autoencoder.
         self.hash = content_hash(self.vae.state_dict(), _text(self.config))
 
 
@@ -301,11 +313,11 @@ def pad_to_multiple(images: Tensor, factor: int) -> Tensor:
 
 
 def mean_latents(autoencoder: Autoencoder, images: Tensor) -> Tensor:
-    """Latents of images that are to be known: the posterior's mean, if there is a posterior.
+    """Encode images without drawing noise: to the mean of the posterior, if there is a posterior.
 
     Args:
-        autoencoder: One with ``posterior(images)``, or one whose `encode` draws nothing.
-        images: ``(B, C, H, W)`` in [-1, 1].
+        autoencoder: One with ``posterior(images)``, or one whose ``encode`` draws no noise.
+        images: Images ``(B, C, H, W)`` in [-1, 1]. The result has the shape ``(B, *)``.
 
     >>> mean_latents(Identity(), torch.ones(1, 2))
     tensor([[1., 1.]])
@@ -315,9 +327,10 @@ def mean_latents(autoencoder: Autoencoder, images: Tensor) -> Tensor:
 
 
 def identity(autoencoder: Autoencoder) -> dict[str, Any]:
-    """What a checkpoint or a cache records of an autoencoder: ``hash`` and ``config``, or None.
+    """Return the record of an autoencoder in checkpoints and caches: its ``hash`` and ``config``.
 
-    The hash of a network that names none is that of its weights.
+    If a network has no attribute ``hash``, the hash is that of its weights. Other missing values
+    are None.
 
     >>> identity(Identity())
     {'hash': 'identity', 'config': None}
@@ -329,31 +342,29 @@ def identity(autoencoder: Autoencoder) -> dict[str, Any]:
 
 
 def _text(config: Mapping[str, Any]) -> str:
+    """Write a config as text with sorted keys."""
     return json.dumps(config, sort_keys=True)
 
 
 def check_identity(stored: Mapping[str, Any], autoencoder: Autoencoder, made: str) -> None:
-    """Require the autoencoder that ``stored`` is the `identity` of.
+    """Require an autoencoder with the same hash as a record.
 
     Args:
-        stored: The record; one without a hash is of an autoencoder that has none.
-        autoencoder: The one at hand.
-        made: What was made with the recorded one.
+        stored: The record, a result of `identity`; its hash may be None.
+        autoencoder: The autoencoder to compare with the record.
+        made: Name, for the error, of the object made with the recorded autoencoder.
 
     Raises:
-        ValueError: If the hashes differ, naming both and how the configs differ.
+        ValueError: If the hashes differ. The error says how the configs differ.
     """
     ours = identity(autoencoder)
     if stored["hash"] == ours["hash"]:
         return
     a, b = (record.get("config") or {} for record in (stored, ours))
     differ = [f"{k} {a.get(k)} and {b.get(k)}" for k in sorted({*a, *b}) if a.get(k) != b.get(k)]
+    known = a and b and differ
+    fix = f"they differ in {', '.join(differ)}" if known else "give the folder of the recorded one"
     raise ValueError(
         f"autoencoder must be the one that {made} was made with, hash {stored['hash']}, got "
-        f"{ours['hash']}; "
-        + (
-            f"they differ in {', '.join(differ)}"
-            if a and b and differ
-            else "give the folder of that one"
-        )
+        f"{ours['hash']}; {fix}"
     )

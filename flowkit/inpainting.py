@@ -1,10 +1,11 @@
-"""Inpainting: random holes, the condition that a flow sees, and the pixels that are known.
+"""Inpainting: random holes, the condition of the flow, and the known pixels.
 
 A mask ``(B, 1, H, W)`` is 1 in the hole and 0 where pixels are known.
 """
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,14 +17,18 @@ from flowkit.checks import check_at_least, check_choice
 
 @dataclass(frozen=True)
 class RandomMasks:
-    """Random holes: boxes, irregular strokes, or for each image one of the two.
+    """Random holes in images: boxes, irregular strokes, or a mix of both.
 
-    Boxes have sides between an eighth and half of the image's. A stroke is a broken line of 5
-    pieces that turns as it goes, between 6 and 16 % of the image's smaller side wide.
+    The sides of a box are between an eighth and half of the sides of the image. A stroke is a
+    broken line of 5 pieces with random turns. Its width is between 6 and 16 % of the smaller side
+    of the image.
 
     Args:
-        kind: ``"boxes"``, ``"strokes"`` or ``"mixed"``.
-        most: The number of boxes or strokes is uniform in ``1…most``.
+        kind: ``"boxes"``, ``"strokes"``, or ``"mixed"``: each image gets one of the two kinds.
+        most: Largest number of boxes or strokes, at least 1. The number is uniform in ``1…most``.
+
+    Raises:
+        ValueError: If ``kind`` or ``most`` is out of range.
 
     >>> mask = RandomMasks("boxes", most=1)(4, (16, 16), torch.Generator().manual_seed(0))
     >>> mask.shape, mask.unique().tolist()
@@ -33,7 +38,7 @@ class RandomMasks:
     kind: str = "mixed"
     most: int = 3
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_choice(self.kind, ("boxes", "strokes", "mixed"), "kind")
         check_at_least(self.most, 1, "most")
 
@@ -44,7 +49,14 @@ class RandomMasks:
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
     ) -> Tensor:
-        """Draw masks ``(batch, 1, *size)`` of floats."""
+        """Draw masks ``(batch, 1, H, W)`` of floats, 1 in the hole and 0 elsewhere.
+
+        Args:
+            batch: Number of masks.
+            size: Height and width ``(H, W)``.
+            generator: Draws the masks.
+            device: Device of the masks.
+        """
         draw = _Draw(batch, size, self.most, generator, device)
         if self.kind == "boxes":
             return draw.boxes()
@@ -54,12 +66,19 @@ class RandomMasks:
 
 
 class _Draw:
-    """The draws of one batch of masks, in units of the image's sides."""
+    """Random draws of one batch of masks. Lengths are shares of the image's sides."""
 
-    def __init__(self, batch, size, most, generator, device):
+    def __init__(
+        self,
+        batch: int,
+        size: tuple[int, int],
+        most: int,
+        generator: torch.Generator | None,
+        device: torch.device | str | None,
+    ) -> None:
         self.size, self.most, self.batch = size, most, batch
-        self.options = {"generator": generator, "device": device}
-        # Pixel centers, and how many pixels a unit is along each side.
+        self.options: dict[str, Any] = {"generator": generator, "device": device}
+        # The centers of pixels along each side.
         self.y, self.x = (
             ((torch.arange(n, device=device) + 0.5) / n).reshape(shape)
             for n, shape in zip(size, ((1, 1, -1, 1), (1, 1, 1, -1)), strict=True)
@@ -68,10 +87,11 @@ class _Draw:
         self.used = torch.arange(most, device=device) < count
 
     def uniform(self, low: float = 0.0, high: float = 1.0) -> Tensor:
-        """One number ``(B, 1, 1, 1)`` for each mask."""
+        """Draw one number in [low, high) for each mask, ``(B, 1, 1, 1)``."""
         return low + (high - low) * torch.rand(self.batch, 1, 1, 1, **self.options)
 
     def boxes(self) -> Tensor:
+        """Draw masks ``(B, 1, H, W)`` of boxes."""
         mask = torch.zeros(self.batch, 1, *self.size, dtype=torch.bool, device=self.y.device)
         for k in range(self.most):
             inside = self.used[:, k, None, None, None]
@@ -83,13 +103,14 @@ class _Draw:
         return mask.float()
 
     def strokes(self) -> Tensor:
+        """Draw masks ``(B, 1, H, W)`` of strokes. Lengths are shares of the smaller side."""
         mask = torch.zeros(self.batch, 1, *self.size, dtype=torch.bool, device=self.y.device)
         scale = min(self.size)
         tall, wide = (n / scale for n in self.size)
         y, x = self.y * tall, self.x * wide
         for k in range(self.most):
             used = self.used[:, k, None, None, None]
-            # At least the diagonal of a pixel, so that every stroke covers one.
+            # The width is at least the diagonal of a pixel, so that every stroke covers a pixel.
             width = self.uniform(0.06, 0.16).clamp(min=1.5 / scale)
             heading = self.uniform(0, 2 * math.pi)
             top, left = self.uniform() * tall, self.uniform() * wide
@@ -104,8 +125,10 @@ class _Draw:
         return mask.float()
 
 
-def _distance_to_piece(y: Tensor, x: Tensor, start, end) -> Tensor:
-    """Distance of points ``(y, x)`` to the straight piece between two points."""
+def _distance_to_piece(
+    y: Tensor, x: Tensor, start: tuple[Tensor, Tensor], end: tuple[Tensor, Tensor]
+) -> Tensor:
+    """Compute the distance of points ``(y, x)`` to the line segment between two points."""
     (y0, x0), (dy, dx) = start, (end[0] - start[0], end[1] - start[1])
     along = ((y - y0) * dy + (x - x0) * dx) / (dy.square() + dx.square()).clamp(min=1e-12)
     along = along.clamp(0, 1)
@@ -113,20 +136,21 @@ def _distance_to_piece(y: Tensor, x: Tensor, start, end) -> Tensor:
 
 
 def inpainting_cond(autoencoder: Autoencoder, images: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """What a flow on latents is told of an image with a hole; see `flowkit.nn.Inpainting`.
+    """Compute the condition of a flow that fills holes, see `flowkit.nn.Inpainting`.
 
-    Source: Dao et al., *Flow Matching in Latent Space*, 2023 (arXiv 2307.08698), section 4.3. It
-    differs in that the posterior of the masked image is not drawn from: a condition needs no
-    noise.
+    Source: Dao et al., *Flow Matching in Latent Space*, 2023 (arXiv 2307.08698), section 4.3. The
+    paper draws the latents of the masked image from the posterior. Here they are its mean, since a
+    condition needs no noise.
 
     Args:
-        autoencoder: The flow's.
-        images: ``(B, C, H, W)`` in [-1, 1]; what lies in the hole does not matter.
-        mask: ``(B, 1, H, W)``, 1 in the hole, 0 elsewhere.
+        autoencoder: The autoencoder of the flow.
+        images: Images ``(B, C, H, W)`` in [-1, 1]. Pixels in the hole have no effect.
+        mask: Masks ``(B, 1, H, W)``, 1 in the hole and 0 elsewhere.
 
     Returns:
         ``masked``, the latents ``(B, c, h, w)`` of the images with a gray hole, and ``mask``
-        ``(B, 1, h, w)``, resized by nearest neighbor, with values -1 and 1.
+        ``(B, 1, h, w)``, the masks resized by nearest neighbor, with values -1 (known) and 1
+        (hole).
 
     Raises:
         ValueError: If the mask has another size or other values.
@@ -147,7 +171,18 @@ def inpainting_cond(autoencoder: Autoencoder, images: Tensor, mask: Tensor) -> d
 
 
 def paste_back(samples: Tensor, images: Tensor, mask: Tensor) -> Tensor:
-    """Return samples ``(B, C, H, W)`` with the pixels of ``images`` where ``mask`` is 0, exactly.
+    """Replace the known pixels of samples by those of images, exactly.
+
+    Args:
+        samples: Samples ``(B, C, H, W)``.
+        images: Images ``(B, C, H, W)``.
+        mask: Masks ``(B, 1, H, W)``, 1 in the hole and 0 at known pixels.
+
+    Returns:
+        ``samples`` in the hole, ``images`` elsewhere.
+
+    Raises:
+        ValueError: If the mask has another size or other values.
 
     >>> paste_back(torch.ones(1, 1, 1, 2), torch.zeros(1, 1, 1, 2), torch.tensor([[[[0, 1]]]]))
     tensor([[[[0., 1.]]]])
@@ -157,7 +192,11 @@ def paste_back(samples: Tensor, images: Tensor, mask: Tensor) -> Tensor:
 
 
 def check_mask(mask: Tensor, images: Tensor) -> None:
-    """Require a mask ``(B, 1, H, W)`` of zeros and ones for images ``(B, C, H, W)``."""
+    """Require a mask ``(B, 1, H, W)`` of zeros and ones for images ``(B, C, H, W)``.
+
+    Raises:
+        ValueError: If the mask has another shape or other values.
+    """
     expected = (len(images), 1, *images.shape[-2:])
     if tuple(mask.shape) != expected:
         raise ValueError(f"mask must have shape {expected}, got {tuple(mask.shape)}")

@@ -1,4 +1,4 @@
-"""The flow-matching loss, for any training loop."""
+"""Flow-matching loss, for any training loop."""
 
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -15,27 +15,37 @@ from flowkit.types import Batch, Cond, Pairs
 from flowkit.velocity import Velocity
 
 Drop = Callable[[Cond, torch.Generator | None], Cond]
+"""A function that hides some conditions of a batch, such as `flowkit.guidance.DropCond`."""
 
 
 class Draw(NamedTuple):
-    """States ``x_t (B, *)`` of pairs at times ``t (B,)``, where ``u`` is to be learnt.
-
-    ``cond`` is what the velocity is told.
-    """
+    """Training examples of a velocity: its arguments ``(x_t, t, cond)`` and its target ``u``."""
 
     x_t: Tensor
+    """States ``(B, *)`` of pairs."""
     t: Tensor
+    """Times ``(B,)`` of the states."""
     u: Tensor
+    """Target velocities ``(B, *)``."""
     cond: Cond
+    """The condition, after some of its values are dropped."""
 
 
 def draw_pairs(
     batch: Batch, coupling: Coupling = Independent(), generator: torch.Generator | None = None
 ) -> Pairs:
-    """Pair the data of a batch with its own ``x0``, or else with standard normal noise.
+    """Pair the data of a batch with the ``x0`` of the batch, or with standard normal noise.
+
+    Args:
+        batch: See `flowkit.types.Batch`. Without ``x0`` noise is drawn.
+        coupling: Chooses the ``x0`` of every ``x1``.
+        generator: Draws the noise and the coupling.
+
+    Returns:
+        Pairs ``(x0, x1)`` with their conditions.
 
     Raises:
-        ValueError: If the batch has a mask and the coupling moves ``x1``.
+        ValueError: If the batch has a mask and the coupling changes ``x1``.
 
     >>> pairs = draw_pairs({"x1": torch.ones(2, 1), "x0": torch.zeros(2, 1)})
     >>> pairs.x0.flatten().tolist(), pairs.x1.flatten().tolist()
@@ -57,7 +67,17 @@ def draw_states(
     drop_cond: Drop | None = None,
     generator: torch.Generator | None = None,
 ) -> Draw:
-    """Go along the path to times ``t (B,)``, then drop conditions.
+    """Compute states of pairs on the path at times ``t (B,)``, and drop conditions.
+
+    Args:
+        pairs: Pairs ``(x0, x1)``, each ``(B, *)``.
+        t: Times ``(B,)`` in [0, 1].
+        path: The path between both ends of a pair.
+        drop_cond: Hides some conditions; None keeps all.
+        generator: Draws the noise of the path, if it has any, and the dropped conditions.
+
+    Returns:
+        States, times, target velocities and conditions.
 
     >>> draw = draw_states(Pairs(torch.zeros(1, 1), torch.ones(1, 1)), torch.tensor([0.25]))
     >>> draw.x_t.item(), draw.u.item()
@@ -68,7 +88,11 @@ def draw_states(
 
 
 def time_dtype(x: Tensor) -> torch.dtype:
-    """The type of times beside data: at least float32, also beside half precision."""
+    """Return the type of the times of data ``x``: its type, but not narrower than float32.
+
+    >>> time_dtype(torch.zeros(1, dtype=torch.float16))
+    torch.float32
+    """
     return torch.promote_types(x.dtype, torch.float32)
 
 
@@ -82,39 +106,42 @@ def flow_matching_loss(
     generator: torch.Generator | None = None,
     observe: Callable[[Pairs], Mapping[str, Tensor]] | None = None,
 ) -> dict[str, Tensor]:
-    """Conditional flow matching: ``E ‖v(x_t, t, cond) − u‖²``, a mean over elements.
+    """Compute the loss of conditional flow matching, ``E ‖v(x_t, t, cond) − u‖²``.
 
-    Pairs ``(x0, x1)`` come from the coupling of the batch's data with standard normal noise, or
-    with the batch's own ``x0``; a coupling's log-weights multiply each pair's loss. In a batch
-    with ``t0`` and ``t1`` the pairs are segments of a flow: times are drawn within [t0, t1], and
-    velocities are per unit of the flow's time.
+    The loss is a mean over elements. The coupling pairs the data of the batch with the ``x0`` of
+    the batch, or with standard normal noise if there is none. If the coupling gives log-weights,
+    their exponentials multiply the losses of the pairs. In a batch with ``t0`` and ``t1`` the pairs
+    are segments of a flow. Their times are drawn within [t0, t1], and their velocities are per
+    unit of the flow's time.
 
-    Under ``torch.distributed`` the mean of all ranks' losses is that of their joint batch: while
-    gradients are enabled, a mask is counted over all ranks.
+    Under ``torch.distributed`` the mean of the losses of all ranks is the loss of their joint
+    batch. For this, a mask is counted over all ranks, but only while gradients are enabled.
 
     Source: Lipman et al., *Flow Matching for Generative Modeling*, 2022 (arXiv 2210.02747),
-    equation 9; Tong et al. 2023 (arXiv 2302.00482), algorithm 1, for couplings.
+    equation 9. For couplings: Tong et al., *Improving and Generalizing Flow-Based Generative Models
+    with Minibatch Optimal Transport*, 2023 (arXiv 2302.00482), algorithm 1.
 
     Args:
-        velocity: The field to train.
+        velocity: The velocity in training.
         batch: See `flowkit.types.Batch`.
-        path: Where pairs are at time ``t``.
-        coupling: Which ``x0`` goes with which ``x1``.
+        path: The path between both ends of a pair.
+        coupling: Chooses the ``x0`` of every ``x1``.
         times: Distribution of ``t``.
-        drop_cond: Applied to the condition before the velocity sees it, see
-            `flowkit.guidance.DropCond`.
-        generator: Draws everything: noise, coupling, times, dropped conditions.
-        observe: Sees the pairs; what it says of them is returned as well. See
+        drop_cond: Hides some conditions from the velocity, see `flowkit.guidance.DropCond`. None
+            keeps all.
+        generator: Draws noise, coupling, times and dropped conditions.
+        observe: Called with the pairs. Its results are added to those of the loss. See
             `flowkit.couplings.Gibbs.telemetry`.
 
-    Raises:
-        ValueError: If shapes differ; if a mask meets a coupling that moves ``x1``; or if segments
-            are incomplete, not increasing in time, or meet a path or coupling that is not the
-            default.
-
     Returns:
-        ``loss``, and ``explained``: the share ``1 − loss / E‖u‖²`` of the target's energy that is
-        predicted, 0 for a zero network. It stays below 1, since pairs cross.
+        ``loss``, and ``explained = 1 − loss / E‖u‖²``: the share of the energy of the targets that
+        the velocity explains, 0 for a velocity of zeros. It stays below 1, since pairs cross.
+
+    Raises:
+        TypeError: If ``t0`` or ``t1`` do not hold floats.
+        ValueError: If shapes differ. If the batch has a mask and the coupling changes ``x1``. If
+            segments are incomplete, do not increase in time, or come with a path or coupling other
+            than the default.
 
     >>> from flowkit.exact import GaussianFlow
     >>> batch = {"x1": 2 + 0.5 * torch.randn(4096, 2)}
@@ -141,19 +168,20 @@ def flow_matching_loss(
 
 
 def _check_segments(batch: Batch, path: Path, coupling: Coupling) -> None:
+    """Require segments, if the batch holds any, to be complete and to increase in time."""
     given = {"t0", "t1"} & set(batch)
     if not given:
         return
     if len(given) == 1 or "x0" not in batch:
         raise ValueError(
-            f"batch must hold x0, t0 and t1 together where it holds segments, got {sorted(batch)}"
+            f"batch must hold x0, t0 and t1 together if it holds segments, got {sorted(batch)}"
         )
     if path != Linear() or not isinstance(coupling, Independent):
         raise ValueError(
             "path and coupling must be Linear() and Independent() for segments with t0 and t1, "
-            f"whose chord they would change, got {path} and {coupling}"
+            f"got {path} and {coupling}; any other changes the chords of segments"
         )
-    t0, t1 = batch["t0"], batch["t1"]  # type: ignore[typeddict-item]  # all are there
+    t0, t1 = batch["t0"], batch["t1"]  # type: ignore[typeddict-item]  # all are present
     for name, t in (("t0", t0), ("t1", t1)):
         check_times(t, len(batch["x1"]), name)
     if not bool((t0 < t1).all()):
@@ -161,11 +189,12 @@ def _check_segments(batch: Batch, path: Path, coupling: Coupling) -> None:
 
 
 def _mean_square(x: Tensor, weight: Tensor | None, mask: Tensor | None) -> Tensor:
-    """Mean of ``weight x²`` over the elements that ``mask`` counts."""
+    """Compute the mean of ``weight x²`` over the elements that ``mask`` counts."""
     squares = x.square() if weight is None else weight * x.square()
-    # The same mean with and without weights, so that weights of 1 change no bit.
+    # The mean is the same function with and without weights, so that weights of 1 change no bit.
     if mask is None:
         return squares.mean()
     count = mask.expand(x.shape).sum()
-    # Ranks' losses are averaged: each is divided by the same count. Only training has them in step.
+    # The losses of all ranks are averaged, so each is divided by the same count. Only in training
+    # do all ranks reach this line together.
     return squares.sum() / (mean_over_ranks(count) if torch.is_grad_enabled() else count)

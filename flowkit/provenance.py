@@ -1,4 +1,4 @@
-"""Provenance of results: hashes of tensors, versions of packages, files written as a whole."""
+"""Provenance of results: hashes of tensors, versions of packages, atomic writing of files."""
 
 import hashlib
 import os
@@ -40,14 +40,15 @@ def tensor_hash(tensors: Tensor | Iterable[Tensor] | Mapping[str, Tensor]) -> st
 
 
 def content_hash(columns: Mapping[str, Tensor], header: str = "") -> str:
-    """SHA-256 of a header and of tensors: identities of autoencoders, fingerprints of data.
+    """Compute the SHA-256 of a header and of named tensors.
 
-    It differs from `tensor_hash` in its punctuation alone. Checkpoints and caches hold digests of
-    either, and are compared with them when they are read: neither may ever change.
+    It identifies autoencoders and data. It differs from `tensor_hash` only in the punctuation
+    between names, dtypes and shapes. Checkpoints and caches hold digests of both functions, and
+    reading compares them. Neither function may therefore ever change.
 
     Args:
-        columns: A mapping from names to tensors; its order does not enter.
-        header: A configuration, say.
+        columns: A mapping from names to tensors. Its order does not change the hash.
+        header: A text, for example a configuration.
 
     Returns:
         64 hexadecimal digits.
@@ -59,6 +60,10 @@ def content_hash(columns: Mapping[str, Tensor], header: str = "") -> str:
 
 
 def _digest(named: Iterable[tuple[str, Tensor]], header: str, label: str) -> str:
+    """Compute the SHA-256 of a header, and of the label and the bytes of every tensor.
+
+    ``label`` is a format of name, dtype and shape.
+    """
     digest = hashlib.sha256(header.encode())
     for name, tensor in named:
         digest.update(label.format(name, tensor.dtype, tuple(tensor.shape)).encode())
@@ -68,15 +73,18 @@ def _digest(named: Iterable[tuple[str, Tensor]], header: str, label: str) -> str
 
 
 def write_atomically(file: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file beside its place, then move it there: it is never seen half written.
+    """Write a file under another name, then rename it: no reader sees a half-written file.
 
-    Whenever the process or the machine dies, the place holds what it held before, or all of the
-    new. The file written beside bears the number of the process, so that several may write; it is
-    removed if writing fails.
+    If the process or the machine stops at any moment, the file holds either its old content or all
+    of its new content. The other name contains the number of the process, so that several processes
+    may write at once. If writing fails, the file of that name is removed.
 
     Args:
-        file: The place; its folder must exist.
-        write: Called with the path to write to.
+        file: The file. Its folder must exist.
+        write: A function that is called with the path to write to.
+
+    Raises:
+        OSError: If the folder does not exist or the disk is full.
 
     >>> import tempfile
     >>> file = Path(tempfile.mkdtemp()) / "a.txt"
@@ -96,7 +104,7 @@ def write_atomically(file: Path, write: Callable[[Path], Any]) -> None:
 
 
 def _flush(path: Path) -> None:
-    """Wait until a file, or the names in a folder, have reached the disk."""
+    """Wait until a file, or the list of names of a folder, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

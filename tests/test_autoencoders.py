@@ -258,7 +258,7 @@ def test_both_are_autoencoders():
         (
             lambda: KLAutoencoder(sd_style()).encode(torch.zeros(1, 1, 8, 8)),
             ValueError,
-            r"images must have shape \(B, 3, H, W\).*makes gray of color",
+            r"images must have shape \(B, 3, H, W\).*turns gray into color",
         ),
         (
             lambda: KLAutoencoder(small()).encode(torch.zeros(1, 1, 8, 10)),

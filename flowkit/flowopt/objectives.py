@@ -1,4 +1,4 @@
-"""Distances that `flowkit.flowopt.FlowOpt` minimizes: to the source, or parts or measures of it."""
+"""Objectives of `flowkit.flowopt.FlowOpt`: ``½‖x − y‖²``, masked, or of measurements ``A x``."""
 
 from typing import Protocol
 
@@ -10,28 +10,45 @@ from flowkit.flowopt.step_size import inner, rms
 
 
 class LinearOperator(Protocol):
-    """A linear map ``A`` of samples and its adjoint: ``⟨A x, y⟩ = ⟨x, Aᵀ y⟩``."""
+    """A linear map ``A`` of samples, with its adjoint ``Aᵀ``: ``⟨A x, y⟩ = ⟨x, Aᵀ y⟩``.
+
+    Any object with these two methods is one. `FlowOpt` then fits the measurements ``A x`` only.
+
+    >>> class Average:  # of two neighbors
+    ...     def __call__(self, x):
+    ...         return x.reshape(len(x), -1, 2).mean(-1)
+    ...
+    ...     def adjoint(self, y):
+    ...         return y.repeat_interleave(2, 1) / 2
+    >>> A, x, y = Average(), torch.tensor([[1.0, 3.0]]), torch.tensor([[5.0]])
+    >>> bool((A(x) * y).sum() == (x * A.adjoint(y)).sum())
+    True
+    """
 
     def __call__(self, x: Tensor) -> Tensor:
-        """``A x`` of samples ``x (B, *)``, of any shape ``(B, ...)``."""
+        """Return the measurements ``A x``, of any shape ``(B, ...)``, of samples ``x (B, *)``."""
         ...
 
     def adjoint(self, y: Tensor) -> Tensor:
-        """``Aᵀ y (B, *)``."""
+        """Return ``Aᵀ y``, of the shape ``(B, *)`` of samples, for measurements ``y (B, ...)``."""
         ...
 
 
-def choose(
-    y: Tensor, mask: Tensor | None, operator: LinearOperator | None
-) -> "_Matching | _Measured":
-    """Return what measures iterates against ``y (B, *)``: all of it, a part, or ``A`` of it.
+def choose(y: Tensor, mask: Tensor | None, operator: LinearOperator | None) -> "Objective":
+    """Return the objective that compares iterates with ``y (B, *)``.
 
-    The part is what lies outside of the mask.
+    It compares all elements, or those outside of the mask, or the measurements ``A x`` and ``A y``.
+
+    Raises:
+        ValueError: If both a mask and an operator are given. If the mask does not broadcast to
+            ``y``, has values outside [0, 1], or is 1 everywhere in a sample. If
+            ``operator.adjoint`` returns another shape than that of ``y``.
     """
     if operator is not None:
         if mask is not None:
             raise ValueError(
-                "mask must be None with an operator, got both; let the operator leave it out"
+                "mask must be None with an operator, got both; "
+                "let the operator leave the masked part out"
             )
         return _Measured(y, operator)
     if mask is None:
@@ -51,13 +68,31 @@ def choose(
     return _Matching(y, kept)
 
 
-class _Matching:
-    """``x − y``, weighted by how much each element is to be kept."""
+class Objective(Protocol):
+    """A distance of outputs ``x = f(z)`` to the source, and its derivative in ``x``."""
 
-    def __init__(self, y: Tensor, kept: Tensor | None):
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the gradient ``(B, *)`` and the residual ``(B,)``, a root mean square."""
+        ...
+
+    def normal(self, x: Tensor) -> Tensor:
+        """Return the second derivative times ``x (B, *)``: ``Aᵀ A x``."""
+        ...
+
+
+class _Matching:
+    """The objective ``½ Σ kept (x − y)²``; its gradient is ``kept (x − y)``.
+
+    Args:
+        y: The source ``(B, *)``.
+        kept: Weights in [0, 1] of its shape, ``1 − mask``; None for 1 everywhere.
+    """
+
+    def __init__(self, y: Tensor, kept: Tensor | None) -> None:
         self.y, self.kept = y, kept
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the gradient and the weighted root mean square of ``x − y``."""
         error = x - self.y
         if self.kept is None:
             return error, rms(error)
@@ -65,20 +100,27 @@ class _Matching:
         return gradient, (inner(gradient, error) / count).sqrt()
 
     def normal(self, x: Tensor) -> Tensor:
-        """``Aᵀ A x``."""
+        """Return ``kept x``."""
         return x if self.kept is None else self.kept * x
 
 
 class _Measured:
-    """``Aᵀ(A x − A y)``."""
+    """The objective ``½‖A x − A y‖²``; its gradient is ``Aᵀ(A x − A y)``.
 
-    def __init__(self, y: Tensor, operator: LinearOperator):
+    Args:
+        y: The source ``(B, *)``.
+        operator: ``A``.
+    """
+
+    def __init__(self, y: Tensor, operator: LinearOperator) -> None:
         self.operator, self.measured = operator, operator(y)
         check_same_shape(self.normal(y), y, ("operator.adjoint(operator(x1))", "x1"))
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the gradient and the root mean square of ``A x − A y``."""
         error = self.operator(x) - self.measured
         return self.operator.adjoint(error), rms(error)
 
     def normal(self, x: Tensor) -> Tensor:
+        """Return ``Aᵀ A x``."""
         return self.operator.adjoint(self.operator(x))

@@ -1,4 +1,4 @@
-"""FlowOpt: invert and edit by optimizing the start of a flow, without any derivative."""
+"""FlowOpt: inversion and editing by optimizing the latent of a flow, without any derivative."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -8,92 +8,91 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from flowkit.checks import (
-    check_at_least,
-    check_between,
-    check_finite,
-    check_positive,
-    expand_like,
-)
+from flowkit.checks import check_at_least, check_between, check_finite, check_positive, expand_like
 from flowkit.flowopt.anderson import Anderson
-from flowkit.flowopt.objectives import LinearOperator, choose
-from flowkit.flowopt.step_size import (
-    Flow,
-    StepBound,
-    inner,
-    power_bound,
-    require_step,
-    rms,
-    step_bound,
-)
+from flowkit.flowopt.objectives import LinearOperator, Objective, choose
+from flowkit.flowopt.step_size import Flow, inner, power_bound, require_step, rms
 from flowkit.sampling import ODESampler, seeded_noise
 from flowkit.types import Cond
 from flowkit.velocity import Velocity
-
-__all__ = ["Edit", "FlowOpt", "LinearOperator", "StepBound", "step_bound"]
 
 Callback = Callable[[int, Tensor, Tensor], bool | Tensor | None]
 STATUS = ("iterations", "converged", "stopped", "diverged")
 RUNNING, CONVERGED, STOPPED, DIVERGED = range(4)
 GROW, SHRINK = 1.2, 0.5
 DIVERGENCE, PLATEAU = 10.0, 1e-3
-ROUNDING = 4000  # a difference of so many times the rounding of f gives its bound to 0.1 %
+ROUNDING = 4000  # a difference of 4000 roundings of f determines the bound of its pair to 0.1 %
 
 
 class Edit(NamedTuple):
-    """What `FlowOpt` returns.
+    """The result of `FlowOpt`: the samples, their latents, and a record of the iterations.
 
-    ``x``: the result ``(B, *)``. ``z``: its latent, in float32 at least. ``trace``: the outputs
-    ``f(z_k)`` of all iterates ``(num_iters + 1, B, *)``, or of those asked for. ``residuals``:
-    ``(num_iters + 1, B)``, their RMSE to the source (of ``A x``, with an operator; outside of the
-    mask, with one). A rejected trial repeats the iterate before it, as does every iterate
-    after a sample has ended. ``step_size``: each sample's last, ``(B,)``. ``nfe``: velocity
-    evaluations of everything, counted. ``status``: per sample ``"converged"``, ``"stopped"`` (by
-    distance, patience or callback), ``"diverged"`` or, when none of these, ``"iterations"``.
+    In the record, a rejected trial repeats the iterate before it. So does every iteration after a
+    sample has ended.
     """
 
     x: Tensor
+    """The edited or regenerated samples ``(B, *)``."""
     z: Tensor
+    """Their latents ``(B, *)``, in float32 or wider."""
     trace: Tensor
+    """Outputs ``f(z_k)`` of all iterates ``(num_iters + 1, B, *)``, or of those in ``keep``."""
     residuals: Tensor
+    """RMSE of all iterates to the source, ``(num_iters + 1, B)``.
+
+    With an operator it is that of ``A x``, with a mask that of the part outside of the mask.
+    """
     step_size: Tensor
+    """The last step size of every sample, ``(B,)``."""
     nfe: int
+    """Number of velocity evaluations in total."""
     status: tuple[str, ...]
+    """The end of every sample: ``"converged"``, ``"stopped"``, ``"diverged"`` or ``"iterations"``.
+
+    A sample is stopped by ``distance``, ``patience`` or the callback, and diverged if its residual
+    exceeds 10 times the first one or is not finite. Otherwise its iterations are used up.
+    """
 
 
 @dataclass(frozen=True, eq=False)
 class FlowOpt:
     """Minimize ``½‖f(z; c) − y‖²`` over the latent ``z`` by ``z ← z − η (f(z; c) − y)``.
 
-    ``f`` is the whole solve from the first time of the sampler's grid, ``y`` the given data. The
-    start is ``y`` inverted under the source condition (``ODESampler.invert``, corrected for
-    Euler). Under the source condition this is *inversion*. Under a target condition it is an
-    *edit*: the first iterate follows the target freely, and each further one comes nearer to the
-    source, which full convergence reproduces; so the number of iterations, and of noisy steps left
-    out of the grid, say how strong the edit is. A sample's result does not depend on its batch.
+    ``f`` is the whole solve from the first time of the sampler's grid, and ``y`` is the given data.
+    The first latent is ``y`` inverted under the source condition (``ODESampler.invert``, corrected
+    for Euler). If ``c`` is the source condition, the optimization is an *inversion*. If ``c`` is
+    another condition, the target, it is an *edit*. The first iterate of an edit follows the target
+    freely. Every further iterate comes nearer to the source, and full convergence reproduces the
+    source. An edit is thus stronger with fewer iterations, and weaker if the grid leaves out the
+    noisiest steps. The result of a sample does not depend on its batch.
 
     Source: Ronai, Kulikov, Michaeli, *FlowOpt: Fast Optimization Through Whole Flow Processes for
-    Training-Free Editing*, 2025 (arXiv 2510.22010), algorithms 1 and 2. Backtracking, the measured
-    step, Anderson acceleration (Walker & Ni, *Anderson Acceleration for Fixed-Point Iterations*,
-    2011), masks and operators are ours.
+    Training-Free Editing*, 2025 (arXiv 2510.22010), algorithms 1 and 2. The paper has no
+    backtracking, measured step, mask, operator or Anderson acceleration (Walker & Ni, *Anderson
+    Acceleration for Fixed-Point Iterations*, 2011).
 
     Args:
-        sampler: Solver and grid; a part of [0, 1] skips the noisiest steps.
-        step_size: ``η > 0``, or ``"auto"``: half of the measured bound (see `step_bound`), which
-            costs four more solves.
-        num_iters: Updates ``N``. With Euler's ``n`` steps ``(n + 1) + (N + 1) n`` evaluations.
-        backtrack: Per sample, keep a trial only if the residual does not grow, and multiply ``η``
-            by 1.2 after it, by 0.5 otherwise. A rejected trial is an iteration. Without it every
-            step is taken, and ``"auto"`` steps are lowered where consecutive iterates ask for it.
-        anderson: Differences of iterates to accelerate with, 0 for none; each holds two states.
-        tolerance: A residual that ends a sample as converged.
-        distance: An RMSE to the source that ends a sample's edit, in the mask too.
-        patience: Iterations without an improvement by 0.1 % that end a sample; None for no such
-            rule.
-        keep: Numbers of the iterates that ``trace`` is to hold; None for all.
+        sampler: Solver and grid. A grid of a part of [0, 1] leaves out the noisiest steps.
+        step_size: ``η > 0``, or ``"auto"``: half of the measured bound (see `step_bound`). The
+            measurement costs four more solves.
+        num_iters: Number ``N ≥ 0`` of updates. With ``n`` Euler steps per solve there are
+            ``(n + 1) + (N + 1) n`` velocity evaluations.
+        backtrack: If True, a sample accepts a trial only if its residual does not grow. An accepted
+            trial multiplies ``η`` by 1.2, a rejected one by 0.5. A rejected trial counts as an
+            iteration. If False, every trial is accepted, and steps of ``"auto"`` are lowered
+            to half of the bound of consecutive iterates if they exceed it.
+        anderson: Number of differences of iterates for Anderson acceleration; 0 turns it off. Each
+            difference holds two states in memory.
+        tolerance: Residual, at least 0, at which a sample ends as converged.
+        distance: RMSE to the source, at least 0, at which the edit of a sample ends; None for no
+            such rule. It counts all elements, also those in the mask.
+        patience: Number of iterations, at least 1, without an improvement by 0.1 % after which a
+            sample ends; None for no such rule.
+        keep: Numbers, in [0, N], of the iterates that ``trace`` holds; None for all.
 
     Raises:
-        ValueError: If a number is out of range.
+        TypeError: If a number is a string or None.
+        ValueError: If a number is out of range, or ``step_size`` is a string other than ``"auto"``.
 
     >>> from flowkit.exact import GaussianFlow
     >>> invert = FlowOpt(ODESampler(10), step_size=1.0, num_iters=20)
@@ -112,7 +111,7 @@ class FlowOpt:
     patience: int | None = None
     keep: Sequence[int] | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.step_size != "auto":
             if isinstance(self.step_size, str):
                 raise ValueError(f"step_size must be a number or 'auto', got {self.step_size!r}")
@@ -138,30 +137,34 @@ class FlowOpt:
         operator: LinearOperator | None = None,
         callback: Callback | None = None,
     ) -> Edit:
-        """Edit ``x1`` towards ``target``, or invert it.
+        """Edit ``x1`` towards the condition ``target``, or invert ``x1``.
 
         Args:
-            velocity: The field, guided or not; it is never differentiated.
-            x1: Data ``(B, *)`` at the last time of the grid; its dtype is the network's.
-            source: The condition that ``x1`` is inverted under, passed to the velocity.
-            target: The condition of the edit; None means ``source``, an inversion.
-            mask: Where the sample may change: broadcastable to ``x1``, within [0, 1]. The edit is
-                free where it is 1; the residual counts where it is 0, by ``1 − mask`` between.
-            operator: ``A`` of the objective ``½‖A f(z) − A x1‖²``, updated by
-                ``z ← z − η Aᵀ(A f(z) − A x1)``: ``x1`` is any sample with the measured ``A x1``.
+            velocity: The velocity, guided or not. It is never differentiated.
+            x1: Data ``(B, *)`` at the last time of the grid. The network computes in its type.
+            source: The condition under which ``x1`` is inverted.
+            target: The condition of the edit; None stands for ``source``, an inversion.
+            mask: The part of a sample that may change: broadcastable to ``x1``, within [0, 1].
+                Where it is 1 the edit is free. Elsewhere the objective counts an element with the
+                weight ``1 − mask``.
+            operator: ``A`` of the objective ``½‖A f(z) − A x1‖²``, whose update is
+                ``z ← z − η Aᵀ(A f(z) − A x1)``. ``x1`` is any sample with the measured ``A x1``.
             callback: Called as ``callback(k, x, z)`` with every iterate, from ``k = 0``, to look
-                at images or at `flowkit.metrics.gaussianity` of the latents; the tensors are not to
-                be changed. True ends all samples, a boolean ``(B,)`` some.
+                at images or at `flowkit.metrics.gaussianity` of the latents. It must not change the
+                tensors. If it returns True, all samples end; booleans ``(B,)`` end some of them.
+
+        Returns:
+            Samples, latents, and the record of the iterations.
 
         Raises:
             TypeError: If ``x1`` is not a floating-point tensor.
-            ValueError: If ``x1`` is not finite, the mask does not fit, both a mask and an
-                operator are given, or ``"auto"`` finds no step size that converges for some sample.
+            ValueError: If ``x1`` is not finite, the mask or the operator does not fit, both are
+                given, or ``"auto"`` finds no step size that converges for some sample.
 
         Warns:
-            UserWarning: Once, if without backtracking a residual grows because the given step is
-                above the bound of a pair of consecutive iterates. If results of the velocity are
-                not finite.
+            UserWarning: If results of the velocity are not finite. Also, once, if without
+                backtracking a residual grows because the given step is above the bound of
+                consecutive iterates.
         """
         if not x1.is_floating_point():
             raise TypeError(f"x1 must be a floating-point tensor, got {x1.dtype}")
@@ -200,25 +203,43 @@ class FlowOpt:
 
 
 class _Iterate(NamedTuple):
+    """Latents and outputs ``(B, *)`` of one iteration, with gradients and residuals."""
+
     z: Tensor
     x: Tensor
-    gradient: Tensor  # what an update of size 1 subtracts
-    residual: Tensor  # (B,)
+    gradient: Tensor
+    """The update ``(B, *)`` of step size 1, which is subtracted from ``z``."""
+    residual: Tensor
+    """RMSE ``(B,)`` of ``x`` to the source."""
 
 
 def _select(where: Tensor, a: _Iterate, b: _Iterate) -> _Iterate:
-    """Per sample, one of two iterates."""
+    """Return ``a`` for samples where ``where (B,)`` is True, and ``b`` for the others."""
     return _Iterate(*(torch.where(expand_like(where, u), u, v) for u, v in zip(a, b, strict=True)))
 
 
 class _Run:
-    """Every sample's step, state and record in one run.
+    """The step size, state and record of every sample in one run.
 
-    Beside a small network every tensor operation shows: iterations that bring every sample nearer,
-    as most do, are told by one comparison, and nothing else is asked of them.
+    With a small network the time of every tensor operation counts. Most iterations improve every
+    sample. One comparison recognizes such an iteration, and it needs no other operation.
+
+    Args:
+        settings: Options of the run.
+        x1: The source ``(B, *)`` in the network's type.
+        y: The source in the type of the latents.
+        first: The iterate of the inverted source.
+        callback: See `FlowOpt`.
     """
 
-    def __init__(self, settings: FlowOpt, x1: Tensor, y: Tensor, first: _Iterate, callback):
+    def __init__(
+        self,
+        settings: FlowOpt,
+        x1: Tensor,
+        y: Tensor,
+        first: _Iterate,
+        callback: Callback | None,
+    ) -> None:
         self.settings, self.y, self.callback = settings, y, callback
         self.auto, self.warned = settings.step_size == "auto", False
         self.step = y.new_full((len(y),), torch.nan if self.auto else float(settings.step_size))
@@ -227,7 +248,7 @@ class _Run:
         self.best, self.steady = first, False
         self.tried = self.reference = first.residual
         self.stale = torch.zeros_like(self.status)
-        # Rounding about an exact start is no divergence.
+        # Where the start is exact, residuals are rounding errors, which may grow tenfold.
         self.eps = torch.finfo(x1.dtype).eps
         self.limit = DIVERGENCE * first.residual.clamp_min(self.eps**0.5)
         count = settings.num_iters + 1
@@ -236,7 +257,11 @@ class _Run:
         self.residuals: list[Tensor] = []
 
     def judge(self, now: _Iterate, trial: _Iterate) -> tuple[_Iterate, Tensor]:
-        """The next iterates, and whose are the trial's; adapts the steps."""
+        """Choose the next iterates, and adapt the step sizes.
+
+        Returns:
+            The chosen iterates, and booleans ``(B,)``: True for a sample that takes its trial.
+        """
         self.tried = trial.residual
         better = self.running & (trial.residual <= self.best.residual)
         self.steady = bool(better.all())
@@ -253,12 +278,15 @@ class _Run:
         return trial if self.steady else _select(self.running, trial, now), self.running
 
     def _compare_bound(self, now: _Iterate, trial: _Iterate) -> None:
-        """Lower an automatic step, or warn of a given one, above the bound of the last pair."""
+        """Compare the steps with the bound of the last two iterates.
+
+        An automatic step above its bound is lowered. A given step above its bound is warned of.
+        """
         if self.warned:
             return
         dg = trial.gradient - now.gradient
         product, squared = inner(trial.z - now.z, dg), inner(dg, dg)
-        # An automatic step is half of its bound, a given one may be all of it.
+        # An automatic step is half of its bound. A given step may reach the whole bound.
         exceeds = self.step * squared > (1 if self.auto else 2.01) * product
         exceeds &= self.running & (squared > (ROUNDING * self.eps) ** 2 * inner(trial.x, trial.x))
         if not bool(exceeds.any()):
@@ -276,7 +304,7 @@ class _Run:
             )
 
     def record(self, k: int, now: _Iterate) -> None:
-        """Keep what is to be kept of an iterate, and end samples."""
+        """Record iterate ``k``, call the callback, and end the samples that meet a rule."""
         if k in self.rows:
             self.trace[self.rows.index(k)] = now.x
         self.residuals.append(now.residual)
@@ -298,6 +326,7 @@ class _Run:
             self._end(STOPPED, torch.as_tensor(bool(stops) if stops is None else stops))
 
     def _end(self, status: int, where: Tensor) -> None:
+        """Give running samples at ``where``, ``(B,)`` or a scalar, their final status."""
         if bool(where.any()):
             where = self.running & where.to(self.status.device)
             self.status = torch.where(where, status, self.status)
@@ -305,7 +334,7 @@ class _Run:
             self.any_running = bool(self.running.any())
 
     def result(self, now: _Iterate) -> _Iterate:
-        """Where a sample diverged its best iterate, otherwise its last."""
+        """Return the best iterate of a diverged sample, and the last iterate of any other."""
         if self.steady:
             return now
         broken = ~self.tried.isfinite()
@@ -320,9 +349,19 @@ class _Run:
         return _select(diverged, self.best, now)
 
 
-def _measured_step(evaluate, objective, now: _Iterate, running: Tensor, dtype) -> Tensor:
-    """Half of the bound around the start: ``1 / L`` for symmetric flows."""
-    # The same direction for every sample, so that none depends on its batch.
+def _measured_step(
+    evaluate: Callable[[Tensor], _Iterate],
+    objective: Objective,
+    now: _Iterate,
+    running: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Measure half of the bound ``(B,)`` around the first iterate: ``1 / L`` for symmetric flows.
+
+    Raises:
+        ValueError: If no step size converges for a sample that is running.
+    """
+    # All samples have the same direction, so that no result depends on the batch.
     noise = seeded_noise(now.z.shape[1:], [0], now.z.device).to(now.z).expand_as(now.z)
     bound, cosine = power_bound(
         lambda z: evaluate(z).gradient, now.z, now.gradient, objective.normal(noise), 4, dtype

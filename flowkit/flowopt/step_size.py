@@ -1,27 +1,26 @@
-"""How large a step of `flowkit.flowopt.FlowOpt` may be, measured by whole solves."""
+"""Bounds on the step size of `flowkit.flowopt.FlowOpt`, measured by whole solves."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from flowkit.checks import check_at_least, check_finite, expand_like
-from flowkit.sampling import ODESampler
+from flowkit.sampling import ODESampler, Solution
 from flowkit.types import Cond
 from flowkit.velocity import BoundVelocity, Velocity, bind
 
 
 class StepBound(NamedTuple):
-    """What `step_bound` returns.
-
-    ``bound``: per sample ``(B,)``, the step size below which every pair of latents visited comes
-    closer. ``cosine``: ``(B,)``, the smallest cosine of their ``Δz`` and ``Δf``. ``nfe``: velocity
-    evaluations, counted.
-    """
+    """The result of `step_bound`: a bound on the step size, and two facts about its measurement."""
 
     bound: Tensor
+    """Bound ``(B,)`` on the step size; a step below it brings every measured pair closer."""
     cosine: Tensor
+    """The smallest cosine ``(B,)`` of ``Δz`` and ``Δf`` among the measured pairs, in (0, 1]."""
     nfe: int
+    """Number of velocity evaluations."""
 
 
 def step_bound(
@@ -33,24 +32,32 @@ def step_bound(
     rounds: int = 4,
     generator: torch.Generator | None = None,
 ) -> StepBound:
-    """Measure ``min 2⟨Δz, Δf⟩ / ‖Δf‖²`` around ``z``, ``f(z)`` being the whole solve.
+    """Measure the bound ``min 2⟨Δz, Δf⟩ / ‖Δf‖²`` around latents ``z``.
 
-    The step ``z − η (f(z) − y)`` brings a pair of latents closer where ``η`` lies below this, for
-    symmetric ``f`` below ``2 / L``. A random pair hardly sees the direction that ``f`` stretches
-    most, so the pairs are those of a power iteration without derivatives: a random ``Δz``, then
-    ``Δz ← δ Δf / ‖Δf‖``, one solve a round. Source: Ronai et al., *FlowOpt*, 2025 (arXiv
-    2510.22010), whose condition is taken over random pairs.
+    ``f(z)`` is the result of the whole solve, and ``Δf`` the difference of two results whose
+    latents differ by ``Δz``. The step ``z − η (f(z) − y)`` brings the two latents closer if ``η``
+    lies below ``2⟨Δz, Δf⟩ / ‖Δf‖²``. For symmetric ``f`` with largest slope ``L`` the bound is
+    ``2 / L``. A random pair hardly sees the direction that ``f`` stretches most. The measured pairs
+    are therefore those of a power iteration without derivatives: a random ``Δz`` first, then
+    ``Δz ← δ Δf / ‖Δf‖``, one solve per round.
+
+    Source: Ronai, Kulikov, Michaeli, *FlowOpt*, 2025 (arXiv 2510.22010). The paper takes its
+    condition over random pairs.
 
     Args:
-        velocity: The field.
-        sampler: Defines ``f``.
+        velocity: The velocity, guided or not.
+        sampler: Solver and grid of ``f``.
         z: Latents ``(B, *)`` at the first time of the sampler's grid.
-        cond: Passed to the velocity.
-        rounds: Pairs visited; ``rounds + 1`` solves.
+        cond: The condition that is passed to the velocity.
+        rounds: Number of measured pairs, at least 1. There are ``rounds + 1`` solves.
         generator: Draws the first ``Δz``.
 
+    Returns:
+        The bound and the smallest cosine of each sample, and the number of evaluations.
+
     Raises:
-        ValueError: If a cosine is not positive, so that no step size works for the sample.
+        ValueError: If ``rounds`` is below 1, if ``z`` is not finite, or if the cosine of a sample
+            is not positive. No step size works for such a sample.
 
     >>> def stretch(x, t, cond=None):
     ...     return torch.tensor([0.0, 1.0]) * x
@@ -70,57 +77,67 @@ def step_bound(
 
 
 class Flow:
-    """``f(z; c)``: the whole solve, with states in float32 at least, counting evaluations.
+    """The map ``f(z; c)`` of the whole solve; it counts velocity evaluations in ``nfe``.
+
+    States are float32 or wider.
 
     Args:
-        sampler: The solver.
-        velocity: The field; called with states of ``dtype``.
-        dtype: What the network computes in.
+        sampler: Solver and grid.
+        velocity: The velocity. Its states have the type ``dtype``.
+        dtype: Type in which the network computes.
     """
 
-    def __init__(self, sampler: ODESampler, velocity: Velocity, dtype: torch.dtype):
+    def __init__(self, sampler: ODESampler, velocity: Velocity, dtype: torch.dtype) -> None:
         self.dtype = torch.promote_types(dtype, torch.float32)
         self.sampler, self.nfe = sampler, 0
         self.velocity = velocity if dtype == self.dtype else _Cast(velocity, dtype)
 
     def __call__(self, z: Tensor, cond: Cond) -> Tensor:
+        """Return ``f(z; cond)`` of latents ``z (B, *)``."""
         return self._count(self.sampler.solve(self.velocity, z, cond))
 
     def invert(self, x: Tensor, cond: Cond) -> Tensor:
+        """Return the latents ``(B, *)`` of samples ``x (B, *)``; Euler's are corrected."""
         correct = self.sampler.method == "euler"
         return self._count(self.sampler.invert(self.velocity, x, cond, correct=correct))
 
-    def _count(self, solution) -> Tensor:
+    def _count(self, solution: Solution) -> Tensor:
+        """Add the evaluations of a solution, and return its state."""
         self.nfe += solution.nfe
         return solution.x
 
 
 class _Cast:
-    """A half-precision velocity at float32 states: those are rounded for the network alone."""
+    """A half-precision velocity of float32 states; only the input of the network is rounded."""
 
-    def __init__(self, velocity: Velocity, dtype: torch.dtype):
+    def __init__(self, velocity: Velocity, dtype: torch.dtype) -> None:
         self.velocity, self.dtype = velocity, dtype
 
     def __call__(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
+        """Return the velocity ``(B, *)`` at states ``x (B, *)`` and times ``t (B,)``."""
         return self.velocity(x.to(self.dtype), t, cond)
 
     def bind(self, cond: Cond, grid: Tensor | None = None) -> BoundVelocity:
+        """Bind the network for one solve, with the same rounding."""
         bound = bind(self.velocity, cond, grid)
         return bound.wrapped(_Cast(bound, self.dtype))
 
 
 def inner(a: Tensor, b: Tensor) -> Tensor:
-    """``⟨a, b⟩`` per sample, ``(B,)``."""
+    """Compute the inner product ``⟨a, b⟩`` of each sample, ``(B,)``."""
     return (a * b).flatten(1).sum(1)
 
 
 def rms(x: Tensor) -> Tensor:
-    """Root mean square per sample, ``(B,)``."""
+    """Compute the root mean square of each sample, ``(B,)``."""
     return x.square().flatten(1).mean(1).sqrt()
 
 
 def pair_bound(dz: Tensor, df: Tensor) -> tuple[Tensor, Tensor]:
-    """``2⟨Δz, Δf⟩ / ‖Δf‖²`` and the cosine of a pair, per sample; without any ``Δf``, ∞ and 0."""
+    """Compute the bound ``2⟨Δz, Δf⟩ / ‖Δf‖²`` and the cosine of a pair, both ``(B,)``.
+
+    Where ``Δf = 0``, the bound is ∞ and the cosine is 0.
+    """
     product, squared = inner(dz, df), inner(df, df)
     tiny = torch.finfo(dz.dtype).tiny
     cosine = product / (squared.sqrt() * inner(dz, dz).sqrt()).clamp_min(tiny)
@@ -128,12 +145,26 @@ def pair_bound(dz: Tensor, df: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def power_bound(
-    f, z: Tensor, start: Tensor, direction: Tensor, rounds: int, dtype: torch.dtype
+    f: Callable[[Tensor], Tensor],
+    z: Tensor,
+    start: Tensor,
+    direction: Tensor,
+    rounds: int,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Least bound and cosine over the pairs of a power iteration from ``direction``.
+    """Compute the least bound and the least cosine over the pairs of a power iteration.
 
-    ``dtype`` is what ``f`` computes in: differences are of the size ``ε^⅓``, which is large beside
-    its rounding and small beside ``z``.
+    Args:
+        f: The map of latents ``(B, *)``.
+        z: Latents ``(B, *)``, the first of both in every pair.
+        start: ``f(z)``.
+        direction: The first ``Δf (B, *)``, of any length.
+        rounds: Number of pairs.
+        dtype: Type in which ``f`` computes. With its rounding ``ε``, differences ``Δz`` have the
+            size ``ε^⅓``, which is large compared with ``ε`` and small compared with ``z``.
+
+    Returns:
+        The bounds and the cosines, both ``(B,)``.
     """
     size = torch.finfo(dtype).eps ** (1 / 3) * (1 + rms(z))
     tiny = torch.finfo(z.dtype).tiny
@@ -147,7 +178,16 @@ def power_bound(
 
 
 def require_step(cosine: Tensor, z: Tensor, dtype: torch.dtype | None = None) -> None:
-    """Refuse samples whose cosine is not positive beyond the rounding of `power_bound`."""
+    """Require cosines ``(B,)`` that are positive by more than the rounding of `power_bound`.
+
+    Args:
+        cosine: The least cosine of every sample.
+        z: The latents ``(B, *)``.
+        dtype: Type in which the flow computes; None for that of the latents.
+
+    Raises:
+        ValueError: If the cosine of a sample is smaller.
+    """
     eps = torch.finfo(dtype or z.dtype).eps
     refused = ~(cosine > 10 * eps ** (2 / 3) / z[0].numel() ** 0.5)
     if bool(refused.any()):

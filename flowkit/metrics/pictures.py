@@ -97,11 +97,11 @@ def colored(masks: Tensor, num_classes: int) -> Tensor:
 def to_uint8(images: Tensor) -> Tensor:
     """Map [-1, 1] to 0...255: ``round(127.5 (x + 1))`` after clamping, halves to even.
 
-    Rounding, where truncation would darken images by half a gray level on average. The inverse
+    Truncation instead of rounding would darken images by half a gray level on average. The inverse
     is `from_uint8`.
 
     Args:
-        images: Floats ``(B, *)`` in [-1, 1]; what lies outside is clamped.
+        images: Floats ``(B, *)`` in [-1, 1]. Values outside are clamped.
 
     Returns:
         Bytes of the same shape.
@@ -116,7 +116,7 @@ def to_uint8(images: Tensor) -> Tensor:
     if not images.is_floating_point():
         raise TypeError(f"images must be a floating-point tensor in [-1, 1], got {images.dtype}")
     check_finite(images, "images")
-    # Half precision cannot hold 255 levels around 0 and 1 once shifted.
+    # Half precision is too coarse for 256 levels after the shift to [0, 2].
     wide = images.to(torch.promote_types(images.dtype, torch.float32))
     return wide.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
 
@@ -124,10 +124,13 @@ def to_uint8(images: Tensor) -> Tensor:
 def from_uint8(pixels: Tensor) -> Tensor:
     """Map gray levels 0...255 to float32 in [-1, 1]: ``x / 127.5 - 1``.
 
-    It undoes `to_uint8`, and `to_uint8` undoes it on all 256 levels.
+    It is the inverse of `to_uint8` on all 256 levels.
 
     Args:
-        pixels: Bytes, or other numbers, of any shape.
+        pixels: Gray levels of any shape and type.
+
+    Returns:
+        A new tensor of the same shape.
 
     >>> from_uint8(torch.tensor([0, 51, 255], dtype=torch.uint8))
     tensor([-1.0000, -0.6000,  1.0000])
@@ -136,7 +139,17 @@ def from_uint8(pixels: Tensor) -> Tensor:
 
 
 def as_saved(images: Tensor) -> Tensor:
-    """Return images, in [-1, 1] or 8-bit, as they come back in [-1, 1] from 8-bit files.
+    """Round images to the 256 levels of an 8-bit file, as writing and reading the file does.
+
+    Args:
+        images: Floats in [-1, 1], or bytes, of any shape.
+
+    Returns:
+        Float32 in [-1, 1], of the same shape.
+
+    Raises:
+        TypeError: If ``images`` holds neither floats nor bytes.
+        ValueError: If ``images`` holds NaN or infinity.
 
     >>> as_saved(torch.tensor([0.0, 2.0]))
     tensor([0.0039, 1.0000])

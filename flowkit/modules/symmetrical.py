@@ -6,8 +6,8 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
+from flowkit import checks
 from flowkit.autoencoders import Autoencoder, Identity
-from flowkit.checks import check_at_least, check_between, check_choice, check_whole
 from flowkit.guidance import ClassifierFree
 from flowkit.modules.flow import (
     ADAMW,
@@ -41,8 +41,9 @@ from flowkit.symmetrical.inputs import (
     count_of,
     warn_of_more_steps,
 )
-from flowkit.symmetrical.joint import ImageVelocity, put_back
+from flowkit.symmetrical.joint import ImageVelocity
 from flowkit.symmetrical.label_states import label_noise
+from flowkit.symmetrical.regions import put_back
 from flowkit.types import Batch, Cond, to_device
 from flowkit.velocity import Velocity
 
@@ -101,6 +102,7 @@ class SymmetricalFlowMatching(FlowModule):
     label_shape: tuple[int, ...] | None = None
     """Shape of one label's state, learnt from the first batch passed to `loss`."""
 
+    @checks.renamed_arguments(since="0.2.0", removed_in="0.4.0", edges="boundary_share")
     def __init__(
         self,
         velocity: Velocity,
@@ -115,10 +117,10 @@ class SymmetricalFlowMatching(FlowModule):
         lr_scheduler: MakeScheduler | None = None,
     ):
         super().__init__(velocity, autoencoder, None, optimizer, lr_scheduler)
-        check_choice(times, ("two-time", "symmetric"), "times")
-        check_between(image_weight, 0, 1, "image_weight")
-        check_between(boundary_share, 0, 1, "boundary_share")
-        check_between(label_dropout, 0, 1, "label_dropout")
+        checks.check_choice(times, ("two-time", "symmetric"), "times")
+        checks.check_between(image_weight, 0, 1, "image_weight")
+        checks.check_between(boundary_share, 0, 1, "boundary_share")
+        checks.check_between(label_dropout, 0, 1, "label_dropout")
         self.codec, self.times, self.boundary_share = codec, times, boundary_share
         self.image_weight, self.label_dropout = image_weight, label_dropout
         self.class_weights = checked_class_weights(class_weights, self.states.codec.num_classes)
@@ -248,7 +250,7 @@ class SymmetricalFlowMatching(FlowModule):
         """
         check_region(region, images)
         if sampler is not None:
-            check_whole(sampler.times)
+            checks.check_whole(sampler.times)
         x1 = self._latents(images)
         x0 = seeded_noise(x1.shape[1:], seeds_or_drawn(seeds, len(images)), self.device)
         keep = put_back(x0, x1, region.to(self.device))
@@ -266,13 +268,13 @@ class SymmetricalFlowMatching(FlowModule):
             RuntimeError: If the module is of one time.
             ValueError: If ``num_samples`` is below 1, or the sampler does not go from 0 to 1.
         """
-        check_at_least(num_samples, 1, "num_samples")
+        checks.check_at_least(num_samples, 1, "num_samples")
         if not self.joint.two_times:
             raise RuntimeError(
                 "times must be 'two-time' to sample pairs, got 'symmetric'; give labels to generate"
             )
         sampler = sampler or ODESampler(25, "heun")
-        check_whole(sampler.times)
+        checks.check_whole(sampler.times)
         seeds = seeds_or_drawn(seeds, num_samples)
         x = seeded_noise(known_shape(self.sample_shape), seeds, self.device)
         y = label_noise(known_shape(self.label_shape), seeds, device=self.device)[:, 0]
@@ -326,9 +328,9 @@ class SymmetricalFlowMatching(FlowModule):
             TypeError: If images are no floating-point tensor.
             ValueError: If they are of another shape than those trained on, or draws below 1.
         """
-        check_at_least(draws, 1, "draws")
+        checks.check_at_least(draws, 1, "draws")
         sampler = sampler or ODESampler(1)
-        check_whole(sampler.times)
+        checks.check_whole(sampler.times)
         if not self.joint.two_times:
             warn_of_more_steps(sampler)
         seeds, shape = seeds_of(seeds, len(images)), known_shape(self.label_shape)

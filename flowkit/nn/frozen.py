@@ -1,4 +1,4 @@
-"""Parts that a module uses and does not own: frozen networks beside the one in training."""
+"""Frozen parts of a module: networks that it uses, but neither trains nor stores."""
 
 from collections.abc import Callable
 from typing import Any, ClassVar, Self
@@ -7,15 +7,15 @@ from torch import nn
 
 
 class Frozen(nn.Module):
-    """A module of which some parts are frozen: used, but neither trained nor stored with it.
+    """A module with frozen parts, which it uses but neither trains nor stores.
 
-    A part is named with the class and assigned as any other attribute. It then is in ``eval`` mode
-    and without gradients, follows the module from device to device and from type to type, and is
-    copied with it. It is not among its ``modules()`` and ``parameters()``: no optimizer, average of
-    weights, ``train()`` or ``state_dict`` sees it. What is no ``nn.Module``, a function say, is
-    kept as it is.
+    The class statement names the frozen parts. They are assigned like any other attribute. A frozen
+    part is in ``eval`` mode and without gradients. It follows the module from device to device and
+    from type to type, and it is copied with the module. It is not among the module's ``modules()``
+    and ``parameters()``: no optimizer, average of weights, ``train()`` or ``state_dict`` sees it. A
+    value that is not an ``nn.Module``, for example a function, is stored unchanged.
 
-    A subclass adds its names to those of its parents.
+    A subclass adds its names to the names of its parents.
 
     >>> import torch
     >>> class Learner(Frozen, frozen=("teacher",)):
@@ -38,7 +38,7 @@ class Frozen(nn.Module):
         cls.frozen_parts = cls.frozen_parts | set(frozen)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Assign; a frozen part goes where torch does not look for parts."""
+        """Assign an attribute. A frozen part is stored where torch does not look for modules."""
         if name not in self.frozen_parts:
             super().__setattr__(name, value)
             return
@@ -47,6 +47,7 @@ class Frozen(nn.Module):
         self.__dict__[name] = value
 
     def _apply(self, fn: Callable, recurse: bool = True) -> Self:
+        """Apply a conversion of tensors, for example ``.to(device)``, to frozen parts too."""
         for name in self.frozen_parts:
             if isinstance(part := self.__dict__.get(name), nn.Module):
                 part._apply(fn, recurse)

@@ -1,4 +1,4 @@
-"""Networks that are kept in one file: weights, and what builds the network again."""
+"""Networks in one file: their weights, and the arguments that build them again."""
 
 import json
 from functools import partial
@@ -11,9 +11,9 @@ from flowkit.provenance import write_atomically
 
 
 class Stored(nn.Module):
-    """A network that is written to a safetensors file and read without running any code of it.
+    """A network that is stored in one safetensors file. Reading the file runs no code of it.
 
-    A subclass sets ``config``, the arguments that build it, as plain types.
+    A subclass sets ``config`` to the arguments that build the network, as plain types.
 
     >>> import tempfile, torch
     >>> class Scale(Stored):
@@ -27,9 +27,10 @@ class Stored(nn.Module):
     """
 
     config: dict[str, Any]
+    """Arguments of the class, as types that JSON has."""
 
     def save(self, file: str | Path) -> None:
-        """Write weights and architecture; the folder must exist."""
+        """Write weights and ``config`` to a file, whose folder must exist."""
         from safetensors.torch import save_file
 
         weights = {name: value.contiguous() for name, value in self.state_dict().items()}
@@ -38,11 +39,14 @@ class Stored(nn.Module):
 
     @classmethod
     def load(cls, file: str | Path) -> Self:
-        """Read what `save` wrote; without gradients, in ``eval`` mode, on the CPU.
+        """Read a network that `save` wrote.
+
+        Returns:
+            The network on the CPU, in ``eval`` mode, without gradients.
 
         Raises:
-            FileNotFoundError: If there is no such file.
-            ValueError: If it was written by something else.
+            FileNotFoundError: If the file does not exist.
+            ValueError: If `save` did not write the file.
         """
         from safetensors import safe_open
 

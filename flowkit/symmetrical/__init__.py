@@ -1,4 +1,12 @@
-"""Symmetrical flow matching: codecs of labels, and flows of images and labels at once."""
+"""Symmetrical flow matching: one flow for images and their labels, run in both directions.
+
+The image goes from noise to data while a code of its label goes from data to noise. One network
+thus generates images of labels, and classifies or segments images. Use the package where both
+tasks share a data set; `flowkit.modules.SymmetricalFlowMatching` trains the network. Codecs
+translate between labels and codes.
+
+Source: Caetano et al., *Symmetrical Flow Matching*, 2025 (arXiv 2506.10634).
+"""
 
 from flowkit.symmetrical.codecs import Codec, OneHot, OneHotMask, Ordinal, RGBPalette, Simplex
 from flowkit.symmetrical.joint import JointFlow

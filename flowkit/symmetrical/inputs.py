@@ -1,4 +1,4 @@
-"""Checks of what users give to a joint flow of images and labels."""
+"""Checks of the arguments of a joint flow of images and labels."""
 
 import math
 import warnings
@@ -12,13 +12,14 @@ from flowkit.types import Batch
 
 
 def check_labeled(batch: Batch) -> Tensor:
-    """Return the labels of a batch: one per image, or masks of the images' size.
+    """Return the labels of a batch: classes ``(B,)``, or masks ``(B, H, W)`` of the images' size.
 
-    Masks of cached latents may be of any size; what they are encoded to must be the latents'.
+    Masks of cached latents may be of any size here. `check_sizes` then compares the latents of the
+    masks with the latents of the images.
 
     Raises:
-        TypeError: If there are none.
-        ValueError: If they do not fit the images, or the batch holds segments of a flow.
+        TypeError: If ``cond`` is not a tensor.
+        ValueError: If the labels do not fit the images, or the batch holds segments of a flow.
     """
     labels, images = batch.get("cond"), batch["x1"]
     if not isinstance(labels, Tensor):
@@ -39,7 +40,12 @@ def check_labeled(batch: Batch) -> Tensor:
 
 
 def checked_class_weights(weights: Sequence[float] | None, num_classes: int) -> list[float] | None:
-    """Return weights of classes, one each, not negative and not all 0; None for None."""
+    """Return the weights of classes as floats; None stays None.
+
+    Raises:
+        ValueError: If there is not one weight per class, if a weight is negative or not finite, or
+            if all weights are 0.
+    """
     if weights is None:
         return None
     if len(weights) != num_classes:
@@ -53,11 +59,12 @@ def checked_class_weights(weights: Sequence[float] | None, num_classes: int) -> 
 
 
 def checked_scale(guidance: object, label_dropout: float) -> float:
-    """Return a scale of guidance that is to be a number; None is 1, which is none.
+    """Return the scale of guidance as a float; None becomes 1, a scale without guidance.
 
     Raises:
-        TypeError: If it is no number.
-        ValueError: If it is not finite, or asks a model that never trained without its labels.
+        TypeError: If ``guidance`` is not a number.
+        ValueError: If it is not finite. If it is not 1 although the model, with
+            ``label_dropout = 0``, never trained without its labels.
     """
     if guidance is None:
         return 1.0
@@ -75,17 +82,27 @@ def checked_scale(guidance: object, label_dropout: float) -> float:
 
 
 def check_no_zero_code(codec: Codec) -> None:
-    """Require codes that zeros, which stand for no label where one time cannot, are none of."""
+    """Require a codec that encodes no class as zeros.
+
+    With one time, zeros stand for a missing label. (With two times, ``s = 1`` does.)
+
+    Raises:
+        ValueError: If the code of a class is zeros.
+    """
     table = getattr(codec, "table", None)
     if table is not None and bool((zeros := (table == 0).all(1)).any()):
         raise ValueError(
-            "label_dropout must be 0 in symmetric mode for a codec with zeros as a code, which "
-            f"stand for no label, got class {int(zeros.nonzero()[0])} of {codec}"
+            "label_dropout must be 0 in symmetric mode for a codec with zeros as a code, since "
+            f"zeros stand for a missing label, got class {int(zeros.nonzero()[0])} of {codec}"
         )
 
 
 def count_of(labels: Tensor) -> int:
-    """The number of samples that labels are of."""
+    """Return the number ``B`` of samples of labels ``(B,)`` or ``(B, H, W)``.
+
+    Raises:
+        TypeError: If ``labels`` is not a tensor with at least one dimension.
+    """
     if not (isinstance(labels, Tensor) and labels.ndim):
         raise TypeError(f"labels must be a tensor (B,) or (B, H, W), got {labels!r}")
     return len(labels)
@@ -94,7 +111,18 @@ def count_of(labels: Tensor) -> int:
 def check_sizes(
     y0: Tensor, x1: Tensor, labels: Tensor, known: tuple[int, ...] | None = None
 ) -> None:
-    """Require states of labels of one shape, and of masks of the images', or latents', size."""
+    """Require states of labels that fit the earlier ones and the states of images.
+
+    Args:
+        y0: States of labels, ``(B, K)`` or ``(B, K, h, w)``.
+        x1: States of images, ``(B, C, h, w)``.
+        labels: The labels, for the error.
+        known: Shape of one state of a label in earlier batches; None for the first batch.
+
+    Raises:
+        ValueError: If the states of labels have another shape than before, or those of masks
+            another height or width than the states of images.
+    """
     if known not in (None, tuple(y0.shape[1:])):
         raise ValueError(
             f"cond must be labels whose states have shape {known} as before, got "
@@ -108,18 +136,26 @@ def check_sizes(
 
 
 def check_region(region: Tensor, images: Tensor) -> None:
-    """Require a place for every pixel of images ``(B, C, H, W)``."""
+    """Require a region ``(B, H, W)``, one value for every pixel of images ``(B, C, H, W)``.
+
+    Raises:
+        ValueError: If ``region`` is not a tensor of this shape.
+    """
     expected = (len(images), *images.shape[2:])
     if not isinstance(region, Tensor) or region.shape != expected:
         got = tuple(region.shape) if isinstance(region, Tensor) else repr(region)
-        raise ValueError(f"region must have shape {expected}, a place for every pixel, got {got}")
+        raise ValueError(f"region must have shape {expected}, one value per pixel, got {got}")
 
 
 def warn_of_more_steps(sampler: ODESampler) -> None:
-    """Warn of labels of one joint time in anything but one Euler step, their exact expectation."""
+    """Warn that labels of a flow of one time are exact only in one Euler step.
+
+    Warns:
+        UserWarning: If the sampler has more steps or another method.
+    """
     if len(sampler.times) > 2 or sampler.method != "euler":
         warnings.warn(
             "labels in several steps of symmetric mode may be worse than in one Euler step, which "
-            "is their exact expectation; use ODESampler(1), or times='two-time'",
+            "returns their exact expectation; use ODESampler(1), or times='two-time'",
             stacklevel=4,
         )

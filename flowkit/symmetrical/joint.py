@@ -1,9 +1,10 @@
-"""The joint flow of an image and its label: one network, two states, one or two times.
+"""Joint flow of an image and its label: one network, two states, one or two times.
 
     x_t = (1 − t) ξ_x + t x₁       v_x = x₁ − ξ_x        image: noise at t = 0, data at t = 1
     y_s = (1 − s) y₀  + s ξ_y      v_y = ξ_y − y₀        label: data at s = 0, noise at s = 1
 
-Source: Caetano et al., *Symmetrical Flow Matching*, 2025 (arXiv 2506.10634), where ``s = t``.
+Source: Caetano et al., *Symmetrical Flow Matching*, 2025 (arXiv 2506.10634). The paper has
+``s = t``.
 """
 
 from collections.abc import Callable
@@ -11,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from flowkit.checks import check_same_shape, expand_like
@@ -19,7 +19,6 @@ from flowkit.distributed import mean_over_ranks
 from flowkit.guidance import combine
 from flowkit.paths import Linear, noise_like
 from flowkit.sampling import ODESampler, Solution
-from flowkit.sampling.ode import Callback
 from flowkit.types import Cond
 from flowkit.velocity import Velocity
 
@@ -28,14 +27,16 @@ PATH = Linear()
 
 @dataclass(frozen=True, eq=False)
 class JointFlow:
-    """A network on states of image and code, side by side on dimension 1, as their velocities.
+    """The velocities of image and code, computed by one network on both states.
 
-    A code ``(B, K)`` beside images ``(B, C, H, W)`` enters as constant planes, and the mean of the
-    network's planes is its velocity.
+    The states are concatenated along dimension 1. A code ``(B, K)`` of images ``(B, C, H, W)``
+    enters as ``K`` constant planes, and the means of the network's last ``K`` planes are the
+    velocity of the code.
 
     Args:
-        network: Called as ``network(state, t)`` on ``(B, C + K, *)``.
-        two_times: Whether it takes ``(t, s)`` as ``t (B, 2)``, or ``t (B,)`` alone.
+        network: Called as ``network(state, t)`` on states ``(B, C + K, *)``.
+        two_times: If True, the network takes the times ``(t, s)`` as ``t (B, 2)``. If False, it
+            takes ``t (B,)`` only, and ``s = t``.
 
     >>> def network(state, t):
     ...     return torch.ones_like(state)
@@ -49,10 +50,19 @@ class JointFlow:
     two_times: bool = True
 
     def __call__(self, x: Tensor, y: Tensor, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-        """Velocities of ``x (B, C, *)`` and ``y (B, K)`` or ``(B, K, *)`` at times ``(B,)``.
+        """Compute the velocities of image and code.
+
+        Args:
+            x: Images ``(B, C, *)``.
+            y: Codes ``(B, K)`` or ``(B, K, *)``.
+            t: Times ``(B,)`` of the images.
+            s: Times ``(B,)`` of the codes; ignored by a network of one time.
+
+        Returns:
+            The velocities, of the shapes of ``x`` and ``y``.
 
         Raises:
-            ValueError: If the network takes or returns other states or times.
+            ValueError: If the network takes or returns states or times of other shapes.
         """
         state, times = pack(x, y), torch.stack([t, s], 1) if self.two_times else t
         try:
@@ -61,8 +71,8 @@ class JointFlow:
             raise ValueError(
                 f"velocity must take image and code of shape {tuple(state.shape)} and times of "
                 f"shape {tuple(times.shape)}, got an error: {error}; build the network with "
-                f"{state.shape[1]} channels, no classes and num_times={1 + self.two_times}, or for "
-                "two times one of 1 more channel within flowkit.symmetrical.networks.TwoTimes"
+                f"{state.shape[1]} channels, no classes and num_times={1 + self.two_times}, or, "
+                "for two times, put one with 1 more channel into flowkit.symmetrical.TwoTimes"
             ) from error
         check_same_shape(v, state, ("velocity(state, t)", "state"))
         return unpack(v, x.shape[1], y.ndim)
@@ -79,29 +89,33 @@ class JointFlow:
         label_dropout: float = 0.0,
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Mean squared errors of the image's and of the label's velocity, at random times.
+        """Compute the losses ``E ‖v̂_x − v_x‖²`` and ``E ‖v̂_y − v_y‖²`` at random times.
 
-        With one time it is uniform. With two, ``(t, s)`` is uniform in the square but for a share
-        ``boundary_share``, half of which has the label clean (``s = 0``) and half the image
-        (``t = 1``). A clean side is never moved, so that its loss, which would be noise alone, is
-        left out. Of the pairs with a clean image, half have nothing but noise for a label
-        (``s = 1``): that corner is all that one step sees. A class that every pixel of a mask
-        repeats shows through much noise, and away from the corner the network need not know it
-        from the image.
+        With one time, ``t`` is uniform in [0, 1]. With two times, a share ``boundary_share`` of the
+        pairs ``(t, s)`` lies on the boundary of the unit square, and the others are uniform inside.
+        Half of the pairs on the boundary have a clean label (``s = 0``), half a clean image
+        (``t = 1``). The solves of the flow never move a clean side. Its velocity would be noise
+        that the network cannot know, so that the loss leaves it out. Half of the pairs with a
+        clean image have pure noise as label (``s = 1``), since a solve of the label starts there.
+        At other times the network can read the label from its noisy code: a class that every pixel
+        of a mask repeats is visible through much noise. There the network need not learn to read
+        the label from the image.
 
         Args:
             x1: Images ``(B, C, *)``.
             y0: Dequantized codes ``(B, K)`` or ``(B, K, *)``.
-            x0: Noise of the images; drawn if None.
-            mask: Weight of the images' elements, broadcastable to them.
-            label_weight: Weight of the codes' elements, broadcastable to them.
-            boundary_share: Share of pairs with one clean side, for two times.
-            label_dropout: Probability of hiding a label: zeros for its code, with two times at
-                ``s = 1``, and no label loss.
-            generator: Draws everything.
+            x0: Noise of the images ``(B, C, *)``; None to draw it.
+            mask: Weights of the images' elements, broadcastable to ``x1``; None for 1 everywhere.
+            label_weight: Weights of the codes' elements, broadcastable to ``y0``; None for 1
+                everywhere.
+            boundary_share: Share, in [0, 1], of pairs with one clean side; for two times.
+            label_dropout: Probability of hiding a label. A hidden label has zeros as its code and
+                no loss. With two times its time is ``s = 1``.
+            generator: Draws noise, times and hidden labels.
 
         Returns:
-            The image's loss and the label's, each a mean over its own (counted) elements.
+            The loss of the images and the loss of the labels. Each is a weighted mean over its own
+            elements.
         """
         t, s = self._draw_times(len(x1), x1.device, boundary_share, generator)
         image = PATH.sample(noise_like(x1, generator) if x0 is None else x0, x1, t)
@@ -127,18 +141,23 @@ class JointFlow:
         scale: float = 1.0,
         **options: Any,
     ) -> Solution:
-        """Carry noise ``x0`` to images while codes ``y`` go, from ``t = s = 0`` to 1.
+        """Move noise ``x0`` to images and codes ``y`` to noise, from ``t = s = 0`` to 1.
 
-        For flows of one time; those of two have an `ImageVelocity`, whose codes stay.
+        This is for flows of one time. Flows of two times have an `ImageVelocity`, which keeps the
+        codes as they are.
 
         Args:
-            sampler: The solver and grid.
+            sampler: Solver and grid.
             x0: Noise ``(B, C, *)``.
             y: Codes ``(B, K)`` or ``(B, K, *)``.
-            known: Whose labels are known, ``(B,)``; others' codes must be and stay zeros.
-            scale: Of guidance; 1 is none.
-            **options: Other arguments of ``sampler.solve``. A callback sees the images with their
-                codes behind, on dimension 1.
+            known: Booleans ``(B,)``: True for samples with a label. The other codes must be zeros
+                and stay zeros.
+            scale: Scale of guidance; 1 turns guidance off.
+            **options: Other arguments of ``sampler.solve``. A callback sees the images and, behind
+                them on dimension 1, their codes.
+
+        Returns:
+            The solution, with states and path of the images only.
         """
         field, channels = JointField(self, x0.shape[1], y.ndim, scale=scale), x0.shape[1]
         solution = sampler.solve(field, pack(x0, y), known, **options)
@@ -146,7 +165,16 @@ class JointFlow:
         return solution._replace(x=solution.x[:, :channels], path=path)
 
     def solve_codes(self, sampler: ODESampler, x1: Tensor, noise: Tensor) -> Solution:
-        """Carry noise ``(B, K)`` or ``(B, K, *)`` to the codes of images ``x1``, from 1 to 0."""
+        """Move label noise to the codes of images, from ``s = 1`` to 0.
+
+        Args:
+            sampler: Solver and grid; it is run backwards.
+            x1: Images ``(B, C, *)``. With two times they stay as they are.
+            noise: Noise ``(B, K)`` or ``(B, K, *)``.
+
+        Returns:
+            The solution, whose state is the codes. Its path, if any, is that of the whole state.
+        """
         if self.two_times:
             return sampler.invert(_code_velocity(self), noise, x1)
         field = JointField(self, x1.shape[1], noise.ndim)
@@ -154,7 +182,16 @@ class JointFlow:
         return solution._replace(x=unpack(solution.x, x1.shape[1], noise.ndim)[1])
 
     def solve_pairs(self, sampler: ODESampler, x0: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Carry both from noise, to images and their codes; for flows of two times."""
+        """Move noise to images and their codes at once; for flows of two times.
+
+        Args:
+            sampler: Solver and grid.
+            x0: Noise ``(B, C, *)`` of the images.
+            noise: Noise ``(B, K)`` or ``(B, K, *)`` of the codes.
+
+        Returns:
+            Images and codes, of the shapes of their noise.
+        """
         field = JointField(self, x0.shape[1], noise.ndim, across=True)
         return unpack(sampler(field, pack(x0, noise)), x0.shape[1], noise.ndim)
 
@@ -165,6 +202,7 @@ class JointFlow:
         share: float,
         generator: torch.Generator | None,
     ) -> tuple[Tensor, Tensor]:
+        """Draw the times ``t (B,)`` of images and ``s (B,)`` of labels, see `loss`."""
         if not self.two_times:
             t = torch.rand(batch, device=device, generator=generator)
             return t, t
@@ -177,27 +215,35 @@ class JointFlow:
 class JointField:
     """The velocity of image and code together, on the packed state, for one solve.
 
-    Along the diagonal ``s = t`` the image comes while the label goes; across it, ``s = 1 − t``,
-    both come. The condition ``(B,)`` says whose labels are known: others' stay zero.
+    Along the diagonal ``s = t``, the image moves to data and the label to noise. Across it, with
+    ``s = 1 − t``, both move to data. The condition holds booleans ``(B,)``: False for a sample
+    without a label, whose code does not move.
 
     Args:
         flow: The joint flow.
-        channels: ``C``, the image's channels.
-        code_ndim: Dimensions of a batch of codes.
-        across: Solve for pairs.
-        scale: Of guidance, on the image's velocity; 1 is none.
+        channels: Number ``C`` of channels of the image.
+        code_ndim: Number of dimensions of a batch of codes.
+        across: True to move both to data.
+        scale: Scale of guidance for the image's velocity; 1 turns guidance off.
     """
 
-    def __init__(self, flow: JointFlow, channels: int, code_ndim: int, across=False, scale=1.0):
+    def __init__(
+        self,
+        flow: JointFlow,
+        channels: int,
+        code_ndim: int,
+        across: bool = False,
+        scale: float = 1.0,
+    ) -> None:
         self.flow, self.channels, self.code_ndim = flow, channels, code_ndim
         self.across, self.scale, self.rows = across, scale, 0
 
     def bind(self, cond: Cond = None, grid: Tensor | None = None) -> "JointField":
-        """Return a field that counts the rows of one solve."""
+        """Return a field that counts the network rows of one solve in ``rows``."""
         return JointField(self.flow, self.channels, self.code_ndim, self.across, self.scale)
 
     def __call__(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
-        """Velocity ``(B, C + K, *)`` of packed states ``x``."""
+        """Compute the velocity ``(B, C + K, *)`` of packed states ``x`` at times ``t (B,)``."""
         x, y = unpack(x, self.channels, self.code_ndim)
         v_x, v_y = self._evaluate(x, y, t, 1 - t if self.across else t)
         if self.scale != 1:
@@ -208,30 +254,36 @@ class JointField:
         return pack(v_x, -v_y if self.across else v_y)
 
     def _evaluate(self, x: Tensor, y: Tensor, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute both velocities, and count the rows."""
         self.rows += len(x)
         return self.flow(x, y, t, s)
 
 
 class ImageVelocity:
-    """The velocity of images given labels, for flows of two times: labels stay as they are.
+    """The velocity of images given labels, for flows of two times. The labels do not move.
 
     Args:
         flow: The joint flow.
-        condition: Makes codes ``(B, *)`` of a condition, and says which are hidden ``(B,)``.
+        condition: Returns the codes ``(B, K)`` or ``(B, K, *)`` of a condition, and booleans
+            ``(B,)``: True for a sample without a label.
     """
 
-    def __init__(self, flow: JointFlow, condition: Callable[[Cond], tuple[Tensor, Tensor]]):
+    def __init__(self, flow: JointFlow, condition: Callable[[Cond], tuple[Tensor, Tensor]]) -> None:
         self.flow, self.condition = flow, condition
 
     def __call__(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
-        """Velocity ``(B, C, *)`` at ``x (B, C, *)`` and ``t (B,)`` given labels ``cond``."""
+        """Compute the velocity of images ``x (B, C, *)`` at times ``t (B,)`` given labels.
+
+        Raises:
+            RuntimeError: If the flow has one time.
+        """
         return self.bind(cond)(x, t)
 
     def bind(self, cond: Cond, grid: Tensor | None = None) -> Velocity:
-        """Encode the labels for one solve.
+        """Encode the labels once, for one solve.
 
         Raises:
-            RuntimeError: If the flow has one time, by which its labels would have to move.
+            RuntimeError: If the flow has one time, since its labels move with the images.
         """
         if not self.flow.two_times:
             raise RuntimeError(
@@ -247,41 +299,8 @@ class ImageVelocity:
         return velocity
 
 
-def put_back(x0: Tensor, x1: Tensor, region: Tensor) -> Callback:
-    """Keep images outside of a region on the straight path from ``x0`` to ``x1``.
-
-    Args:
-        x0: The noise ``(B, C, h, w)`` that the solve starts from.
-        x1: The images or latents; outside of the region the solve ends at them exactly.
-        region: Where to leave the solve alone, ``(B, H, W)``, at the size of the images. A latent
-            cell that it touches is left alone as a whole.
-
-    Returns:
-        A callback of a sampler, for states that begin with the images' channels.
-
-    Raises:
-        ValueError: If the region is not one place per pixel.
-
-    >>> x1, region = torch.ones(1, 1, 1, 2), torch.tensor([[[True, False]]])
-    >>> put_back(torch.zeros(1, 1, 1, 2), x1, region)(1, 0.25, torch.full((1, 1, 1, 2), 7.0))
-    tensor([[[[7.0000, 0.2500]]]])
-    """
-    height, width = x1.shape[2:]
-    if region.ndim != 3 or len(region) != len(x1) or region[0].numel() < height * width:
-        raise ValueError(
-            f"region must have shape (B, H, W), one place per pixel, got {tuple(region.shape)}"
-        )
-    cells = F.adaptive_max_pool2d(region.to(x1)[:, None], (height, width)) > 0
-
-    def callback(step: int, t: float, state: Tensor) -> Tensor:
-        image, rest = state[:, : x1.shape[1]], state[:, x1.shape[1] :]
-        return torch.cat([torch.where(cells, image, torch.lerp(x0, x1, t)), rest], 1)
-
-    return callback
-
-
 def _code_velocity(flow: JointFlow) -> Velocity:
-    """The velocity of codes given images, which are the condition; for flows of two times."""
+    """Make the velocity of codes, whose condition is the images; for flows of two times."""
 
     def velocity(x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
         return flow(cast(Tensor, cond), x, torch.ones_like(t), t)[1]
@@ -290,7 +309,9 @@ def _code_velocity(flow: JointFlow) -> Velocity:
 
 
 def pack(x: Tensor, y: Tensor) -> Tensor:
-    """Join images ``(B, C, *)`` and codes to states ``(B, C + K, *)``; ``(B, K)`` as planes.
+    """Join images ``(B, C, *)`` and codes to states ``(B, C + K, *)``.
+
+    Codes ``(B, K, *)`` are joined as they are, codes ``(B, K)`` as constant planes.
 
     >>> pack(torch.zeros(2, 1, 4, 4), torch.ones(2, 3))[0, :, 0, 0]
     tensor([0., 1., 1., 1.])
@@ -301,21 +322,33 @@ def pack(x: Tensor, y: Tensor) -> Tensor:
 
 
 def unpack(state: Tensor, channels: int, code_ndim: int) -> tuple[Tensor, Tensor]:
-    """Undo `pack`: images, and codes of ``code_ndim`` dimensions, being the means of planes."""
+    """Split states ``(B, C + K, *)`` into images and codes, the inverse of `pack`.
+
+    Args:
+        state: The states.
+        channels: Number ``C`` of channels of the images.
+        code_ndim: Number of dimensions of the codes. For 2, they are the means of their planes.
+
+    >>> x, y = unpack(pack(torch.zeros(2, 1, 4, 4), torch.ones(2, 3)), channels=1, code_ndim=2)
+    >>> x.shape, y.shape
+    (torch.Size([2, 1, 4, 4]), torch.Size([2, 3]))
+    """
     x, y = state[:, :channels], state[:, channels:]
     return x, y if code_ndim == state.ndim else y.flatten(2).mean(2)
 
 
 def _times(weight: Tensor | None, factor: Tensor) -> Tensor:
+    """Multiply a weight, of which None stands for 1, by a factor."""
     return factor if weight is None else weight * factor
 
 
 def _mean_square(error: Tensor, weight: Tensor | None) -> Tensor:
-    """Mean of squares over what the weight counts."""
+    """Compute ``Σ w e² / Σ w`` of an error ``e`` and weights ``w``; None stands for ``w = 1``."""
     if weight is None:
         return error.square().mean()
     weight = weight.to(error.dtype).expand(error.shape)
     count = weight.sum()
-    # Ranks' losses are averaged: each is divided by the same count. Only training has them in step.
+    # The losses of all ranks are averaged, so each is divided by the same count. Only in training
+    # do all ranks reach this line together.
     count = mean_over_ranks(count) if torch.is_grad_enabled() else count
     return (weight * error.square()).sum() / count.clamp_min(1e-12)

@@ -1,4 +1,4 @@
-"""Between labels and the states that a joint flow moves: a codec, and for masks an autoencoder."""
+"""Conversion of labels to the states of a joint flow, by a codec and, for masks, an autoencoder."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,42 +14,54 @@ from flowkit.sampling import seeded_noise
 from flowkit.symmetrical.codecs import Codec
 from flowkit.types import Cond
 
-# Makes a sample's seed another one for its label. It is in the low bits, since torch's generator on
-# the CPU reads the first 32 alone.
+# The seed of a sample, combined with this number, is the seed of its label. The number lies in the
+# low bits, since torch's generator on the CPU reads only the first 32 bits.
 LABEL_STREAM = 0x9E3779B9
 
 
 class Classification(NamedTuple):
-    """``probabilities (B, K)``, and ``uncertainty (B,)``: one minus the largest of them."""
+    """The result of a classification: probabilities and uncertainties of images."""
 
     probabilities: Tensor
+    """Class probabilities ``(B, K)``."""
     uncertainty: Tensor
+    """One minus the largest probability, ``(B,)``."""
 
 
 class Segmentation(NamedTuple):
-    """``mask (B, H, W)`` of labels, and ``confidence (B, H, W)``: their probability."""
+    """The result of a segmentation: the most probable labels of pixels, and their probability."""
 
     mask: Tensor
+    """Labels ``(B, H, W)``."""
     confidence: Tensor
+    """Probabilities ``(B, H, W)`` of these labels."""
 
 
 class LabeledImages(NamedTuple):
-    """Generated ``images (B, C, *)`` and their ``labels``, ``(B,)`` or ``(B, H, W)``."""
+    """Generated pairs of images and labels."""
 
     images: Tensor
+    """Images ``(B, C, *)``."""
     labels: Tensor
+    """Labels: classes ``(B,)`` or masks ``(B, H, W)``."""
 
 
 @dataclass(frozen=True, eq=False)
 class LabelStates:
-    """States of class labels ``(B,)`` are codes ``(B, K)``; those of masks are latents of codes.
+    """Conversion between labels and the states that a joint flow moves.
+
+    The states of classes ``(B,)`` are codes ``(B, K)``. The states of masks ``(B, H, W)`` are the
+    latents of their codes, which the autoencoder takes as images.
 
     Args:
-        codec: Between labels and codes.
-        autoencoder: Between masks' codes, being images, and latents.
+        codec: Translates labels to codes and back.
+        autoencoder: Translates the codes of masks to latents and back.
+
+    Raises:
+        TypeError: If ``codec`` is not a `Codec`.
 
     >>> from flowkit.autoencoders import Identity
-    >>> from flowkit.symmetrical.codecs import OneHot
+    >>> from flowkit.symmetrical import OneHot
     >>> states = LabelStates(OneHot(3), Identity())
     >>> states.labels(states.encode(torch.tensor([2, 0])))
     tensor([2, 0])
@@ -58,29 +70,39 @@ class LabelStates:
     codec: Codec
     autoencoder: Autoencoder
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not isinstance(self.codec, Codec):
             raise TypeError(
-                "codec must be one such as flowkit.symmetrical.codecs.OneHot, got "
+                "codec must be a Codec such as flowkit.symmetrical.OneHot, got "
                 f"{self.codec!r}; in a configuration choose it by codec@module.codec=one_hot"
             )
 
     def latents(self, images: Tensor) -> Tensor:
-        """Latents of images that are to be known, see `flowkit.autoencoders.mean_latents`."""
+        """Encode images without drawing noise, see `flowkit.autoencoders.mean_latents`."""
         return mean_latents(self.autoencoder, images)
 
     def known(self, images: Tensor, shape: Sequence[int], like: Tensor) -> Tensor:
-        """`latents` ``(B, *shape)``, of the device and type of another tensor.
+        """Encode given images, and check the shape of their latents.
+
+        Args:
+            images: Images ``(B, C, *)`` in [-1, 1].
+            shape: Shape of one latent in training.
+            like: A tensor whose device and type the images take.
+
+        Returns:
+            The latents ``(B, *shape)``.
 
         Raises:
-            TypeError: If images are no floating-point tensor.
-            ValueError: If there are none, or their latents have another shape.
+            TypeError: If ``images`` is not a floating-point tensor.
+            ValueError: If there is no image, or the latents have another shape.
         """
         if not (isinstance(images, Tensor) and images.is_floating_point()):
             got = images.dtype if isinstance(images, Tensor) else type(images).__name__
             raise TypeError(f"images must be a floating-point tensor in [-1, 1], got {got}")
         if images.numel() == 0:
-            raise ValueError(f"images must hold at least one, got shape {tuple(images.shape)}")
+            raise ValueError(
+                f"images must hold at least one image, got shape {tuple(images.shape)}"
+            )
         x = self.latents(images.to(like))
         if x.shape[1:] != tuple(shape):
             raise ValueError(
@@ -96,25 +118,40 @@ class LabelStates:
         dequantize: bool = False,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """States of labels ``(B,)`` or masks ``(B, H, W)``."""
+        """Encode classes ``(B,)`` or masks ``(B, H, W)`` to states.
+
+        Args:
+            labels: Integer labels.
+            dequantize: True to add noise to the codes.
+            generator: Draws the noise.
+
+        Raises:
+            TypeError: If the labels are not integers.
+            ValueError: If a label is not one of the codec's.
+        """
         code = self.codec.encode(labels)
         if dequantize:
             code = self.codec.dequantize(code, generator)
         return code if code.ndim == 2 else self.latents(code)
 
     def code(self, states: Tensor) -> Tensor:
-        """Codes ``(B, channels, *)`` of states."""
+        """Decode states to codes ``(B, channels, *)``."""
         return states if states.ndim == 2 else self.autoencoder.decode(states)
 
     def labels(self, states: Tensor) -> Tensor:
-        """The labels nearest to states."""
+        """Return the labels ``(B,)`` or ``(B, H, W)`` whose codes are nearest to states."""
         return self.codec.decode(self.code(states))
 
     def posterior(self, draws: Iterable[Tensor]) -> Tensor:
-        """Probabilities ``(B, num_classes, *)`` of the mean of several states each.
+        """Return the probabilities ``(B, num_classes, *)`` of labels, averaged over draws.
 
-        Codes are averaged where their mean determines the probabilities: a code with noise on it
-        is clipped to probabilities, and a mean of clipped ones stays below 1 however many they are.
+        If the codec has ``mean_is_posterior``, the codes are averaged first. Otherwise their
+        probabilities are averaged. Averaging the codes first matters: the probabilities of a noisy
+        code are clipped to [0, 1], and the mean of clipped values stays below 1 for any number of
+        draws.
+
+        Args:
+            draws: States of the same labels, one batch per draw; at least one.
         """
         codes = (self.code(states) for states in draws)
         if self.codec.mean_is_posterior:
@@ -124,19 +161,28 @@ class LabelStates:
     def condition(
         self, labels: Cond, shape: Sequence[int], may_hide: bool = True
     ) -> tuple[Tensor, Tensor]:
-        """States ``(B, *shape)`` of labels, and whether a sample has none, ``(B,)``.
+        """Encode the labels of a condition, some of which may be missing.
 
-        Samples without a label, all of whose labels are ``num_classes``, have zeros. Without any
-        labels ``B`` is 1.
+        The label ``num_classes``, in every pixel of a mask, stands for a missing label. Its state
+        is zeros.
+
+        Args:
+            labels: Classes ``(B,)`` or masks ``(B, H, W)``. None stands for one missing label,
+                ``B = 1``.
+            shape: Shape of the state of one label.
+            may_hide: False to refuse missing labels.
+
+        Returns:
+            States ``(B, *shape)``, and booleans ``(B,)``: True for a missing label.
 
         Raises:
-            TypeError: If labels are no tensor.
-            ValueError: If they are not the codec's, their states have another shape, or samples
-                have none and may not.
+            TypeError: If ``labels`` is not a tensor of integers.
+            ValueError: If a label is not one of the codec's, the states have another shape, or a
+                label is missing and must not be.
         """
         missing = "cond must hold labels for a module trained without label_dropout, got "
         if labels is None and not may_hide:
-            raise ValueError(f"{missing}none")
+            raise ValueError(f"{missing}no labels")
         if labels is None:
             return torch.zeros(1, *shape), torch.ones(1, dtype=torch.bool)
         if not isinstance(labels, Tensor):
@@ -144,7 +190,7 @@ class LabelStates:
         labels = as_labels(labels, "labels")
         hidden = (labels == self.codec.num_classes).reshape(len(labels), -1).all(1)
         if not may_hide and bool(hidden.any()):
-            raise ValueError(f"{missing}{int(hidden.sum())} samples without")
+            raise ValueError(f"{missing}{int(hidden.sum())} samples without a label")
         y = self.encode(labels.where(~expand_like(hidden, labels), 0))
         if y.shape[1:] != tuple(shape):
             raise ValueError(
@@ -156,10 +202,18 @@ class LabelStates:
     def weight(
         self, labels: Tensor, states: Tensor, class_weights: Sequence[float] | None = None
     ) -> Tensor | None:
-        """Weights of states in a loss, broadcastable to them; None if all are 1.
+        """Return the weights of states in a loss; None if all weights are 1.
 
-        Those of their classes, and 0 where labels are ignored. A latent cell's is the mean of its
-        pixels'.
+        A state has the weight of its class, and 0 if its label is ignored. The weight of a latent
+        cell is the mean over its pixels.
+
+        Args:
+            labels: Classes ``(B,)`` or masks ``(B, H, W)``.
+            states: States of the labels, ``(B, K)`` or ``(B, K, h, w)``.
+            class_weights: One weight per class; None for 1 each.
+
+        Returns:
+            Weights ``(B, 1)`` or ``(B, 1, h, w)``, which broadcast to the states.
         """
         counted = self.codec.counted(labels)
         if class_weights is None and counted is None:
@@ -180,12 +234,25 @@ def label_noise(
     draws: int = 1,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Noise ``(B, draws, *shape)`` of labels, independent of that of images with the same seeds."""
+    """Draw noise of labels, independent of the noise of images with the same seeds.
+
+    Args:
+        shape: Shape of the state of one label.
+        seeds: One seed per sample, ``B`` in total.
+        draws: Number of noises per sample.
+        device: Device of the result.
+
+    Returns:
+        Noise ``(B, draws, *shape)``.
+
+    >>> label_noise((3,), seeds=[0, 1], draws=4).shape
+    torch.Size([2, 4, 3])
+    """
     return seeded_noise((draws, *shape), [seed ^ LABEL_STREAM for seed in seeds], device)
 
 
 def _mean(tensors: Iterable[Tensor]) -> Tensor:
-    """The mean of tensors, of which one is held at a time."""
+    """Compute the mean of tensors. One of them is in memory at a time."""
     tensors = iter(tensors)
     total, count = next(tensors).clone(), 1
     for x in tensors:

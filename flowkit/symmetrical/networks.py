@@ -1,4 +1,4 @@
-"""What makes networks of images fit states of image and code: planes, and a path for the noise."""
+"""Wrappers that fit networks of images to states of image and code."""
 
 import math
 from collections.abc import Sequence
@@ -12,14 +12,14 @@ from flowkit.types import Cond
 
 
 class CodesAsNumbers(nn.Module):
-    """A perceptron on images whose last channels are constant planes, which it sees as numbers.
+    """A perceptron on images and codes that takes every plane of a code as one number.
 
     ``(B, C + K, H, W) → (B, C·H·W + K) → net → (B, C + K, H, W)``. A perceptron on the planes
-    themselves spends ``H·W`` times as many weights on every code.
+    themselves would spend ``H·W`` times as many weights on every code.
 
     Args:
-        net: A velocity on ``(C·H·W + K,)``.
-        images: Shape ``(C, H, W)`` of the images; further channels of a state are codes.
+        net: A velocity on vectors ``(B, C·H·W + K)``.
+        images: Shape ``(C, H, W)`` of an image. Further channels of a state are codes.
 
     >>> from flowkit.nn import ResidualMLP
     >>> net = CodesAsNumbers(ResidualMLP((64 + 10,), num_times=2), images=(1, 8, 8))
@@ -27,12 +27,24 @@ class CodesAsNumbers(nn.Module):
     torch.Size([3, 11, 8, 8])
     """
 
-    def __init__(self, net: nn.Module, images: Sequence[int]):
+    def __init__(self, net: nn.Module, images: Sequence[int]) -> None:
         super().__init__()
         self.net, self.images = net, tuple(int(n) for n in images)
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
-        """Velocity ``(B, C + K, H, W)`` at ``x`` and ``t``, constant on the codes' planes."""
+        """Compute the velocity of states ``x``; it is constant on every plane of a code.
+
+        Args:
+            x: States ``(B, C + K, H, W)``.
+            t: Times that ``net`` takes.
+            cond: Condition that ``net`` takes.
+
+        Returns:
+            Velocities of the shape of ``x``.
+
+        Raises:
+            ValueError: If ``x`` does not hold images of the given shape.
+        """
         channels, *size = self.images
         if tuple(x.shape[2:]) != tuple(size) or x.shape[1] < channels:
             raise ValueError(
@@ -46,12 +58,12 @@ class CodesAsNumbers(nn.Module):
 
 
 class TwoTimes(nn.Module):
-    """A network of one time that is shown a second one as a plane.
+    """A network of one time that takes the second time as a plane.
 
-    ``v(x, (t, s)) = net([x, 2 s − 1], t)`` without its last channel.
+    ``v(x, (t, s)) = net([x, 2 s − 1], t)``, without the last channel of the network's result.
 
     Args:
-        net: A velocity on images of one channel more, such as `flowkit.nn.unet2d`.
+        net: A velocity on images with one more channel, such as `flowkit.nn.unet2d`.
 
     >>> from flowkit.nn import unet2d
     >>> net = TwoTimes(unet2d((3, 8, 8), width=8))
@@ -59,32 +71,40 @@ class TwoTimes(nn.Module):
     torch.Size([2, 2, 8, 8])
     """
 
-    def __init__(self, net: nn.Module):
+    def __init__(self, net: nn.Module) -> None:
         super().__init__()
         self.net = net
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
-        """Velocity ``(B, C, H, W)`` at ``x (B, C, H, W)`` and times ``t (B, 2)``."""
+        """Compute the velocity ``(B, C, H, W)`` of ``x (B, C, H, W)`` at times ``t (B, 2)``.
+
+        Raises:
+            ValueError: If ``t`` has another shape.
+        """
         check_state(x, t, tuple(x.shape[1:]), num_times=2)
         plane = (2 * t[:, 1] - 1).to(x).reshape(-1, 1, 1, 1).expand(-1, 1, *x.shape[2:])
         return self.net(torch.cat([x, plane], 1), t[:, 0], cond)[:, :-1]
 
 
 class NoisePath(nn.Module):
-    """A network with a linear path from its state to its answer.
+    """A network with a linear path from its state to its result.
 
-    ``v = net(x, t) + gain(t) x``, ``gain(t) = (2 t − 1) / (t² + (1 − t)²) + 4 t (1 − t) c``: the
-    regression of ``x₁ − x₀`` on ``x_t`` for data of unit variance, and a learnt ``c``, 0 at the
-    start. At both ends it is exact for data of any variance: ``− x₀`` at ``t = 0``, ``x₁`` at
-    ``t = 1``, so that all that is left for the network there is the expected other end. With two
-    times the image's channels have a gain of their own time, and the codes' one of theirs.
+    ``v = net(x, t) + gain(t) x`` with
+    ``gain(t) = (2 t − 1) / (t² + (1 − t)²) + 4 t (1 − t) c(t)``. The first term of the gain is the
+    regression of ``x₁ − x₀`` on ``x_t`` for data of unit variance. The correction ``c`` is learnt
+    and starts at 0. At both ends the path is exact for data of any variance: ``−x₀`` at ``t = 0``
+    and ``x₁`` at ``t = 1``. There the network only has to predict the expected other end. With two
+    times, the channels of the image have a gain at ``t``, and those of the codes a gain at ``s``.
 
-    Velocities hold the noise of every number of a state. A network that is narrower than that
-    cannot carry it through: its images are speckled, and so are its labels.
+    A velocity contains the noise of every element of a state. A network that is narrower than a
+    state cannot carry all of this noise. Without the path its images and labels are speckled.
 
     Args:
-        net: A velocity on ``(B, C + K, *)``.
-        channels: ``C``, those of the image.
+        net: A velocity on states ``(B, C + K, *)``.
+        channels: Number ``C ≥ 1`` of channels of the image.
+
+    Raises:
+        ValueError: If ``channels`` is below 1.
 
     >>> from flowkit.nn import unet2d
     >>> net = NoisePath(TwoTimes(unet2d((13, 8, 8), width=8)), channels=1)
@@ -92,7 +112,7 @@ class NoisePath(nn.Module):
     torch.Size([2, 12, 8, 8])
     """
 
-    def __init__(self, net: nn.Module, channels: int):
+    def __init__(self, net: nn.Module, channels: int) -> None:
         super().__init__()
         check_at_least(channels, 1, "channels")
         self.net, self.channels = net, channels
@@ -101,7 +121,7 @@ class NoisePath(nn.Module):
             nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
-        """Velocity ``(B, C + K, *)`` at ``x`` and times ``t``, ``(B,)`` or ``(B, 2)``."""
+        """Compute the velocity of ``x (B, C + K, *)`` at times ``t``, ``(B,)`` or ``(B, 2)``."""
         times = t if t.ndim == 2 else torch.stack([t, t], 1)
         linear = (2 * times - 1) / (times**2 + (1 - times) ** 2)
         gains = linear + 4 * times * (1 - times) * self.correction(4 * times - 2)

@@ -1,4 +1,4 @@
-"""FlowOpt: closed forms, counts, bounds, what backtracking promises, and refusals."""
+"""FlowOpt: closed forms, counts, what backtracking promises, and refusals."""
 
 import gc
 import math
@@ -11,53 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flowkit import grids
-from flowkit.exact import GaussianFlow, MixtureFlow
 from flowkit.flowopt import FlowOpt, step_bound
 from flowkit.guidance import ClassifierFree
 from flowkit.sampling import ODESampler
+from tests.flowopt.fields import CENTERED, MODES, Counted, bimodal, data, linear, slope, steered
 
 SLOPES = {5: 0.3692307692, 10: 0.4307826049, 20: 0.4642475007}  # of Euler's map of N(0, .25)
-CENTERED = GaussianFlow(0.0, 0.5)
-MODES = MixtureFlow(torch.ones(2), torch.tensor([[-2.0], [2.0]]), torch.full((2,), 0.5))
-
-
-def data(batch=6, dim=3):
-    return torch.randn(batch, dim, dtype=torch.float64)
-
-
-def slope(n):
-    low, high = ODESampler(n)(CENTERED, torch.tensor([[0.0], [1.0]]).double())[:, 0]
-    return (high - low).item()
-
-
-def linear(matrix):
-    """The field whose single Euler step is the matrix."""
-    matrix = torch.as_tensor(matrix, dtype=torch.float64)
-    return lambda x, t, cond=None: x @ (matrix - torch.eye(len(matrix), dtype=x.dtype)).T
-
-
-def rotation(degrees, scale=2.0):
-    c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
-    return scale * torch.tensor([[c, -s], [s, c]], dtype=torch.float64)
-
-
-def steered(x, t, cond):
-    """The exact flow to N((cond, 0), .25 I)."""
-    mean = torch.zeros_like(x)
-    mean[:, 0] = cond
-    slope = ((t * 0.25 - (1 - t)) / ((1 - t) ** 2 + t**2 * 0.25))[:, None]
-    return mean + slope * (x - t[:, None] * mean)
-
-
-class Counted:
-    """A network that counts its calls."""
-
-    def __init__(self, velocity=CENTERED):
-        self.velocity, self.calls = velocity, 0
-
-    def __call__(self, x, t, cond=None):
-        self.calls += 1
-        return self.velocity(x, t, cond)
+PUBLISHED = {
+    "FLUX.1-dev": (15, 13, 8, 131),
+    "SD3": (15, 12, 8, 121),
+    "inversion": (10, 10, 30, 321),
+}
 
 
 # --- the update ---------------------------------------------------------------------------------
@@ -170,14 +134,18 @@ def test_gradients_are_neither_needed_nor_recorded():
     assert not any(seen)
 
 
-# --- counts -----------------------------------------------------------------------------------
+def test_automatic_steps_converge_at_any_scale():
+    for scale in (0.05, 1.0, 30.0):
+        matrix = scale * torch.diag(torch.tensor([1.0, 0.5, 0.3]))
+        for options in ({}, {"backtrack": False}, {"anderson": 3}):
+            edit = FlowOpt(ODESampler(1), num_iters=60, **options)(linear(matrix), data())
+            assert (edit.residuals[-1] < 1e-5 * scale).all()
+            torch.testing.assert_close(
+                linear(matrix)(edit.z, None) + edit.z, edit.x, rtol=1e-9, atol=1e-9
+            )
 
 
-PUBLISHED = {
-    "FLUX.1-dev": (15, 13, 8, 131),
-    "SD3": (15, 12, 8, 121),
-    "inversion": (10, 10, 30, 321),
-}
+# --- counts -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -204,8 +172,6 @@ def test_measuring_the_step_costs_four_solves():
     net = Counted()
     edit = FlowOpt(ODESampler(5), num_iters=2)(net, data())
     assert edit.nfe == net.calls == 6 + 3 * 5 + 4 * 5
-    net = Counted()
-    assert step_bound(net, ODESampler(5), data(), rounds=3).nfe == net.calls == 4 * 5
 
 
 def test_skipping_the_noisiest_steps_starts_at_their_end():
@@ -219,87 +185,7 @@ def test_skipping_the_noisiest_steps_starts_at_their_end():
     assert min(times) == grid[0].item() > 0
 
 
-# --- the bound ----------------------------------------------------------------------------------
-
-
-def test_power_iteration_finds_what_random_pairs_miss():
-    """64 dimensions, eigenvalues 1 and one of 10: the bound is 0.2."""
-    values = torch.ones(64, dtype=torch.float64)
-    values[17] = 10
-    field, sampler = linear(torch.diag(values)), ODESampler(1)
-    z = torch.randn(20, 64, dtype=torch.float64)
-    one, four = (step_bound(field, sampler, z, rounds=r).bound for r in (1, 4))
-    assert one.min() > 0.25
-    assert one.max() > 0.6
-    assert four.median().item() == pytest.approx(0.2, abs=5e-5)
-    assert four.max().item() == pytest.approx(0.2, abs=0.01)
-    random = torch.randn(2, 200, 64, dtype=torch.float64)
-    df = random * values
-    pairs = 2 * (random * df).sum(-1) / df.square().sum(-1)
-    assert pairs.min() > 0.22
-
-
-@pytest.mark.parametrize("degrees", [0, 30, 60, 89])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_bound_and_cosine_of_a_rotation(degrees, dtype):
-    field = linear(rotation(degrees))
-    velocity = lambda x, t, cond=None: field(x.double(), t).to(x.dtype)  # noqa: E731
-    found = step_bound(velocity, ODESampler(1), torch.randn(3, 2, dtype=dtype))
-    expected = torch.full((3,), math.cos(math.radians(degrees)), dtype=dtype)
-    tol = 1e-3 if dtype == torch.float32 else 1e-6
-    torch.testing.assert_close(found.bound, expected, rtol=0, atol=tol)
-    torch.testing.assert_close(found.cosine, expected, rtol=0, atol=tol)
-
-
-@pytest.mark.parametrize("degrees", [90, 120, 180])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_rotation_from_a_right_angle_on_is_refused(degrees, dtype):
-    field = linear(rotation(degrees).to(dtype))
-    velocity = lambda x, t, cond=None: field(x.double(), t).to(dtype)  # noqa: E731
-    for seed in range(5):
-        torch.manual_seed(seed)
-        with pytest.raises(ValueError, match=r"cosine of Δz and Δf must be positive .* got \["):
-            step_bound(velocity, ODESampler(1), torch.randn(3, 2, dtype=dtype))
-        with pytest.raises(ValueError, match=r"cosine .* for samples \[0, 1, 2\]"):
-            FlowOpt(ODESampler(1), num_iters=2)(velocity, torch.randn(3, 2, dtype=dtype))
-
-
-def test_a_constant_flow_has_no_step():
-    with pytest.raises(ValueError, match=r"cosine of Δz and Δf must be positive"):
-        step_bound(lambda x, t, cond: -x, ODESampler(1), torch.randn(2, 3))
-
-
-@settings(max_examples=20, deadline=None)
-@given(seed=st.integers(0, 10**6), n=st.integers(2, 6))
-def test_the_bound_of_a_symmetric_map_is_two_over_its_largest_eigenvalue(seed, n):
-    generator = torch.Generator().manual_seed(seed)
-    basis = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))[0]
-    values = torch.rand(n, generator=generator, dtype=torch.float64) + 0.1
-    field = linear(basis @ torch.diag(values) @ basis.T)
-    z = torch.randn(2, n, generator=generator, dtype=torch.float64)
-    found = step_bound(field, ODESampler(1), z, rounds=200, generator=generator)
-    exact = 2 / values.max().item()  # neighboring eigenvalues are told apart slowly
-    assert ((found.bound > (1 - 1e-6) * exact) & (found.bound < 1.02 * exact)).all()
-    assert (found.cosine > 0).all()
-
-
-def test_automatic_steps_converge_at_any_scale():
-    for scale in (0.05, 1.0, 30.0):
-        matrix = scale * torch.diag(torch.tensor([1.0, 0.5, 0.3]))
-        for options in ({}, {"backtrack": False}, {"anderson": 3}):
-            edit = FlowOpt(ODESampler(1), num_iters=60, **options)(linear(matrix), data())
-            assert (edit.residuals[-1] < 1e-5 * scale).all()
-            torch.testing.assert_close(
-                linear(matrix)(edit.z, None) + edit.z, edit.x, rtol=1e-9, atol=1e-9
-            )
-
-
-# --- backtracking -----------------------------------------------------------------------------
-
-
-def bimodal():
-    generator = torch.Generator().manual_seed(0)
-    return MODES.sample(400, generator)
+# --- backtracking -------------------------------------------------------------------------------
 
 
 def test_backtracking_where_a_fixed_step_oscillates():
@@ -349,15 +235,7 @@ def test_a_sample_does_not_depend_on_its_batch(backtrack, options):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
-def test_anderson_solves_a_linear_problem_in_as_many_steps_as_it_has_dimensions():
-    matrix = torch.diag(torch.tensor([4.0, 1.0, 0.25]))
-    x1 = data()
-    plain, fast = (FlowOpt(ODESampler(1), 0.2, 5, anderson=m)(linear(matrix), x1) for m in (0, 4))
-    assert (plain.residuals[-1] > 1e-3 * plain.residuals[0]).all()
-    assert (fast.residuals[-1] < 1e-9 * fast.residuals[0]).all()
-
-
-# --- stopping and divergence ----------------------------------------------------------------------
+# --- stopping and divergence --------------------------------------------------------------------
 
 
 def test_tolerance_ends_each_sample_at_its_own_iteration():
@@ -466,7 +344,7 @@ def test_an_exact_start_is_no_divergence():
     assert (edit.residuals < 1e-14).all()
 
 
-# --- half precision -------------------------------------------------------------------------------
+# --- half precision -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -511,83 +389,7 @@ def test_small_steps_do_not_stall():
     assert (z + shift - x1).float().square().mean().sqrt() > 0.1
 
 
-# --- masks and operators ------------------------------------------------------------------------
-
-
-class Mean:
-    """Averages of neighboring pairs: super-resolution by two."""
-
-    def __call__(self, x):
-        return x.reshape(len(x), -1, 2).mean(-1)
-
-    def adjoint(self, y):
-        return y.repeat_interleave(2, 1) / 2
-
-
-def test_the_region_is_the_targets_and_the_rest_the_sources():
-    x1 = data(5, 4) * 0.5
-    x1[:, 0] += 2
-    mask = torch.tensor([1.0, 1.0, 0.0, 0.0])
-    edit = FlowOpt(ODESampler(10), "auto", 40)(steered, x1, 2.0, -2.0, mask=mask)
-    assert (edit.residuals[-1] < 1e-9).all()
-    torch.testing.assert_close(edit.x[:, 2:], x1[:, 2:])
-    assert (edit.x[:, 0] < 0).all()
-    torch.testing.assert_close(edit.x[:, :2], edit.trace[0][:, :2])
-    rmse = (edit.trace - x1)[..., 2:].square().mean(-1).sqrt()
-    torch.testing.assert_close(edit.residuals, rmse)
-
-
-def test_an_empty_region_is_none_and_a_fraction_weighs():
-    x1 = data()
-    flowopt = FlowOpt(ODESampler(5), 0.5, 4)
-    plain, empty = flowopt(CENTERED, x1), flowopt(CENTERED, x1, mask=torch.zeros(3))
-    torch.testing.assert_close(plain.x, empty.x)
-    torch.testing.assert_close(plain.residuals, empty.residuals)
-    half = flowopt(CENTERED, x1, mask=torch.full((1, 3), 0.5))
-    most = flowopt(CENTERED, x1, mask=torch.full((1, 3), 0.75))
-    torch.testing.assert_close(half.residuals[0], plain.residuals[0])
-    for found, step in ((half, 0.25), (most, 0.125)):  # the share that is to stay
-        weaker = replace(flowopt, step_size=step)(CENTERED, x1)
-        torch.testing.assert_close(found.x, weaker.x)
-
-
-def test_an_operator_matches_measurements_alone():
-    x1 = data(5, 4)
-    flowopt = FlowOpt(ODESampler(10), "auto", 80)
-    edit = flowopt(steered, x1, 0.0, 0.5, operator=Mean())
-    assert (edit.residuals[-1] < 1e-9).all()
-    torch.testing.assert_close(Mean()(edit.x), Mean()(x1))
-    assert not torch.allclose(edit.x, x1, atol=1e-3)
-    torch.testing.assert_close(
-        edit.residuals,
-        (Mean()(edit.trace.flatten(0, 1)) - Mean()(x1).repeat(81, 1))
-        .square()
-        .mean(-1)
-        .sqrt()
-        .reshape(81, 5),
-    )
-    # the update stays in the range of the adjoint
-    change = edit.z - ODESampler(10).invert(steered, x1, 0.0, correct=True).x
-    torch.testing.assert_close(change[:, ::2], change[:, 1::2])
-
-
-def test_an_operator_that_hides_is_a_region():
-    class Hide:
-        def __call__(self, x):
-            return x[:, 1:]
-
-        def adjoint(self, y):
-            return torch.cat([torch.zeros_like(y[:, :1]), y], 1)
-
-    x1, flowopt = data(), FlowOpt(ODESampler(5), 0.7, 5)
-    mask = torch.tensor([1.0, 0.0, 0.0])
-    a = flowopt(CENTERED, x1, operator=Hide())
-    b = flowopt(CENTERED, x1, mask=mask)
-    torch.testing.assert_close(a.x, b.x)
-    torch.testing.assert_close(a.residuals, b.residuals)
-
-
-# --- guidance and velocities that are bound -------------------------------------------------------
+# --- guidance and velocities that are bound -----------------------------------------------------
 
 
 def test_a_guided_field_is_just_another_field():
@@ -691,25 +493,6 @@ def test_inputs_that_do_not_fit():
         flowopt(CENTERED, torch.zeros(2, 2).long())
     with pytest.raises(ValueError, match="x1 must be finite, got 1 NaN"):
         flowopt(CENTERED, x1.where(x1 < x1.max(), torch.nan))
-    with pytest.raises(ValueError, match=r"mask must broadcast to x1, \(6, 3\), got \(4,\)"):
-        flowopt(CENTERED, x1, mask=torch.ones(4))
-    with pytest.raises(ValueError, match=r"mask must lie in \[0, 1\], got 2.0"):
-        flowopt(CENTERED, x1, mask=torch.full((3,), 2.0))
-    with pytest.raises(ValueError, match=r"mask must be below 1 somewhere in every sample"):
-        flowopt(CENTERED, x1, mask=torch.ones(3))
-    with pytest.raises(ValueError, match="mask must be None with an operator, got both"):
-        flowopt(CENTERED, x1, mask=torch.ones(3), operator=Mean())
-
-    class Wrong(Mean):
-        def adjoint(self, y):
-            return y
-
-    with pytest.raises(ValueError, match=r"operator.adjoint\(operator\(x1\)\) must have the shape"):
-        flowopt(CENTERED, data(4, 4), operator=Wrong())
-    with pytest.raises(ValueError, match="z must be finite"):
-        step_bound(CENTERED, ODESampler(2), torch.full((1, 2), torch.nan))
-    with pytest.raises(ValueError, match="rounds must be at least 1"):
-        step_bound(CENTERED, ODESampler(2), x1, rounds=0)
 
 
 def test_an_admissible_step_does_not_warn():

@@ -6,16 +6,18 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from hydra.utils import instantiate
 from torch import nn
 
 from flowkit.autoencoders import Identity
 from flowkit.guidance import ClassifierFree
 from flowkit.modules import SymmetricalFlowMatching
+from flowkit.modules.earlier import current
 from flowkit.nn import DiT, ResidualMLP
 from flowkit.sampling import ODESampler, seeded_noise
 from flowkit.symmetrical import JointFlow, LabelStates, OneHot, OneHotMask, Ordinal, RGBPalette
-from flowkit.symmetrical.joint import put_back
 from flowkit.symmetrical.label_states import label_noise
+from flowkit.symmetrical.regions import put_back
 from tests.symmetrical.exact_joint import ClassMixture
 
 MIXTURE = ClassMixture(
@@ -445,6 +447,25 @@ def test_latent_generation_editing_and_pairs_are_images():
     assert torch.equal(changed, cell)
 
 
+# --- earlier versions ---------------------------------------------------------------------------
+
+
+def test_the_share_of_the_boundary_has_its_earlier_name_with_a_warning():
+    message = r"^edges is named boundary_share since flowkit 0.2.0; flowkit 0.4.0 will not take"
+    with pytest.warns(FutureWarning, match=message):
+        module = SymmetricalFlowMatching(_net(), OneHot(3), edges=0.25)
+    assert module.boundary_share == 0.25
+    with pytest.raises(TypeError, match="boundary_share must be given once, got edges as well"):
+        SymmetricalFlowMatching(_net(), OneHot(3), boundary_share=0.25, edges=0.25)
+
+
+def test_configurations_of_earlier_runs_build_without_that_warning():
+    codec = {"_target_": "flowkit.codecs.OneHot", "num_classes": 3}
+    node = {"_target_": "flowkit.modules.SymmetricalFlowMatching", "codec": codec, "edges": 0.25}
+    module = instantiate(current(node), velocity=_net())
+    assert (module.boundary_share, module.codec) == (0.25, OneHot(3))
+
+
 # --- state --------------------------------------------------------------------------------------
 
 
@@ -535,9 +556,9 @@ def test_bad_batches_are_refused():
 
 def test_bad_conditions_are_refused():
     module, masks = _images(), _masks(label_dropout=0.1)
-    with pytest.raises(ValueError, match="cond must hold labels for a module trained without"):
+    with pytest.raises(ValueError, match="trained without label_dropout, got no labels"):
         module.sample(2)
-    with pytest.raises(ValueError, match=r"cond must hold labels .* got 1 samples without"):
+    with pytest.raises(ValueError, match=r"cond must hold labels .* got 1 samples without a label"):
         module.generate(torch.tensor([0, 3]))
     with pytest.raises(ValueError, match=r"labels must hold labels in \[0, 2\], got values"):
         module.generate(torch.tensor([0, 4]))
@@ -550,10 +571,12 @@ def test_bad_conditions_are_refused():
     with pytest.raises(TypeError, match="cond must be a tensor of labels, got dict"):
         masks.sample(2, cond={"mask": torch.zeros(2, 8, 8).long()})
     images = torch.zeros(2, 1, 8, 8)
-    with pytest.raises(ValueError, match=r"region must have shape \(2, 8, 8\), a place for every"):
+    with pytest.raises(
+        ValueError, match=r"region must have shape \(2, 8, 8\), one value per pixel"
+    ):
         masks.edit(images, torch.zeros(2, 8, 8).long(), torch.zeros(2, 4, 4).bool())
     with pytest.raises(
-        ValueError, match=r"images must hold at least one, got shape \(0, 1, 8, 8\)"
+        ValueError, match=r"images must hold at least one image, got shape \(0, 1, 8, 8\)"
     ):
         module.classify(images[:0])
     with pytest.raises(ValueError, match="cond must hold one label per sample, 2, got 3"):

@@ -150,7 +150,7 @@ def test_colors_too_close_for_the_noise_are_refused():
     with pytest.raises(
         ValueError,
         match=r"colors must be more than 3.5 levels apart for q = 0.5, got 3.0 between classes 0 "
-        "and 1; lower q or choose others",
+        "and 1; lower q or choose other colors",
     ):
         RGBPalette(near, q=0.5)
     with pytest.raises(ValueError, match=r"got 0.0 between classes 0 and 1"):

@@ -1,0 +1,85 @@
+"""Measured bounds on the step size: eigenvalues, rotations, counts, refusals."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flowkit.flowopt import FlowOpt, step_bound
+from flowkit.sampling import ODESampler
+from tests.flowopt.fields import CENTERED, Counted, data, linear, rotation
+
+
+def test_power_iteration_finds_what_random_pairs_miss():
+    """64 dimensions, eigenvalues 1 and one of 10: the bound is 0.2."""
+    values = torch.ones(64, dtype=torch.float64)
+    values[17] = 10
+    field, sampler = linear(torch.diag(values)), ODESampler(1)
+    z = torch.randn(20, 64, dtype=torch.float64)
+    one, four = (step_bound(field, sampler, z, rounds=r).bound for r in (1, 4))
+    assert one.min() > 0.25
+    assert one.max() > 0.6
+    assert four.median().item() == pytest.approx(0.2, abs=5e-5)
+    assert four.max().item() == pytest.approx(0.2, abs=0.01)
+    random = torch.randn(2, 200, 64, dtype=torch.float64)
+    df = random * values
+    pairs = 2 * (random * df).sum(-1) / df.square().sum(-1)
+    assert pairs.min() > 0.22
+
+
+@pytest.mark.parametrize("degrees", [0, 30, 60, 89])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_bound_and_cosine_of_a_rotation(degrees, dtype):
+    field = linear(rotation(degrees))
+    velocity = lambda x, t, cond=None: field(x.double(), t).to(x.dtype)  # noqa: E731
+    found = step_bound(velocity, ODESampler(1), torch.randn(3, 2, dtype=dtype))
+    expected = torch.full((3,), math.cos(math.radians(degrees)), dtype=dtype)
+    tol = 1e-3 if dtype == torch.float32 else 1e-6
+    torch.testing.assert_close(found.bound, expected, rtol=0, atol=tol)
+    torch.testing.assert_close(found.cosine, expected, rtol=0, atol=tol)
+
+
+@pytest.mark.parametrize("degrees", [90, 120, 180])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_rotation_from_a_right_angle_on_is_refused(degrees, dtype):
+    field = linear(rotation(degrees).to(dtype))
+    velocity = lambda x, t, cond=None: field(x.double(), t).to(dtype)  # noqa: E731
+    for seed in range(5):
+        torch.manual_seed(seed)
+        with pytest.raises(ValueError, match=r"cosine of Δz and Δf must be positive .* got \["):
+            step_bound(velocity, ODESampler(1), torch.randn(3, 2, dtype=dtype))
+        with pytest.raises(ValueError, match=r"cosine .* for samples \[0, 1, 2\]"):
+            FlowOpt(ODESampler(1), num_iters=2)(velocity, torch.randn(3, 2, dtype=dtype))
+
+
+def test_a_constant_flow_has_no_step():
+    with pytest.raises(ValueError, match=r"cosine of Δz and Δf must be positive"):
+        step_bound(lambda x, t, cond: -x, ODESampler(1), torch.randn(2, 3))
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10**6), n=st.integers(2, 6))
+def test_the_bound_of_a_symmetric_map_is_two_over_its_largest_eigenvalue(seed, n):
+    generator = torch.Generator().manual_seed(seed)
+    basis = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))[0]
+    values = torch.rand(n, generator=generator, dtype=torch.float64) + 0.1
+    field = linear(basis @ torch.diag(values) @ basis.T)
+    z = torch.randn(2, n, generator=generator, dtype=torch.float64)
+    found = step_bound(field, ODESampler(1), z, rounds=200, generator=generator)
+    exact = 2 / values.max().item()  # neighboring eigenvalues are told apart slowly
+    assert ((found.bound > (1 - 1e-6) * exact) & (found.bound < 1.02 * exact)).all()
+    assert (found.cosine > 0).all()
+
+
+def test_a_measurement_counts_its_solves():
+    net = Counted()
+    assert step_bound(net, ODESampler(5), data(), rounds=3).nfe == net.calls == 4 * 5
+
+
+def test_arguments_of_a_measurement_that_do_not_fit():
+    with pytest.raises(ValueError, match="z must be finite"):
+        step_bound(CENTERED, ODESampler(2), torch.full((1, 2), torch.nan))
+    with pytest.raises(ValueError, match="rounds must be at least 1"):
+        step_bound(CENTERED, ODESampler(2), data(), rounds=0)
