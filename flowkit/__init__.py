@@ -64,7 +64,8 @@ _HOMES = {
     "types": ("Batch", "Cond"),
     "velocity": ("Velocity",),
 }
-_MODULES = (*_HOMES, "blockwise", "boss", "grids", "nn", "symmetrical")
+_MODULES = (*_HOMES, "adapters", "blockwise", "boss", "data", "grids", "inpainting", "metrics")
+_MODULES += ("modules", "nn", "runs", "symmetrical")
 
 
 def __getattr__(name: str) -> Any:
@@ -83,7 +84,7 @@ def __dir__() -> list[str]:
 
 def _find_beside(name: str) -> None:
     """Let a folder beside this package, as in a checkout, be found as one within it."""
-    folder = _Path(__file__).parent.parent / name
+    folder = _CHECKOUT / name
     spec = spec_from_file_location(
         f"flowkit.{name}", folder / "__init__.py", submodule_search_locations=[str(folder)]
     )
@@ -94,7 +95,8 @@ def _find_beside(name: str) -> None:
 
 
 # In a wheel recipes and configuration lie inside this package, in a checkout beside it.
-if not (_Path(__file__).parent / "recipes").is_dir():
+_CHECKOUT = _Path(__file__).parent.parent
+if all((_CHECKOUT / file).is_file() for file in ("recipes/train.py", "conf/train.yaml")):
     for _folder in ("recipes", "conf"):
         _find_beside(_folder)
 

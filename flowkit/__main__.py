@@ -24,7 +24,6 @@ TAKE_A_VALUE = (*CONFIG_DIR, "--config-path", "-cp", "--config-name", "-cn")  # 
 FORMER = {
     "sweep": "flowkit report run=<folder> guidance=[1,1.5,2]",
     "edit mask": "region=<picture>, whose white may change (the white of a mask stayed): invert it",
-    "train module.edges": "module.boundary_share",
 }
 
 
@@ -166,7 +165,7 @@ def check_experiment(recipe: str, arguments: list[str]) -> None:
     """
     own = experiments(recipe)
     folders = []
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):
         key, equal, value = argument.partition("=")
         if key in ("--config-path", "-cp", "hydra.searchpath"):
             return

@@ -148,6 +148,10 @@ class ClassifierFree:
     interval: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
+        if isinstance(self.velocity, BoundVelocity) and self.velocity.prepared:
+            raise TypeError(
+                "velocity must not be bound to a condition, got a bound one; guide it, then bind it"
+            )
         low, high = self.interval
         if not 0 <= low <= high <= 1:
             raise ValueError(

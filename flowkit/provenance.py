@@ -3,7 +3,9 @@
 import hashlib
 import os
 import platform
+import secrets
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, cast
@@ -76,8 +78,9 @@ def write_atomically(file: Path, write: Callable[[Path], Any]) -> None:
     """Write a file under another name, then rename it: no reader sees a half-written file.
 
     If the process or the machine stops at any moment, the file holds either its old content or all
-    of its new content. The other name contains the number of the process, so that several processes
-    may write at once. If writing fails, the file of that name is removed.
+    of its new content. The other name contains the number of the process and a random part, so that
+    several processes and threads may write at once. If writing fails, the file of that name is
+    removed. A link stays a link, and an existing file keeps its permissions.
 
     Args:
         file: The file. Its folder must exist.
@@ -92,15 +95,19 @@ def write_atomically(file: Path, write: Callable[[Path], Any]) -> None:
     >>> file.read_text(), len(list(file.parent.iterdir()))
     ('whole', 1)
     """
-    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
+    file = file.resolve()
+    partial = file.with_name(f"{file.name}.{os.getpid()}-{secrets.token_hex(3)}.partial")
     try:
         write(partial)
+        if file.exists():
+            partial.chmod(file.stat().st_mode)
         _flush(partial)
         os.replace(partial, file)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    _flush(file.parent)
+    with suppress(OSError):  # some systems cannot flush a folder; the file itself is safe
+        _flush(file.parent)
 
 
 def _flush(path: Path) -> None:

@@ -1,7 +1,8 @@
 """Types shared by all parts of flowkit: conditions, batches and pairs."""
 
 from collections.abc import Mapping
-from typing import NamedTuple, NotRequired, TypedDict
+from importlib import import_module
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import torch
 from torch import Tensor
@@ -84,3 +85,10 @@ class Pairs(NamedTuple):
     x1: Tensor
     cond: Cond = None
     log_weight: Tensor | None = None
+
+
+def __getattr__(name: str) -> Any:
+    """Find ``Velocity`` where code written for version 0.1 looks for it."""
+    if name == "Velocity":
+        return import_module("flowkit.velocity").Velocity
+    raise AttributeError(f"module 'flowkit.types' has no attribute {name!r}")

@@ -15,7 +15,7 @@ from flowkit.guidance import (
     replace_cond,
 )
 from flowkit.sampling import ODESampler, seeded_noise
-from flowkit.velocity import Velocity
+from flowkit.velocity import Velocity, bind
 
 NULL = 2
 BOTH = MixtureFlow(torch.ones(2), torch.tensor([[-1.5], [1.5]]), torch.full((2,), 0.5))
@@ -388,3 +388,16 @@ def test_two_velocities_are_combined_by_the_formula(scale, dtype):
     torch.testing.assert_close(combine(v, v_null, per_sample), guided)
     if scale in (0, 1):
         assert torch.equal(guided, v if scale else v_null)
+
+
+def test_a_velocity_that_is_bound_to_its_condition_is_not_guided_any_more():
+    class Prepared:
+        def bind(self, cond, grid=None):
+            return lambda x, t, cond_=None: cond[:, None] - x
+
+        def __call__(self, x, t, cond=None):
+            return self.bind(cond)(x, t)
+
+    bound = bind(Prepared(), torch.tensor([1.0]))
+    with pytest.raises(TypeError, match="velocity must not be bound to a condition, got a bound"):
+        ClassifierFree(bound, 2.0, null=0)

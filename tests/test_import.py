@@ -85,3 +85,36 @@ def test_every_import_is_declared():
     third_party = imported - set(sys.stdlib_module_names) - {"flowkit"}
     assert {"torch", "PIL", "ot"} <= third_party
     assert {on_the_index.get(name, name) for name in third_party} <= declared
+
+
+def test_a_velocity_is_found_where_earlier_code_looks_for_it():
+    import flowkit
+    from flowkit.types import Velocity
+
+    assert Velocity is flowkit.velocity.Velocity is flowkit.Velocity
+
+
+@pytest.mark.parametrize("name", ["modules", "metrics", "data", "runs", "adapters"])
+def test_every_package_is_an_attribute(name):
+    script = f"import flowkit; print(flowkit.{name}.__name__)"
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == f"flowkit.{name}"
+
+
+def test_a_copy_of_the_package_alone_imports_and_takes_no_strangers_recipes(tmp_path):
+    """Beside a user's own folder `recipes`, say."""
+    import shutil
+    from pathlib import Path
+
+    import flowkit
+
+    shutil.copytree(Path(flowkit.__file__).parent, tmp_path / "flowkit")
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "__init__.py").write_text("raise SystemExit('ran')")
+    script = "import sys, flowkit; print(flowkit.__file__, 'flowkit.recipes' in sys.modules)"
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=tmp_path
+    )
+    assert result.stdout.split() == [str(tmp_path / "flowkit" / "__init__.py"), "False"]

@@ -1,6 +1,8 @@
 """Digests that files hold, and files that are whole."""
 
 import os
+import re
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -65,8 +67,34 @@ def test_a_file_is_replaced_by_a_whole_one(tmp_path):
 
     file.write_bytes(b"old")
     write_atomically(file, write)
-    assert seen == [(f"a.bin.{os.getpid()}.partial", b"old")]
+    ((partial, before),) = seen
+    assert re.fullmatch(rf"a\.bin\.{os.getpid()}-\w+\.partial", partial)
+    assert before == b"old"
     assert file.read_bytes() == b"new"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_link_stays_a_link_and_permissions_stay(tmp_path):
+    file, link = tmp_path / "a.bin", tmp_path / "link.bin"
+    file.write_bytes(b"old")
+    file.chmod(0o640)
+    link.symlink_to(file)
+    write_atomically(link, lambda partial: partial.write_bytes(b"new"))
+    assert link.is_symlink()
+    assert file.read_bytes() == b"new"
+    assert file.stat().st_mode & 0o777 == 0o640
+
+
+def test_threads_may_write_one_file_at_once(tmp_path):
+    file, texts = tmp_path / "a.txt", [str(k) * 5000 for k in range(8)]
+
+    def write(text):
+        for _ in range(10):
+            write_atomically(file, lambda partial: partial.write_text(text))
+            assert file.read_text() in texts
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write, texts))  # raises what a thread raised
     assert list(tmp_path.iterdir()) == [file]
 
 

@@ -235,7 +235,7 @@ def _transport(
         warnings.warn(
             f"{type(coupling).__name__} ignores cond, which skews the source of every class; set "
             "cond_weight (for labels float('inf'), which pairs within each class)",
-            stacklevel=3,
+            stacklevel=4,
         )
     with torch.no_grad():
         a, b = points(x0), points(x1)

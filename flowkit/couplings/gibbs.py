@@ -268,7 +268,7 @@ class Gibbs(nn.Module):
         """Warn once per kind of message."""
         if kind not in self._warned:
             self._warned.add(kind)
-            warnings.warn(message, stacklevel=5)
+            warnings.warn(message, stacklevel=6)
 
 
 def _class_normalized(

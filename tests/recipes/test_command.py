@@ -207,7 +207,7 @@ def test_an_experiment_of_another_recipe_is_an_error_at_once_that_names_the_reci
 def test_an_experiment_is_of_the_recipe_or_of_the_users_own(tmp_path):
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\nseed: 3\n")
-    accepted = [["experiment=digits_cfm"], ["experiment='digits_cfm'"], ["experiment=null"]]
+    accepted = [[], ["experiment=digits_cfm"], ["experiment='digits_cfm'"], ["experiment=null"]]
     accepted += [["experiment=mine", "--config-dir", str(tmp_path)]]
     accepted += [[f"--config-dir={tmp_path}", "experiment=mine"]]
     accepted += [["-cd", str(tmp_path), "experiment=mine"], ["experiment=${oc.env:NAME}"]]
@@ -242,7 +242,6 @@ def test_the_users_own_files_come_from_a_folder(tmp_path):
     [
         ("edit", "mask=m.png", r"mask must be given as region=<picture>, whose white may change"),
         ("edit", "+mask=m.png", r"invert it, got \+mask=m.png"),
-        ("train", "module.edges=0.5", "module.edges must be given as module.boundary_share"),
     ],
 )
 def test_options_of_earlier_versions_are_refused_with_the_fix(recipe, option, now):
