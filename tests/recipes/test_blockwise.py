@@ -244,7 +244,7 @@ def test_samples_say_their_feature_mode_and_what_they_took(folder, stage1, stage
     with pytest.raises(TypeError, match="tolerance must be a number, got 'little'"):
         evaluate(cfg)
     cfg.feature_mode = "full"
-    with pytest.raises(ValueError, match="tolerance must be null where no features are reused"):
+    with pytest.raises(ValueError, match="tolerance must be null if no features are reused"):
         evaluate(cfg)
     for run, rule in (
         (stage1, "feature_residual must be given for feature_mode 'fra', got None; train one"),

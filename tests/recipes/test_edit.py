@@ -151,7 +151,9 @@ def test_what_does_not_fit_a_run(options, message, tiny_run, digit, configure, t
 
 
 def test_pictures_of_another_size(tiny_run, digit, photo, configure, tmp_path):
-    with pytest.raises(ValueError, match=r"image must have the size of the run's, \(1, 8, 8\)"):
+    with pytest.raises(
+        ValueError, match=r"image must have the shape of the run's images, \(1, 8, 8\)"
+    ):
         edit(configure("edit", f"run={tiny_run}", f"image={photo}", "source=3"))
     with pytest.raises(ValueError, match=r"region must have the image's size, \(8, 8\), got"):
         edit(configure("edit", f"run={tiny_run}", f"image={digit}", "source=3", f"region={photo}"))

@@ -287,7 +287,7 @@ def test_another_autoencoder_is_refused_by_both_hashes(run, network, cache, tmp_
     options = [f"run_dir={tmp_path}/a", "trainer.max_steps=30", f"resume={checkpoint}"]
     with pytest.raises(ValueError, match=f"the flow was made with, {message}"):
         train(configure("train", *flow, *options))
-    with pytest.raises(ValueError, match=f"the latents were encoded by, {message}"):
+    with pytest.raises(ValueError, match=f"the cached latents, {message}"):
         train(configure("train", *flow, f"run_dir={tmp_path}/b"))
 
 
