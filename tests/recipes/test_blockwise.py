@@ -378,7 +378,7 @@ def test_training_all_blocks_on_leaves_the_feature_residual_and_the_edges():
     one = network(stored, OmegaConf.create({**options, "segments": [1]}))
     assert one == stored  # the trunk stays, and what follows it
     for given in ({"edges": 4}, {"equal_burden": True}):
-        with pytest.raises(ValueError, match="edges must be left to the run, which has blocks"):
+        with pytest.raises(ValueError, match="edges must be null for a run with blocks"):
             network(stored, OmegaConf.create({**options, **given}))
 
 

@@ -147,7 +147,7 @@ def test_interrupted_autoencoder_is_not_begun_anew(network, tmp_path):
     (tmp_path / "checkpoints").mkdir()
     last = "checkpoints/last.ckpt"
     (tmp_path / last).write_bytes((network / last).read_bytes())
-    with pytest.raises(FileExistsError, match=rf"go on with it by resume={tmp_path}"):
+    with pytest.raises(FileExistsError, match=rf"continue its training by resume={tmp_path}"):
         _autoencoder(tmp_path)
 
 

@@ -86,7 +86,11 @@ def test_a_feature_mode_is_of_blockwise_runs_alone(tiny_run, configure):
         ),
         (["guidance=abc"], TypeError, "guidance must be a number, .* got 'abc'"),
         (["guidance=[1,abc]"], TypeError, "guidance must be a number, .* got 'abc'"),
-        (["guidance=[]"], ValueError, r"guidance must be null, a number or several, got \[\]"),
+        (
+            ["guidance=[]"],
+            ValueError,
+            r"guidance must be null, a number or a list of numbers, got \[\]",
+        ),
         (["guidance=[null,2]"], ValueError, r"guidance must be null, .* got \[None, 2\]"),
         (
             ["device=foo"],
