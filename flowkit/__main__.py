@@ -107,9 +107,9 @@ def explained(name: str) -> str:
     options = text[text.index("\n\n") :].partition("\nhydra:")[0].strip()
     about = ast.get_docstring(ast.parse((folder / f"{name}.py").read_text())) or ""
     title = "Groups, with the default and all choices:"
-    listed = "\n".join([title, "", *choices, ""]) if choices else ""
+    listed = "\n".join([title, "", *choices, "", ""]) if choices else ""
     return (
-        f"{about}\n\n{listed}\nOptions, with their defaults (??? must be given):\n\n{options}\n\n"
+        f"{about}\n\n{listed}Options, with their defaults (??? must be given):\n\n{options}\n\n"
         f"`flowkit {name} --cfg job` prints the whole configuration with the chosen groups."
     )
 

@@ -1,4 +1,4 @@
-"""Measure the agreement of generated images with their labels, for a symmetrical run.
+"""Measure the agreement of generated images with their labels (symmetrical runs).
 
 flowkit consistency run=runs/symmetrical_digits
 flowkit consistency run=runs/symmetrical_masks sampler.grid=10 guidance=1.5

@@ -1,10 +1,10 @@
-"""Edit an image to another class or prompt, or invert the image, without training (FlowOpt).
+"""Edit an image to another class or prompt, or invert the image (FlowOpt).
 
 flowkit edit run=runs/quickstart image=three.png source=3 target=8
 flowkit edit run=runs/quickstart image=three.png source=3           inversion
 flowkit edit pipeline=stable-diffusion-3 image=cat.png source="a cat" target="a dog"
 
-The first iterate follows the target freely. Each further iterate comes nearer to the image. Choose
+No training is needed. The first iterate follows the target freely. Each further iterate comes nearer to the image. Choose
 an iterate in the picture ``strip.png``. A pipeline is a folder that ``save_pretrained`` wrote.
 """
 

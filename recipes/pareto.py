@@ -1,4 +1,4 @@
-"""Measure quality against cost (FLOPs and wall time) by run, feature mode and number of steps.
+"""Measure quality against FLOPs and wall time, by run, feature mode and steps.
 
 flowkit pareto 'runs={FRA: runs/stage2}'                  full, cached and FRA features of one model
 flowkit pareto 'runs={M1: "runs/one/*", M6: "runs/six/*"}' modes=[full]

@@ -1,4 +1,4 @@
-"""Predict classes or masks of images with a symmetrical run, and measure the predictions.
+"""Predict classes or masks of images (symmetrical runs), and measure the predictions.
 
 flowkit predict run=runs/symmetrical_digits
 flowkit predict run=runs/symmetrical_digits sampler.grid=25 draws=8

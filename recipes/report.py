@@ -1,4 +1,4 @@
-"""Tabulate and plot quality and cost of a run's samples: solvers x grids x evaluations.
+"""Tabulate and plot quality and cost of samples: solvers x grids x evaluations.
 
 flowkit report run=runs/quickstart
 flowkit report run=runs/quickstart solvers=[euler,heun] nfe=[4,8,16] num_samples=5000

@@ -1,4 +1,4 @@
-"""Train a small encoder of images, and store its tokens for the alignment of a blockwise flow.
+"""Train a small encoder, and store its tokens to align the trunk of a blockwise flow.
 
 flowkit tokens data=digits hydra.run.dir=runs/tokens
 flowkit tokens data=digits encoder=dinov2 encoder.model=folder/of/dinov2      tokens of DINOv2

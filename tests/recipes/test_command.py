@@ -243,7 +243,7 @@ def test_the_users_own_files_come_from_a_folder(tmp_path):
     ("recipe", "option", "now"),
     [
         ("edit", "mask=m.png", r"mask must be given as region=<picture>, the inverted mask"),
-        ("edit", "+mask=m.png", r"invert it, got \+mask=m.png"),
+        ("edit", "+mask=m.png", r"black pixels stay, got \+mask=m.png"),
         ("train", "module.edges=0.5", "module.edges must be given as module.boundary_share"),
     ],
 )
