@@ -1,4 +1,4 @@
-"""Train a feature residual, one stack, or blocks of a plain network, starting from a run.
+"""Train a feature residual, one stack, or blocks of a plain network, from a run.
 
 flowkit blockwise run=runs/stage1 hydra.run.dir=runs/stage2               the feature residual
 flowkit blockwise run=runs/stage1 stage=flow segments=[3]                 one stack alone

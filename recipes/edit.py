@@ -4,8 +4,9 @@ flowkit edit run=runs/quickstart image=three.png source=3 target=8
 flowkit edit run=runs/quickstart image=three.png source=3           inversion
 flowkit edit pipeline=stable-diffusion-3 image=cat.png source="a cat" target="a dog"
 
-No training is needed. The first iterate follows the target freely. Each further iterate comes nearer to the image. Choose
-an iterate in the picture ``strip.png``. A pipeline is a folder that ``save_pretrained`` wrote.
+No training is needed. The first iterate follows the target freely. Each further iterate comes
+nearer to the image. Choose an iterate in the picture ``strip.png``. A pipeline is a folder that
+``save_pretrained`` wrote.
 """
 
 import time
