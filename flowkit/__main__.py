@@ -1,4 +1,4 @@
-"""The command: ``flowkit <recipe> [overrides]``; the recipes folder is the registry."""
+"""The command ``flowkit <recipe> [option=value ...]``. Every file of the recipes is a recipe."""
 
 import ast
 import os
@@ -17,13 +17,13 @@ from flowkit import __version__
 
 EXPERIMENTS = Path(flowkit.conf.__path__[0]) / "experiment"
 CONFIG_DIR = ("--config-dir", "-cd")
-TAKE_A_VALUE = (*CONFIG_DIR, "--config-path", "-cp", "--config-name", "-cn")  # options of Hydra's
+TAKE_A_VALUE = (*CONFIG_DIR, "--config-path", "-cp", "--config-name", "-cn")  # Hydra's own options
 
 
-# Commands and options of earlier versions, and what to write now.
+# Commands and options of earlier versions, and their replacement.
 FORMER = {
     "sweep": "flowkit report run=<folder> guidance=[1,1.5,2]",
-    "edit mask": "region=<picture>, whose white may change (the white of a mask stayed): invert it",
+    "edit mask": "region=<picture>, the inverted mask: white pixels may change, black pixels stay",
 }
 
 
@@ -38,13 +38,13 @@ def recipes() -> dict[str, str]:
 def experiments(recipe: str) -> list[str]:
     """Return the names of a recipe's experiments, in alphabetical order.
 
-    A file of ``conf/experiment`` is of the recipe whose command its header states.
+    A file of ``conf/experiment`` belongs to the recipe of the command in its header.
     """
     return [f.stem for f in sorted(EXPERIMENTS.glob("*.yaml")) if _recipe_of(f) == recipe]
 
 
 def _recipe_of(experiment: Path) -> str | None:
-    """The recipe in the line ``#   flowkit <recipe> experiment=<name>`` of a file's header."""
+    """Return the recipe in the line ``#   flowkit <recipe> experiment=<name>`` of the header."""
     command = rf"^#   flowkit (\w+) experiment={experiment.stem}\b"
     found = re.search(command, experiment.read_text(), re.MULTILINE)
     return found[1] if found else None
@@ -67,14 +67,14 @@ def main() -> None:
         width = max(map(len, known))
         for recipe, line in known.items():
             print(f"  {recipe:<{width}}  {line}")
-        print("\n`flowkit <recipe> --help` lists a recipe's options and their choices.")
+        print("\n`flowkit <recipe> --help` lists the options of a recipe and their choices.")
         print("`flowkit --version` prints the version.")
         raise SystemExit(name not in (None, "-h", "--help"))
     del sys.argv[1]
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(explained(name))
         return
-    sys.path.insert(0, os.getcwd())  # a user's own classes are importable as _target_
+    sys.path.insert(0, os.getcwd())  # so that a _target_ may name a user's own class
     with ErrorInALine():
         check_former(name, sys.argv[1:])
         check_overrides(sys.argv[1:])
@@ -84,9 +84,9 @@ def main() -> None:
 
 
 def explained(name: str) -> str:
-    """A recipe's help: its docstring, the groups to choose from, its options with their comments.
+    """Return the help of a recipe: its docstring, its groups, its options with their comments.
 
-    Hydra's own lists the groups of all recipes, and no comments.
+    Hydra's own help lists the groups of all recipes, and no comments.
     """
     from omegaconf import OmegaConf
 
@@ -105,18 +105,19 @@ def explained(name: str) -> str:
             choices.append(fill(line, 100, subsequent_indent="    ", break_on_hyphens=False))
     options = text[text.index("\n\n") :].partition("\nhydra:")[0].strip()
     about = ast.get_docstring(ast.parse((folder / f"{name}.py").read_text())) or ""
-    listed = "\n".join(["Choices, one of each group:", "", *choices, ""]) if choices else ""
+    title = "Groups, with the default and all choices:"
+    listed = "\n".join([title, "", *choices, "", ""]) if choices else ""
     return (
-        f"{about}\n\n{listed}\nOptions:\n\n{options}\n\n"
-        f"`flowkit {name} --cfg job` prints the whole configuration, choices filled in."
+        f"{about}\n\n{listed}Options, with their defaults (??? must be given):\n\n{options}\n\n"
+        f"`flowkit {name} --cfg job` prints the whole configuration with the chosen groups."
     )
 
 
 def check_former(recipe: str, overrides: list[str]) -> None:
-    """Refuse options of earlier versions, and say what to write now.
+    """Refuse options of earlier versions, and name their replacement.
 
     Raises:
-        ValueError: If an option is called otherwise now, or means something else.
+        ValueError: If an option has another name or another meaning now.
     """
     for override in overrides:
         option = override.partition("=")[0].lstrip("+~")
@@ -125,29 +126,29 @@ def check_former(recipe: str, overrides: list[str]) -> None:
 
 
 def check_overrides(overrides: list[str]) -> None:
-    """Require what can be checked before the slow imports of a recipe.
+    """Check overrides before the slow imports of a recipe.
 
     Raises:
-        FileNotFoundError: If ``run`` or ``resume`` names nothing.
-        PermissionError: If ``hydra.run.dir`` or ``out`` can be neither written nor made.
-        TypeError: If ``seed`` is no number.
-        ValueError: If something has no value, or all loggers or callbacks are to be none, for
-            which Hydra has no word.
+        FileNotFoundError: If ``run`` or ``resume`` names no existing path.
+        PermissionError: If the folder of ``hydra.run.dir`` or ``out`` cannot be written or created.
+        TypeError: If ``seed`` is not a whole number.
+        ValueError: If an argument is a path without an option name, or if ``logger`` or
+            ``callback`` is null, which Hydra would not understand.
     """
     for before, override in zip(["", *overrides], overrides, strict=False):
         key, equal, value = override.partition("=")
         if not equal and before not in TAKE_A_VALUE and Path(override).exists():
-            raise ValueError(f"options must be name=value, got {override}; run={override}, say")
+            raise ValueError(
+                f"options must be name=value, got {override}; for example run={override}"
+            )
         path = value.strip("'\"")
         plain = path not in ("", "null") and not set(path) & set(",[$")  # no list, no reference
         if key == "seed" and plain and not re.fullmatch(r"[+-]?\d+", path):
             raise TypeError(f"seed must be a whole number, got {path}")
         if key in ("logger", "callback") and path == "null":
-            raise ValueError(
-                f"{key} must be a choice, got null; {key}.<part>=null leaves a part out"
-            )
+            raise ValueError(f"{key} must be a choice, got null; {key}.<part>=null removes a part")
         if key in ("run", "resume") and plain and not Path(path).exists():
-            raise FileNotFoundError(f"{key} must be a run folder, got {path}; there is none")
+            raise FileNotFoundError(f"{key} must be a run folder, got {path}; it does not exist")
         if key in ("hydra.run.dir", "out") and plain:
             made = next(p for p in (Path(path), *Path(path).absolute().parents) if p.exists())
             if not (made.is_dir() and os.access(made, os.W_OK | os.X_OK)):
@@ -155,13 +156,13 @@ def check_overrides(overrides: list[str]) -> None:
 
 
 def check_experiment(recipe: str, arguments: list[str]) -> None:
-    """Require ``experiment`` to be one of a recipe's own, or of the user's own files.
+    """Require ``experiment`` to be an experiment of this recipe, or a file of the user.
 
-    The user's are ``<folder>/experiment/<name>.yaml`` for the folder after ``--config-dir``. Where
-    Hydra is told of other folders by other means, the check is left to it.
+    Files of the user are ``<folder>/experiment/<name>.yaml`` for the folder after
+    ``--config-dir``. If other options give Hydra other folders, Hydra makes the check.
 
     Raises:
-        ValueError: If it is another recipe's, or no file has this name.
+        ValueError: If the experiment belongs to another recipe, or if no file has this name.
     """
     own = experiments(recipe)
     folders = []
@@ -180,39 +181,39 @@ def check_experiment(recipe: str, arguments: list[str]) -> None:
             continue
         file = EXPERIMENTS / f"{name}.yaml"
         if file.is_file() and (other := _recipe_of(file)):
-            fix = f"it is one of {other}'s: flowkit {other} experiment={name}"
+            fix = f"it belongs to {other}: flowkit {other} experiment={name}"
         elif own:
-            fix = f"there are {', '.join(own)}"
+            fix = f"choices are {', '.join(own)}"
         else:
-            continue  # Hydra says that there is no such option
-        raise ValueError(f"experiment must be one of {recipe}'s, got {name}; {fix}")
+            continue  # Hydra's own error says that there is no such option
+        raise ValueError(f"experiment must be an experiment of {recipe}, got {name}; {fix}")
 
 
 class ErrorInALine(ContextDecorator):
-    """End with ``error: ...`` and status 1 where a check of ours or a configuration fails.
+    """End with ``error: ...`` and status 1 if a check of flowkit or a configuration fails.
 
-    Everything else is somebody's bug and keeps its traceback, as do all errors if the environment
-    says ``HYDRA_FULL_ERROR=1``.
+    Any other error is a bug and keeps its traceback. With the environment variable
+    ``HYDRA_FULL_ERROR=1`` all errors keep their traceback.
     """
 
     def __init__(self) -> None:
         self.wanted = os.environ.get("HYDRA_FULL_ERROR") != "1"
 
     def __enter__(self) -> None:
-        """Wait for errors."""
+        """Begin to watch for errors."""
 
     def __exit__(
         self, kind: type | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Replace an exception that was meant for the user."""
+        """Replace an error of a check by one line."""
         if self.wanted and isinstance(error, Exception) and (line := _for_the_user(error)):
             raise SystemExit(f"error: {line}")
 
 
 def _for_the_user(error: BaseException) -> str | None:
-    """The message of a check of ours, or of Hydra's on a configuration; None for a bug."""
+    """Return the message of a check of flowkit or of Hydra; None for a bug."""
     if _is_hydras(error):
-        cause = error.__cause__  # ours, if Hydra was building a part of ours
+        cause = error.__cause__  # an error of flowkit, if Hydra was building a class of flowkit
         return (_for_the_user(cause) if cause and not _is_hydras(cause) else None) or _plain(error)
     origin = traceback.extract_tb(error.__traceback__)[-1]
     ours = (Path(flowkit.__file__).parent, Path(flowkit.recipes.__path__[0]))
@@ -221,7 +222,7 @@ def _for_the_user(error: BaseException) -> str | None:
 
 
 def _plain(error: BaseException) -> str:
-    """Return what Hydra says, in a line where it is a slip on the command line."""
+    """Return Hydra's message, shortened to one line for common mistakes on the command line."""
     text = str(error)
     if missing := re.match(r".*Missing mandatory value: (\S+)", text, re.DOTALL):
         return f"{missing[1]} must be given, as {missing[1]}=..."
@@ -232,18 +233,19 @@ def _plain(error: BaseException) -> str:
         text,
         re.DOTALL,
     ):
-        return f"{choice[1]}; there are {', '.join(choice[2].split())}"
+        return f"{choice[1]}; choices are {', '.join(choice[2].split())}"
     return text
 
 
 def _is_hydras(error: BaseException) -> bool:
+    """Return True for an error of Hydra or OmegaConf."""
     return type(error).__module__.partition(".")[0] in ("hydra", "omegaconf")
 
 
 def _errors_to_us() -> None:
-    """Have Hydra raise its errors, and catch a recipe's within its task.
+    """Make Hydra raise its errors, and catch the errors of a recipe within its task.
 
-    Once out of the task, Hydra would put a line of its own before ours.
+    Outside of the task, Hydra would print a line of its own before the message.
     """
     import hydra
 

@@ -1,15 +1,16 @@
-"""Train a KL autoencoder on your images, for flows on its latents.
+"""Train a KL autoencoder on images, for flows on its latents.
 
-flowkit autoencoder hydra.run.dir=runs/autoencoder                         on the digits
+flowkit autoencoder hydra.run.dir=runs/autoencoder             on the digits
 flowkit autoencoder data=fashion_mnist hydra.run.dir=runs/autoencoder
 flowkit autoencoder data=folder data.root=photos data.image_size=64 vae.multipliers=[1,2,4,4]
-flowkit autoencoder resume=runs/autoencoder                                go on where it stopped
+flowkit autoencoder resume=runs/autoencoder                    continue a stopped run
 
-The folder is read by diffusers' ``AutoencoderKL.from_pretrained`` and by ``flowkit encode``.
+``flowkit encode`` and ``AutoencoderKL.from_pretrained`` of diffusers read the folder.
 """
 
 import json
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from flowkit.runs.splits import prepared
 
 
 def autoencoder(cfg: DictConfig) -> KLAutoencoder:
-    """Train as configured; writes the network with its scale, ``metrics.json`` and a picture."""
+    """Train as configured; write the network with its scale, ``metrics.json`` and a picture."""
     quiet()
     began, folder = time.perf_counter(), Path(cfg.run_dir)
     composed = OmegaConf.to_yaml(cfg)  # now, since building parts resolves their references
@@ -73,7 +74,7 @@ def autoencoder(cfg: DictConfig) -> KLAutoencoder:
 
 
 def _measure(cfg: DictConfig, network: KLAutoencoder, data: SplitData, began: float) -> None:
-    """Write and print what reconstructions are worth."""
+    """Measure reconstructions; write and print the metrics."""
     folder = Path(cfg.run_dir)
     features: Features = instantiate(cfg.metric)(data)
     metrics, pictures = measure(network, data, features, cfg.num_samples, cfg.seed)
@@ -103,19 +104,21 @@ def _measure(cfg: DictConfig, network: KLAutoencoder, data: SplitData, began: fl
 
 
 def _refuse_overwriting(folder: Path, checkpoint: Path | None) -> None:
+    """Raise if the folder holds another autoencoder than the resumed one."""
     trained = folder / CHECKPOINT
     if checkpoint is not None and trained.exists() and checkpoint.samefile(trained):
         return
     if trained.exists() or (folder / "config.json").exists():
         raise FileExistsError(
-            f"hydra.run.dir must hold no autoencoder, got {folder}; flows may be trained on it: "
-            f"choose another folder, or go on with it by resume={folder}"
+            f"hydra.run.dir must hold no autoencoder, got {folder}; flows may depend on this "
+            f"autoencoder: choose another folder, or continue its training by resume={folder}"
         )
 
 
 def _fit(
     cfg: DictConfig, module: Autoencoding, data: SplitData, folder: Path, checkpoint: Path | None
 ) -> None:
+    """Train with Lightning, from a checkpoint if there is one."""
     callbacks: list[Any] = [
         LastCheckpoint((folder / CHECKPOINT).parent, cfg.trainer.val_check_interval),
         StopOnInterrupt(folder),
@@ -127,7 +130,8 @@ def _fit(
     trainer.fit(module, data, ckpt_path=checkpoint, weights_only=checkpoint and True)
 
 
-def _until(batches: Any, limit: int) -> Any:
+def _until(batches: Iterable[Tensor], limit: int) -> Iterator[Tensor]:
+    """Yield batches until ``limit`` rows are reached."""
     count = 0
     for batch in batches:
         yield batch
@@ -140,12 +144,12 @@ def _until(batches: Any, limit: int) -> Any:
 def measure(
     network: KLAutoencoder, data: SplitData, features: Features, num_samples: int, seed: int = 0
 ) -> tuple[dict[str, Any], Tensor]:
-    """Compare test images with what is left of them after encoding and decoding.
+    """Compare test images with their reconstructions.
 
     Returns:
-        Metrics, those of `flowkit.metrics.image_metrics` and ``psnr`` in decibels over 8-bit
-        images (of the mean squared error over all images), and a picture: rows of images, each
-        above its reconstructions.
+        Metrics and a picture. The metrics are those of `flowkit.metrics.image_metrics`, and
+        ``psnr`` in decibels, from the mean squared error over all 8-bit images. The picture has
+        rows of images, each above the row of its reconstructions.
     """
     from torchmetrics.functional.image import peak_signal_noise_ratio
 

@@ -1,13 +1,13 @@
-"""Go on from a trained run: its feature residual, one of its stacks, or blocks of a plain network.
+"""Train a feature residual, one stack, or blocks of a plain network, from a run.
 
 flowkit blockwise run=runs/stage1 hydra.run.dir=runs/stage2               the feature residual
 flowkit blockwise run=runs/stage1 stage=flow segments=[3]                 one stack alone
 flowkit blockwise run=runs/plain stage=flow edges=6                       six equal blocks
 flowkit blockwise run=runs/plain stage=flow edges=6 equal_burden=true     ... of equal burden
 
-Data, path and network are the run's; trainer, optimizer and callbacks are configured anew, and the
-weights are taken from the run at the start. The new run holds all blocks, and is resumed, sampled
-and evaluated like any other.
+Data, path, network and initial weights come from the run. Trainer, optimizer and callbacks come
+from the options. The new run holds all blocks, and is resumed, sampled and evaluated like any other
+run.
 """
 
 import warnings
@@ -25,7 +25,7 @@ from flowkit.modules.checkpoints import read_config
 from flowkit.recipes.train import train
 from flowkit.runs.splits import prepared
 
-KEPT = ("data", "path", "coupling", "autoencoder", "guidance")  # of the run
+KEPT = ("data", "path", "coupling", "autoencoder", "guidance")  # taken from the run
 
 
 def blockwise(cfg: DictConfig) -> FlowModule:
@@ -43,26 +43,29 @@ def blockwise(cfg: DictConfig) -> FlowModule:
 
 
 def network(stored: dict[str, Any], cfg: DictConfig) -> dict[str, Any]:
-    """The run's network, with a feature residual in the second stage, or blocks of a plain one.
+    """Return the configuration of the new network.
+
+    A network of blocks stays, in the second stage with a feature residual. A plain network is
+    copied to blocks.
 
     Raises:
-        ValueError: If the second stage is asked of a network without a trunk, or edges of one that
-            has them.
+        ValueError: If the second stage is chosen for a network without a trunk, or if edges are
+            given for a network that has blocks.
     """
     if cfg.stage == "fra" and (
         "edges" not in stored or ("trunk" in stored and not stored["trunk"])
     ):
         raise ValueError(
             f"run must be of blocks with a trunk for stage fra, got {stored['_target_']} without; "
-            "stage=flow makes blocks of a plain network, or trains them on"
+            "stage=flow makes blocks of a plain network, or trains the blocks of the run"
         )
     if "edges" in stored:
         if cfg.equal_burden or cfg.edges is not None:
             raise ValueError(
-                f"edges must be left to the run, which has blocks already, got edges={cfg.edges} "
-                f"equal_burden={cfg.equal_burden}; start from a plain run to choose them"
+                f"edges must be null for a run with blocks, got edges={cfg.edges} "
+                f"equal_burden={cfg.equal_burden}; start from a plain run to choose edges"
             )
-        if cfg.stage != "fra":  # a trunk that is trained on leaves its feature residual behind
+        if cfg.stage != "fra":  # the feature residual does not fit a trunk that changes
             left = {"residual_depth": None, "feature_mode": "full"}
             return stored if cfg.segments else {**stored, **left}
         residual = stored.get("residual_depth") or cfg.residual_depth
@@ -81,7 +84,7 @@ def network(stored: dict[str, Any], cfg: DictConfig) -> dict[str, Any]:
 
 
 def edges(cfg: DictConfig) -> list[float]:
-    """Ends of the segments, as given or of equal burden."""
+    """Return the ends of the segments: as given, or with equal burden."""
     given = edges_of(6 if cfg.edges is None else cfg.edges)
     if not cfg.equal_burden:
         return given
@@ -98,7 +101,11 @@ def edges(cfg: DictConfig) -> list[float]:
 
 
 def edges_of(value: int | Sequence[float]) -> list[float]:
-    """A number of equal segments, or their ends, as a list of ends."""
+    """Return the ends of segments, given these ends or a number of equal segments.
+
+    >>> edges_of(4)
+    [0.0, 0.25, 0.5, 0.75, 1.0]
+    """
     if isinstance(value, int):
         return [k / value for k in range(value + 1)]
     return [float(end) for end in value]
@@ -107,7 +114,7 @@ def edges_of(value: int | Sequence[float]) -> list[float]:
 @hydra.main(version_base="1.3", config_path="../conf", config_name="blockwise")
 def main(cfg: DictConfig) -> None:
     """Entry point of ``flowkit blockwise``."""
-    warnings.filterwarnings("ignore", message=".*in eval mode at the start.*")  # what is frozen
+    warnings.filterwarnings("ignore", message=".*in eval mode at the start.*")  # frozen parts
     blockwise(cfg)
 
 

@@ -1,7 +1,10 @@
-"""Find the best times for a sampler of few steps to stop at.
+"""Find the best grid of times for a sampler with few steps (BOSS).
 
 flowkit boss run=runs/digits num_steps=8
-flowkit boss run=runs/digits num_steps=8 metric=classifier       Fréchet distances, too
+flowkit boss run=runs/digits num_steps=8 metric=classifier       with Fréchet distances
+
+Then sample with the grid:
+
 flowkit sample run=runs/digits sampler=from_file sampler.grid.file=runs/digits/boss/grid.json
 """
 
@@ -35,16 +38,16 @@ from flowkit.sampling import ODESampler
 from flowkit.types import Cond
 from flowkit.velocity import Velocity
 
-ACCURATE_STEPS = 25  # of RK4: what grids and adaptive solves are compared with
+ACCURATE_STEPS = 25  # RK4 steps of the reference for grids and adaptive solves
 
 
 def boss(cfg: DictConfig) -> dict[str, Any]:
-    """Search as configured; writes ``grid.json``, ``table.md`` and ``grid.png``.
+    """Search as configured; write ``grid.json``, ``table.md`` and ``grid.png``.
 
     The recommended grids of the other budgets go to ``grid-<steps>.json``.
 
     Returns:
-        The provenance of the grid, which holds all scores.
+        The provenance of the grid with all scores.
     """
     run = Run.load(cfg.run, cfg.weights, cfg.device, cfg.guidance)
     out = Path(cfg.out) if cfg.out else run.folder / "boss"
@@ -79,11 +82,11 @@ def boss(cfg: DictConfig) -> dict[str, Any]:
 def _search(
     cfg: DictConfig, velocity: Velocity, starts: Starts, budgets: list[int]
 ) -> tuple[dict[int, OptimizedGrid], BellmanInterval, int]:
-    """The grids of all budgets, the Bellman grid's interval, and the noises of the costs."""
+    """Return grids of all budgets, the interval of the Bellman grid, and the noises of costs."""
     fine = grids.uniform(cfg.fine_steps)
     costs, interval = converged_costs(
         velocity,
-        # other noises than those of the search, whose scores are to be of unseen ones
+        # The costs use other noises than the search, so that its scores are of unseen noises.
         lambda first, count: starts(cfg.search_noises + first, count),
         fine,
         cfg.num_steps,
@@ -109,7 +112,7 @@ def _write(
     made: dict[str, Any],
     bellman: dict[str, Any],
 ) -> dict[str, Any]:
-    """Write all grids, the table and the picture; return the provenance of the one asked for."""
+    """Write all grids, the table and the picture; return the provenance of the main grid."""
     out.mkdir(parents=True, exist_ok=True)
     record: dict[str, Any] = {}
     for budget, result in found.items():
@@ -129,7 +132,7 @@ def _write(
 
 
 def _announce(cfg: DictConfig, budgets: list[int], guided: bool) -> None:
-    """Say what the search will take, before it starts."""
+    """Print the number of network rows that the search will need at most."""
     options = {"method": cfg.method, "fine_steps": cfg.fine_steps}
     by_budget = [search_rows(cfg.search_noises, budget, **options) for budget in budgets]
     per_noise = search_rows(3, cfg.num_steps, **options)["costs"] // 2
@@ -140,10 +143,10 @@ def _announce(cfg: DictConfig, budgets: list[int], guided: bool) -> None:
         f"costs ({per_noise:,} x {cfg.start:,} to {cfg.limit:,} noises)": per_noise * cfg.limit,
         f"end-point search ({len(budgets)} budgets)": sum(r["endpoint"] for r in by_budget),
         "scores": sum(r["scores"] for r in by_budget),
-        "errors on fresh noise, but adaptive ones": cfg.fresh_noises * (steps + accurate),
+        "errors on fresh noise, without adaptive": cfg.fresh_noises * (steps + accurate),
     }
     if cfg.metric is not None:
-        rows["samples to measure, but adaptive ones"] = cfg.num_samples * steps
+        rows["samples to measure, without adaptive"] = cfg.num_samples * steps
     print(f"network rows, at most{' (two per guided evaluation)' if guided else ''}:")
     for name, count in rows.items():
         print(f"  {name:<44} {factor * count:>14,}")
@@ -152,7 +155,11 @@ def _announce(cfg: DictConfig, budgets: list[int], guided: bool) -> None:
 def _compare(
     cfg: DictConfig, velocity: Velocity, found: dict[int, OptimizedGrid], x0: Tensor, cond: Cond
 ) -> tuple[list[Row], dict[str, Any]]:
-    """Errors on fresh noise to an accurate solution: of all grids, and of adaptive solves."""
+    """Measure the errors of all grids and of adaptive solves on fresh noise.
+
+    Returns:
+        The rows of the table, and a record of the accurate reference.
+    """
     table: list[Row] = [
         {"grid": name, "steps": budget, "recommended": name == result.winner}
         for budget, result in found.items()
@@ -177,21 +184,25 @@ def _compare(
 
 
 def _sampler(row: Row, found: dict[int, OptimizedGrid], method: str) -> ODESampler:
-    """The sampler of a row of the table."""
+    """Return the sampler of a row of the table."""
     if row["steps"] is None:
         return ODESampler(1, "dopri5", rtol=row["tolerance"], atol=row["tolerance"])
     return ODESampler(found[row["steps"]].grids[row["grid"]], method)
 
 
 def _distance(cfg: DictConfig, run: Run) -> Callable[[ODESampler], dict[str, Any]]:
-    """A function that measures samples like ``flowkit evaluate``: their Fréchet distance and NFE.
+    """Return a function that measures the Fréchet distance and the NFE of a sampler.
+
+    The measure is that of ``flowkit evaluate``.
 
     Raises:
-        ValueError: If the run is not one of images.
+        ValueError: If the data of the run are not images.
     """
     data = run.data
     if len(data.shape) != 3:
-        raise ValueError(f"metric must be null for a run of no images, got data of {data.shape}")
+        raise ValueError(
+            f"metric must be null for a run without images, got data of shape {data.shape}"
+        )
     features: Features = instantiate(cfg.metric)(data)
     real = features(as_saved(data.test[:]["x1"]))
     x0, cond, source, _ = like_test(run, cfg)
@@ -210,6 +221,7 @@ def _distance(cfg: DictConfig, run: Run) -> Callable[[ODESampler], dict[str, Any
 
 
 def _describe(interval: BellmanInterval) -> dict[str, Any]:
+    """Return the interval of the Bellman grid as JSON values."""
     return {
         "value": interval.value,
         "value_interval": list(interval.value_interval),

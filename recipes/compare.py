@@ -1,10 +1,10 @@
-"""Train couplings on problems with several seeds, and tabulate how they do.
+"""Train couplings on several problems and seeds, and tabulate their metrics.
 
 flowkit compare experiment=toy_table hydra.run.dir=runs/toy_table
 flowkit compare experiment=toy_table seeds=[42] 'evaluate=["sampler=euler", "sampler.grid=20"]'
 
-Every cell is a run folder like any other. Finished cells are kept: the same command again goes on
-where it was stopped, and adds what has been added to the lists.
+Every cell of the table is an ordinary run folder. Finished cells are kept. So the same command
+continues a stopped table, and a longer list adds cells.
 """
 
 import csv
@@ -35,17 +35,17 @@ Row = dict[str, Any]
 
 
 def compare(cfg: DictConfig) -> list[Row]:
-    """Run the cells that are missing; writes ``table.md``, ``table.csv`` and ``table.png``.
+    """Run the missing cells; write ``table.md``, ``table.csv`` and ``table.png``.
 
     Returns:
-        One row per cell: ``problem``, ``coupling``, ``seed``, the numbers that `evaluate` gives,
-        and the ``seconds`` of training.
+        One row per cell: ``problem``, ``coupling``, ``seed``, the numbers of `evaluate`, and the
+        ``seconds`` of training.
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     for name in ("seeds", "problems", "couplings"):
         check_at_least(len(cfg[name]), 1, f"number of {name}")
     out, rows = Path(cfg.out), []
-    # Seeds change last, so that a table that is stopped is complete in those it has.
+    # Seeds change last, so that a stopped table is complete for its first seeds.
     cells = list(product(cfg.seeds, cfg.problems, cfg.couplings))
     bar = tqdm(cells, desc="cells", disable=None)
     for seed, problem, coupling in bar:
@@ -54,16 +54,16 @@ def compare(cfg: DictConfig) -> list[Row]:
         folder = out / file_name(problem) / file_name(coupling) / f"seed-{seed}"
         numbers = run_cell(folder, [*overrides, f"seed={seed}"], list(cfg.evaluate))
         rows.append({"problem": problem, "coupling": coupling, "seed": seed, **numbers})
-        # After every cell, so that a long table can be read while it grows.
+        # Written after every cell, so that a long table can be read while it grows.
         write_table(rows, out, cfg.metrics)
     print((out / "table.md").read_text() + f"\npicture   {out / 'table.png'}")
     return rows
 
 
 def run_cell(folder: Path, train_with: list[str], evaluate_with: list[str]) -> dict[str, float]:
-    """Train and evaluate in a folder, unless that has been done there with the same overrides.
+    """Train and evaluate in a folder, unless the folder already has these results.
 
-    Trained with others, or not to its end, the folder is emptied first.
+    The folder is emptied first if its training had other overrides or did not finish.
 
     Returns:
         The numbers of the evaluation, and the ``seconds`` of training.
@@ -86,8 +86,9 @@ def run_cell(folder: Path, train_with: list[str], evaluate_with: list[str]) -> d
 
 
 def _composed(recipe: str, overrides: list[str], **values: Path) -> DictConfig:
+    """Compose the configuration of a recipe with overrides and paths."""
     cfg = compose(recipe, overrides=overrides)
-    with open_dict(cfg):  # as values: a path need not be a word of Hydra's override grammar
+    with open_dict(cfg):  # a path may break Hydra's grammar of overrides, so it is set as a value
         cfg.update({key: str(value) for key, value in values.items()})
     return cfg
 
@@ -96,14 +97,14 @@ def write_table(rows: list[Row], out: Path, metrics: Iterable[str] | None = None
     """Write mean and standard deviation over seeds, as CSV, Markdown and a picture.
 
     Args:
-        rows: Those of `compare`.
-        out: The folder.
-        metrics: The columns; None takes every number.
+        rows: Rows of `compare`.
+        out: Folder of the files.
+        metrics: Names of the columns; None takes every number.
 
     Raises:
-        ValueError: If a metric is not among the numbers.
+        ValueError: If the rows have no such metric.
     """
-    # Points and images have other numbers; a cell without one stays empty.
+    # Points and images have different numbers. A cell without a number stays empty.
     keys = dict.fromkeys(key for row in rows for key in row)
     known = [key for key in keys if key not in ("problem", "coupling", "seed")]
     columns = known if metrics is None else list(metrics)
@@ -122,7 +123,7 @@ def write_table(rows: list[Row], out: Path, metrics: Iterable[str] | None = None
                 cells.append("")
                 continue
             record[f"{name}_mean"] = mean = fmean(values)
-            # The deviation of the population from its sample; of one seed there is none.
+            # Sample estimate of the standard deviation, which needs two seeds.
             record[f"{name}_std"] = std = stdev(values) if len(values) > 1 else None
             cells.append(f"{mean:.3f}" if std is None else f"{mean:.3f} ± {std:.3f}")
         records.append(record)
@@ -137,7 +138,7 @@ def write_table(rows: list[Row], out: Path, metrics: Iterable[str] | None = None
 
 
 def _plot(rows: list[Row], columns: list[str], file: Path) -> None:
-    """A line per coupling, a panel per problem and metric: seeds are dots, their mean a bar."""
+    """Plot a panel per problem and metric, a line per coupling, a dot per seed, a bar as mean."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, StrMethodFormatter
 

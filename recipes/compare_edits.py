@@ -1,12 +1,13 @@
-"""Compare inversions and edits of a run's test images, with tables and pictures.
+"""Compare methods of inversion and editing on a run's test images.
 
 flowkit compare_edits run=runs/quickstart source=3 target=8
 flowkit compare_edits experiment=fashion_edits run=runs/fashion
 
-Inversions: the error of what is regenerated, at equal numbers of network calls, by reversed Euler
-steps, corrected ones, fixed-point iterations and FlowOpt. Edits: how many results a judge takes
-for the target, against their distance to the source, for every iterate of FlowOpt and for
-partial noising (the image mixed with noise, and the rest of the flow solved under the target).
+Inversions: the error of the regenerated image at equal numbers of network calls. The methods are
+reversed Euler steps, corrected Euler steps, fixed-point iterations and FlowOpt.
+Edits: the share of results that a judge recognizes as the target, against the distance to the
+source. The methods are FlowOpt, with every iterate, and partial noising: the image is mixed with
+noise, and the rest of the flow is solved under the target.
 """
 
 from collections.abc import Callable, Iterable
@@ -36,7 +37,7 @@ Row = dict[str, Any]
 
 
 def compare_edits(cfg: DictConfig) -> dict[str, Any]:
-    """Compare as configured; writes ``inversions`` and ``edits`` as tables and pictures."""
+    """Compare as configured; write ``inversions`` and ``edits`` as tables and pictures."""
     model = RunFlow.load(cfg)
     data = model.run.data
     folder = Path(cfg.out or Path(cfg.run) / "edits" / "comparison")
@@ -67,7 +68,10 @@ def compare_edits(cfg: DictConfig) -> dict[str, Any]:
 
 
 def compare_inversions(cfg: DictConfig, model: RunFlow, data: SplitData) -> list[Row]:
-    """RMSE of regenerated images, every method spending the same evaluations (naive: one less)."""
+    """Measure the RMSE of regenerated images at equal numbers of evaluations.
+
+    Reversed Euler steps use one evaluation less than the other methods.
+    """
     test, velocity, n = data.test[: cfg.num_inverted], model.module.velocity, cfg.num_steps
     x1 = model.encode(test["x1"].to(cfg.device))
     cond = labels_of(test, data.num_classes)
@@ -78,7 +82,7 @@ def compare_inversions(cfg: DictConfig, model: RunFlow, data: SplitData) -> list
         return sampler(velocity, sampler.invert(velocity, x1, cond, correct=correct).x, cond)
 
     def optimize(solves: int, **options: Any) -> Tensor | None:
-        iters = solves - 2 - (4 if options["step_size"] == "auto" else 0)  # which it measures with
+        iters = solves - 2 - (4 if options["step_size"] == "auto" else 0)  # it is measured with 4
         if iters < 0:
             return None
         return FlowOpt(ODESampler(n), num_iters=iters, keep=(), **options)(velocity, x1, cond).x
@@ -102,7 +106,7 @@ def compare_inversions(cfg: DictConfig, model: RunFlow, data: SplitData) -> list
 
 
 def inversion_table(rows: list[Row]) -> str:
-    """One line per method, one column per number of evaluations."""
+    """Return a Markdown table: one line per method, one column per number of evaluations."""
     budgets = sorted({row["nfe"] for row in rows})
     lines = []
     for name in dict.fromkeys(row["series"] for row in rows):
@@ -117,9 +121,12 @@ def inversion_table(rows: list[Row]) -> str:
 def compare_targets(
     cfg: DictConfig, model: RunFlow, data: SplitData
 ) -> tuple[list[Row], Tensor | None]:
-    """Score and distance of all edits, and the iterates of the first series as rows of images."""
+    """Return score and distance of all edits, and the iterates of the first series as images.
+
+    The images are ``(rows, 1 + iterates, C, H, W)``, or None without edits.
+    """
     for name in ("source", "target"):
-        model.condition(cfg[name], 1.0, name)  # refuses what is no class before a judge is made
+        model.condition(cfg[name], 1.0, name)  # refuses a wrong class before a judge is trained
     train, test = data.train[:10_000], data.test[:]
     judge = PixelSVC(train["x1"], labels_of(train, data.num_classes))
     images = test["x1"][labels_of(test, data.num_classes) == cfg.source][: cfg.num_edited]
@@ -158,7 +165,7 @@ def compare_targets(
 
 
 def edit_table(rows: list[Row], scores: Iterable[float]) -> str:
-    """The least distance to the source of each series at which enough results are of the target."""
+    """Return a Markdown table of the least distance to the source at which a score is reached."""
     lines = []
     for name in dict.fromkeys(row["series"] for row in rows):
         line = [name]
@@ -170,14 +177,14 @@ def edit_table(rows: list[Row], scores: Iterable[float]) -> str:
 
 
 def plot(rows: list[Row], x: str, y: str, file: Path, log: bool = False) -> None:
-    """One line per series, a dot per row."""
+    """Plot one column over another: one line per series, one dot per row."""
     from matplotlib.figure import Figure
 
     names = {
         "nfe": "network evaluations",
         "rmse": "RMSE of the regenerated image",
         "distance": "RMSE to the source",
-        "score": "taken for the target",
+        "score": "share recognized as the target",
     }
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.add_subplot(xlabel=names[x], ylabel=names[y])

@@ -1,13 +1,15 @@
-"""Measure whether generated images show their labels, and whether generated pairs agree.
+"""Measure the agreement of generated images with their labels (symmetrical runs).
 
 flowkit consistency run=runs/symmetrical_digits
 flowkit consistency run=runs/symmetrical_masks sampler.grid=10 guidance=1.5
 
-Images are generated for labels and read again: by the run itself in one step, and by something
-that it has not learnt: a support vector machine on pixels for classes, the rule by which the
-data's masks were made for their foreground. In two-time mode pairs are generated as well.
+The recipe generates images for labels, and two judges label the images again. The first judge is
+the run itself, in one step. The second judge is independent of the run: a support vector machine on
+pixels for classes, or for masks the rule that made the foreground of the data's masks. In two-time
+mode the recipe also generates pairs of image and label, and measures their agreement.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,9 +33,11 @@ from flowkit.runs.run import symmetrical
 from flowkit.runs.starts import choose_labels, noise_batches
 from flowkit.sampling import ODESampler
 
+Reader = Callable[[Tensor, Tensor], dict[str, Any]]
+
 
 def consistency(cfg: DictConfig) -> dict[str, Any]:
-    """Measure as configured; writes ``consistency.json`` and pictures."""
+    """Measure as configured; write ``consistency.json`` and pictures."""
     check_at_least(cfg.num_samples, 1, "num_samples")
     check_at_least(cfg.batch_size, 1, "batch_size")
     run = Run.load(cfg.run, cfg.weights, cfg.device, cfg.guidance)
@@ -44,7 +48,7 @@ def consistency(cfg: DictConfig) -> dict[str, Any]:
     if data.num_classes is not None:
         labels = choose_labels(None, cfg.num_samples, data.num_classes)
     if not isinstance(labels, Tensor):
-        raise RuntimeError("run must have been trained on data with labels or masks, got none")
+        raise RuntimeError("run must be trained on data with labels or masks, got data without")
     seeds = range(cfg.seed, cfg.seed + len(labels))
     noise = noise_batches(run.sample_shape, seeds, cfg.batch_size)
     images, cost = draw(run, noise, labels, sampler)
@@ -78,6 +82,7 @@ def consistency(cfg: DictConfig) -> dict[str, Any]:
 def _pairs(
     module: SymmetricalFlowMatching, sampler: ODESampler, seeds: range, batch_size: int
 ) -> tuple[Tensor, Tensor]:
+    """Generate images and their labels together."""
     images, labels = [], []
     for first in tqdm(range(0, len(seeds), batch_size), "pairs", leave=False, disable=None):
         some = seeds[first : first + batch_size]
@@ -87,8 +92,8 @@ def _pairs(
     return torch.cat(images), torch.cat(labels)
 
 
-def _reader(module: SymmetricalFlowMatching, data: SplitData, batch_size: int):
-    """What says how well images show labels: ``read(images, labels) -> metrics``."""
+def _reader(module: SymmetricalFlowMatching, data: SplitData, batch_size: int) -> Reader:
+    """Return the function ``read(images, labels) -> metrics`` that measures the agreement."""
     if data.num_classes is None:
         return lambda images, masks: _read_masks(module, data, images, masks, batch_size)
     order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))
@@ -117,6 +122,7 @@ def _read_masks(
     masks: Tensor,
     batch_size: int,
 ) -> dict[str, Any]:
+    """Return the agreement of images with masks, by the run and by the rule of the data."""
     codec = module.codec
     own = segmentation_metrics(
         _labels(module, images, batch_size), masks, codec.num_classes, codec.ignore_index
@@ -129,12 +135,12 @@ def _read_masks(
 
 
 def _labels(module: SymmetricalFlowMatching, images: Tensor, batch_size: int) -> Tensor:
-    """What the run itself reads in one step."""
+    """Return the most probable labels of images, by the run in one step."""
     return torch.cat([module.posterior(part).argmax(1).cpu() for part in images.split(batch_size)])
 
 
 def _show(images: Tensor, labels: Tensor, num_classes: int, file: Path) -> None:
-    """Images, ten in a row; those of masks in color, each row beneath that of its masks."""
+    """Save a picture of images, ten in a row; a row of images of masks is below its masks."""
     if labels.ndim == 1:
         save_picture(images[:100], file)
         return

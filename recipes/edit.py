@@ -1,11 +1,12 @@
-"""Invert an image, or turn it into another class or prompt, without training anything.
+"""Edit an image to another class or prompt, or invert the image (FlowOpt).
 
 flowkit edit run=runs/quickstart image=three.png source=3 target=8
 flowkit edit run=runs/quickstart image=three.png source=3           inversion
 flowkit edit pipeline=stable-diffusion-3 image=cat.png source="a cat" target="a dog"
 
-The first iterate follows the target freely, each further one comes nearer to the image: pick the
-one that you like from the strip. A pipeline is a folder written by ``save_pretrained``.
+No training is needed. The first iterate follows the target freely. Each further iterate comes
+nearer to the image. Choose an iterate in the picture ``strip.png``. A pipeline is a folder that
+``save_pretrained`` wrote.
 """
 
 import time
@@ -29,10 +30,10 @@ from flowkit.sampling import ODESampler
 
 
 def edit(cfg: DictConfig) -> Edit:
-    """Edit as configured; writes pictures, the latent and the iterates, and a record."""
+    """Edit as configured; write pictures, the latent, the iterates and a record."""
     if (cfg.run is None) == (cfg.pipeline is None):
         raise ValueError(
-            f"run or pipeline must be given, and not both, got {cfg.run} and {cfg.pipeline}"
+            f"run or pipeline must be given, but not both, got {cfg.run} and {cfg.pipeline}"
         )
     model = RunFlow.load(cfg) if cfg.pipeline is None else PipelineFlow.load(cfg)
     chosen = {k: cfg[k] for k in Settings._fields if cfg[k] is not None}
@@ -48,7 +49,7 @@ def edit(cfg: DictConfig) -> Edit:
     sampler = ODESampler(model.grid(settings.num_steps, x1)[settings.skip :])
     flowopt = FlowOpt(
         sampler,
-        settings.step_size,  # type: ignore[arg-type]  # checked there
+        settings.step_size,  # type: ignore[arg-type]  # FlowOpt checks the value
         settings.num_iters,
         settings.backtrack,
         anderson=cfg.anderson,
@@ -80,25 +81,28 @@ def read_image(file: str | Path, channels: int) -> Tensor:
     """Read a picture as ``(1, C, H, W)`` in [-1, 1], gray or in color.
 
     Raises:
-        ValueError: If the file is no picture.
+        ValueError: If the file is not a picture.
     """
     return from_uint8(_read(file, "L" if channels == 1 else "RGB", "image"))
 
 
 def read_region(file: str | Path, image: Tensor, x1: Tensor) -> Tensor:
-    """Read a gray picture of the image's size, white where the image may change, for states.
+    """Read the region that may change, as a mask in [0, 1] with the size of the states ``x1``.
+
+    The file is a gray picture with the size of the image. White pixels may change.
 
     Raises:
-        ValueError: If the file is no picture, or of another size.
+        ValueError: If the file is not a picture, or if its size is not the size of the image.
     """
     region = _read(file, "L", "region").to(x1.device) / 255
     if region.shape[-2:] != image.shape[-2:]:
         size, expected = tuple(region.shape[-2:]), tuple(image.shape[-2:])
-        raise ValueError(f"region must have the image's size, {expected}, got {size}")
+        raise ValueError(f"region must have the size of the image, {expected}, got {size}")
     return torch.nn.functional.adaptive_avg_pool2d(region, x1.shape[-2:]).to(x1.dtype)
 
 
 def _read(file: str | Path, mode: str, name: str) -> Tensor:
+    """Read a picture as ``(1, C, H, W)`` in [0, 255]."""
     from PIL import Image, UnidentifiedImageError
 
     try:
@@ -110,8 +114,8 @@ def _read(file: str | Path, mode: str, name: str) -> Tensor:
 
 
 def describe(flowopt: FlowOpt, settings: Settings, found: Edit) -> dict[str, Any]:
-    """Return what an edit was made with, and how it went."""
-    # Noise is standard only at the first of all times.
+    """Return a record of the settings of an edit and of its course."""
+    # The noise is standard normal only at time 0.
     normal = gaussianity(found.z)._asdict() if settings.skip == 0 else {}
     return {
         "settings": {
@@ -132,7 +136,7 @@ def describe(flowopt: FlowOpt, settings: Settings, found: Edit) -> dict[str, Any
 
 
 def write(cfg: DictConfig, model: Any, image: Tensor, found: Edit, record: dict[str, Any]) -> None:
-    """Write everything into one folder."""
+    """Write record, pictures, latent and iterates to one folder."""
     parts = [Path(cfg.image).stem, cfg.source, *([] if cfg.target is None else ["to", cfg.target])]
     name = "-".join(str(part) for part in parts if part is not None)
     name = "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
@@ -147,12 +151,12 @@ def write(cfg: DictConfig, model: Any, image: Tensor, found: Edit, record: dict[
         save_image(pixels, folder / "iterates" / f"{k:02}.png")
     print(
         f"status    {record['status']}, {record['nfe']} evaluations, {record['seconds']} s\n"
-        f"strip     {files[1]}  the image, then its iterates\nrecord    {files[0]}"
+        f"strip     {files[1]}  the image, then the iterates\nrecord    {files[0]}"
     )
 
 
 def save_image(pixels: Tensor, file: Path) -> None:
-    """Save one image ``(C, H, W)`` of bytes, as large as it is."""
+    """Save one image ``(C, H, W)`` of bytes in its own size."""
     from PIL import Image
 
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -160,7 +164,7 @@ def save_image(pixels: Tensor, file: Path) -> None:
 
 
 def plot(found: Edit, editing: bool, file: Path) -> None:
-    """The residual by iteration."""
+    """Plot the residual, or in an edit the distance to the image, over iterations."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5, 3), layout="constrained")

@@ -1,10 +1,12 @@
-"""Encode images once, into a cache of latents to train from.
+"""Encode images once, and store their latents for training.
 
 flowkit encode data=fashion_mnist autoencoder.path=runs/autoencoder out=latents/fashion
 flowkit encode data=folder data.root=photos data.image_size=256 out=latents/photos \
     autoencoder.path=stabilityai/sd-vae-ft-mse
 
-The same command goes on where it was stopped. Train with `data=latents data.root=latents/fashion`.
+The same command continues a stopped call. Then train on the latents:
+
+flowkit train data=latents data.root=latents/fashion
 """
 
 import math
@@ -21,7 +23,7 @@ from flowkit.runs.splits import prepared
 
 
 def encode(cfg: DictConfig) -> dict[str, Any]:
-    """Encode as configured; returns the index of the cache."""
+    """Encode as configured; write the cache of latents and return its index."""
     data = prepared(instantiate(cfg.data))
     autoencoder = instantiate(cfg.autoencoder).to(cfg.device)
     source = cast(dict[str, Any], OmegaConf.to_container(cfg.data, resolve=True))

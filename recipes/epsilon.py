@@ -1,4 +1,4 @@
-"""Choose the epsilon of weighted flow matching, from samples alone.
+"""Choose the epsilon of weighted flow matching from samples, without training.
 
 flowkit epsilon data.source=8gaussians data.target=moons
 flowkit epsilon data=digits target=ess value=0.5
@@ -20,7 +20,7 @@ from flowkit.runs.splits import prepared
 
 
 def epsilon(cfg: DictConfig) -> EpsilonChoice:
-    """Choose as configured; writes ``epsilon.json`` and ``epsilon.png``."""
+    """Choose as configured; write ``epsilon.json`` and ``epsilon.png``."""
     data = prepared(instantiate(cfg.data))
     generator = torch.Generator().manual_seed(cfg.seed)
     order = torch.randperm(len(data.train), generator=generator)[: cfg.num_samples]
@@ -53,7 +53,7 @@ def epsilon(cfg: DictConfig) -> EpsilonChoice:
 
 
 def _print(choice: EpsilonChoice, scale: float, share: float) -> None:
-    """Print every fifth row of the curves, and the row next to the choice."""
+    """Print every fifth row of the curves, and the row nearest to the choice."""
     nearest = int((choice.epsilons.log() - math.log(choice.epsilon)).abs().argmin())
     print("  epsilon   epsilon/√d   ESS/N   tilt variance")
     for k, epsilon in enumerate(choice.epsilons.tolist()):
@@ -62,7 +62,7 @@ def _print(choice: EpsilonChoice, scale: float, share: float) -> None:
             mark = "  <-" if k == nearest else ""
             print(f"{epsilon:9.3f} {epsilon / scale:12.3f} {numbers}{mark}")
     print(f"epsilon   {choice.epsilon:.4g}")
-    print(f"of the cost's variance {share:.1%} chooses partners, the rest tilts source and data")
+    print(f"{share:.1%} of the cost's variance chooses partners, the rest tilts source and data")
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="epsilon")

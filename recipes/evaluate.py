@@ -1,11 +1,11 @@
-"""Measure a run against held-out data; the record says how every number was obtained.
+"""Evaluate a run against held-out data, and record the settings of the measurement.
 
 flowkit evaluate run=runs/quickstart
 flowkit evaluate run=runs/quickstart sampler=euler sampler.grid=8 guidance=1.5
 flowkit evaluate run=runs/mine metric=inception metric.weights=weights-inception.pth
 flowkit evaluate run=runs/mine num_samples=50000 device=cuda devices=8
 
-Several processes share the images; stopped, the same command goes on where they were.
+Several processes share the images. The same command continues a stopped call.
 """
 
 from dataclasses import replace
@@ -41,7 +41,7 @@ from flowkit.types import Batch
 
 
 class Measured(NamedTuple):
-    """Metrics, how the samples were drawn, and those of the picture."""
+    """Metrics, record of sampling, and samples for the picture with its number of columns."""
 
     metrics: dict[str, Any]
     sampling: dict[str, Any]
@@ -50,10 +50,10 @@ class Measured(NamedTuple):
 
 
 def evaluate(cfg: DictConfig) -> dict[str, Any]:
-    """Evaluate as configured; writes ``metrics.json`` and ``samples.png``.
+    """Evaluate as configured; write ``metrics.json`` and ``samples.png``.
 
     Returns:
-        The record; an empty one on other processes than the first.
+        The record; it is empty on all processes but the first.
     """
     fabric = launch(cfg)
     run = Run.load(cfg.run, cfg.weights, fabric.device, cfg.guidance)
@@ -77,8 +77,9 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
 def _measure_images(
     cfg: DictConfig, run: Run, sampler: ODESampler, fabric: Fabric
 ) -> Measured | None:
+    """Draw and measure images; None on all processes but the first."""
     data = run.data
-    with fabric.rank_zero_first():  # a classifier is trained once
+    with fabric.rank_zero_first():  # one process trains the classifier
         features: Features = instantiate(cfg.metric)(data)
     test = data.test[:]
     x0, cond, source, chosen = like_test(run, cfg)
@@ -90,14 +91,14 @@ def _measure_images(
     used = {"weights": run.weights, **run.describe(sampler), **source}
     used |= {"mode": [cfg.feature_mode, cfg.tolerance], "features": features.hash}
     used["cond"] = hash_of(cond)
-    used["test"] = data.fingerprint("test")  # of which given source samples are
+    used["test"] = data.fingerprint("test")  # given source samples come from this split
     parts = Parts(Path(cfg.out or cfg.run), used, fabric)
     drawn, cost = draw_parts(run, x0, cond, sampler, finish, parts)
     if not fabric.is_global_zero:
         return None
     samples = drawn["images"]
     labels = labels_of(Batch(x1=samples, cond=cond), data.num_classes)
-    # As many training images as are generated, for the floor; up to 10 000 for the judge.
+    # The floor takes as many training images as generated images; the judge takes up to 10 000.
     order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(cfg.seed))
     train = data.train[order[: max(source["num_samples"], 10_000)]]
     seen = labels_of(train, data.num_classes)
@@ -122,7 +123,7 @@ def _measure_images(
 
 
 def picture_rows(labels: Tensor) -> tuple[Tensor, int]:
-    """Choose rows for a picture of up to ten classes, each a column; also return the columns."""
+    """Return rows for a picture with a column per class, up to ten, and the number of columns."""
     classes, counts = labels.unique(return_counts=True)
     height = min(10, int(counts[:10].min()))
     columns = [(labels == label).nonzero()[:height, 0] for label in classes[:10]]
@@ -130,11 +131,13 @@ def picture_rows(labels: Tensor) -> tuple[Tensor, int]:
 
 
 def _measure_points(cfg: DictConfig, run: Run, sampler: ODESampler) -> Measured:
+    """Draw and measure points; one process does all work."""
     test = run.data.test[: cfg.num_samples]
     size = len(test["x1"])
     x0, source = start(run, cfg, size, given_source(test, run.data))
     if sampler.method in ADAPTIVE and len(sampler.times) < 101:
-        # The path's energy is a sum over the grid, which these solvers need not follow.
+        # The path energy is a sum over the grid, so it needs a fine grid. Adaptive solvers choose
+        # their own steps.
         sampler = replace(sampler, grid=100)
     cond = test.get("cond")
     solution = run.module.solve(torch.cat(list(x0)), sampler, cond, run.guidance, return_path=True)
@@ -146,7 +149,7 @@ def _measure_points(cfg: DictConfig, run: Run, sampler: ODESampler) -> Measured:
         "network_rows_per_sample": solution.rows / size,
         **block_cost(run.module, x0[0], cond, size),
         **source,
-        "batch_size": size,  # their paths are measured together, by one process
+        "batch_size": size,  # all paths are measured together
         "world_size": 1,
         "conditions": None if cond is None else "of the test split",
     }
@@ -154,6 +157,7 @@ def _measure_points(cfg: DictConfig, run: Run, sampler: ODESampler) -> Measured:
 
 
 def _report(metrics: dict[str, Any]) -> None:
+    """Print the metrics."""
     rows: dict[str, str] = {}
     if "frechet_distance" in metrics:
         space = metrics["features"]["name"]

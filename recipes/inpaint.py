@@ -1,4 +1,4 @@
-"""Fill holes in test images, each several times, with a picture and what the fillings are like.
+"""Inpaint holes in test images, several times each, and measure the fillings.
 
 flowkit inpaint run=runs/inpainting
 flowkit inpaint run=runs/inpainting kind=strokes num_samples=8 sampler.grid=50
@@ -23,10 +23,10 @@ from flowkit.sampling import ODESampler
 
 
 def inpaint(cfg: DictConfig) -> Tensor:
-    """Inpaint as configured; writes ``inpainted.json`` and a picture: hole, image, fillings."""
+    """Inpaint as configured; write ``inpainted.json`` and a picture: hole, image, fillings."""
     check_at_least(cfg.num_images, 1, "num_images")
     labeled = cfg.labels or cfg.guidance is not None
-    # Without labels the run's own guidance has nothing to lead to.
+    # Without labels guidance has no effect, so the scale of the run is not used.
     run = Run.load(cfg.run, cfg.weights, cfg.device, cfg.guidance if labeled else 1)
     module = run.module
     if not isinstance(module, LatentFlowMatching) or module.masks is None:
@@ -77,7 +77,7 @@ def fill(
     sampler: ODESampler,
     guidance: Guidance,
 ) -> Tensor:
-    """The flow's own fillings ``(B, num_samples, C, H, W)``, known pixels not pasted back."""
+    """Return fillings ``(B, num_samples, C, H, W)``, without pasting known pixels back."""
     parts = []
     for start in tqdm(range(0, len(images), cfg.batch_size), desc="inpainting", disable=None):
         rows = slice(start, start + cfg.batch_size)
@@ -98,11 +98,12 @@ def fill(
 
 
 def compare(filled: Tensor, images: Tensor, mask: Tensor) -> dict[str, float]:
-    """Mean absolute errors of fillings, and how much those of one hole differ.
+    """Measure the errors of fillings, and the spread over the fillings of one hole.
 
     Returns:
-        ``known_error`` and ``hole_error``, from the image, and ``spread``, the standard deviation
-        over a hole's fillings, a mean over its pixels; all in units of [-1, 1].
+        ``known_error`` and ``hole_error``, the mean absolute errors in known pixels and in holes;
+        ``spread``, the standard deviation over the fillings of a hole, averaged over its pixels.
+        All are in units of [-1, 1].
     """
     error = (filled - images[:, None]).abs()
     hole = (mask > 0)[:, None].expand_as(error)

@@ -1,10 +1,10 @@
 """Make pairs of noise and sample, or segments of trajectories, for straightening.
 
-flowkit pairs run=runs/digits out=pairs/reflow                             pairs, for reflow
+flowkit pairs run=runs/digits out=pairs/reflow                                  pairs, for reflow
 flowkit pairs run=runs/digits out=pairs/boss grid=runs/digits/boss/grid.json    segments
-flowkit pairs run=runs/digits out=pairs/both grid=[4,8]                    of several grids
+flowkit pairs run=runs/digits out=pairs/both grid=[4,8]                         ... of two grids
 
-Then train on them, and sample on the grid they were made for, a copy of which lies beside them:
+Then train on the pairs, and sample with their grid, which is copied to their folder:
 
 flowkit train module=straightening module.start=runs/digits data=pairs data.root=pairs/boss
 flowkit sample run=... sampler=from_file sampler.grid.file=pairs/boss/grid-8.json
@@ -31,7 +31,7 @@ from flowkit.velocity import Velocity
 
 
 def pairs(cfg: DictConfig) -> Path:
-    """Solve as configured; writes ``pairs-*.safetensors`` and ``pairs.json`` into a folder.
+    """Solve as configured; write ``pairs-*.safetensors`` and ``pairs.json`` to a folder.
 
     The grids of segments go to ``grid-<steps>.json``.
     """
@@ -42,7 +42,7 @@ def pairs(cfg: DictConfig) -> Path:
     wanted = read_grids(cfg.grid, made_with)
     record = {
         **_record(cfg, made_with, wanted),
-        "num_classes": run.classes,
+        "num_classes": run.num_classes,
         "x0_is_noise": starts.are_noise,
         "encoded_by": getattr(run.module.autoencoder, "hash", None),
         "source": run.config["data"],
@@ -68,7 +68,7 @@ def pairs(cfg: DictConfig) -> Path:
 
 
 def _record(cfg: DictConfig, made_with: dict[str, Any], wanted: list[Tensor]) -> dict[str, Any]:
-    """What the files hold, and how it was made."""
+    """Return a record of the content of the files and of their origin."""
     return {
         "format": FORMAT,
         "version": FORMAT_VERSION,
@@ -90,12 +90,15 @@ def _record(cfg: DictConfig, made_with: dict[str, Any], wanted: list[Tensor]) ->
 def make(
     velocity: Velocity, x0: Tensor, fine_steps: int, wanted: list[Tensor], cond: Cond
 ) -> dict[str, Tensor]:
-    """Segments of all grids by one solve, those of one noise together; or pairs, without grids."""
+    """Return the columns of segments of all grids by one solve, or of pairs if there is no grid.
+
+    Segments of one noise are consecutive rows.
+    """
     times = torch.cat([torch.tensor([0.0, 1.0], dtype=torch.float64), *wanted]).unique()
     columns = to_columns(segments(velocity, x0, fine_steps, times, cond))
     places = [torch.searchsorted(times, grid) for grid in wanted or [times[[0, -1]]]]
     starts = torch.cat([knots[:-1] for knots in places])
-    ends = torch.cat([knots[1:] - 1 for knots in places])  # the last of the pieces of a segment
+    ends = torch.cat([knots[1:] - 1 for knots in places])  # the last piece of a segment
     kept = {}
     for key, column in columns.items():
         if wanted or key not in ("t0", "t1"):
@@ -106,10 +109,12 @@ def make(
 
 
 def read_grids(grid: Any, used: dict[str, Any]) -> list[Tensor]:
-    """Grids of a file, a number of steps, or a list of them; files of another model warn.
+    """Return the grids of a file, of a number of steps, or of a list of both.
+
+    A file made with another model gives a warning.
 
     Raises:
-        ValueError: If two have the same number of steps.
+        ValueError: If two grids have the same number of steps.
     """
     if grid is None:
         return []
@@ -122,7 +127,11 @@ def read_grids(grid: Any, used: dict[str, Any]) -> list[Tensor]:
 
 
 def _begin(out: Path, record: dict[str, Any], wanted: list[Tensor]) -> None:
-    """Write the record and the grids, unless the folder holds them: then of the same pairs."""
+    """Write the record and the grids, unless the folder already holds the same record.
+
+    Raises:
+        ValueError: If the folder holds other pairs.
+    """
     file = out / RECORD
     if file.is_file():
         there = json.loads(file.read_text())
@@ -136,7 +145,7 @@ def _begin(out: Path, record: dict[str, Any], wanted: list[Tensor]) -> None:
         return
     out.mkdir(parents=True, exist_ok=True)
     for grid in wanted:
-        # for the students: what model they are is not known yet, but none wants guidance
+        # The grid is for students. Their weights are not known yet, but they need no guidance.
         own = {"objective": "straightening", "method": "euler", "guidance": None}
         taught_by = record["provenance"]["model_hash"]
         grids.save(grid, out / f"grid-{len(grid) - 1}.json", **own, taught_by=taught_by)

@@ -1,12 +1,13 @@
-"""Measure quality against cost: counted FLOPs and wall time, by run, feature mode and steps.
+"""Measure quality against FLOPs and wall time, by run, feature mode and steps.
 
 flowkit pareto 'runs={FRA: runs/stage2}'                  full, cached and FRA features of one model
 flowkit pareto 'runs={M1: "runs/one/*", M6: "runs/six/*"}' modes=[full]
 
-A plain run has one mode. Every point is Euler sampling with the same noise; a run of several blocks
-has the same number of steps in each, with allocate=true also those of that cost that err least.
-Runs under one name are seeds, of which the table gives mean and standard deviation. Wall time is
-the median over repetitions in which all points take turns.
+A run without blocks has one mode. Every point is Euler sampling from the same noise. A run of
+several blocks has the same number of steps in each block. With allocate=true there is also a point
+of equal cost, with the steps allocated to the blocks for the least error. Runs under one name are
+seeds, and the table gives their mean and standard deviation. Wall time is the median over
+repetitions in which all points take turns.
 """
 
 import json
@@ -48,16 +49,16 @@ from flowkit.sampling import ODESampler, seeded_noise
 
 
 class Point(NamedTuple):
-    """A way to sample a run."""
+    """Settings to sample a run: feature mode, sampler and variant."""
 
     run: Run
     mode: str
     sampler: ODESampler
-    variant: str | None = None  # of the same mode and number of steps
-    reach: Mapping[str, tuple[float, ...]] = MappingProxyType({})  # how far features are reused
+    variant: str | None = None  # allocated or refreshed, at the same mode and NFE
+    reach: Mapping[str, tuple[float, ...]] = MappingProxyType({})  # limits of the reuse of features
 
     def ready(self) -> FlowModule:
-        """The module, set to this way of sampling."""
+        """Return the module, set to this feature mode."""
         flow = self.run.module.velocity
         if isinstance(flow, Blockwise):
             flow.feature_mode, flow.reach = self.mode, dict(self.reach)
@@ -65,7 +66,7 @@ class Point(NamedTuple):
 
 
 def pareto(cfg: DictConfig) -> list[Row]:
-    """Measure as configured; writes ``pareto.md``, ``pareto.json``, ``pareto.png`` and drifts.
+    """Measure as configured; write ``pareto.md``, ``pareto.json``, ``pareto.png`` and drifts.
 
     Returns:
         One row per run, mode and number of steps.
@@ -77,7 +78,7 @@ def pareto(cfg: DictConfig) -> list[Row]:
     for name, runs in groups.items():
         for folder in runs:
             run = Run.load(folder, cfg.weights, cfg.device, cfg.guidance)
-            measure = measure or Measure(cfg, run.data)  # all are measured by the first one's data
+            measure = measure or Measure(cfg, run.data)  # the data of the first run
             held_out = measure.held_out_loss(run.module)
             for point in points(cfg, name, run):
                 samples, cost = sample(cfg, point, measure.labels)
@@ -98,15 +99,15 @@ def pareto(cfg: DictConfig) -> list[Row]:
 
 
 def folders(chosen: str | Sequence[str]) -> list[Path]:
-    """Run folders, one or several, with ``*`` for any name.
+    """Return run folders, given one pattern or several, with ``*`` for any name.
 
     Raises:
-        FileNotFoundError: If there are none.
+        FileNotFoundError: If no folder matches.
     """
     patterns = [chosen] if isinstance(chosen, str) else list(chosen)
     found = [Path(file) for pattern in patterns for file in sorted(glob(pattern))]
     if not found:
-        raise FileNotFoundError(f"runs must name run folders, got {chosen}; there are none")
+        raise FileNotFoundError(f"runs must name run folders, got {chosen}; no folder matches")
     return found
 
 
@@ -114,9 +115,9 @@ SHOWN = ("name", "mode", "variant", "nfe", "gflops", "frechet_distance", "class_
 
 
 class Measure:
-    """Fréchet distance to the test split, and whether samples are recognized as their class."""
+    """Fréchet distance to the test split, and share of samples recognized as their class."""
 
-    def __init__(self, cfg: DictConfig, data: SplitData):
+    def __init__(self, cfg: DictConfig, data: SplitData) -> None:
         self.data, self.cfg, test = data, cfg, data.test[:]
         self.features: Features = instantiate(cfg.metric)(self.data)
         self.name = {"name": self.features.name, "hash": self.features.hash}
@@ -128,9 +129,11 @@ class Measure:
             self.judge = PixelSVC(train["x1"], train["cond"])
 
     def _embed(self, images: Tensor) -> Tensor:
+        """Return the features of images."""
         return self.features(as_saved(images))
 
     def __call__(self, samples: Tensor) -> dict[str, float | None]:
+        """Return ``frechet_distance``, and ``class_agreement`` or None without classes."""
         agreement = None
         if self.judge is not None and self.labels is not None:
             agreement = (self.judge.predict(samples) == self.labels).float().mean().item()
@@ -139,7 +142,7 @@ class Measure:
 
     @torch.no_grad()
     def held_out_loss(self, module: FlowModule) -> float:
-        """Flow-matching loss of the test split, over 20 intervals of time with the same noise."""
+        """Return the flow-matching loss of the test split, over 20 intervals of time."""
         batch = self.data.test[: self.cfg.num_samples]
         batch = {k: v.to(self.cfg.device) for k, v in batch.items() if k in ("x1", "cond")}
         generator = torch.Generator(self.cfg.device).manual_seed(self.cfg.seed)
@@ -149,7 +152,7 @@ class Measure:
 
 
 def points(cfg: DictConfig, name: str, run: Run) -> Iterator[Point]:
-    """Ways to sample a run; with a trunk the drift of its features is measured, and written."""
+    """Yield the points of a run; measure and write the drift of features if they are reused."""
     flow = run.module.velocity
     if not isinstance(flow, Blockwise):
         for nfe in cfg.nfe:
@@ -179,7 +182,7 @@ def points(cfg: DictConfig, name: str, run: Run) -> Iterator[Point]:
 
 
 def drift_rates(cfg: DictConfig, name: str, run: Run) -> dict[str, list[float]]:
-    """Rates of the drift of reused features, which is printed and kept beside the table."""
+    """Return rates of the drift of reused features; print the drift and write a file."""
     drift = run.feature_drift(cfg.seed)
     file = Path(cfg.out) / f"drift-{name}.txt"
     file.write_text(drift.table() + "\n")
@@ -188,16 +191,17 @@ def drift_rates(cfg: DictConfig, name: str, run: Run) -> dict[str, list[float]]:
 
 
 class Allocator:
-    """``allocate(mode, steps)``: a sampler with more steps in the segments that need them.
+    """Sampler with more steps in the segments that need them, called as ``allocate(mode, steps)``.
 
-    It costs no more than that many in every segment; its grid is kept beside the table.
+    The sampler costs at most as much as ``steps`` steps in every segment. Its grid is written to
+    a file beside the table.
     """
 
-    def __init__(self, cfg: DictConfig, name: str, run: Run):
+    def __init__(self, cfg: DictConfig, name: str, run: Run) -> None:
         self.flow: Any = run.module.velocity
         self.stem = f"{Path(cfg.out) / 'grid'}-{name}"
         self.fine_steps = 2 * max(cfg.nfe) // self.flow.num_segments
-        # other noises than those that are sampled
+        # These noises differ from the noises of the samples.
         self.x0, cond = run.starts(cfg.seed)(cfg.num_samples, 64)
         self.parts = part_flops(self.flow, self.x0, cond)
         fine = grids.blockwise(self.flow.edges, self.fine_steps)
@@ -205,17 +209,18 @@ class Allocator:
         self.made = run.made_with("euler")
 
     def __call__(self, mode: str, steps: int) -> ODESampler:
+        """Return the sampler of a feature mode, for the cost of ``steps`` steps per segment."""
         prices = [step_prices(self.parts, m, mode) for m in range(self.flow.num_segments)]
         budget = sum(first + (steps - 1) * later for first, later in prices)
         options = {"fine_steps": self.fine_steps, "costs": self.costs}
         found = allocate_steps(self.flow, self.x0, prices, budget, **options)
-        print(f"steps     {found.steps} for {steps} in each segment with {mode} features")
+        print(f"steps     {found.steps} instead of {steps} per segment, with {mode} features")
         grids.save(found.grid, f"{self.stem}-{mode}-{steps}.json", **self.made, steps=found.steps)
         return ODESampler(found.grid)
 
 
 def sample(cfg: DictConfig, point: Point, labels: Tensor | None) -> tuple[Tensor, Row]:
-    """Draw samples, and count what that took per sample."""
+    """Draw samples, and count their cost per sample."""
     run, flow = point.run, point.ready().velocity
     x0, source = start(run, cfg, cfg.num_samples)
     samples, cost = draw(run, x0, labels, point.sampler)
@@ -227,13 +232,13 @@ def sample(cfg: DictConfig, point: Point, labels: Tensor | None) -> tuple[Tensor
         steps = round(cost["nfe"]) // flow.num_segments
         parts = part_flops(flow, x0[0], labels)
         cost |= {"steps_per_segment": steps, "predicted_gain": predicted_gain(parts, steps)}
-    del cost["seconds"]  # timed apart
+    del cost["seconds"]  # wall_times measures the time
     sampling = {**run.describe(point.sampler), **source}
     return samples, {**cost, "weights": run.weights, "sampling": sampling}
 
 
 def wall_times(cfg: DictConfig, timed: list[Point], labels: Tensor | None) -> list[float]:
-    """Median seconds of one batch of each point, in rounds of all."""
+    """Return the median seconds per sample of each point. In each repetition all points run."""
     spent: list[list[float]] = [[] for _ in timed]
     size = min(cfg.batch_size, cfg.num_samples)
     cond = None if labels is None else labels[:size]
@@ -250,7 +255,7 @@ def wall_times(cfg: DictConfig, timed: list[Point], labels: Tensor | None) -> li
 
 
 def measured_gains(rows: list[Row]) -> list[Row]:
-    """How much less FRA takes than full features: predicted, and measured by FLOPs and by time."""
+    """Return the cost of full features divided by the cost of FRA: predicted, FLOPs and time."""
     full, gains = {(r["run"], r["nfe"]): r for r in rows if r["mode"] == "full"}, []
     for row in rows:
         other = full.get((row["run"], row["nfe"]))

@@ -1,11 +1,11 @@
-"""Label images by a symmetrical run: classes or masks, their probabilities, and how good they are.
+"""Predict classes or masks of images (symmetrical runs), and measure the predictions.
 
 flowkit predict run=runs/symmetrical_digits
 flowkit predict run=runs/symmetrical_digits sampler.grid=25 draws=8
 flowkit predict run=runs/mine data=folder data.root=photos data.image_size=28 data.channels=1
 
-The whole split is labeled, from fixed seeds: the same command gives the same numbers. Where the
-data have labels (or masks) of their own, these are measured against.
+The recipe labels the whole split from fixed seeds, so that the same command gives the same numbers.
+If the data have labels or masks of their own, the predictions are measured against them.
 """
 
 import time
@@ -32,13 +32,13 @@ from flowkit.sampling import ODESampler
 
 
 def predict(cfg: DictConfig) -> dict[str, Any]:
-    """Predict as configured; writes ``predicted.pt``, ``predicted.json`` and a picture.
+    """Predict as configured; write ``predicted.pt``, ``predicted.json`` and a picture.
 
-    The picture shows masks, or of classes the reliability of probabilities and the accuracy of the
-    most confident images, where the data have labels of their own.
+    The picture shows masks. For classes it shows the reliability of the probabilities and the
+    accuracy of the most confident images, if the data have labels of their own.
 
-    ``predicted.pt`` holds ``labels (N,)``, ``uncertainty`` and ``probabilities (N, K)``, or of
-    masks ``labels (N, H, W)`` and ``confidence``.
+    ``predicted.pt`` holds ``labels (N,)``, ``uncertainty (N,)`` and ``probabilities (N, K)`` of
+    classes, or ``labels (N, H, W)`` and ``confidence (N, H, W)`` of masks.
     """
     check_at_least(cfg.batch_size, 1, "batch_size")
     run = Run.load(cfg.run, cfg.weights, cfg.device)
@@ -49,7 +49,7 @@ def predict(cfg: DictConfig) -> dict[str, Any]:
     metrics = _measure(module, found, _comparable(found.pop("truth", None), data, module))
     sampling = {
         **run.describe(sampler),
-        "guidance": None,  # leads to labels, not from images to them
+        "guidance": None,  # guidance acts on images, not on labels
         **cost,
         "times": module.times,
         "draws": cfg.draws,
@@ -83,11 +83,11 @@ def label(
     """Label a whole split in batches.
 
     Returns:
-        The predictions, with the data's own labels as ``truth`` if they have such, and their cost:
-        evaluations and network rows per image, seconds in all.
+        The predictions and their cost. If the data have labels, the predictions contain them as
+        ``truth``. The cost is evaluations and network rows per image, and seconds in total.
     """
     of_pixels = len(module.label_shape or ()) > 1
-    keep = cfg.probabilities or not of_pixels  # those of images are measured in any case
+    keep = cfg.probabilities or not of_pixels  # class probabilities are needed for the metrics
     parts: dict[str, list[Tensor]] = {}
     began = time.perf_counter()
     for first in tqdm(range(0, len(split), cfg.batch_size), "labels", leave=False, disable=None):
@@ -116,23 +116,23 @@ def label(
 def _comparable(
     truth: Tensor | None, data: SplitData, module: SymmetricalFlowMatching
 ) -> Tensor | None:
-    """The data's own labels, unless they are of other classes than the run's."""
+    """Return the labels of the data, or None if the run has another number of classes."""
     if truth is None:
         return None
     known = module.codec.num_classes
     counted = module.codec.counted(truth)
     largest = int((truth if counted is None else truth[counted]).amax()) if truth.numel() else 0
-    classes = data.num_classes or max(known, 1 + largest)  # masks come without a number
+    classes = data.num_classes or max(known, 1 + largest)  # masks have no given number
     if classes == known:
         return truth
-    print(f"labels of the data are not compared: of {classes} classes, the run's of {known}")
+    print(f"labels of the data are not compared: {classes} classes, but {known} in the run")
     return None
 
 
 def _measure(
     module: SymmetricalFlowMatching, found: dict[str, Tensor], truth: Tensor | None
 ) -> dict[str, Any]:
-    """Measures against the data's own labels, if they have such."""
+    """Return metrics against the labels of the data; only the number of samples without labels."""
     labels = found["labels"]
     if truth is None:
         return {"num_samples": len(labels)}
@@ -144,7 +144,7 @@ def _measure(
 
 
 def _show(data: SplitData, split: str, masks: Tensor, num_classes: int, file: Path) -> None:
-    """Rows of images, their predicted masks, and their true ones."""
+    """Save a picture with a row of images, a row of predicted masks and a row of true masks."""
     batch = data.split(split)[:10]
     rows = [batch["x1"].expand(-1, 3, -1, -1), colored(masks[:10], num_classes)]
     truth = batch.get("cond")
@@ -154,7 +154,7 @@ def _show(data: SplitData, split: str, masks: Tensor, num_classes: int, file: Pa
 
 
 def _plot(metrics: dict[str, Any], file: Path) -> None:
-    """Reliability of probabilities, and accuracy of the most confident images."""
+    """Plot the reliability of probabilities, and the accuracy of the most confident images."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 3.2), layout="constrained")
@@ -165,7 +165,7 @@ def _plot(metrics: dict[str, Any], file: Path) -> None:
     left.set(xlabel="probability of the predicted class", ylabel="accuracy", aspect="equal")
     left.legend()
     right.plot(selective["coverage"], selective["accuracy"], marker=".")
-    right.set(xlabel="share of images that are labeled", ylabel="accuracy")
+    right.set(xlabel="share of images, most confident first", ylabel="accuracy")
     figure.savefig(file, dpi=120)
 
 

@@ -1,13 +1,13 @@
-"""Tabulate and plot what a run's samples cost and are worth: solvers x grids x evaluations.
+"""Tabulate and plot quality and cost of samples: solvers x grids x evaluations.
 
 flowkit report run=runs/quickstart
 flowkit report run=runs/quickstart solvers=[euler,heun] nfe=[4,8,16] num_samples=5000
 flowkit report run=runs/latent guidance=[1,1.5,2] solvers=[heun] nfe=[50] grids.shifted=null
 
-Quality is the Fréchet distance of images, or the W2 of points, to the test split; its floor is that
-of as many training samples. Images are also measured by precision, recall and how many of them a
-judge recognizes as their class; several scales of guidance have a picture of what these trade.
-Seconds are of the sampling alone, of all processes together.
+Quality is the distance to the test split: the Fréchet distance of images, or the W2 of points. The
+floor is the distance of equally many training samples. Images also have precision, recall and the
+share that a judge recognizes as their class. Several scales of guidance give a further picture,
+with each metric over the scale. Times count only the sampling, summed over all processes.
 """
 
 import json
@@ -46,42 +46,43 @@ from flowkit.sampling import ODESampler
 from flowkit.types import Batch, Cond
 
 STEP = {"euler": 1, "ab2": 1, "midpoint": 2, "heun": 2, "rk4": 4}
-"""Evaluations of a step; ab2 needs one more to start."""
+"""Evaluations per step; ab2 needs one more evaluation to start."""
 
 
 class Measure(NamedTuple):
-    """How good samples are, by what is seen of them, and what data samples reach."""
+    """Measure of samples, and its values for real data."""
 
     name: str
     hash: str | None
-    """Of the features."""
+    """Hash of the features."""
     see: Callable[[Tensor], Columns]
+    """Maps a batch of samples to the columns that are measured."""
     numbers: Callable[[Columns], dict[str, float]]
-    """``distance`` and other numbers."""
+    """Maps the columns of all samples to ``distance`` and other numbers."""
     real: dict[str, float]
-    """Those of as many training samples; of the test split how many a judge recognizes."""
+    """Numbers of equally many training samples; ``class_agreement`` is of the test split."""
 
 
 def report(cfg: DictConfig) -> list[Row]:
-    """Measure as configured; writes ``report.json``, ``report.md`` and ``report.png``.
+    """Measure as configured; write ``report.json``, ``report.md`` and ``report.png``.
 
-    With several scales of guidance also ``guidance.png``.
+    Several scales of guidance also give ``guidance.png``.
 
     Returns:
         A row per cell: ``solver``, ``grid``, ``guidance``, ``nfe``, ``steps``, ``distance``,
-        ``milliseconds``, ``network_rows_per_sample``, and of images ``precision``, ``recall``,
-        ``density``, ``coverage`` and, of classes, ``class_agreement``; none on other processes
-        than the first.
+        ``milliseconds``, ``network_rows_per_sample``; for images also ``precision``, ``recall``,
+        ``density``, ``coverage``, and with classes ``class_agreement``. The list is empty on all
+        processes but the first.
     """
     fabric = launch(cfg)
     check_at_least(cfg.num_samples, 2, "num_samples")
     scales = list(cfg.guidance) if OmegaConf.is_list(cfg.guidance) else [cfg.guidance]
     if not scales or (None in scales and len(scales) > 1):
-        raise ValueError(f"guidance must be null, a number or several, got {scales}")
+        raise ValueError(f"guidance must be null, a number or a list of numbers, got {scales}")
     first = Run.load(cfg.run, cfg.weights, fabric.device, scales[0])
     runs = [first, *(replace(first, guidance=scale) for scale in scales[1:])]
     for run in runs:
-        run.module.guided(run.guidance)  # refuses what the run was not trained for
+        run.module.guided(run.guidance)  # refuses a scale that the run's training does not allow
     first.reuse_features(cfg.feature_mode, cfg.tolerance, cfg.seed)
     out = Path(cfg.out) if cfg.out else first.folder / "report"
     cells = [(*cell, run) for cell in _cells(cfg) for run in runs]
@@ -91,7 +92,7 @@ def report(cfg: DictConfig) -> list[Row]:
     record = _record(cfg, first, measure)
     used = {**record, **source, "cond": hash_of(cond)}
     kept = _kept(out / "report.json", record)
-    fabric.barrier()  # all have read what the first is about to write
+    fabric.barrier()  # every process reads the file before the first process writes
     rows: list[Row] = []
     for solver, name, sampler, run in cells:
         key = json.dumps(run.describe(sampler))
@@ -104,7 +105,7 @@ def report(cfg: DictConfig) -> list[Row]:
                 parts.remove()
         cell = {"solver": solver, "grid": name, "guidance": run.guidance}
         rows.append({**cell, **kept[key], "key": key})
-        if fabric.is_global_zero:  # after every cell: a long table can be read as it grows
+        if fabric.is_global_zero:  # after every cell, so that a growing table can be read
             (out / "report.json").write_text(json.dumps({**record, "rows": rows}, indent=2) + "\n")
     if not fabric.is_global_zero:
         return []
@@ -113,7 +114,7 @@ def report(cfg: DictConfig) -> list[Row]:
 
 
 def _record(cfg: DictConfig, run: Run, measure: Measure) -> dict[str, Any]:
-    """What all cells share."""
+    """Return the part of the record that all cells share."""
     return {
         "weights": run.weights,
         "sampling": {
@@ -134,7 +135,7 @@ def _record(cfg: DictConfig, run: Run, measure: Measure) -> dict[str, Any]:
 
 
 def _show(rows: list[Row], measure: Measure, out: Path) -> None:
-    """Write the table and the pictures, of guidance where there are several scales."""
+    """Write the table and the pictures; with several scales also the picture of guidance."""
     table = _table(rows, measure)
     (out / "report.md").write_text(table)
     plot(rows, measure.name, measure.real["distance"], out / "report.png")
@@ -145,7 +146,12 @@ def _show(rows: list[Row], measure: Measure, out: Path) -> None:
 
 
 def _cells(cfg: DictConfig) -> list[tuple[str, str, ODESampler]]:
-    """Solver, name of the grid and sampler of every row and scale of guidance."""
+    """Return solver, name of the grid and sampler of every cell.
+
+    Raises:
+        TypeError: If ``nfe`` is not a list.
+        ValueError: If a solver is unknown, or if no solver fits a number of evaluations.
+    """
     if not OmegaConf.is_list(cfg.nfe):
         raise TypeError(f"nfe must be a list of numbers, such as [4, 8], got {cfg.nfe}")
     made = {name: instantiate(node) for name, node in cfg.grids.items() if node}
@@ -160,13 +166,14 @@ def _cells(cfg: DictConfig) -> list[tuple[str, str, ODESampler]]:
                     cells.append((solver, name, ODESampler(grid, solver)))
     if not cells:
         raise ValueError(
-            f"nfe must hold a number that a solver can spend, got {list(cfg.nfe)} for "
+            f"nfe must hold a number that fits a solver, got {list(cfg.nfe)} for "
             f"{', '.join(cfg.solvers)}"
         )
     return cells
 
 
 def _measure(cfg: DictConfig, run: Run, cond: Cond) -> Measure:
+    """Return the measure of images or of points."""
     data, test, count = run.data, run.data.test[:], cfg.num_samples
     order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(cfg.seed))
     if len(data.shape) != 3:
@@ -200,7 +207,10 @@ def _measure(cfg: DictConfig, run: Run, cond: Cond) -> Measure:
 def _judge(
     run: Run, order: Tensor, cond: Cond
 ) -> tuple[Callable[[Tensor], dict[str, float]], dict[str, float]]:
-    """What says how many images are recognized as their class, and how many of the test split."""
+    """Return the function that measures ``class_agreement``, and the value of the test split.
+
+    Without classes the function and the value are empty.
+    """
     data, test = run.data, run.data.test[:]
     train = data.train[order[:10_000]]
     seen, shown = labels_of(train, data.num_classes), labels_of(test, data.num_classes)
@@ -219,7 +229,7 @@ def _judge(
 def _measured(
     measure: Measure, drawn: Columns, cost: dict[str, Any], sampler: ODESampler
 ) -> dict[str, Any]:
-    """The numbers of a cell."""
+    """Return the numbers of a cell."""
     return {
         "nfe": round(cost["nfe"]),
         "steps": len(sampler.times) - 1,
@@ -230,7 +240,7 @@ def _measured(
 
 
 def _kept(file: Path, record: Mapping[str, Any]) -> dict[str, Row]:
-    """Rows of an earlier call that measured the same, by what they depend on."""
+    """Return the numbers of an earlier call with the same record, by the key of the cell."""
     earlier = json.loads(file.read_text()) if file.is_file() else {}
     if any(earlier.get(name) != value for name, value in record.items()):
         return {}
@@ -239,7 +249,7 @@ def _kept(file: Path, record: Mapping[str, Any]) -> dict[str, Row]:
 
 
 def _table(rows: list[Row], measure: Measure) -> str:
-    """A line a cell, with the columns that it has numbers for."""
+    """Return a Markdown table: one line per cell, with the columns that have numbers."""
     several = len({row["guidance"] for row in rows}) > 1
     more = [n for n in ("class_agreement", "precision", "recall") if n in rows[0]]
     header = ["solver", "grid", *(["guidance"] if several else []), "steps", "NFE", measure.name]
@@ -249,8 +259,8 @@ def _table(rows: list[Row], measure: Measure) -> str:
         cost = [str(row["steps"]), str(row["nfe"])]
         numbers = [f"{row[n]:.3f}" for n in ("distance", *more)] + [f"{row['milliseconds']:.2f}"]
         lines.append([row["solver"], row["grid"], *scale, *cost, *numbers])
-    text = markdown([*header, *(n.replace("_", " ") for n in more), "ms a sample"], lines, (0, 1))
-    return f"{text}\nAs many training samples: {measure.real['distance']:.3f}\n"
+    text = markdown([*header, *(n.replace("_", " ") for n in more), "ms per sample"], lines, (0, 1))
+    return f"{text}\nFloor, equally many training samples: {measure.real['distance']:.3f}\n"
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="report")

@@ -1,13 +1,14 @@
-"""Draw samples from a run and save them, with a picture.
+"""Draw samples from a run, and save them with a picture.
 
-flowkit sample run=runs/quickstart                        every class in turn
+flowkit sample run=runs/quickstart                            every class in turn
 flowkit sample run=runs/quickstart labels=[3,8] num_samples=20 guidance=2
 flowkit sample run=runs/quickstart sampler=euler sampler.grid=8
 flowkit sample run=runs/blocks feature_mode=cached            of blocks: the trunk once a segment
 flowkit sample run=runs/quickstart num_samples=50000 device=cuda devices=8
 
-Samples start from noise, one seed each. Where the data of the run bring source samples, or
-conditions that are no labels, they start from those of the test split, and are at most as many.
+Every sample starts from the noise of its own seed. If the run was trained on source samples, or on
+conditions other than labels, the samples take those of the test split. Their number is then at
+most the size of the test split.
 """
 
 from pathlib import Path
@@ -26,10 +27,10 @@ from flowkit.runs.starts import choose_labels, choose_samples, given_source, sta
 
 
 def sample(cfg: DictConfig) -> Tensor:
-    """Sample as configured; writes ``samples.pt``, ``samples.png`` and ``samples.json``.
+    """Sample as configured; write ``samples.pt``, ``samples.png`` and ``samples.json``.
 
     Returns:
-        The samples; none on other processes than the first.
+        The samples; the tensor is empty on all processes but the first.
     """
     fabric = launch(cfg)
     run = Run.load(cfg.run, cfg.weights, fabric.device, cfg.guidance)
@@ -41,7 +42,7 @@ def sample(cfg: DictConfig) -> Tensor:
         cond, size, chosen = batch.get("cond"), len(batch["x1"]), "of the test split"
         x0, source = start(run, cfg, size, given_source(batch, run.data))
     else:
-        cond = choose_labels(cfg.labels, cfg.num_samples, run.classes)
+        cond = choose_labels(cfg.labels, cfg.num_samples, run.num_classes)
         x0, source = start(run, cfg, cfg.num_samples)
     folder = Path(cfg.out) if cfg.out else run.folder / "drawn"
     used = {"weights": run.weights, **run.describe(sampler), **source}

@@ -1,4 +1,4 @@
-"""Draw images from test maps of labels, and measure how far they keep to the maps.
+"""Draw images from test maps of labels, and measure their agreement with the maps.
 
 flowkit semantic run=runs/semantic
 flowkit semantic run=runs/semantic guidance=2 num_images=1000
@@ -25,7 +25,7 @@ from flowkit.runs.starts import start
 
 
 def semantic(cfg: DictConfig) -> dict[str, Any]:
-    """Draw as configured; writes ``semantic.json`` and a picture: map, image, samples."""
+    """Draw as configured; write ``semantic.json`` and a picture: map, image, samples."""
     check_at_least(cfg.num_images, 1, "num_images")
     run = Run.load(cfg.run, cfg.weights, cfg.device, cfg.guidance)
     module, data = run.module, run.data
@@ -70,7 +70,7 @@ def semantic(cfg: DictConfig) -> dict[str, Any]:
 
 
 def mask_iou(images: Tensor, maps: Tensor, rule: ForegroundRule) -> float:
-    """Mean over images of the intersection over union of the rule's foreground and the map's.
+    """Return the mean intersection over union of the rule's and the map's foreground.
 
     >>> rule, maps = ForegroundRule(0.0, classes=False), torch.tensor([[[1, 1, 0, 0]]])
     >>> mask_iou(torch.tensor([[[[1.0, -1.0, 1.0, -1.0]]]]), maps, rule)
@@ -83,11 +83,12 @@ def mask_iou(images: Tensor, maps: Tensor, rule: ForegroundRule) -> float:
 
 
 def _classes(maps: Tensor) -> Tensor:
-    """The class of each map's foreground."""
+    """Return the class of each map's foreground."""
     return maps.flatten(1).amax(1) - 1
 
 
 def _mean(hits: Tensor) -> float:
+    """Return the share of True."""
     return hits.double().mean().item()
 
 

@@ -1,7 +1,10 @@
-"""Train a small encoder on a data set's images, and store its tokens for alignment.
+"""Train a small encoder, and store its tokens to align the trunk of a blockwise flow.
 
 flowkit tokens data=digits hydra.run.dir=runs/tokens
-flowkit tokens data=digits encoder=dinov2 encoder.model=folder/of/dinov2      another's tokens
+flowkit tokens data=digits encoder=dinov2 encoder.model=folder/of/dinov2      tokens of DINOv2
+
+Then train a blockwise flow with the tokens:
+
 flowkit train module=blockwise encoder@module.encoder=stored \
     module.encoder.file=runs/tokens/tokens.safetensors
 """
@@ -23,10 +26,10 @@ from flowkit.runs.splits import prepared
 
 
 def tokens(cfg: DictConfig) -> Path:
-    """Run as configured; writes ``tokens.safetensors``, and ``encoder.safetensors`` if it trained.
+    """Run as configured; write ``tokens.safetensors``, and ``encoder.safetensors`` after training.
 
     Returns:
-        The file of tokens.
+        The file of tokens, or of the encoder if tokens are not stored.
     """
     data = prepared(instantiate(cfg.data))
     out = Path(cfg.out)
@@ -45,7 +48,7 @@ def tokens(cfg: DictConfig) -> Path:
 
 
 def trained(cfg: DictConfig, data: SplitData, out: Path) -> MaskedEncoder:
-    """Train an encoder by filling in masked patches, and save it."""
+    """Train an encoder on masked patches, and save the encoder."""
     bar = tqdm(total=cfg.steps, desc="encoder", disable=None)
 
     def report(step: int, loss: float) -> None:
@@ -69,7 +72,7 @@ def trained(cfg: DictConfig, data: SplitData, out: Path) -> MaskedEncoder:
 
 @torch.no_grad()
 def held_out(net: MaskedEncoder, data: SplitData) -> float:
-    """Loss of the first 1000 test images under fixed masks."""
+    """Return the loss of the first 1000 test images under fixed masks."""
     test = data.test[:1000]["x1"]
     generator, count = torch.Generator().manual_seed(0), len(net.patches.positions)
     mask = torch.rand(len(test), count, generator=generator) < 0.6
@@ -78,7 +81,7 @@ def held_out(net: MaskedEncoder, data: SplitData) -> float:
 
 
 def images(data: SplitData, batch_size: int) -> Iterator[Tensor]:
-    """All images of training and validation, training ones also mirrored if training does so."""
+    """Yield all images of training and validation; also mirrored ones if training mirrors."""
     for name in ("train", "val"):
         split = data.split(name)
         for first in range(0, len(split), batch_size):

@@ -1,11 +1,11 @@
-"""Train a flow: data, network, method and everything else by choice.
+"""Train a flow, with a choice of data, network, method and all other parts.
 
-flowkit train                                      class-conditional digits
-flowkit train experiment=fashion_mnist_cfm         a named experiment
+flowkit train                                                   class-conditional digits
+flowkit train experiment=fashion_mnist_cfm                      a named experiment
 flowkit train data=folder data.root=photos data.image_size=32   your own images
-flowkit train resume=runs/2026-01-31_12-00-00      go on where a run stopped
-flowkit train resume=runs/mine trainer.max_steps=20000   ... or for longer
-flowkit train trainer=ddp                          on all devices of this machine
+flowkit train resume=runs/2026-01-31_12-00-00                   continue a stopped run
+flowkit train resume=runs/mine trainer.max_steps=20000          ... with more steps
+flowkit train trainer=ddp                                       on all devices of this machine
 """
 
 import math
@@ -40,9 +40,9 @@ from flowkit.symmetrical import LabelStates
 from flowkit.symmetrical.inputs import check_labeled
 
 RESOLVERS = {
-    # A resumed run goes on in its own folder; Hydra would make a new one.
+    # A resumed run keeps its own folder; Hydra would make a new folder.
     "run_folder": lambda old, new: old if old is not None and Path(old).is_dir() else new,
-    # Shapes of networks within others, see flowkit.symmetrical.networks.
+    # Shapes of networks within other networks, see flowkit.symmetrical.networks.
     "flat": lambda image, state: ListConfig([math.prod(image) + state[0] - image[0]]),
     "one_more_channel": lambda state: ListConfig([state[0] + 1, *state[1:]]),
 }
@@ -51,7 +51,7 @@ for name, resolver in RESOLVERS.items():
 
 
 def train(cfg: DictConfig) -> FlowModule:
-    """Train as configured; the run folder then holds all that `load_run` and recipes need."""
+    """Train as configured; write a run folder for `load_run` and the other recipes."""
     quiet()
     _follow_start(cfg)
     composed = OmegaConf.to_yaml(cfg)  # now, since building parts resolves their references
@@ -64,7 +64,7 @@ def train(cfg: DictConfig) -> FlowModule:
     say(f"data      {data.summary()}")
     module = _module(cfg, data)
     if checkpoint is not None and state is not None:
-        restore(module, state, checkpoint)  # refuses another model, before anything is written
+        restore(module, state, checkpoint)  # refuses another model before any file is written
     averaged = state is not None and "current_model_state" in state
     del state
 
@@ -72,8 +72,8 @@ def train(cfg: DictConfig) -> FlowModule:
     _say_what_the_average_keeps(cfg)
     if averaged and not any(isinstance(callback, WeightAveraging) for callback in callbacks):
         raise ValueError(
-            "callback.ema must stay for a run that averages its weights, got none; the weights "
-            "themselves would be lost"
+            "callback.ema must stay for a run that averages its weights, got no average; the raw "
+            "weights would be lost"
         )
     if cfg.trainer.enable_progress_bar:
         callbacks.append(StepProgress())
@@ -88,20 +88,20 @@ def train(cfg: DictConfig) -> FlowModule:
 
 
 def _say_what_the_average_keeps(cfg: DictConfig) -> None:
-    """A short training leaves much of the initial weights in an average of long memory."""
+    """Warn if a short training leaves much of the initial weights in the averaged weights."""
     decay, steps = OmegaConf.select(cfg, "callback.ema.decay"), cfg.trainer.max_steps
     averages = OmegaConf.select(cfg, "callback.ema._target_") and decay is not None and steps > 0
     if averages and (kept := decay**steps) > 0.05:
         say(
             f"warning   averaged weights will be {kept:.0%} the initial ones after {steps} steps; "
-            f"lower callback.ema.decay = {decay}, or take callback=raw"
+            f"lower callback.ema.decay = {decay}, or use callback=raw"
         )
 
 
 def _follow_start(cfg: DictConfig) -> None:
-    """A student is the network of the run that it starts from, and of its states.
+    """Give a student of straightening the network and the autoencoder of its teacher.
 
-    Blocks that start from a run may differ from it: by a feature residual, or from a plain network.
+    Blocks that start from a run keep their own network, which may differ from the run's network.
     """
     student = cfg.module._target_.endswith(".Straightening")
     if student and (start := cfg.module.get("start")) is not None:
@@ -110,21 +110,23 @@ def _follow_start(cfg: DictConfig) -> None:
 
 
 def _module(cfg: DictConfig, data: Any) -> FlowModule:
-    """Build the module, telling the configuration what the data are."""
+    """Build the module, and fill in the values of the configuration that depend on the data."""
     autoencoder = instantiate(cfg.autoencoder)
     tell(cfg, data, autoencoder)
     drop_cond = cfg.module.get("drop_cond")
     null = {} if drop_cond is None else drop_cond.get("null")
     if null is None or (OmegaConf.is_dict(null) and None in null.values()):
-        cfg.module.drop_cond = None  # no labels, no null label
+        cfg.module.drop_cond = None  # without labels there is no null label
     if data.coupling is not None and "coupling" in cfg.module:
-        cfg.module.coupling = {"_target_": "flowkit.couplings.Independent"}  # the loader pairs
+        cfg.module.coupling = {
+            "_target_": "flowkit.couplings.Independent"
+        }  # the data loader makes the pairs
     if "mixed" in str(cfg.trainer.precision) and "fused" in cfg.optimizer:
-        cfg.optimizer.fused = False  # Lightning clips no gradients of a fused one there
+        cfg.optimizer.fused = False  # Lightning cannot clip its gradients in mixed precision
     module = instantiate(cfg.module, autoencoder=autoencoder)
     if cfg.compile:
-        module.velocity.compile()  # in place, so that checkpoints do not know
-    module.guided(cfg.guidance)  # refuses a scale that pictures would stumble on later
+        module.velocity.compile()  # in place, so that names in checkpoints stay the same
+    module.guided(cfg.guidance)  # refuses a wrong scale now and not at the first picture
     parameters = sum(p.numel() for p in module.parameters())
     name = f"{type(module).__name__} of {type(module.velocity).__name__}"
     say(f"model     {name}, {parameters:,} parameters")
@@ -133,7 +135,7 @@ def _module(cfg: DictConfig, data: Any) -> FlowModule:
 
 @torch.no_grad()
 def tell(cfg: DictConfig, data: Any, autoencoder: Any) -> None:
-    """Fill in what parts take from the data."""
+    """Fill in the values that parts of the configuration take from the data."""
     batch = data.stream()[0]
     x1 = batch["x1"][:1]
     x1 = x1 if "encoded_by" in batch else autoencoder.encode(x1)  # cached latents are states
@@ -151,6 +153,7 @@ def tell(cfg: DictConfig, data: Any, autoencoder: Any) -> None:
 
 
 def _write(folder: Path, files: dict[str, str]) -> None:
+    """Write text files to the run folder."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in files.items():
@@ -162,24 +165,25 @@ def _write(folder: Path, files: dict[str, str]) -> None:
 
 
 def _parts(group: DictConfig | None) -> list:
-    """What a group's nodes stand for, but for those that are null or of no class."""
+    """Build the parts of a group. Parts that are null or have no class are left out."""
     nodes = [] if group is None else [node for node in group.values() if node]
     return [instantiate(node) for node in nodes if node._target_]
 
 
 def _requeued(folder: Path) -> Path | None:
-    """What a job goes on from that a SLURM cluster has started again, in the same folder."""
+    """Return the checkpoint of a job that SLURM has started again in the same folder, or None."""
     started_again = int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0
     return newest_checkpoint(folder) if started_again else None
 
 
 def _refuse_overwriting(folder: Path, resumed: Path | None) -> None:
+    """Raise if the folder holds another run than the resumed one."""
     trained = folder / CHECKPOINT
     own = resumed is not None and resumed.resolve().is_relative_to(folder.resolve())
     if trained.exists() and not own:
         raise FileExistsError(
-            f"hydra.run.dir must hold no trained run, got {folder}; go on with it by "
-            f"resume={folder}, delete it, or choose another folder"
+            f"hydra.run.dir must hold no trained run, got {folder}; continue this run by "
+            f"resume={folder}, delete the folder, or choose another folder"
         )
 
 

@@ -179,7 +179,7 @@ class DiffusersPipelineFlow:
 class _Bound:
     """The velocity of one solve: negated, guided, and counting network rows."""
 
-    def __init__(self, family: Any, cond: Mapping[str, Tensor]):
+    def __init__(self, family: Any, cond: Mapping[str, Tensor]) -> None:
         self.family, self.cond, self.rows = family, dict(cond), 0
         self.scale = self.cond.pop("cfg_scale", None)
 

@@ -1,4 +1,4 @@
-"""Training of a KL autoencoder."""
+"""Training of a KL autoencoder, with an optional perceptual term."""
 
 from collections.abc import Callable
 from typing import Any, cast
@@ -19,19 +19,20 @@ class Autoencoding(ExactResume, frozen=("perceptual",)):
     """Train an ``AutoencoderKL``: absolute error, divergence and, if given, a perceptual term.
 
     Per pixel and channel the loss is ``|x̂ − x| + kl_weight · KL / n + perceptual_weight · P``,
-    where ``x̂ = D(z)``, ``z ~ N(μ(x), σ(x)²)``, ``KL`` is that of the image's posterior from
-    ``N(0, I)`` in nats and ``n`` its number of pixels and channels.
+    where ``x̂ = D(z)`` and ``z ~ N(μ(x), σ(x)²)``. ``KL`` is the divergence of the image's
+    posterior from ``N(0, I)`` in nats. ``n`` is the number of pixels times channels of an image.
 
     Source: Rombach et al., *High-Resolution Image Synthesis with Latent Diffusion Models*, 2022
     (arXiv 2112.10752), appendix G; without its adversarial term.
 
     Args:
         vae: The network; see `flowkit.nn.autoencoder_kl`.
-        kl_weight: Small weights leave latents informative and of any scale.
-        perceptual: ``(x̂, x) -> scalar``, both in [-1, 1]; frozen if it is a module.
-        perceptual_weight: Its weight.
+        kl_weight: At least 0. With a small weight the latents stay informative, and their scale is
+            arbitrary.
+        perceptual: ``(x̂, x) -> scalar``, both in [-1, 1]. A module is frozen.
+        perceptual_weight: Weight of the perceptual term, at least 0.
         optimizer: Makes the optimizer from parameters.
-        lr_scheduler: Makes a scheduler, stepped every training step.
+        lr_scheduler: Makes a learning-rate scheduler, which steps after every training step.
 
     >>> from flowkit.nn.diffusers import autoencoder_kl
     >>> module = Autoencoding(autoencoder_kl((1, 8, 8), width=8, multipliers=(1, 2)))
@@ -47,7 +48,7 @@ class Autoencoding(ExactResume, frozen=("perceptual",)):
         perceptual_weight: float = 1.0,
         optimizer: MakeOptimizer = ADAMW,
         lr_scheduler: MakeScheduler | None = None,
-    ):
+    ) -> None:
         super().__init__(optimizer, lr_scheduler)
         check_at_least(kl_weight, 0, "kl_weight")
         check_at_least(perceptual_weight, 0, "perceptual_weight")
@@ -70,15 +71,17 @@ class Autoencoding(ExactResume, frozen=("perceptual",)):
 
 
 class FeatureError(nn.Module):
-    """A perceptual term by the layers of any convolutional network that is at hand.
+    """Perceptual term from the layers of a given convolutional network.
 
-    The mean over layers of ``‖f̂ − f‖²``, where a layer's features are normed to length 1 over
-    channels at each pixel. Source: Zhang et al., *The Unreasonable Effectiveness of Deep Features
-    as a Perceptual Metric*, 2018 (arXiv 1801.03924), equation 1, with unit weights.
+    The term is the mean over layers of ``‖f̂ − f‖²``. At each pixel the features of a layer are
+    scaled to length 1 over channels. Source: Zhang et al., *The Unreasonable Effectiveness of Deep
+    Features as a Perceptual Metric*, 2018 (arXiv 1801.03924), equation 1, with unit weights.
 
     Args:
-        trunk: Layers applied in turn; those counted return ``(B, C, H, W)`` and are
-            convolutions.
+        trunk: Layers applied in turn. The outputs ``(B, C, H, W)`` of its convolutions count.
+
+    Raises:
+        ValueError: If the trunk has no convolution.
 
     >>> trunk = nn.Sequential(nn.Conv2d(1, 4, 3), nn.SiLU(), nn.Conv2d(4, 4, 3))
     >>> x = torch.randn(2, 1, 8, 8)
@@ -86,14 +89,14 @@ class FeatureError(nn.Module):
     (True, True)
     """
 
-    def __init__(self, trunk: nn.Sequential):
+    def __init__(self, trunk: nn.Sequential) -> None:
         super().__init__()
         if not any(isinstance(layer, nn.Conv2d) for layer in trunk):
             raise ValueError("trunk must have convolutions among its layers, got none")
         self.trunk = trunk
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        """Distance of two batches of images ``(B, C, H, W)``, a scalar."""
+        """Return the distance of two batches of images ``(B, C, H, W)``, a scalar."""
         errors = []
         for layer in self.trunk:
             a, b = layer(a), layer(b)

@@ -1,4 +1,4 @@
-"""Blockwise flow matching."""
+"""Blockwise flow matching: training of a velocity in blocks, in two stages."""
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -32,39 +32,43 @@ Encoder = Callable[[Tensor], Tensor]
 class BlockwiseFlowMatching(FlowModule, frozen=("encoder",)):
     """Train a velocity in blocks, `flowkit.blockwise.Blockwise`, in two stages.
 
-    - ``stage="flow"``: trunk and stacks on the flow-matching loss, the mean over segments of each
-      one's mean; with an encoder also the trunk on ``align_weight · L_align``, which turns its
-      features to the encoder's tokens of the clean image (semantic feature guidance).
-    - ``stage="fra"``: the feature residual alone, all else frozen.
+    - ``stage="flow"`` trains trunk and stacks on the flow-matching loss: the mean over segments of
+      the mean loss in each segment. With an encoder, the trunk also trains on
+      ``align_weight · L_align``. This term turns the features of the trunk to the encoder's tokens
+      of the clean image (semantic feature guidance).
+    - ``stage="fra"`` trains the feature residual alone. All other parts are frozen.
 
-    Losses are logged by segment (``segment_3``), and so are the norms of the stacks' gradients
-    (``gradient_3``); a stack that never gets a gradient is warned about. See `flowkit.blockwise`
+    The loss of each segment is logged (``segment_3``), and so is the norm of each stack's gradient
+    (``gradient_3``). A warning names the stacks that never get a gradient. See `flowkit.blockwise`
     for the losses. Source: *Blockwise Flow Matching*, 2025 (arXiv 2510.21167).
 
     Args:
         velocity: The blocks.
-        encoder: Images to tokens ``(B, N, D)``, or a ``functools.partial`` that makes such an
-            encoder when it is first needed: a run can then be loaded without it.
-        align_weight: λ; 0.05 in the release, 0.5 in an earlier configuration.
-        align_stop: The step from which on λ is 0; None for never.
-        encoder_width: Size of the encoder's tokens; None where the encoder has a ``width``.
-        projector_width: Of the projector from features to tokens, which training alone needs.
+        encoder: Maps images to tokens ``(B, N, D)``. Or a ``functools.partial`` that makes such an
+            encoder at its first use: a run can then be loaded without the encoder's files.
+        align_weight: λ, at least 0; 0.05 in the release, 0.5 in an earlier configuration.
+        align_stop: From this step on λ is 0; with None, λ never becomes 0.
+        encoder_width: Size of the encoder's tokens; None takes the encoder's ``width``.
+        projector_width: Width of the projector from features to tokens. Only training uses the
+            projector.
         stage: ``"flow"`` or ``"fra"``.
-        start: A run folder to take weights from at the start of a fit: stage 1 for stage 2, an
-            earlier run for some stacks alone, or a plain run whose network seeds every stack.
-        segments: Train these segments' stacks alone, on their times; None for everything.
-        compare: What stage 2 compares: ``"features"`` or ``"velocity"``.
-        path: Where pairs are at time ``t``.
-        coupling: Which noise goes with which data.
+        start: Run folder with the weights for the start of a fit: a run of stage 1 for stage 2, an
+            earlier run to train some of its stacks, or a plain run whose network becomes every
+            stack.
+        segments: Train only the stacks of these segments, at the times of these segments; None
+            trains all stacks.
+        compare: Quantity that stage 2 compares: ``"features"`` or ``"velocity"``.
+        path: Gives the state of a pair at time ``t``, and its velocity.
+        coupling: Pairs noise with data.
         times: Density of training times within each segment.
-        autoencoder: Maps data to what the flow runs on; the encoder sees the data.
-        drop_cond: Conditions dropped in training, for classifier-free guidance.
+        autoencoder: Maps data to states of the flow. The encoder sees the data.
+        drop_cond: Drops conditions in training, for classifier-free guidance.
         optimizer: Makes the optimizer from parameters.
-        lr_scheduler: Makes a scheduler, stepped every training step.
+        lr_scheduler: Makes a learning-rate scheduler, which steps after every training step.
 
     Raises:
         TypeError: If the velocity has no blocks.
-        ValueError: If an argument is out of range or a part that the stage needs is missing.
+        ValueError: If an argument is out of range, or if a part that the stage needs is missing.
 
     >>> from flowkit.blockwise import BlockwiseMLP
     >>> module = BlockwiseFlowMatching(BlockwiseMLP((2,), edges=2, width=16))
@@ -91,7 +95,7 @@ class BlockwiseFlowMatching(FlowModule, frozen=("encoder",)):
         drop_cond: DropCond | None = None,
         optimizer: MakeOptimizer = ADAMW,
         lr_scheduler: MakeScheduler | None = None,
-    ):
+    ) -> None:
         super().__init__(velocity, autoencoder, drop_cond, optimizer, lr_scheduler)
         if not isinstance(velocity, Blockwise):
             raise TypeError(
@@ -117,14 +121,18 @@ class BlockwiseFlowMatching(FlowModule, frozen=("encoder",)):
             width = encoder_width or getattr(encoder, "width", None)
             if width is None:
                 raise ValueError(
-                    "encoder_width must be given for an encoder without width, got None"
+                    "encoder_width must be given for an encoder without a width, got None"
                 )
             self.projector = Projector(velocity.trunk.width, width, projector_width)
         self.turn, self._resumed = 0, False
         self._idle = set(self._trained_stacks())
 
     def _train_only(self, segments: Sequence[int] | None) -> list[int] | None:
-        """Freeze what the stage or the segments leave out."""
+        """Freeze the parts that do not train; return the sorted segments, or None for all.
+
+        Raises:
+            ValueError: If there are no segments, or if a segment is out of range.
+        """
         flow, chosen = self.flow, None
         if segments is not None:
             chosen = sorted({int(m) for m in segments})
@@ -145,26 +153,31 @@ class BlockwiseFlowMatching(FlowModule, frozen=("encoder",)):
         return chosen
 
     def train(self, mode: bool = True) -> "BlockwiseFlowMatching":
-        """Set training mode, but for parts that are frozen: they drop nothing out."""
+        """Set training mode. Frozen parts stay in ``eval`` mode, so that their dropout is off."""
         super().train(mode)
         if self.stage == "fra" or self.segments is not None:
             for part in self.flow.modules():
                 weights = list(part.parameters())
                 if weights and not any(p.requires_grad for p in weights):
-                    part.eval()  # with what it is made of
+                    part.eval()  # also all parts within this part
         return self
 
     @property
     def flow(self) -> Blockwise:
-        """The velocity."""
+        """The velocity, as a `Blockwise`."""
         return cast(Blockwise, self.velocity)
 
     def bind(self, cond: Cond = None, grid: Tensor | None = None) -> Velocity:
-        """Return the velocity of one solve: to a sampler the module is as good as its blocks."""
+        """Return the velocity of one solve, so that a sampler accepts the module itself."""
         return self.flow.bind(cond, grid)
 
     def loss(self, batch: Batch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """Return the stage's loss of a batch, and its parts by segment."""
+        """Return the ``loss`` of a batch in this stage, and its parts by segment.
+
+        Raises:
+            ValueError: If alignment needs images but the batch holds cached latents, or if the
+                coupling reorders ``x1``.
+        """
         images, batch = batch["x1"], self.encode(batch, generator)
         draw = draw_segments(
             self.flow,
@@ -185,8 +198,8 @@ class BlockwiseFlowMatching(FlowModule, frozen=("encoder",)):
             return terms
         if "encoded_by" in batch:
             raise ValueError(
-                "batch must hold the images that the encoder looks at, got cached latents; train "
-                "on images with an autoencoder, or without an encoder"
+                "batch must hold images for the encoder, got cached latents; train on images with "
+                "an autoencoder, or without an encoder"
             )
         if draw.pairs.x1 is not batch["x1"]:
             raise ValueError(
@@ -197,10 +210,12 @@ class BlockwiseFlowMatching(FlowModule, frozen=("encoder",)):
         return {**terms, "loss": loss, "flow": terms["loss"].detach(), "align": align.detach()}
 
     def _align_weight(self) -> float:
+        """Return λ of the current step."""
         stopped = self.align_stop is not None and self.global_step >= self.align_stop
         return 0.0 if stopped else self.align_weight
 
     def _alignment(self, h: Tensor, images: Tensor) -> Tensor:
+        """Return ``L_align`` of features ``h`` and the encoder's tokens of the images, a scalar."""
         if isinstance(self.encoder, partial):
             made = self.encoder()
             self.encoder = made.to(images.device) if isinstance(made, nn.Module) else made
@@ -209,29 +224,30 @@ class BlockwiseFlowMatching(FlowModule, frozen=("encoder",)):
         h = h if h.ndim == 3 else h[:, None]
         return alignment_loss(cast(nn.Module, self.projector)(h), tokens)
 
-    # --- what a fit starts from ------------------------------------------------------------
+    # --- start of a fit --------------------------------------------------------------------
 
     def on_fit_start(self) -> None:
-        """Take the weights of ``start``, unless a checkpoint of this training brought its own.
+        """Take the weights of ``start``, unless this training resumes from its own checkpoint.
 
-        A feature residual without either is warned about, since it may follow a random trunk.
+        In stage ``fra`` without a start or a checkpoint there is a warning: the trunk may be
+        random.
         """
         if self.stage == "fra" and self.start is None and not self._resumed:
             warnings.warn(
-                "stage fra trains on a trunk as it is, without start; `flowkit blockwise run=...` "
-                "starts from a trained one",
+                "stage fra trains on the trunk as it is, since start is not given; `flowkit "
+                "blockwise run=...` starts from a trained trunk",
                 stacklevel=2,
             )
         if self.start is not None:
             self.take_weights(read_checkpoint(FilePath(self.start) / CHECKPOINT)["state_dict"])
 
     def take_weights(self, state: Mapping[str, Tensor]) -> None:
-        """Load a run's weights: of the same blocks, or of a plain network into every stack.
+        """Load weights of the same blocks, or weights of one plain network into every stack.
 
-        A feature residual and a projector may be missing or superfluous.
+        The weights of the feature residual and of the projector may be missing or superfluous.
 
         Raises:
-            RuntimeError: If anything else does not fit.
+            RuntimeError: If other weights are missing or superfluous.
         """
         state = {k: v for k, v in state.items() if k.startswith(("velocity.", "projector."))}
         stacks = self.flow.stacks
@@ -253,6 +269,7 @@ class BlockwiseFlowMatching(FlowModule, frozen=("encoder",)):
     # --- telemetry -------------------------------------------------------------------------
 
     def _trained_stacks(self) -> list[int]:
+        """Return the numbers of the stacks with trainable parameters."""
         return [
             m
             for m, stack in enumerate(self.flow.stacks)
@@ -260,7 +277,7 @@ class BlockwiseFlowMatching(FlowModule, frozen=("encoder",)):
         ]
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Log the norm of each stack's gradient, and remember which have had one."""
+        """Log the norm of each stack's gradient, and note which stacks have had a gradient."""
         every = cast(Any, self.trainer).log_every_n_steps
         due = bool(every) and (self.global_step + 1) % every == 0
         for m in self._trained_stacks() if due else sorted(self._idle):
@@ -274,30 +291,31 @@ class BlockwiseFlowMatching(FlowModule, frozen=("encoder",)):
                 self.log(f"train/gradient_{m}", norm)
 
     def on_validation_start(self) -> None:
-        """Report stacks that have had no gradient so far."""
+        """Warn about stacks that have had no gradient so far."""
         if not cast(Any, self.trainer).sanity_checking:
             self._report_idle()
 
     def on_train_end(self) -> None:
-        """Report stacks that have had no gradient in the whole fit."""
+        """Warn about stacks that have had no gradient in the whole fit."""
         self._report_idle()
 
     def _report_idle(self) -> None:
+        """Warn once about stacks without a gradient."""
         if self._idle and self.global_step:
             warnings.warn(
                 f"every stack must get gradients, got none for stacks {sorted(self._idle)} in "
                 f"{self.global_step} steps",
                 stacklevel=2,
             )
-            self._idle.clear()  # said once
+            self._idle.clear()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store also whose turn it is."""
+        """Store also the turn, the number of batches dealt to the segments so far."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["flowkit"]["turn"] = self.turn
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore it; the weights that the fit once started from are not wanted any more."""
+        """Restore the turn. The weights of ``start`` are not used again."""
         super().on_load_checkpoint(checkpoint)
         self.turn, self.start = checkpoint["flowkit"]["turn"], None
         self._resumed = True

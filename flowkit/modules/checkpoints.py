@@ -1,7 +1,7 @@
-"""Run folders: their configuration and weights, read and built.
+"""Reading of run folders: configuration, checkpoint, and the module that they describe.
 
-Everything stored passes through here: a configuration through `read_config`, which knows the names
-of earlier versions, and what a configuration stands for through `build`.
+Every stored configuration is read by `read_config`, which translates names of earlier versions.
+`build` makes the objects that a configuration describes.
 """
 
 import importlib
@@ -17,7 +17,7 @@ from flowkit.modules.earlier import current
 from flowkit.modules.flow import FlowModule
 
 CONFIG, CHECKPOINT = "config.yaml", "checkpoints/last.ckpt"
-UNRESOLVED = "unresolved.yaml"  # the configuration with its references, for `resume` to change
+UNRESOLVED = "unresolved.yaml"  # the configuration with its references; `resume` changes values
 
 
 def load_run(
@@ -25,27 +25,28 @@ def load_run(
 ) -> FlowModule:
     """Rebuild the module of a run folder, in ``eval`` mode on the CPU.
 
-    Reads the resolved ``config.yaml`` and, weights only, the last checkpoint; ``module.weights``
-    says which weights these are, and their step. Runs of earlier versions are read as well.
-    Building runs the classes that the configuration names, so load only runs you trust.
+    The function reads the resolved ``config.yaml`` and, with torch's ``weights_only``, the last
+    checkpoint. ``module.weights`` records the kind and the step of the weights. Runs of earlier
+    versions load as well. Building calls the classes that the configuration names, so load only
+    runs that you trust.
 
     Args:
-        folder: What ``flowkit train`` wrote.
-        checkpoint: Another checkpoint than the last.
-        weights: ``"averaged"``, or ``"raw"``, those of the last step; a run that averaged none
-            (``callback=raw``) has raw ones only.
+        folder: Run folder that ``flowkit train`` wrote.
+        checkpoint: Checkpoint file; None is the last checkpoint of the run.
+        weights: ``"averaged"``, or ``"raw"`` for the weights of the last step. A run without
+            averaged weights (``callback=raw``) always gives its raw weights.
 
     Raises:
-        FileNotFoundError: If the folder is not a run or has no checkpoint yet.
-        ValueError: If the run is of something else than a flow, or weights of another kind.
-        RuntimeError: If the checkpoint is damaged or of another model, naming the file.
-        ImportError: If a class of the configuration cannot be imported from here.
+        FileNotFoundError: If the folder is not a run, or has no checkpoint yet.
+        ValueError: If the run does not train a flow, or if ``weights`` is another word.
+        RuntimeError: If the checkpoint is damaged or belongs to another model.
+        ImportError: If a class that the configuration names cannot be imported.
     """
     check_choice(weights, ("averaged", "raw"), "weights")
     folder = Path(folder)
     config = read_config(folder)
     if "module" not in config:
-        raise ValueError(f"run must be a flow that `flowkit train` wrote, got {folder}")
+        raise ValueError(f"run must be a run of `flowkit train` with a flow, got {folder}")
     module = build(config["module"])
     file = folder / CHECKPOINT if checkpoint is None else Path(checkpoint)
     restore(module, read_checkpoint(file), file, weights)
@@ -53,17 +54,20 @@ def load_run(
 
 
 def newest_checkpoint(folder: str | Path) -> Path | None:
-    """Return what a run goes on from: what Lightning saved when SLURM stopped it, or the last."""
+    """Return the checkpoint from which a run continues, or None if there is no checkpoint.
+
+    A checkpoint that Lightning saved when SLURM stopped the job has precedence over the last one.
+    """
     saved = sorted(Path(folder).glob("hpc_ckpt_*.ckpt"), key=lambda file: file.stat().st_mtime_ns)
     last = Path(folder) / CHECKPOINT
     return saved[-1] if saved else last if last.is_file() else None
 
 
 def read_config(folder: str | Path, file: str = CONFIG) -> dict[str, Any]:
-    """Read the resolved configuration of a run folder, or the unresolved one, in today's names.
+    """Read a configuration file of a run folder, with the names of this version.
 
     Raises:
-        FileNotFoundError: If the folder is not a run.
+        FileNotFoundError: If the folder has no such file.
     """
     path = Path(folder) / file
     if not path.is_file():
@@ -74,15 +78,21 @@ def read_config(folder: str | Path, file: str = CONFIG) -> dict[str, Any]:
 def restore(
     module: FlowModule, state: dict[str, Any], file: Path, weights: str = "averaged"
 ) -> None:
-    """Load a checkpoint that was read from ``file`` into its module.
+    """Load the state of a checkpoint into its module.
+
+    Args:
+        module: The module, built from the configuration of the run.
+        state: Content of the checkpoint, see `read_checkpoint`.
+        file: File of the checkpoint, for error messages.
+        weights: ``"averaged"`` or ``"raw"``.
 
     Raises:
-        RuntimeError: If it is of another model, naming the file.
+        RuntimeError: If the checkpoint belongs to another model.
     """
     misfit = _MISFIT.format(file)
     try:
         module.on_load_checkpoint(state)
-    except KeyError as error:  # other errors, of an autoencoder say, speak for themselves
+    except KeyError as error:  # messages of other errors, for example of an autoencoder, are clear
         raise RuntimeError(misfit) from error
     averaged = weights == "averaged" and "current_model_state" in state
     raw = state.get("current_model_state", state["state_dict"])
@@ -97,17 +107,19 @@ _MISFIT = "checkpoint must fit the configured module, got another model or forma
 
 
 def read_checkpoint(file: Path) -> dict[str, Any]:
-    """Read a checkpoint, weights only.
+    """Read a checkpoint on the CPU, with torch's ``weights_only``.
 
     Raises:
-        FileNotFoundError: If there is none.
-        RuntimeError: If it cannot be read or is of something else, naming the file.
+        FileNotFoundError: If the file does not exist.
+        RuntimeError: If the file cannot be read or is not a checkpoint.
     """
     if not file.is_file():
-        raise FileNotFoundError(f"checkpoint must be a file, got {file}; has the run saved one?")
+        raise FileNotFoundError(
+            f"checkpoint must be a file, got {file}; has the run saved a checkpoint?"
+        )
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises a dozen kinds for a damaged file
+    except Exception as error:  # torch raises a dozen kinds of errors for a damaged file
         raise RuntimeError(f"checkpoint must be readable, got {file}: {error}") from error
     if not isinstance(state, dict) or not {"state_dict", "global_step"} <= state.keys():
         raise RuntimeError(_MISFIT.format(file))
@@ -117,8 +129,11 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
 def build(node: Any, recursive: bool = True) -> Any:
     """Build a resolved configuration, as Hydra's ``instantiate(node, _convert_="all")`` does.
 
-    Modules load runs, and this layer must work without Hydra, so that this stands here. Containers
-    are plain ones already, whatever ``_convert_`` says.
+    Modules load runs, and this layer must work without Hydra, so this function replaces Hydra's.
+    Containers are plain dictionaries and lists, so ``_convert_`` has no effect.
+
+    Raises:
+        ImportError: If a ``_target_`` cannot be imported.
 
     >>> build({"_target_": "fractions.Fraction", "_args_": [1, 2]})
     Fraction(1, 2)
@@ -142,6 +157,7 @@ _CONTROLS = {"_target_", "_args_", "_partial_", "_convert_", "_recursive_"}
 
 
 def _locate(name: str) -> Any:
+    """Import the object of a dotted name."""
     parts = name.split(".")
     for cut in range(len(parts) - 1, 0, -1):
         module = ".".join(parts[:cut])
@@ -156,6 +172,6 @@ def _locate(name: str) -> Any:
         if found is not None:
             return found
     raise ImportError(
-        f"_target_ must name something importable, got {name!r}; run from the folder that holds "
-        f"{parts[0]}, or add it to PYTHONPATH"
+        f"_target_ must name an importable object, got {name!r}; run in the folder that holds "
+        f"{parts[0]}, or add that folder to PYTHONPATH"
     )

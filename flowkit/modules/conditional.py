@@ -1,4 +1,4 @@
-"""Conditional flow matching."""
+"""Conditional flow matching (I-CFM, OT-CFM) and weighted flow matching (W-CFM)."""
 
 import torch
 from torch import Tensor
@@ -20,19 +20,19 @@ from flowkit.velocity import Velocity
 class ConditionalFlowMatching(FlowModule):
     """Train ``velocity(x_t, t, cond) ≈ u`` on pairs of noise and data.
 
-    With the defaults this is I-CFM / rectified flow; ``coupling=MinibatchOT()`` makes it OT-CFM.
+    The defaults give I-CFM / rectified flow; ``coupling=MinibatchOT()`` gives OT-CFM.
     Sources: Lipman et al. 2022 (arXiv 2210.02747); Liu et al. 2022 (arXiv 2209.03003); Tong et al.
     2023 (arXiv 2302.00482). See `flowkit.losses.flow_matching_loss` for the loss.
 
     Args:
         velocity: The network.
-        path: Where pairs are at time ``t``.
-        coupling: Which noise goes with which data.
-        times: Distribution of training times.
-        autoencoder: Maps data to what the flow runs on.
-        drop_cond: Conditions dropped in training, for classifier-free guidance.
+        path: Gives the state of a pair at time ``t``, and its velocity.
+        coupling: Pairs noise with data.
+        times: Distribution of training times in [0, 1].
+        autoencoder: Maps data to states of the flow.
+        drop_cond: Drops conditions in training, for classifier-free guidance.
         optimizer: Makes the optimizer from parameters.
-        lr_scheduler: Makes a scheduler, stepped every training step.
+        lr_scheduler: Makes a learning-rate scheduler, which steps after every training step.
 
     >>> from flowkit.exact import GaussianFlow
     >>> module = ConditionalFlowMatching(GaussianFlow(2.0, 0.5))
@@ -52,12 +52,12 @@ class ConditionalFlowMatching(FlowModule):
         drop_cond: DropCond | None = None,
         optimizer: MakeOptimizer = ADAMW,
         lr_scheduler: MakeScheduler | None = None,
-    ):
+    ) -> None:
         super().__init__(velocity, autoencoder, drop_cond, optimizer, lr_scheduler)
         self.path, self.coupling, self.times = path, coupling, times
 
     def loss(self, batch: Batch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """Return the flow-matching loss of a batch and the share of energy explained."""
+        """Return the ``loss`` of a batch, and ``explained``, the explained share of energy."""
         return flow_matching_loss(
             self.velocity,
             self.encode(batch, generator),
@@ -72,24 +72,25 @@ class ConditionalFlowMatching(FlowModule):
 class WeightedFlowMatching(FlowModule):
     """Train ``velocity(x_t, t, cond) ≈ u`` on independent pairs, weighted by ``exp(−c/ε)``: W-CFM.
 
-    ``loss = E[w(x0, x1) ‖v(x_t, t, cond) − u‖²] / Z``, for the price of one distance per pair.
-    Source: Calvo-Ordoñez et al. 2025 (arXiv 2507.22270). See `flowkit.couplings.Gibbs` for the
-    weights, what they bias and how that is removed; any module takes it as its coupling, and
-    this one also logs its telemetry (``ess``, ``log_weight_variance``, ``interaction``, ``tilt``).
+    ``loss = E[w(x0, x1) ‖v(x_t, t, cond) − u‖²] / Z``. The weights cost one distance per pair.
+    Source: Calvo-Ordoñez et al. 2025 (arXiv 2507.22270). `flowkit.couplings.Gibbs` describes the
+    weights, their bias and the ways to remove the bias. Other modules take a ``Gibbs`` as their
+    coupling. This module also logs the telemetry of its ``Gibbs``: ``ess``,
+    ``log_weight_variance``, ``interaction`` and ``tilt``.
 
     Args:
         velocity: The network.
-        epsilon: In units of the cost; see `flowkit.couplings.suggest_epsilon`.
-        cost: What a pair costs.
-        normalize: What weights are divided by.
-        debias: What removes the tilt.
-        pool: How many pairs are drawn from for each that is trained on.
-        path: Where pairs are at time ``t``.
-        times: Distribution of training times.
-        autoencoder: Maps data to what the flow runs on; costs are those of its latents.
-        drop_cond: Conditions dropped in training, for classifier-free guidance.
+        epsilon: Temperature ε in units of the cost; see `flowkit.couplings.suggest_epsilon`.
+        cost: Cost ``c`` of a pair.
+        normalize: Normalizer ``Z`` of the weights; see `flowkit.couplings.Gibbs`.
+        debias: Method that removes the tilt; see `flowkit.couplings.Gibbs`.
+        pool: Number of candidate pairs for each training pair.
+        path: Gives the state of a pair at time ``t``, and its velocity.
+        times: Distribution of training times in [0, 1].
+        autoencoder: Maps data to states of the flow. The cost compares these states.
+        drop_cond: Drops conditions in training, for classifier-free guidance.
         optimizer: Makes the optimizer from parameters.
-        lr_scheduler: Makes a scheduler, stepped every training step.
+        lr_scheduler: Makes a learning-rate scheduler, which steps after every training step.
 
     >>> from flowkit.exact import GaussianFlow
     >>> module = WeightedFlowMatching(GaussianFlow(0.0, 2.0), epsilon=4.0)
@@ -112,13 +113,13 @@ class WeightedFlowMatching(FlowModule):
         drop_cond: DropCond | None = None,
         optimizer: MakeOptimizer = ADAMW,
         lr_scheduler: MakeScheduler | None = None,
-    ):
+    ) -> None:
         super().__init__(velocity, autoencoder, drop_cond, optimizer, lr_scheduler)
         self.coupling = Gibbs(epsilon, cost, normalize, debias, pool)
         self.path, self.times = path, times
 
     def loss(self, batch: Batch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """Return the weighted loss, the share of energy explained and, when due, telemetry."""
+        """Return the weighted ``loss``, ``explained`` and, in steps that are logged, telemetry."""
         return flow_matching_loss(
             self.velocity,
             self.encode(batch, generator),

@@ -1,8 +1,8 @@
-"""Names of earlier versions: one table, by which their runs are read."""
+"""Names of earlier versions and their names now, so that old runs still load."""
 
 from typing import Any
 
-# A name, or the module that names stood in, and where they stand now.
+# Earlier dotted name of an object or a module, and its name now.
 NAMES = {
     "flowkit.codecs": "flowkit.symmetrical",
     "flowkit.data.latents": "flowkit.data",
@@ -37,7 +37,7 @@ NAMES = {
     "flowkit.recipes.report.saved": "flowkit.runs.saved_grid",
 }
 
-# Keys of a class: their name now, or None where they had no effect and are gone.
+# Earlier options of a class, and their names now. None: the option had no effect and is removed.
 KEYS: dict[str, dict[str, str | None]] = {
     "flowkit.modules.BlockwiseFlowMatching": {"target": None},
     "flowkit.modules.SymmetricalFlowMatching": {"edges": "boundary_share"},
@@ -45,7 +45,7 @@ KEYS: dict[str, dict[str, str | None]] = {
 
 
 def current(node: Any) -> Any:
-    """Return a stored configuration in the names of this version.
+    """Return a stored configuration with the names of this version.
 
     >>> current({"_target_": "flowkit.nn.planes.NoisePath", "channels": 1})
     {'_target_': 'flowkit.symmetrical.NoisePath', 'channels': 1}
@@ -64,13 +64,13 @@ def current(node: Any) -> Any:
 
 
 def current_name(name: str) -> str:
-    """Return the dotted name by which something is known now.
+    """Return the dotted name that an object of an earlier version has now.
 
     >>> current_name("flowkit.codecs.OneHot")
     'flowkit.symmetrical.OneHot'
     """
     parts = name.split(".")
-    for cut in range(len(parts), 0, -1):  # the name itself before the module that it stood in
+    for cut in range(len(parts), 0, -1):  # the object's name comes before its module's
         if (now := NAMES.get(".".join(parts[:cut]))) is not None:
             return ".".join([now, *parts[cut:]])
     return name

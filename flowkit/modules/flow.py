@@ -1,4 +1,4 @@
-"""What every flow-matching method shares as a Lightning module; nothing of a method itself."""
+"""The superclass of all Lightning modules of flows: optimizer, sampling and checkpoints."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,28 +27,28 @@ Guidance = float | Callable[[Velocity], Velocity] | None
 class FlowModule(ExactResume, frozen=("autoencoder",)):
     """A velocity, its optimizer and sampling from it. A method adds `loss`.
 
-    A resumed run goes on exactly as an uninterrupted one, see
+    A resumed run continues exactly as an uninterrupted run does, see
     `flowkit.modules.resume.ExactResume`.
-    Weights are averaged by Lightning's ``EMAWeightAveraging`` callback: checkpoints then hold the
-    averaged weights, and validation and samples made during it use them.
+    Lightning's ``EMAWeightAveraging`` callback averages the weights. Checkpoints then hold the
+    averaged weights, and validation and the samples of validation use the averaged weights.
 
     Args:
         velocity: The network.
-        autoencoder: Maps data to what the flow runs on; its `decode` ends `sample`. It is
-            frozen if it is a module, and follows this one from device to device.
-        drop_cond: Conditions dropped in training; guidance needs them.
+        autoencoder: Maps data to states of the flow. `sample` ends with its ``decode``. An
+            autoencoder that is a module is frozen, and moves to every device of this module.
+        drop_cond: Drops conditions in training. Classifier-free guidance needs this.
         optimizer: Makes the optimizer from parameters, e.g.
             ``partial(torch.optim.AdamW, lr=1e-3)``.
-        lr_scheduler: Makes a learning-rate scheduler, stepped every training step.
+        lr_scheduler: Makes a learning-rate scheduler, which steps after every training step.
     """
 
     autoencoder: Autoencoder
 
     sample_shape: tuple[int, ...] | None = None
-    """Shape of one state, learnt from the first batch passed to `loss`."""
+    """Shape of one state, taken from the first batch passed to `loss`."""
 
     weights: Mapping[str, Any] | None = None
-    """Which weights a run was loaded with: their ``kind``, averaged or raw, and ``step``."""
+    """Record of the loaded weights: their ``kind`` (averaged or raw) and their ``step``."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class FlowModule(ExactResume, frozen=("autoencoder",)):
         drop_cond: DropCond | None = None,
         optimizer: MakeOptimizer = ADAMW,
         lr_scheduler: MakeScheduler | None = None,
-    ):
+    ) -> None:
         super().__init__(optimizer, lr_scheduler)
         if not callable(velocity):
             raise TypeError(
@@ -66,20 +66,23 @@ class FlowModule(ExactResume, frozen=("autoencoder",)):
         self.velocity, self.drop_cond, self.autoencoder = velocity, drop_cond, autoencoder
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
-        """Velocity ``(B, *)`` at ``x (B, *)``, ``t (B,)``: a module is itself a velocity."""
+        """Return the velocity ``(B, *)`` at ``x (B, *)``, ``t (B,)``: the module is a velocity."""
         return self.velocity(x, t, cond)
 
     def encode(self, batch: Batch, generator: torch.Generator | None = None) -> Batch:
-        """Return the batch with states of the flow: latents are drawn, cached ones are kept.
+        """Return the batch with states of the flow as ``x1``.
+
+        A KL autoencoder draws latents from its posterior. Cached latents stay as they are.
 
         Raises:
-            ValueError: If cached latents are of another autoencoder, or states change their shape.
+            ValueError: If cached latents come from another autoencoder, or if the shape of a state
+                differs from the shape in earlier batches.
         """
         cached, ours = batch.get("encoded_by"), getattr(self.autoencoder, "hash", None)
         if cached is not None and cached != ours:
             raise ValueError(
-                "autoencoder must be the one that the latents were encoded by, hash "
-                f"{cached}, got {ours}"
+                f"autoencoder must be the autoencoder of the cached latents, hash {cached}, "
+                f"got {ours}"
             )
         x1 = batch["x1"]
         if cached is None and isinstance(self.autoencoder, KLAutoencoder):
@@ -105,20 +108,21 @@ class FlowModule(ExactResume, frozen=("autoencoder",)):
         seeds: Sequence[int] | Tensor | None = None,
         guidance: Guidance = None,
     ) -> Tensor:
-        """Draw data ``(num_samples, *)``: noise, solve, decode.
+        """Draw data ``(num_samples, *)``: draw noise, solve, decode.
 
         Args:
-            num_samples: How many.
-            sampler: Default: 25 Heun steps.
+            num_samples: Number of samples, at least 1.
+            sampler: The solver; 25 Heun steps by default.
             cond: Conditions of the samples, ``(num_samples, *)``.
-            seeds: One per sample, fixing its noise whatever the batch; drawn when None.
+            seeds: One seed per sample. The seed fixes the noise of its sample in any batch. With
+                None, seeds are drawn.
             guidance: The scale of classifier-free guidance, or any function that wraps the
                 velocity.
 
         Raises:
-            RuntimeError: If no batch has been seen, so that a sample's shape is unknown.
-            ValueError: If there are not ``num_samples`` seeds or conditions, or guidance is
-                asked of a module trained without dropped conditions.
+            RuntimeError: If the module has seen no batch, so that the shape of a sample is unknown.
+            ValueError: If the number of seeds or conditions is not ``num_samples``, or if a
+                guidance scale is given for a module trained without dropped conditions.
         """
         check_at_least(num_samples, 1, "num_samples")
         if self.sample_shape is None:
@@ -147,9 +151,10 @@ class FlowModule(ExactResume, frozen=("autoencoder",)):
     ) -> Solution:
         """Carry given source samples ``x0 (B, *)`` along the flow, on the module's device.
 
-        In ``eval`` mode and without gradients; the result is a state of the flow, not decoded.
-        Pictures, samples and evaluations all come through here: a method whose flow holds more
-        than the data (labels, say) overrides it, from and to the data's part of a state.
+        The solve runs in ``eval`` mode and without gradients. The result is a state of the flow,
+        not decoded. Pictures, samples and evaluations all use this method. A method whose states
+        hold more than the data, for example labels, overrides ``solve``: its ``x0`` and its result
+        are then the data's part of a state.
         """
         sampler = sampler or ODESampler(25, "heun")
         field, cond = self.guided(guidance), to_device(cond, self.device)
@@ -161,7 +166,7 @@ class FlowModule(ExactResume, frozen=("autoencoder",)):
 
         Raises:
             TypeError: If guidance is neither a number nor a function.
-            ValueError: If a scale other than 1 is asked of a module trained without dropped
+            ValueError: If a scale other than 1 is given for a module trained without dropped
                 conditions.
         """
         if not (guidance is None or callable(guidance) or isinstance(guidance, int | float)):
@@ -180,7 +185,7 @@ class FlowModule(ExactResume, frozen=("autoencoder",)):
         return ClassifierFree(self.velocity, guidance, self.drop_cond.null)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store what is not a weight."""
+        """Store the shape of a state and the identity of the autoencoder."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["flowkit"] |= {
             "sample_shape": None if self.sample_shape is None else list(self.sample_shape),
@@ -188,7 +193,7 @@ class FlowModule(ExactResume, frozen=("autoencoder",)):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore it, refusing another autoencoder."""
+        """Restore the shape of a state, and refuse another autoencoder."""
         super().on_load_checkpoint(checkpoint)
         stored = checkpoint["flowkit"]
         check_identity(stored["autoencoder"], self.autoencoder, "the flow")
@@ -198,7 +203,7 @@ class FlowModule(ExactResume, frozen=("autoencoder",)):
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Put a module in ``eval`` mode, without gradients, and back."""
+    """Switch a module to ``eval`` mode without gradients, and restore its mode at the end."""
     training = module.training
     module.eval()
     try:
@@ -209,7 +214,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def labels_of(batch: Batch, num_classes: int | None) -> Tensor | None:
-    """Return the class labels ``(B,)`` of a batch; None if it has none, or other conditions.
+    """Return the class labels ``(B,)`` of a batch, or None for a batch without class labels.
 
     >>> labels_of({"x1": torch.zeros(2, 1), "cond": torch.tensor([0, 1])}, num_classes=2)
     tensor([0, 1])
@@ -220,13 +225,13 @@ def labels_of(batch: Batch, num_classes: int | None) -> Tensor | None:
 
 
 def brings_start(batch: Batch, data: Any) -> bool:
-    """Whether samples start from what the data bring: source samples, or conditions but labels.
+    """Return True if a sample starts from given source samples, or from conditions but not labels.
 
-    All other flows start from noise and labels, for which no data are needed.
+    All other flows start from noise and labels, which need no data.
 
     Args:
         batch: A batch of the data.
-        data: Their data module, of which ``num_classes`` and ``x0_is_noise`` are read, if there.
+        data: The data module. Its ``num_classes`` and ``x0_is_noise`` are read if they exist.
 
     >>> brings_start({"x1": torch.zeros(2, 1), "cond": torch.tensor([[0.5], [0.7]])}, None)
     True
@@ -238,6 +243,7 @@ def brings_start(batch: Batch, data: Any) -> bool:
 
 
 def _sizes(cond: Cond) -> dict[str, int]:
+    """Return the number of rows of each condition, by its name in error messages."""
     if cond is None:
         return {}
     if isinstance(cond, Tensor):
@@ -249,7 +255,11 @@ Seeds = Sequence[int] | Tensor | None
 
 
 def seeds_of(seeds: Seeds, count: int) -> list[int]:
-    """Return one seed per sample; by default 0, 1, ..."""
+    """Return one seed per sample; by default 0, 1, ..., ``count - 1``.
+
+    Raises:
+        ValueError: If the number of seeds is not ``count``.
+    """
     if seeds is None:
         return list(range(count))
     if len(seeds) != count:
@@ -258,12 +268,16 @@ def seeds_of(seeds: Seeds, count: int) -> list[int]:
 
 
 def seeds_or_drawn(seeds: Seeds, count: int) -> list[int]:
-    """Return one seed per sample; by default of torch's own generator."""
+    """Return one seed per sample; by default drawn from torch's global generator."""
     return seeds_of(torch.randint(2**62, (count,)) if seeds is None else seeds, count)
 
 
 def known_shape(shape: tuple[int, ...] | None) -> tuple[int, ...]:
-    """Require a shape that is learnt from a batch."""
+    """Return a shape that a module takes from its first batch.
+
+    Raises:
+        RuntimeError: If the module has seen no batch.
+    """
     if shape is None:
         raise RuntimeError(
             "label_shape and sample_shape must be known, got None; train the module, load a "

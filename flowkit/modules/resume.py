@@ -1,4 +1,4 @@
-"""Training that goes on exactly where it stopped, whatever is trained."""
+"""Training that resumes exactly: a stopped and resumed run equals an uninterrupted run."""
 
 import hashlib
 import warnings
@@ -23,33 +23,35 @@ ADAMW = partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.0)
 
 
 class ExactResume(Frozen, LightningModule):
-    """Training on a loss that subclasses add, with randomness that a resumed run repeats.
+    """Training of a loss with randomness that a resumed run repeats. A subclass adds `loss`.
 
-    Every training step's randomness (noise, times, dropped conditions, dropout) is a function of
-    the seed at the start of the fit, the number of batches seen and the rank, so that a resumed
-    run goes on exactly as an uninterrupted one. It may go on for longer, or with another learning
-    rate: schedule and optimizer follow what is configured now. Validation draws the same noise
-    every time.
+    All randomness of a training step (noise, times, dropped conditions, dropout) is a function of
+    the seed at the start of the fit, the number of batches seen and the rank. So a resumed run
+    continues exactly as an uninterrupted run does. A resumed run may have more steps or another
+    learning rate: its schedule and optimizer follow the current configuration. Validation draws
+    the same noise every time.
 
     Args:
         optimizer: Makes the optimizer from parameters.
-        lr_scheduler: Makes a learning-rate scheduler, stepped every training step.
+        lr_scheduler: Makes a learning-rate scheduler, which steps after every training step.
     """
 
-    def __init__(self, optimizer: MakeOptimizer = ADAMW, lr_scheduler: MakeScheduler | None = None):
+    def __init__(
+        self, optimizer: MakeOptimizer = ADAMW, lr_scheduler: MakeScheduler | None = None
+    ) -> None:
         super().__init__()
         self.make_optimizer, self.make_scheduler = optimizer, lr_scheduler
         self.noise_seed: int | None = None
 
     def loss(self, batch: Batch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """Return ``"loss"`` and whatever else is to be logged."""
+        """Return the scalar ``"loss"`` of a batch, and other scalars to log."""
         raise NotImplementedError
 
     @property
     def terms_are_seen(self) -> bool:
-        """Whether the terms of the next loss will be: always, but in steps that are not logged.
+        """True if the terms of the next loss are used. False in training steps that log nothing.
 
-        Lightning's log costs more than a small network's step.
+        Lightning's log costs more than a training step of a small network.
         """
         trainer = cast(Any, self._trainer)
         if trainer is None or not trainer.training:
@@ -58,7 +60,11 @@ class ExactResume(Frozen, LightningModule):
         return bool(every) and (self.global_step + 1) % every == 0
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """One loss, logged, refusing NaN."""
+        """Return the loss of one batch, and log its terms.
+
+        Raises:
+            RuntimeError: If the loss is not finite.
+        """
         terms = self.loss(batch)
         if not torch.isfinite(terms["loss"]):
             raise RuntimeError(self._not_finite(batch, batch_idx, terms["loss"]))
@@ -68,8 +74,8 @@ class ExactResume(Frozen, LightningModule):
         return terms["loss"]
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """The loss under fixed noise, logged as ``val/…``."""
-        # Ranks see other data, so under other noise.
+        """Log the loss under fixed noise as ``val/…``."""
+        # Each rank has its own data and therefore its own noise.
         seed = batch_idx * cast(Any, self.trainer).world_size + self.global_rank
         generator = torch.Generator(self.device).manual_seed(seed)
         terms = self.loss(batch, generator)
@@ -79,7 +85,7 @@ class ExactResume(Frozen, LightningModule):
         )
 
     def configure_optimizers(self) -> Any:
-        """Lightning's hook: the optimizer over all trainable parameters."""
+        """Return the optimizer of all trainable parameters, and its schedule if there is one."""
         optimizer = self.make_optimizer([p for p in self.parameters() if p.requires_grad])
         if self.make_scheduler is None:
             return optimizer
@@ -87,9 +93,10 @@ class ExactResume(Frozen, LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
     def on_train_start(self) -> None:
-        """Take the seed of the fit, unless a checkpoint brought its own.
+        """Take the seed of the fit, unless a checkpoint brought its own seed.
 
-        Hyperparameters and learning-rate schedule are those configured now, not a checkpoint's.
+        The optimizer's settings and the learning-rate schedule come from the current
+        configuration, not from the checkpoint.
         """
         if self.noise_seed is None:
             self.noise_seed = torch.initial_seed()
@@ -98,11 +105,11 @@ class ExactResume(Frozen, LightningModule):
             self._follow_configuration(trainer.optimizers, trainer.lr_scheduler_configs)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Seed the step by (seed, batches seen, rank)."""
+        """Seed the step with a hash of (seed, batches seen, rank)."""
         seen = batches_seen(self.trainer)
         key = f"{self.noise_seed} {seen} {self.global_rank}".encode()
         seed = int.from_bytes(hashlib.sha256(key).digest()[:8], "little") >> 1
-        # Not torch.manual_seed, which looks for every kind of device at every call.
+        # torch.manual_seed looks for every kind of device at every call, which is slow.
         torch.default_generator.manual_seed(seed)
         if self.device.type == "cuda":
             torch.cuda.manual_seed(seed)
@@ -112,10 +119,11 @@ class ExactResume(Frozen, LightningModule):
         checkpoint["flowkit"] = {"noise_seed": self.noise_seed}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore it."""
+        """Restore the seed."""
         self.noise_seed = checkpoint["flowkit"]["noise_seed"]
 
     def _not_finite(self, batch: Batch, batch_idx: int, loss: Tensor) -> str:
+        """Return an error message that names the step, and the data if they are not finite."""
         where = f"got {loss.item()} at step {self.global_step}, batch {batch_idx}"
         for name, value in batch.items():
             if isinstance(value, Tensor) and not torch.isfinite(value).all():
@@ -126,13 +134,18 @@ class ExactResume(Frozen, LightningModule):
             "gradients, and resume from the last checkpoint"
         )
 
-    def _follow_configuration(self, optimizers: Sequence[Optimizer], schedules: Sequence) -> None:
-        """Bring a fresh schedule to the step reached, and the resumed optimizer to its values."""
+    def _follow_configuration(
+        self, optimizers: Sequence[Optimizer], schedules: Sequence[Any]
+    ) -> None:
+        """Give the resumed optimizer and schedule the values of the current configuration.
+
+        A new schedule is stepped to the current step; the resumed schedule takes its state.
+        """
         configured = self.configure_optimizers()
         if isinstance(configured, dict):
             fresh, resumed = configured["lr_scheduler"]["scheduler"], schedules[0].scheduler
             configured = configured["optimizer"]
-            with warnings.catch_warnings():  # of a schedule that is ahead of its optimizer
+            with warnings.catch_warnings():  # torch warns if a schedule is ahead of its optimizer
                 warnings.simplefilter("ignore", UserWarning)
                 for _ in range(resumed.last_epoch):
                     fresh.step()

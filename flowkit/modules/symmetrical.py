@@ -53,39 +53,42 @@ Sampler = ODESampler | None
 class SymmetricalFlowMatching(FlowModule):
     """Train one network on the flow of images and the opposite flow of their labels.
 
-    ``loss = w ‖v̂_x − v_x‖² + (1 − w) ‖v̂_y − v_y‖²``, each a mean over its own elements; see
-    `flowkit.symmetrical.joint` for states, times and velocities.
+    ``loss = w ‖v̂_x − v_x‖² + (1 − w) ‖v̂_y − v_y‖²``. Each norm is a mean over its own elements.
+    See `flowkit.symmetrical.joint` for states, times and velocities.
 
-    ``times="symmetric"`` is the published method: image and label share one time, and always move
-    together. One step from ``t = 1`` returns exactly ``E[y₀ | x₁]``, with one-hot codes the class
-    probabilities. Labels in more steps, and images in any number, *do not converge to the right
-    conditional*: both ends of the joint flow are independent, and nothing ties the map between
-    them to the joint law of the data.
+    ``times="symmetric"`` is the published method: image and label share one time and always move
+    together. One step from ``t = 1`` returns exactly ``E[y₀ | x₁]``; with one-hot codes this is
+    the vector of class probabilities. With more steps, labels *do not converge to the right
+    conditional*, and images do not with any number of steps. The reason: the two ends of the joint
+    flow are independent, and nothing ties the map between them to the joint law of the data.
 
-    ``times="two-time"`` cures that: ``(t, s)`` cover the square. A clean label and a moving image
-    sample ``p(x | y)``, a clean image and a moving label ``p(y | x)``, and moving both from noise
-    to data gives pairs. `guided` is then an ordinary velocity of images given labels.
+    ``times="two-time"`` repairs this: the times ``(t, s)`` cover the square. A moving image with a
+    clean label samples ``p(x | y)``. A moving label with a clean image samples ``p(y | x)``. Image
+    and label that both move from noise to data give pairs. `guided` is then an ordinary velocity
+    of images given labels.
 
     The label ``codec.num_classes`` (in every pixel of a mask) stands for no label.
 
     Source: Caetano et al., *Symmetrical Flow Matching*, 2025 (arXiv 2506.10634). The two-time mode,
-    one-hot codes, the one-step posterior, label dropout and guidance are not in it.
+    one-hot codes, the one-step posterior, label dropout and guidance are additions of flowkit.
 
     Args:
         velocity: Network on states ``(B, C + codec.channels, *)``, called as
-            ``velocity(state, t)``; for two times built with ``num_times=2``.
-        codec: Between labels and codes. Labels are classes ``(B,)`` or masks ``(B, H, W)``.
+            ``velocity(state, t)``. For two times, build the network with ``num_times=2``.
+        codec: Converts labels to codes and back. Labels are classes ``(B,)`` or masks
+            ``(B, H, W)``.
         times: ``"two-time"`` or ``"symmetric"``.
         image_weight: ``w`` in [0, 1].
-        boundary_share: Share of two-time training pairs with one side clean.
-        label_dropout: Probability of hiding a label in training, which guidance and images without
-            labels need.
-        class_weights: One per class, on the label loss of its images or pixels. The probabilities
-            become those of classes that are as much more frequent.
-        autoencoder: Maps images, and masks coded as images, to what the flow runs on. Masks, and
-            images to be labeled, are not drawn from its posterior, if it has one, but its mean.
+        boundary_share: Share in [0, 1] of two-time training pairs with one clean side.
+        label_dropout: Probability in [0, 1] that training hides a label. Guidance and images
+            without labels need a positive probability.
+        class_weights: One weight per class, for the label loss of its images or pixels. The model's
+            probabilities become the probabilities of data in which each class is more frequent by
+            its weight.
+        autoencoder: Maps images, and masks coded as images, to states of the flow. Masks, and
+            images to label, become means of the autoencoder's posterior, not draws from it.
         optimizer: Makes the optimizer from parameters.
-        lr_scheduler: Makes a scheduler, stepped every training step.
+        lr_scheduler: Makes a learning-rate scheduler, which steps after every training step.
 
     >>> from flowkit.symmetrical.codecs import OneHot
     >>> from flowkit.nn import ResidualMLP
@@ -100,7 +103,7 @@ class SymmetricalFlowMatching(FlowModule):
     """
 
     label_shape: tuple[int, ...] | None = None
-    """Shape of one label's state, learnt from the first batch passed to `loss`."""
+    """Shape of the state of one label, taken from the first batch passed to `loss`."""
 
     @checks.renamed_arguments(since="0.2.0", removed_in="0.4.0", edges="boundary_share")
     def __init__(
@@ -115,7 +118,7 @@ class SymmetricalFlowMatching(FlowModule):
         autoencoder: Autoencoder = Identity(),
         optimizer: MakeOptimizer = ADAMW,
         lr_scheduler: MakeScheduler | None = None,
-    ):
+    ) -> None:
         super().__init__(velocity, autoencoder, None, optimizer, lr_scheduler)
         checks.check_choice(times, ("two-time", "symmetric"), "times")
         checks.check_between(image_weight, 0, 1, "image_weight")
@@ -129,20 +132,21 @@ class SymmetricalFlowMatching(FlowModule):
 
     @property
     def joint(self) -> JointFlow:
-        """The network as velocities of image and label."""
+        """The network as a pair of velocities, of images and of labels."""
         return JointFlow(self.velocity, self.times == "two-time")
 
     @property
     def states(self) -> LabelStates:
-        """Between labels and what the flow moves."""
+        """The conversion of labels to states of the flow and back."""
         return LabelStates(self.codec, self.autoencoder)
 
     def loss(self, batch: Batch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """Return the weighted ``loss`` of a batch, and its parts of image and label.
+        """Return the weighted ``loss`` of a batch, its ``image_loss`` and its ``label_loss``.
 
         Raises:
             TypeError: If the batch has no labels.
-            ValueError: If they are not the codec's, or masks of another size than the images.
+            ValueError: If the codec has no such labels, or if the size of the masks is not the
+                size of the images.
         """
         labels = check_labeled(batch)
         x1 = self.encode(batch, generator)["x1"]
@@ -169,7 +173,10 @@ class SymmetricalFlowMatching(FlowModule):
         seeds: Seeds = None,
         guidance: Guidance = None,
     ) -> Tensor:
-        """Draw an image ``(B, C, *)`` for each label or mask (``K``: none); see `sample`."""
+        """Draw an image ``(B, C, *)`` for each label or mask; see `sample`.
+
+        The label ``K = codec.num_classes`` draws an image without a label.
+        """
         return self.sample(count_of(labels), sampler, labels, seeds, guidance)
 
     def solve(
@@ -184,11 +191,13 @@ class SymmetricalFlowMatching(FlowModule):
     ) -> Solution:
         """Carry noise ``x0 (B, C, *)`` to images (or latents) of the labels ``cond``.
 
-        A callback sees the images; in symmetric mode with their labels behind, on dimension 1.
+        A callback sees the images. In symmetric mode the callback sees images and labels, in this
+        order on dimension 1.
 
         Raises:
-            TypeError: If ``cond`` is no tensor.
-            ValueError: If it holds other labels than the codec's, or not one per sample.
+            TypeError: If ``cond`` is not a tensor.
+            ValueError: If the codec has no such labels, or if ``cond`` does not hold one label per
+                sample.
         """
         sampler, x0 = sampler or ODESampler(25, "heun"), x0.to(self.device)
         if isinstance(cond, Tensor) and len(cond) != len(x0):
@@ -205,9 +214,9 @@ class SymmetricalFlowMatching(FlowModule):
             return self.joint.solve_images(sampler, x0, y, known, scale, **options)
 
     def guided(self, guidance: Guidance) -> Velocity:
-        """Return the velocity of images given labels, under guidance; for two-time mode.
+        """Return the velocity of images given labels, under guidance, in two-time mode.
 
-        In symmetric mode labels move with the images: it has no such velocity, only `solve`.
+        In symmetric mode labels move together with images. There is no such velocity; use `solve`.
         """
         velocity = ImageVelocity(self.joint, self._condition)
         if callable(guidance):
@@ -216,7 +225,7 @@ class SymmetricalFlowMatching(FlowModule):
         return velocity if scale == 1 else ClassifierFree(velocity, scale, self.codec.num_classes)
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
-        """Velocity of images ``x (B, C, *)`` at ``t (B,)`` given labels, in two-time mode."""
+        """Return the velocity of images ``x (B, C, *)`` at ``t (B,)``; see `guided`."""
         return self.guided(None)(x, t, cond)
 
     @torch.no_grad()
@@ -231,22 +240,23 @@ class SymmetricalFlowMatching(FlowModule):
     ) -> Tensor:
         """Draw a region of images anew under changed labels, and keep the rest.
 
-        After every step, what lies outside is put back on the straight path from its noise to the
-        given image; at the end it is as given, exactly (but for a latent flow's autoencoder). This
-        is a projection, not a draw given the rest: what is new may fit what was kept imperfectly.
+        After every step the pixels outside the region are put back on the straight path from their
+        noise to the given image. At the end these pixels are exactly as given; in a latent flow,
+        up to the error of the autoencoder. The method is a projection and not a draw given the
+        kept pixels, so the new pixels may fit the kept pixels imperfectly.
 
         Args:
             images: Images ``(B, C, H, W)``.
             labels: The changed masks ``(B, H, W)`` or classes ``(B,)``.
-            region: Where to change, ``(B, H, W)``: ``labels != old_labels``, say. In a latent flow
-                a cell that it touches changes as a whole.
+            region: Pixels that may change, ``(B, H, W)``, for example ``labels != old_labels``. In
+                a latent flow, a latent cell that the region touches changes as a whole.
             sampler: As for `sample`.
             seeds: As for `sample`.
             guidance: As for `sample`.
 
         Raises:
-            TypeError: If images or labels are no tensors of theirs.
-            ValueError: If region, labels or times of the sampler do not fit.
+            TypeError: If images or labels are not tensors of the right kind.
+            ValueError: If the region, the labels or the times of the sampler do not fit.
         """
         check_region(region, images)
         if sampler is not None:
@@ -260,13 +270,16 @@ class SymmetricalFlowMatching(FlowModule):
     def sample_pairs(
         self, num_samples: int, sampler: Sampler = None, seeds: Seeds = None
     ) -> LabeledImages:
-        """Draw images and their labels together, both from noise; two-time mode only.
+        """Draw images and their labels together, both from noise; only in two-time mode.
 
-        Sampler (by default 25 Heun steps) and seeds are as for `sample`.
+        Args:
+            num_samples: Number of pairs, at least 1.
+            sampler: The solver; 25 Heun steps by default.
+            seeds: As for `sample`.
 
         Raises:
-            RuntimeError: If the module is of one time.
-            ValueError: If ``num_samples`` is below 1, or the sampler does not go from 0 to 1.
+            RuntimeError: If the module is in symmetric mode.
+            ValueError: If ``num_samples`` is below 1, or if the sampler does not go from 0 to 1.
         """
         checks.check_at_least(num_samples, 1, "num_samples")
         if not self.joint.two_times:
@@ -287,24 +300,32 @@ class SymmetricalFlowMatching(FlowModule):
     ) -> Classification:
         """Return class probabilities ``(B, K)`` and uncertainties ``(B,)``; see `posterior`.
 
+        The uncertainty is 1 minus the largest probability.
+
         Raises:
             RuntimeError: If the labels are masks.
         """
         if len(known_shape(self.label_shape)) != 1:
-            raise RuntimeError("labels must be those of images to classify, got masks; use segment")
+            raise RuntimeError(
+                "labels must be classes of images to classify, got masks; use segment"
+            )
         probabilities = self.posterior(images, sampler, draws=draws, seeds=seeds)
         return Classification(probabilities, 1 - probabilities.amax(1))
 
     def segment(
         self, images: Tensor, sampler: Sampler = None, draws: int = 1, seeds: Seeds = None
     ) -> Segmentation:
-        """Return each pixel's most probable label ``(B, H, W)``, its probability; see `posterior`.
+        """Return the most probable label of each pixel ``(B, H, W)`` and its probability.
+
+        See `posterior` for the arguments.
 
         Raises:
-            RuntimeError: If the labels are those of images.
+            RuntimeError: If the labels are classes of images.
         """
         if len(known_shape(self.label_shape)) == 1:
-            raise RuntimeError("labels must be masks to segment, got those of images; use classify")
+            raise RuntimeError(
+                "labels must be masks to segment, got classes of images; use classify"
+            )
         confidence, mask = self.posterior(images, sampler, draws=draws, seeds=seeds).max(1)
         return Segmentation(mask, confidence)
 
@@ -314,19 +335,20 @@ class SymmetricalFlowMatching(FlowModule):
     ) -> Tensor:
         """Return probabilities ``(B, K, *)`` of labels, averaged over draws of the labels' noise.
 
-        One step arrives at the expected code given the image, whatever the noise. Several steps
-        of the two-time mode arrive at a sample, so that probabilities need many draws; in symmetric
-        mode they arrive at neither.
+        One step gives the expected code given the image, for any noise. In two-time mode several
+        steps give a sample of the label, so that probabilities need many draws. In symmetric mode
+        several steps give neither an expectation nor a sample.
 
         Args:
             images: Images ``(B, C, *)``.
-            sampler: Default: one step.
-            draws: Noises per image; each costs a solve.
-            seeds: One per image; 0, 1, ... by default, so that results repeat.
+            sampler: The solver; one Euler step by default.
+            draws: Number of noises per image, at least 1. Each draw costs a solve.
+            seeds: One seed per image; 0, 1, ... by default, so that results repeat.
 
         Raises:
-            TypeError: If images are no floating-point tensor.
-            ValueError: If they are of another shape than those trained on, or draws below 1.
+            TypeError: If images are not a floating-point tensor.
+            ValueError: If the shape of the images differs from the training images, or if draws is
+                below 1.
         """
         checks.check_at_least(draws, 1, "draws")
         sampler = sampler or ODESampler(1)
@@ -339,29 +361,32 @@ class SymmetricalFlowMatching(FlowModule):
         return self.states.posterior(solved)
 
     def solve_labels(self, images: Tensor, noise: Tensor, sampler: ODESampler) -> Solution:
-        """Carry label noise ``(B, *label_shape)`` to the label states of images, from 1 to 0."""
+        """Carry label noise ``(B, *label_shape)`` from time 1 to label states at time 0."""
         with evaluating(self):
             return self.joint.solve_codes(sampler, self._latents(images), noise.to(self.device))
 
     def _latents(self, images: Tensor) -> Tensor:
-        """States ``(B, *sample_shape)`` of images that are to be known."""
+        """Return the states ``(B, *sample_shape)`` of given images."""
         weights = torch.empty(0, device=self.device, dtype=cast(torch.dtype, self.dtype))
         return self.states.known(images, known_shape(self.sample_shape), weights)
 
     def _condition(self, labels: Cond) -> tuple[Tensor, Tensor]:
-        """States of labels, zeros where there are none, and where that is."""
+        """Return states of labels, and a boolean row per sample that is True without a label.
+
+        The state of a sample without a label is zero.
+        """
         labels, shape = to_device(labels, self.device), known_shape(self.label_shape)
         y, hidden = self.states.condition(labels, shape, may_hide=self.label_dropout > 0)
         return y.to(self.device), hidden.to(self.device)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store what is not a weight."""
+        """Store also the shape of a label's state."""
         super().on_save_checkpoint(checkpoint)
         shape = self.label_shape
         checkpoint["flowkit"]["label_shape"] = None if shape is None else list(shape)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore it."""
+        """Restore also the shape of a label's state."""
         shape = checkpoint["flowkit"]["label_shape"]
         self.label_shape = None if shape is None else tuple(shape)
         super().on_load_checkpoint(checkpoint)

@@ -1,4 +1,10 @@
-"""Runs: what recipes share about the folders that training writes."""
+"""Tools of the recipes that read and write run folders.
+
+A run folder is the output of ``flowkit train``. `Run` loads a run folder to sample from its module,
+and `saved_grid` reads a grid that ``flowkit boss`` wrote. The feature functions build the networks
+of ``conf/metric`` and ``conf/perceptual``. The other files of this package hold starts, parts,
+records, tables and plots for the recipes.
+"""
 
 from flowkit.runs.features import (
     classifier_error,

@@ -1,4 +1,4 @@
-"""What edits are made with: runs and pipelines behind one interface."""
+"""Models for the editing recipes: runs and diffusers pipelines with one interface."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ from flowkit.velocity import BoundVelocity, bind
 
 
 class Settings(NamedTuple):
-    """What the configuration leaves to the model."""
+    """Default settings of an edit or an inversion, which depend on the model."""
 
     num_steps: int
     skip: int
@@ -30,9 +30,13 @@ class Settings(NamedTuple):
 
 
 class RunFlow:
-    """A run as a velocity whose guidance travels in the condition, so that it may differ."""
+    """Velocity of a run. The condition holds the guidance scale, so that each call has its own.
 
-    def __init__(self, run: Run):
+    Args:
+        run: A run of images.
+    """
+
+    def __init__(self, run: Run) -> None:
         self.run, self.module = run, run.module
         self.guidance: float = run.config.get("guidance") or 1.0
         self.image_shape = tuple(run.config.get("image_shape") or run.config["shape"])
@@ -40,66 +44,86 @@ class RunFlow:
 
     @classmethod
     def load(cls, cfg: DictConfig) -> "RunFlow":
-        """Load the run of a configuration; its flow must be one of images."""
+        """Load the run of a configuration.
+
+        Raises:
+            ValueError: If the data of the run are not images.
+        """
         flow = cls(Run.load(cfg.run, cfg.weights, cfg.device))
         if len(flow.image_shape) != 3:
             shape = flow.run.config["shape"]
-            raise ValueError(f"run must be one of images, got data of shape {shape}")
+            raise ValueError(f"run must be a run of images, got data of shape {shape}")
         return flow
 
     def defaults(self, inverting: bool) -> Settings:
-        """An edit takes small steps, so that there are iterates to choose from."""
+        """Return default settings. Steps of an edit are small, to give iterates to choose from."""
         if inverting:
             return Settings(10, 0, 30, "auto", True, 1.0, 1.0)
         return Settings(10, 0, 12, 0.1, True, 1.0, self.guidance)
 
     def condition(self, label: Any, guidance: float, name: str, batch: int = 1) -> Cond:
-        """The condition of a class, or of a run without classes."""
-        classes = self.run.classes
+        """Return the condition of a class under guidance, or None for a run without classes.
+
+        Args:
+            label: The class, or None for a run without classes.
+            guidance: Scale of classifier-free guidance.
+            name: Name of the option, for error messages.
+            batch: Number of samples.
+
+        Raises:
+            ValueError: If the run has no such class, or does not allow the guidance scale.
+        """
+        classes = self.run.num_classes
         if classes is None:
             if label is not None:
                 raise ValueError(f"{name} must be null for a run without classes, got {label}")
             return None
         if type(label) is not int or not 0 <= label < classes:
             raise ValueError(f"{name} must be a class in [0, {classes - 1}], got {label}")
-        self.module.guided(guidance)  # refuses a scale that the run has not been trained for
+        self.module.guided(guidance)  # refuses a scale that the run's training does not allow
         like = {"size": (batch,), "device": self.module.device}
         scale = torch.full(fill_value=float(guidance), **like)
         return {"label": torch.full(fill_value=label, **like), "guidance": scale}
 
     def encode(self, images: Tensor) -> Tensor:
-        """States of the flow: the means of an autoencoder's latents."""
+        """Return the states of images; with an autoencoder, the means of their latents.
+
+        Raises:
+            ValueError: If the images have another size than the run's images, or if a state of the
+                run holds more than an image.
+        """
         shape = tuple(images.shape[1:])
         if shape != self.image_shape:
             raise ValueError(
-                f"image must have the size of the run's, {self.image_shape}, got {shape}; resize it"
+                f"image must have the shape of the run's images, {self.image_shape}, got {shape}; "
+                "resize the image"
             )
         states = mean_latents(self.module.autoencoder, images)
         if tuple(states.shape[1:]) != self.module.sample_shape:
             raise ValueError(
-                "run must have a flow of images and nothing else, got one of states of shape "
+                "run must be a flow of images alone, got a flow of states of shape "
                 f"{self.module.sample_shape}"
             )
         return states
 
     def decode(self, states: Tensor) -> Tensor:
-        """Images of states."""
+        """Return the images of states."""
         return self.module.autoencoder.decode(states)
 
     def grid(self, num_steps: int, states: Tensor) -> Tensor:
-        """Uniform times."""
+        """Return uniform times from 0 to 1, ``(num_steps + 1,)``."""
         return ODESampler(num_steps).times
 
     def record(self) -> dict[str, Any]:
-        """Which weights these are."""
+        """Return the kind, step and hash of the weights, for a record."""
         return self.run.weights
 
     def __call__(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
-        """Velocity of the run under a condition of `condition`."""
+        """Return the velocity at ``x (B, *)``, ``t (B,)`` under a condition of `condition`."""
         return self.bind(cond)(x, t, cond)
 
     def bind(self, cond: Any, grid: Tensor | None = None) -> BoundVelocity:
-        """Guide by the scale in the condition, for one solve."""
+        """Return the velocity of one solve, guided by the scale in the condition."""
         velocity, label = self.module.velocity, None
         if cond is not None:
             velocity, label = self.module.guided(cond["guidance"][0].item()), cond["label"]
@@ -108,13 +132,17 @@ class RunFlow:
 
 
 class PipelineFlow(DiffusersPipelineFlow):
-    """A pipeline with what a recipe asks of a model."""
+    """Velocity of a diffusers pipeline, with the same interface as `RunFlow`."""
 
     channels = 3
 
     @classmethod
     def load(cls, cfg: DictConfig) -> "PipelineFlow":
-        """Load the folder of a configuration, without looking elsewhere."""
+        """Load the pipeline from the folder of a configuration, without a network connection.
+
+        Raises:
+            FileNotFoundError: If the folder holds no pipeline.
+        """
         from diffusers import DiffusionPipeline  # type: ignore[attr-defined]
 
         index = Path(cfg.pipeline) / "model_index.json"
@@ -122,7 +150,7 @@ class PipelineFlow(DiffusersPipelineFlow):
             raise FileNotFoundError(
                 f"pipeline must be a folder written by save_pretrained, got {cfg.pipeline}"
             )
-        # diffusers wants to be told again of encoders that the pipeline was saved without.
+        # diffusers needs the names of the encoders that the saved pipeline does not contain.
         absent = {k: None for k, v in json.loads(index.read_text()).items() if v == [None, None]}
         pipeline = DiffusionPipeline.from_pretrained(
             cfg.pipeline, torch_dtype=getattr(torch, cfg.dtype), local_files_only=True, **absent
@@ -130,20 +158,24 @@ class PipelineFlow(DiffusersPipelineFlow):
         return cls(pipeline.to(cfg.device))
 
     def defaults(self, inverting: bool) -> Settings:
-        """The published settings, which know neither automatic steps nor backtracking."""
+        """Return the published settings: fixed steps without backtracking."""
         s = self.inversion if inverting else self.editing
         skip = s.num_steps - s.num_kept
         guidance = s.source_guidance, s.target_guidance
         return Settings(s.num_steps, skip, s.num_iters, s.step_size, False, *guidance)
 
     def condition(self, prompt: Any, guidance: float, name: str) -> Cond:
-        """The condition of a prompt."""
+        """Return the condition of a prompt under guidance.
+
+        Raises:
+            ValueError: If the prompt is not a string.
+        """
         if not isinstance(prompt, str):
             raise ValueError(f"{name} must be a prompt for a pipeline, got {prompt}")
         return self.encode_prompt(prompt, guidance)
 
     def record(self) -> dict[str, Any]:
-        """Which pipeline and weights these are."""
+        """Return the class of the pipeline and the hash of its weights, for a record."""
         transformer = self.pipeline.transformer
         return {
             "pipeline": type(self.pipeline).__name__,

@@ -1,4 +1,4 @@
-"""Feature networks by name, for ``conf/metric`` and ``conf/perceptual``."""
+"""Feature networks for the options in ``conf/metric`` and ``conf/perceptual``."""
 
 import os
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from flowkit.runs.processes import say
 
 
 def features_for(data: SplitData, seed: int) -> Features:
-    """Return `classifier_features` or, for data without class labels, `pixel_features`."""
+    """Return `classifier_features`, or `pixel_features` for data without class labels."""
     if labels_of(data.train[:1], data.num_classes) is not None:
         return classifier_features(data, seed)
     say("features  pixels, since the data have no class labels")
@@ -29,7 +29,11 @@ def features_for(data: SplitData, seed: int) -> Features:
 
 
 def classifier_features(data: SplitData, seed: int) -> ConvClassifier:
-    """Return a classifier of the data's own classes, trained once and kept in the user's cache."""
+    """Return a classifier of the data's classes, trained once and kept in the user's cache.
+
+    Raises:
+        ValueError: If the data have no class labels.
+    """
     train = data.train
     if data.num_classes is None or labels_of(train[:1], data.num_classes) is None:
         raise ValueError(
@@ -39,7 +43,7 @@ def classifier_features(data: SplitData, seed: int) -> ConvClassifier:
     file = cache / f"classifier-{data.fingerprint('train')[:16]}-{seed}.safetensors"
     if file.is_file():
         return ConvClassifier.load(file)
-    say(f"training a classifier on {len(train):,} images for its features")
+    say(f"features  training a classifier on {len(train):,} images")
     batch = train[:]
     epochs = min(20, max(3, 30_000 // len(train)))
     name = f"conv-classifier-{type(data).__name__.lower()}"
@@ -53,7 +57,7 @@ def classifier_features(data: SplitData, seed: int) -> ConvClassifier:
 
 
 def cache_folder() -> Path:
-    """Where classifiers and features of real images are kept."""
+    """Return the folder for classifiers and for features of real images."""
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "flowkit"
 
 
@@ -63,12 +67,12 @@ def pixel_features(data: SplitData) -> Pixels:
 
 
 def inception_features(data: SplitData, weights: str, device: str = "cpu") -> Features:
-    """Return the Inception features that FID is defined with."""
+    """Return the Inception features of FID, from a file of weights."""
     return inception(weights, device)
 
 
 def classifier_error(
     data: SplitData, metric: Callable[[SplitData], ConvClassifier]
 ) -> FeatureError:
-    """Return a perceptual term by the classifier that `flowkit evaluate` measures with."""
+    """Return a perceptual term with the layers of the classifier of ``flowkit evaluate``."""
     return FeatureError(metric(data).trunk)

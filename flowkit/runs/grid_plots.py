@@ -1,4 +1,4 @@
-"""What `flowkit boss` shows: a table and a picture of grids."""
+"""Table and plots of the grids that ``flowkit boss`` compares."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ Row = dict[str, Any]
 
 
 def table_of(rows: list[Row]) -> str:
-    """One line per grid and number of evaluations; the recommended grid in bold."""
+    """Return a Markdown table: one line per grid and NFE, the recommended grid in bold."""
     distances = any("frechet_distance" in row for row in rows)
     header, lines = ["NFE", "grid", "end-point error", "of uniform"], []
     uniform = {row["nfe"]: row["error"] for row in rows if row["grid"] == "uniform"}
@@ -26,7 +26,14 @@ def table_of(rows: list[Row]) -> str:
 
 
 def plot(candidates: dict[str, Tensor], winner: str, table: list[Row], file: Path) -> None:
-    """Step sizes of the grids to choose from, and what each costs and gives."""
+    """Plot the step sizes of the candidate grids, and the error of each grid over its NFE.
+
+    Args:
+        candidates: Grids of one number of steps, by name.
+        winner: Name of the recommended grid.
+        table: Rows of all grids and numbers of evaluations.
+        file: File of the picture.
+    """
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogFormatter, NullLocator
 
@@ -41,7 +48,7 @@ def plot(candidates: dict[str, Tensor], winner: str, table: list[Row], file: Pat
         label = f"{name} (recommended)" if name == winner else name
         style = {"color": colors[name], "label": label, "lw": 1.8, "baseline": None}
         steps.stairs(grid.diff().tolist(), grid.tolist(), **style)
-    title = f"step sizes of {len(grid) - 1} steps"
+    title = f"step sizes of {len(candidates[winner]) - 1} steps"
     steps.set(xlabel="t", ylabel="step size", title=title, ylim=(0, 1.4 * longest))
     for axes, (key, label) in zip(panels, columns.items(), strict=True):
         nfe = "frechet_nfe" if key == "frechet_distance" else "nfe"
@@ -51,7 +58,7 @@ def plot(candidates: dict[str, Tensor], winner: str, table: list[Row], file: Pat
                 style = "o" if name == "adaptive" else "o-"
                 axes.loglog(*zip(*rows, strict=True), style, color=color, label=name, ms=4, lw=1.2)
         ticks: list[int] = []
-        for count in sorted({row["nfe"] for row in table}):  # those that labels have room for
+        for count in sorted({row["nfe"] for row in table}):  # so that labels do not overlap
             if not ticks or count >= 1.2 * ticks[-1]:
                 ticks.append(count)
         axes.set_xticks(ticks, [str(n) for n in ticks])

@@ -1,4 +1,4 @@
-"""The table and the picture of quality against cost."""
+"""Table and plots of quality against cost for ``flowkit pareto``."""
 
 from pathlib import Path
 from statistics import fmean, stdev
@@ -9,9 +9,9 @@ from flowkit.runs.tables import markdown
 Row = dict[str, Any]
 
 
-def grouped(rows: list[Row]) -> dict[tuple, list[Row]]:
-    """Rows that differ in their seeds alone."""
-    groups: dict[tuple, list[Row]] = {}
+def grouped(rows: list[Row]) -> dict[tuple[Any, ...], list[Row]]:
+    """Group rows that differ only in their seeds."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         key = (row["name"], row["mode"], row["variant"], row["nfe"])
         groups.setdefault(key, []).append(row)
@@ -19,7 +19,7 @@ def grouped(rows: list[Row]) -> dict[tuple, list[Row]]:
 
 
 def write_table(rows: list[Row], gains: list[Row], file: Path) -> None:
-    """Write means and deviations over seeds, and the gains."""
+    """Write a Markdown table of means and standard deviations over seeds, and a table of gains."""
     columns = ("held_out_loss", "gflops", "seconds", "frechet_distance", "class_agreement")
     header = ["name", "features", "NFE", "seeds", *(c.replace("_", " ") for c in columns)]
     lines = []
@@ -29,17 +29,18 @@ def write_table(rows: list[Row], gains: list[Row], file: Path) -> None:
         lines.append([name, label, f"{nfe:g}", str(len(group)), *cells])
     text = markdown(header, lines, names=(0, 1))
     if gains:
-        header = ["run", "steps a segment", "predicted FLOPs", "counted FLOPs", "wall time"]
+        header = ["run", "steps per segment", "predicted FLOPs", "counted FLOPs", "wall time"]
         lines = [
             [g["run"], str(g["steps_per_segment"])]
             + [f"{g[key]:.2f}" for key in ("predicted", "flops", "time")]
             for g in gains
         ]
-        text += f"\nFRA against full features, times less:\n\n{markdown(header, lines)}"
+        text += f"\nCost of full features divided by cost of FRA:\n\n{markdown(header, lines)}"
     file.write_text(text)
 
 
 def _mean(values: list[float | None]) -> str:
+    """Format mean and standard deviation; the result is empty if a value is missing."""
     known = [value for value in values if value is not None]
     if len(known) < len(values):
         return ""
@@ -48,15 +49,16 @@ def _mean(values: list[float | None]) -> str:
 
 
 def short(value: Any) -> str:
+    """Format a float with four digits; format other values as they are."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def plot(rows: list[Row], file: Path) -> None:
-    """Fréchet distance and class agreement over FLOPs and over time, a line for a run and mode."""
+    """Plot Fréchet distance and class agreement over FLOPs and over time, one line per mode."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, MaxNLocator
 
-    lines: dict[tuple, list[list[float]]] = {}
+    lines: dict[tuple[Any, ...], list[list[float]]] = {}
     qualities = [q for q in ("frechet_distance", "class_agreement") if rows[0][q] is not None]
     for (name, mode, variant, _), group in grouped(rows).items():
         means = [fmean(row[c] for row in group) for c in ("gflops", "seconds", *qualities)]
@@ -80,10 +82,10 @@ def plot(rows: list[Row], file: Path) -> None:
     for axes in panels[-1]:
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     for axis in (panels[0][0].yaxis, *(axes.xaxis for axes in panels[-1])):
-        axis.set_major_formatter("{x:g}")  # a few plain numbers
+        axis.set_major_formatter("{x:g}")  # few ticks, as plain numbers
         axis.set_minor_formatter("")
-    panels[-1][0].set_xlabel("GFLOPs a sample")
-    panels[-1][1].set_xlabel("ms of wall time a sample")
+    panels[-1][0].set_xlabel("GFLOPs per sample")
+    panels[-1][1].set_xlabel("wall time per sample (ms)")
     handles = panels[0][0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside upper center", ncols=3, fontsize=8)
     figure.savefig(file, dpi=120)

@@ -1,10 +1,10 @@
-"""Samples in parts: shared by processes, and kept on disk so that what was stopped goes on."""
+"""Sampling in parts: processes share the parts, and a stopped command continues from the disk."""
 
 import hashlib
 import json
 import shutil
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -30,31 +30,34 @@ Columns = dict[str, Tensor]
 
 
 class Parts:
-    """Numbered parts of some work, each made once by one process and kept in a folder.
+    """Numbered parts of a computation. One process makes each part once and keeps it in a folder.
 
-    Which process makes a part has no influence on it, so neither has their number. A part that is
-    there already, of an earlier call that was stopped, is not made again.
+    The content of a part does not depend on the process that makes it, nor on the number of
+    processes. A part that a stopped call has left in the folder is not made again.
 
     Args:
-        folder: Where the parts' own folder is made; all processes see it.
-        key: All that parts depend on, ready for JSON; another key has another folder.
+        folder: Parent of the folder of parts. All processes see this folder.
+        key: Everything that the parts depend on, as JSON values. Each key has its own folder.
         fabric: The processes.
     """
 
-    def __init__(self, folder: Path, key: Any, fabric: Fabric):
+    def __init__(self, folder: Path, key: Any, fabric: Fabric) -> None:
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
         self.folder, self.fabric = folder / f"parts-{digest[:16]}", fabric
 
     def make(self, count: int, make: Callable[[int], Columns]) -> list[Columns]:
-        """Make parts ``0, …, count − 1``; the first process gets them all, the others none.
+        """Make parts ``0, …, count − 1``.
+
+        Returns:
+            All parts on the first process, an empty list on the others.
 
         Raises:
-            RuntimeError: If a part cannot be read, naming the file.
+            RuntimeError: If the file of a part cannot be read.
         """
         rank, world = self.fabric.global_rank, self.fabric.world_size
         self.folder.mkdir(parents=True, exist_ok=True)
         files = [self.folder / f"{number:06}.safetensors" for number in range(count)]
-        hidden = True if rank else None  # None: only where there is no terminal
+        hidden = True if rank else None  # with None, tqdm hides the bar if there is no terminal
         for number in tqdm(range(rank, count, world), "sampling", leave=False, disable=hidden):
             if not files[number].is_file():
                 columns = {k: v.contiguous() for k, v in make(number).items()}
@@ -63,7 +66,7 @@ class Parts:
         return [] if rank else [_read(file) for file in files]
 
     def remove(self) -> None:
-        """Delete the parts, once what they are for is done."""
+        """Delete the folder of parts after its use."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
@@ -75,20 +78,20 @@ def draw_parts(
     finish: Callable[[Tensor], Columns] = lambda samples: {"samples": samples},
     parts: Parts | None = None,
 ) -> tuple[Columns, dict[str, Any]]:
-    """Carry batches of source samples to data, and keep what ``finish`` makes of them.
+    """Carry batches of source samples to data, and keep the result of ``finish`` on each batch.
 
     Args:
-        run: The run, whose guidance leads.
-        x0: Source samples, in batches of one size but the last.
+        run: The run, with its guidance.
+        x0: Source samples in batches of one size; the last batch may be smaller.
         cond: Conditions of all samples.
         sampler: The solver and its grid.
-        finish: From a batch of samples, on the CPU, to named tensors of as many rows.
-        parts: Where batches are kept until all are done, and the processes that share them.
+        finish: Maps a batch of samples, on the CPU, to named tensors with one row per sample.
+        parts: Storage of the batches until all are done, and the processes that share them.
 
     Returns:
         The rows of all batches, and their cost: velocity evaluations and network rows per sample,
-        seconds of all processes together and their number, and for a blockwise run see
-        `block_cost`. Both are empty on other processes than the first.
+        seconds of all processes together, number of processes, and the values of `block_cost`.
+        Both are empty on all processes but the first.
     """
     size = len(x0[0])
 
@@ -104,13 +107,13 @@ def draw_parts(
         made = parts.make(len(x0), make)
     if not made:
         return {}, {}
-    spent: Counter[str] = Counter()
+    spent: dict[str, float] = defaultdict(float)
     for part in made:
         for name in [name for name in part if name.startswith(COST)]:
             spent[name.removeprefix(COST)] += part.pop(name).item()
     columns = {name: torch.cat([part[name] for part in made]) for name in made[0]}
     count, flow = len(next(iter(columns.values()))), run.module.velocity
-    if isinstance(flow, Blockwise):  # also what other processes did, and earlier calls
+    if isinstance(flow, Blockwise):  # add the work of other processes and of earlier calls
         flow.usage.clear()
         for kind, counter in (("calls ", flow.usage.calls), ("rows ", flow.usage.rows)):
             used = {k.removeprefix(kind): int(n) for k, n in spent.items() if k.startswith(kind)}
@@ -124,22 +127,22 @@ def draw_parts(
     }
 
 
-COST = "cost "  # what a batch took, kept beside its columns
+COST = "cost "  # prefix of the cost of a batch among its columns
 
 
 def _drawn(
     run: "Run", x0: Tensor, cond: Cond, sampler: ODESampler, finish: Callable[[Tensor], Columns]
 ) -> Columns:
-    """What is kept of one batch, and what it took."""
+    """Sample one batch; return its columns, and its cost under names with the prefix `COST`."""
     flow = run.module.velocity
     if isinstance(flow, Blockwise):
         flow.usage.clear()
     began = time.perf_counter()
     solution = run.module.solve(x0, sampler, cond, run.guidance)
-    spent = {"nfe": solution.nfe * len(x0), "rows": solution.rows}
+    spent: dict[str, float] = {"nfe": solution.nfe * len(x0), "rows": solution.rows}
     with torch.no_grad():
         samples = run.module.autoencoder.decode(solution.x).cpu()
-        spent["seconds"] = time.perf_counter() - began  # of sampling, not of what follows
+        spent["seconds"] = time.perf_counter() - began  # without the time of finish()
         columns = finish(samples)
     if isinstance(flow, Blockwise):
         spent |= {f"calls {part}": n for part, n in flow.usage.calls.items()}
@@ -149,10 +152,11 @@ def _drawn(
 
 
 def block_cost(module: FlowModule, x0: Tensor, cond: Cond, num_samples: int) -> dict[str, Any]:
-    """What the parts of a blockwise run did for so many samples; nothing for another run.
+    """Return the cost of the parts of a blockwise run for ``num_samples`` samples.
 
     Returns:
-        Feature mode, calls of its parts and FLOPs per sample: see `flowkit.blockwise.solve_cost`.
+        Feature mode, calls of the parts and FLOPs per sample, see `flowkit.blockwise.solve_cost`.
+        For a run without blocks the result is empty.
     """
     if not isinstance(module.velocity, Blockwise):
         return {}
@@ -160,27 +164,35 @@ def block_cost(module: FlowModule, x0: Tensor, cond: Cond, num_samples: int) -> 
 
 
 def file_name(name: str) -> str:
-    """What a user called something, fit for a file."""
+    """Return a name for a file: all characters but letters, digits and ``-_.`` become ``-``.
+
+    >>> file_name("W-CFM 0.5")
+    'W-CFM-0.5'
+    """
     return "".join(c if c.isalnum() or c in "-_." else "-" for c in name)
 
 
 def hash_of(cond: Cond) -> str | None:
-    """The hash of conditions, for a key of `Parts`."""
+    """Return the hash of conditions, for a key of `Parts`."""
     return None if cond is None else tensor_hash(cast(Any, cond))
 
 
 def _read(file: Path) -> Columns:
+    """Read one part."""
     try:
         return load_file(file)
     except SafetensorError as error:
         raise RuntimeError(
-            f"part must be readable, got {file}: {error}; delete it to have it made again"
+            f"part must be readable, got {file}: {error}; delete the file to have it made again"
         ) from error
 
 
 def draw(
     run: "Run", x0: Sequence[Tensor], cond: Cond, sampler: ODESampler
 ) -> tuple[Tensor, dict[str, Any]]:
-    """Carry batches of source samples to data, with a progress bar; the short `draw_parts`."""
+    """Carry batches of source samples to data in one process; return samples and cost.
+
+    See `draw_parts` for the cost.
+    """
     columns, cost = draw_parts(run, x0, cond, sampler)
     return columns["samples"], cost

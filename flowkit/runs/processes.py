@@ -1,4 +1,4 @@
-"""Processes, their devices, and what they say."""
+"""Processes of a recipe: their start, their devices and their printed lines."""
 
 import warnings
 
@@ -9,19 +9,19 @@ from omegaconf import DictConfig
 
 from flowkit.checks import check_at_least
 
-say = rank_zero_only(print)  # once, whatever the number of processes
+say = rank_zero_only(print)  # prints once for all processes
 
 
 def quiet() -> None:
-    """Leave out what Lightning warns about in its own code: a user can do nothing about it."""
+    """Hide a warning about Lightning's own code, which a user cannot avoid."""
     warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
 
 
 def usable_device(name: str | torch.device) -> torch.device:
-    """Return a device of this machine.
+    """Return a device of this machine, after a test allocation.
 
     Raises:
-        ValueError: If there is no such device.
+        ValueError: If this machine has no such device.
     """
     try:
         device = torch.device(name)
@@ -29,26 +29,26 @@ def usable_device(name: str | torch.device) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(
-            f"device must be one of this machine's, such as cpu, got {name}: {reason}"
+            f"device must be a device of this machine, such as cpu, got {name}: {reason}"
         ) from error
     return device
 
 
 def launch(cfg: DictConfig) -> Fabric:
-    """Start ``devices`` processes on each of ``num_nodes`` machines, of which this is the first.
+    """Start the processes of a recipe: ``devices`` processes on each of ``num_nodes`` machines.
 
-    Under torchrun or SLURM they have been started already. One process is left alone.
+    Under torchrun or SLURM the processes have been started already. With one device on one
+    machine no process is started.
 
     Raises:
-        ValueError: If this machine has no such device.
+        ValueError: If this machine has no such device, or if a numbered device is given for several
+            processes.
     """
     check_at_least(cfg.devices, 1, "devices")
     check_at_least(cfg.num_nodes, 1, "num_nodes")
     several = cfg.devices * cfg.num_nodes > 1
     if several and ":" in cfg.device:
-        raise ValueError(
-            f"device must be a kind of device with devices={cfg.devices}, got {cfg.device}"
-        )
+        raise ValueError(f"device must have no number with devices={cfg.devices}, got {cfg.device}")
     device = usable_device(cfg.device)
     fabric = Fabric(
         accelerator=device.type,

@@ -1,4 +1,4 @@
-"""Records of what recipes made: which weights, and files that are never overwritten."""
+"""JSON records of the recipes' results. An earlier record is renamed, never overwritten."""
 
 import json
 import re
@@ -11,15 +11,16 @@ from flowkit.provenance import tensor_hash
 
 
 def weights(module: FlowModule) -> dict[str, Any]:
-    """Return which weights a loaded module holds: averaged or raw, their step and hash."""
+    """Return the kind (averaged or raw), the step and the hash of a module's weights."""
     return {**(module.weights or {}), "hash": tensor_hash(module.state_dict())}
 
 
 def write_record(record: dict[str, Any], files: list[Path]) -> None:
-    """Write a record to the first of its files, setting aside an earlier one that says otherwise.
+    """Write a record to the first of ``files``, and rename the files of another record.
 
-    Then ``metrics.json`` becomes ``metrics-1.json`` (or the next number that is free), and its
-    other files move likewise.
+    An earlier record that differs in more than its seconds keeps its files under new names:
+    ``metrics.json`` becomes ``metrics-1.json`` (or the next free number), and the other files get
+    the same number.
     """
     file, text = files[0], json.dumps(record, indent=2) + "\n"
     if file.is_file() and _timeless(file.read_text()) != _timeless(text):
@@ -31,5 +32,5 @@ def write_record(record: dict[str, Any], files: list[Path]) -> None:
 
 
 def _timeless(text: str) -> str:
-    """A record without how long it took."""
+    """Remove all seconds from the text of a record."""
     return re.sub(r'"seconds": [\d.]+', "", text)

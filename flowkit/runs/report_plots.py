@@ -1,4 +1,4 @@
-"""The pictures of `flowkit report`: what samples cost, and what guidance trades."""
+"""Plots of ``flowkit report``: distance over cost, and metrics over guidance."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,7 +8,10 @@ Row = dict[str, Any]
 
 
 def lines_of(rows: list[Row], *names: str) -> dict[str, list[Row]]:
-    """Rows that agree in what is named, by that; left out of the label is what all agree in."""
+    """Group rows with equal values in the columns ``names``, by a label of these values.
+
+    The label leaves out columns in which all rows agree.
+    """
     differing = [name for name in names if len({str(row[name]) for row in rows}) > 1]
     lines: dict[str, list[Row]] = {}
     for row in rows:
@@ -19,7 +22,16 @@ def lines_of(rows: list[Row], *names: str) -> dict[str, list[Row]]:
 
 
 def plot(rows: list[Row], measure: str, floor: float, file: Path) -> None:
-    """Plot distance over evaluations and time: a color a solver and scale, a line style a grid."""
+    """Plot distance over evaluations and over time.
+
+    Each solver and guidance scale has a color, each grid a line style.
+
+    Args:
+        rows: Measured rows.
+        measure: Name of the distance.
+        floor: Distance of training samples to test samples.
+        file: File of the picture.
+    """
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter
 
@@ -28,7 +40,7 @@ def plot(rows: list[Row], measure: str, floor: float, file: Path) -> None:
     colored = list(dict.fromkeys((row["solver"], row["guidance"]) for row in rows))
     names = list(dict.fromkeys(row["grid"] for row in rows))
     styles = ["-", "--", ":", "-."]
-    labels = ("evaluations of the network", "milliseconds a sample")
+    labels = ("evaluations of the network", "milliseconds per sample")
     for axes, key, label in zip(panels, ("nfe", "milliseconds"), labels, strict=True):
         for name, mine in lines_of(rows, "solver", "grid", "guidance").items():
             color = colored.index((mine[0]["solver"], mine[0]["guidance"]))
@@ -51,7 +63,14 @@ def plot(rows: list[Row], measure: str, floor: float, file: Path) -> None:
 
 
 def plot_guidance(rows: list[Row], measure: str, real: Mapping[str, float], file: Path) -> None:
-    """What guidance trades: a panel a measure over its scale, with what real samples reach."""
+    """Plot each metric over the guidance scale, beside the metric of real samples.
+
+    Args:
+        rows: Measured rows.
+        measure: Name of the distance.
+        real: Values of real samples, by metric.
+        file: File of the picture.
+    """
     from matplotlib.figure import Figure
 
     names = [n for n in ("distance", "class_agreement", "precision", "recall") if n in rows[0]]

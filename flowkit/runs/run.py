@@ -1,4 +1,4 @@
-"""A run folder: its module, data, guidance, sampler and starts, and what is on record of it."""
+"""`Run`: a run folder with its module, data, guidance, sampler, starts and records."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,13 +28,13 @@ from flowkit.velocity import Velocity
 
 @dataclass(frozen=True)
 class Run:
-    """What ``flowkit train`` wrote, loaded to sample from.
+    """Output of ``flowkit train``, loaded to sample from.
 
     Attributes:
         folder: The run folder.
-        config: The resolved configuration that it was trained with.
+        config: The resolved configuration of the training.
         module: The module, in ``eval`` mode.
-        guidance: What the run is guided by, its own unless told otherwise.
+        guidance: A guidance scale, a wrapper of velocities, or None for no guidance.
     """
 
     folder: Path
@@ -53,45 +53,53 @@ class Run:
         """Load a run folder.
 
         Args:
-            folder: What ``flowkit train`` wrote.
-            weights: ``"averaged"``, where the run averaged any, or ``"raw"``.
-            device: Where the module goes.
-            guidance: A scale or a wrapper of velocities; None is the run's own scale, 1 is none.
+            folder: Run folder that ``flowkit train`` wrote.
+            weights: ``"averaged"`` or ``"raw"``; see `flowkit.modules.load_run`.
+            device: Device of the module.
+            guidance: A scale or a wrapper of velocities. None takes the scale of the run's
+                configuration, 1 is no guidance.
 
         Raises:
-            FileNotFoundError: If the folder is not a run or has no checkpoint yet.
-            ValueError: If the device is not of this machine, the weights are of another kind, or
-                the run cannot be guided.
+            FileNotFoundError: If the folder is not a run, or has no checkpoint yet.
+            ValueError: If this machine has no such device, if ``weights`` is another word, or if
+                the run's training does not allow the guidance scale.
         """
         place, config = usable_device(device), read_config(folder)
         module = load_run(folder, weights=weights).to(place)
         scale = config.get("guidance") if guidance is None else guidance
-        module.guided(scale)  # refuses what the run was not trained for, before the work
+        module.guided(scale)  # refuses a wrong scale before the work
         return cls(Path(folder), config, module, scale)
 
     @cached_property
     def data(self) -> SplitData:
-        """The data that the run was trained on; of latents and pairs, what they were made of."""
+        """The run's data with test split. For latents and pairs: the images they were made of."""
         return stored_data(self.config["data"])
 
     @property
-    def classes(self) -> int | None:
-        """How many classes the network knows, None is none; ``data.class_names`` may name them."""
+    def num_classes(self) -> int | None:
+        """Number of classes of the network; None for a run without classes."""
         return self.config["num_classes"]
 
     @property
+    def classes(self) -> list[str] | None:
+        """Names of the classes, numbers where the data have no names; None without classes."""
+        if self.num_classes is None:
+            return None
+        return self.data.class_names or [str(label) for label in range(self.num_classes)]
+
+    @property
     def brings_starts(self) -> bool:
-        """Whether samples start from source samples or conditions that only the data bring."""
+        """True if samples start from source samples or conditions of the data."""
         return bool(self.config.get("needs_data"))
 
     @property
     def device(self) -> torch.device:
-        """Where the module is."""
+        """Device of the module."""
         return self.module.device
 
     @property
     def velocity(self) -> Velocity:
-        """The guided velocity."""
+        """Velocity of the module under the run's guidance."""
         return self.module.guided(self.guidance)
 
     @property
@@ -106,12 +114,12 @@ class Run:
         return self.module.sample_shape
 
     def starts(self, seed: int) -> Starts:
-        """Source samples by their number, and conditions."""
+        """Return source samples by their number, and conditions; see `Starts`."""
         data = self.data if self.brings_starts else None
-        return Starts(self.sample_shape, self.classes, seed, self.device, data)
+        return Starts(self.sample_shape, self.num_classes, seed, self.device, data)
 
     def sampler(self, node: DictConfig) -> ODESampler:
-        """Build a sampler; a grid from a file that was made for something else is warned about."""
+        """Build a sampler. A grid file of another model, solver or guidance gives a warning."""
         sampler = instantiate(node)
         if OmegaConf.is_dict(node.grid) and (file := node.grid.get("file")):
             grids.load(file, self.made_with(sampler.method))
@@ -121,16 +129,19 @@ class Run:
 
     @cached_property
     def weights(self) -> dict[str, Any]:
-        """Which weights these are: averaged or raw, their step and hash."""
+        """Record of the weights: kind (averaged or raw), step and hash."""
         return weights(self.module)
 
     def made_with(self, method: str) -> dict[str, Any]:
-        """What a grid or pairs depend on: weights, solver and guidance, of which 1 is none."""
+        """Return the record of a grid or pairs: weights, solver and guidance.
+
+        Guidance 1 is recorded as None.
+        """
         guidance = None if self.guidance == 1 else self.guidance
         return {"model_hash": self.weights["hash"], "method": method, "guidance": guidance}
 
     def describe(self, sampler: ODESampler) -> dict[str, Any]:
-        """Return what a sample depends on besides weights and start."""
+        """Return the settings of sampling: solver, grid, tolerances and guidance."""
         return {
             "method": sampler.method,
             "grid": sampler.times.tolist(),
@@ -140,9 +151,13 @@ class Run:
         }
 
     def record(self, sampling: dict[str, Any], **parts: Any) -> dict[str, Any]:
-        """Return a record of what was sampled: other parts, weights, how, on which data, by what.
+        """Return a record: other parts, weights, sampling, data and versions.
 
-        The data are named where there are metrics: what was only sampled may not need them.
+        The data are recorded only beside metrics, since sampling alone may not need the data.
+
+        Args:
+            sampling: Settings of sampling, see `describe`.
+            parts: Other entries, for example ``metrics``.
         """
         record = {**parts, "weights": self.weights, "sampling": sampling}
         if "metrics" in parts and "data" not in parts:
@@ -153,13 +168,19 @@ class Run:
     # --- blockwise runs -----------------------------------------------------------------------
 
     def reuse_features(self, mode: str | None, tolerance: float | None, seed: int) -> None:
-        """Set the feature mode of a blockwise run, None is its own, and say it.
+        """Set the feature mode of a blockwise run, and print it.
 
-        With a tolerance the drift of its features is measured, said, and kept below.
+        With a tolerance, the drift of reused features is measured and printed. The trunk then runs
+        again as soon as the predicted drift exceeds the tolerance.
+
+        Args:
+            mode: ``"full"``, ``"cached"`` or ``"fra"``; None keeps the mode of the run.
+            tolerance: Largest drift of reused features, at least 0; None sets no limit.
+            seed: Seed of the samples that measure the drift.
 
         Raises:
-            ValueError: If a feature mode is asked of a run without blocks, or of one that lacks
-                the part for it; or a tolerance where no features are reused.
+            ValueError: If a feature mode is given for a run without blocks or without the part
+                that the mode needs, or if a tolerance is given but no features are reused.
         """
         flow = self.module.velocity
         if isinstance(flow, Blockwise):
@@ -171,16 +192,16 @@ class Run:
             return
         if not isinstance(flow, Blockwise) or flow.feature_mode == "full":
             raise ValueError(
-                f"tolerance must be null where no features are reused, got {tolerance}; it "
-                "goes with feature_mode=cached or fra of a blockwise run"
+                f"tolerance must be null if no features are reused, got {tolerance}; use it with "
+                "feature_mode=cached or fra of a blockwise run"
             )
         check_at_least(tolerance, 0, "tolerance")  # before the work
         drift = self.feature_drift(seed)
         flow.refresh_beyond(drift.rates(), tolerance)
-        say(f"drift of reused features, mean and largest:\n{drift.table()}")
+        say(f"drift of reused features, mean and maximum:\n{drift.table()}")
 
     def feature_drift(self, seed: int) -> Drift:
-        """Drift of a blockwise run's features over 8 Euler steps a segment of 128 samples."""
+        """Return the drift of features in 8 Euler steps per segment, over 128 samples."""
         flow: Any = self.module.velocity
         x0, cond = self.starts(seed)(0, 128)
         grid = grids.blockwise(flow.edges, 8)
@@ -188,20 +209,23 @@ class Run:
 
 
 def saved_grid(num_steps: int, folder: str) -> Tensor | None:
-    """Return the grid of so many steps that `flowkit boss` wrote to a folder; None without one."""
+    """Return the grid of ``num_steps`` steps that ``flowkit boss`` wrote to a folder.
+
+    Without such a file the result is None.
+    """
     file = Path(folder) / f"grid-{num_steps}.json"
     return grids.load(file) if file.is_file() else None
 
 
 def symmetrical(run: Run) -> SymmetricalFlowMatching:
-    """Return the module of a run that can label images.
+    """Return the module of a symmetrical run, which can label images.
 
     Raises:
-        TypeError: If it is of another method.
+        TypeError: If the run has another method.
     """
     if not isinstance(run.module, SymmetricalFlowMatching):
         raise TypeError(
-            "run must be of SymmetricalFlowMatching (module=symmetrical) to label images, "
+            "run must be a run of SymmetricalFlowMatching (module=symmetrical) to label images, "
             f"got {type(run.module).__name__}"
         )
     return run.module

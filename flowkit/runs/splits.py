@@ -1,4 +1,4 @@
-"""Data of configurations, ready to read."""
+"""Data modules of configurations, with their splits loaded."""
 
 from typing import Any
 
@@ -8,14 +8,17 @@ from flowkit.modules.earlier import current
 
 
 def prepared(data: SplitData, stage: str | None = None) -> SplitData:
-    """Return a data module with its splits at hand, those of a stage or all."""
+    """Return the data module with loaded splits: the splits of a stage, or all."""
     data.prepare_data()
     data.setup(stage)
     return data
 
 
 def stored_data(node: dict[str, Any]) -> SplitData:
-    """Read the data of a stored configuration; of latents and pairs, what they were made of."""
+    """Load the data of a stored configuration, with their test split.
+
+    For cached latents and for pairs, the result is the data they were made of.
+    """
     data = prepared(build(current(node)), "test")
     source = getattr(data, "source", None)
     return stored_data(source) if isinstance(source, dict) else data

@@ -1,4 +1,4 @@
-"""Where a run's trajectories start, and their conditions."""
+"""Starts of a run's trajectories: source samples and conditions."""
 
 import math
 from collections.abc import Sequence
@@ -18,24 +18,25 @@ from flowkit.types import Batch, Cond, take, to_device
 if TYPE_CHECKING:
     from flowkit.runs.run import Run
 
-FRESH = 1_000_000  # where the starts begin that nothing is chosen or trained with
+FRESH = 1_000_000  # from this number on, no start is used to train or to choose
 
 
 class Starts:
-    """``starts(first, count)``: source samples of those numbers ``(count, *)``, and conditions.
+    """Source samples ``(count, *)`` and conditions, called as ``starts(first, count)``.
 
-    They are noise of seeds ``seed + first, …`` and classes in turn, or what the run's data bring:
-    the training split in turn, from number `FRESH` on the test split.
+    Without data, start ``k`` is the noise of seed ``seed + k`` with class ``k mod num_classes``.
+    With data, starts are rows of the training split in turn; from number `FRESH` on they are rows
+    of the test split.
 
     Args:
-        shape: Of one state.
-        num_classes: Of the run; None is none.
-        seed: Of the first noise.
-        device: Where to put them.
-        data: What brings source samples or conditions; None is noise and labels.
+        shape: Shape of one state.
+        num_classes: Number of classes of the run; None for a run without classes.
+        seed: Seed of the first noise.
+        device: Device of the results.
+        data: Data with source samples or conditions; with None, starts are noise and classes.
 
     Attributes:
-        are_noise: Whether source samples are standard normal noise.
+        are_noise: True if source samples are standard normal noise.
     """
 
     def __init__(
@@ -45,13 +46,13 @@ class Starts:
         seed: int,
         device: torch.device,
         data: SplitData | None = None,
-    ):
+    ) -> None:
         self.shape, self.num_classes, self.seed = shape, num_classes, seed
         self.device, self.data = device, data
         self.are_noise = data is None or given_source(data.train[:1], data) is None
 
     def __call__(self, first: int, count: int) -> tuple[Tensor, Cond]:
-        """Return starts ``first`` to ``first + count``."""
+        """Return source samples and conditions of starts ``first`` to ``first + count − 1``."""
         number, x0 = first % FRESH, None
         if self.data is None:
             labels = choose_labels(None, number + count, self.num_classes)
@@ -66,10 +67,12 @@ class Starts:
 
 
 def choose_labels(labels: Any, num_samples: int, num_classes: int | None) -> Tensor | None:
-    """Cycle through the labels asked for, or through all classes.
+    """Return ``num_samples`` labels that cycle through the given labels, or through all classes.
+
+    Without classes the result is None.
 
     Raises:
-        ValueError: If labels are asked of a run without classes, or are out of range.
+        ValueError: If labels are given for a run without classes, or if a label is out of range.
     """
     if num_classes is None:
         if labels is not None:
@@ -86,10 +89,11 @@ def choose_labels(labels: Any, num_samples: int, num_classes: int | None) -> Ten
 
 
 def choose_samples(data: SplitData, labels: Any, num_samples: int) -> Batch:
-    """Return the first samples of the test split, or the first with the labels asked for.
+    """Return the first samples of the test split, or the first with one of the given labels.
 
     Raises:
-        ValueError: If labels are asked of data without, or the split holds none of them.
+        ValueError: If the data have no labels, or if no sample of the test split has one of the
+            given labels.
     """
     if labels is None:
         return data.test[:num_samples]
@@ -101,21 +105,21 @@ def choose_samples(data: SplitData, labels: Any, num_samples: int) -> Batch:
 
 
 def given_source(batch: Batch, data: SplitData) -> Tensor | None:
-    """Return source samples ``(N, *)`` that samples have to start from; None is any noise."""
+    """Return the source samples ``(N, *)`` of a batch; None if samples start from any noise."""
     return None if data.x0_is_noise else batch.get("x0")
 
 
 def start(
     run: "Run", cfg: DictConfig, num_samples: int, x0: Tensor | None = None
 ) -> tuple[Sequence[Tensor], dict[str, Any]]:
-    """Cut source samples into batches: those given, or noise of seeds ``cfg.seed, …``.
+    """Cut source samples into batches: given samples, or noise of seeds ``cfg.seed, …``.
 
     Returns:
-        The batches, of one size but the last, and a record of how they were made.
+        The batches, of one size except for the last, and a record of their origin.
 
     Raises:
         RuntimeError: If the run has not seen a batch.
-        ValueError: If a number of samples is not positive.
+        ValueError: If ``num_samples`` or ``batch_size`` is below 1.
     """
     for name, number in (("num_samples", num_samples), ("batch_size", cfg.batch_size)):
         check_at_least(number, 1, name)
@@ -128,13 +132,13 @@ def start(
 
 
 def noise_batches(shape: tuple[int, ...], seeds: range, batch_size: int) -> Sequence[Tensor]:
-    """Noise of consecutive seeds, in batches; a seed's noise does not depend on the batches."""
+    """Return noise of consecutive seeds in batches; the noise of a seed is equal in any batch."""
     return _Noise(shape, seeds, batch_size)
 
 
 @dataclass(frozen=True)
 class _Noise(Sequence[Tensor]):
-    """Batches of noise, drawn when asked for."""
+    """Batches of noise. A batch is drawn when it is read."""
 
     shape: tuple[int, ...]
     seeds: range
@@ -151,11 +155,11 @@ class _Noise(Sequence[Tensor]):
 
 
 def like_test(run: "Run", cfg: DictConfig) -> tuple[Sequence[Tensor], Cond, dict[str, Any], str]:
-    """What samples start from that are to be compared with the test split.
+    """Return starts for samples that are compared with the test split.
 
     Returns:
-        Batches of source samples, the conditions of all, a record of the former and one of the
-        latter.
+        Batches of source samples, conditions of all samples, a record of the source samples, and
+        the choice of conditions in words.
     """
     data, test = run.data, run.data.test[:]
     rows, chosen = _rows_like(test, data, cfg.num_samples)
@@ -165,19 +169,20 @@ def like_test(run: "Run", cfg: DictConfig) -> tuple[Sequence[Tensor], Cond, dict
 
 
 def _rows_like(test: Batch, data: SplitData, num_samples: int) -> tuple[Tensor, str]:
-    """Test samples whose start the generated ones share, and how they were chosen."""
+    """Return rows of the test split that give conditions (and starts), and the choice in words."""
     if brings_start(test, data):
         return torch.arange(min(num_samples, len(test["x1"]))), "of the test split"
     labels = labels_of(test, data.num_classes)
-    if labels is None:  # nothing is shared
+    if labels is None:  # then only the number of rows counts
         labels = torch.zeros(len(test["x1"]))
     return proportional_rows(labels, num_samples), "labels in the proportions of the test split"
 
 
 def proportional_rows(labels: Tensor, num_samples: int) -> Tensor:
-    """Choose rows of ``labels (N,)`` that keep its proportions, to within one sample.
+    """Return ``num_samples`` rows of ``labels (N,)`` in the proportions of ``labels``.
 
-    A distance between sets of other proportions would measure those.
+    Proportions are exact to within one sample. Between sets of different proportions a distance
+    would also measure the difference in proportions.
 
     >>> labels = torch.tensor([1, 0, 0, 0])
     >>> labels[proportional_rows(labels, 8)]

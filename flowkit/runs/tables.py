@@ -6,7 +6,13 @@ from collections.abc import Collection, Iterable, Sequence
 def markdown(
     header: Sequence[str], rows: Iterable[Sequence[str]], names: Collection[int] = (0,)
 ) -> str:
-    """Return a table; columns numbered in ``names`` hold words, to the left, the others numbers.
+    """Return a Markdown table.
+
+    Args:
+        header: Titles of the columns.
+        rows: Cells of each row.
+        names: Numbers of the columns with words, aligned to the left. Other columns are aligned to
+            the right.
 
     >>> print(markdown(["solver", "NFE"], [["heun", "8"]]), end="")
     | solver | NFE |

@@ -136,7 +136,9 @@ def test_perceptrons_align_one_token():
 
 def test_cached_latents_are_no_images():
     module = BlockwiseFlowMatching(tiny_dit(), Tokens())
-    with pytest.raises(ValueError, match="batch must hold the images that the encoder looks at"):
+    with pytest.raises(
+        ValueError, match="batch must hold images for the encoder, got cached latents"
+    ):
         module.loss({"x1": torch.randn(6, 1, 8, 8), "encoded_by": "identity"})
 
 
@@ -159,7 +161,9 @@ def test_stage_two_trains_the_residual_alone(tmp_path):
     assert all(n.startswith("feature_residual.") for n in trained_parameters(module))
     batches = points(1, 256) * 150
     assert module.loss(batches[0])["ratio"] == 1
-    with pytest.warns(UserWarning, match="stage fra trains on a trunk as it is, without start"):
+    with pytest.warns(
+        UserWarning, match="stage fra trains on the trunk as it is, since start is not given"
+    ):
         fit(module, batches, tmp_path)
     assert module.loss(batches[0])["ratio"] < 0.5
     for name, value in flow.state_dict().items():

@@ -126,7 +126,7 @@ def test_load_run_names_what_is_wrong(tmp_path):
         "module:\n  _target_: flowkit.modules.ConditionalFlowMatching\n"
         "  velocity: {_target_: flowkit.exact.GaussianFlow, mean: 0.0, std: 1.0}\n"
     )
-    with pytest.raises(FileNotFoundError, match="has the run saved one"):
+    with pytest.raises(FileNotFoundError, match="has the run saved a checkpoint"):
         load_run(tmp_path)
     file = tmp_path / "checkpoints" / "last.ckpt"
     file.parent.mkdir()
@@ -152,7 +152,7 @@ def test_build_agrees_with_hydra():
 @pytest.mark.parametrize("name", ["no_such_module.Thing", "fractions.NoSuchClass"])
 def test_a_class_that_is_not_here_is_named_with_what_to_do(name):
     place = name.split(".")[0]
-    with pytest.raises(ImportError, match=f"got '{name}'; run from the folder that holds {place},"):
+    with pytest.raises(ImportError, match=f"got '{name}'; run in the folder that holds {place},"):
         build({"_target_": name})
 
 

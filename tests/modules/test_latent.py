@@ -217,7 +217,7 @@ def test_latents_of_another_autoencoder_are_refused_by_both_hashes():
     ours, other = small_autoencoder(), small_autoencoder(seed=4)
     module = LatentFlowMatching(Zero(), ours)
     batch = {"x1": torch.randn(8, 4, 4, 4), "encoded_by": other.hash}
-    with pytest.raises(ValueError, match=f"encoded by, hash {other.hash}, got {ours.hash}"):
+    with pytest.raises(ValueError, match=f"cached latents, hash {other.hash}, got {ours.hash}"):
         module.loss(batch)
 
 

@@ -151,7 +151,9 @@ def test_states_are_never_encoded_again():
     for owner in ({}, {"encoded_by": autoencoder.hash}):
         loss = module.loss({"x0": x0, "x1": x1, **owner})["loss"]
         torch.testing.assert_close(loss, expected)
-    with pytest.raises(ValueError, match="autoencoder must be the one that the latents were enc"):
+    with pytest.raises(
+        ValueError, match="autoencoder must be the autoencoder of the cached latents"
+    ):
         module.loss({"x0": x0, "x1": x1, "encoded_by": "another"})
 
 

@@ -244,7 +244,7 @@ def test_samples_say_their_feature_mode_and_what_they_took(folder, stage1, stage
     with pytest.raises(TypeError, match="tolerance must be a number, got 'little'"):
         evaluate(cfg)
     cfg.feature_mode = "full"
-    with pytest.raises(ValueError, match="tolerance must be null where no features are reused"):
+    with pytest.raises(ValueError, match="tolerance must be null if no features are reused"):
         evaluate(cfg)
     for run, rule in (
         (stage1, "feature_residual must be given for feature_mode 'fra', got None; train one"),
@@ -378,7 +378,7 @@ def test_training_all_blocks_on_leaves_the_feature_residual_and_the_edges():
     one = network(stored, OmegaConf.create({**options, "segments": [1]}))
     assert one == stored  # the trunk stays, and what follows it
     for given in ({"edges": 4}, {"equal_burden": True}):
-        with pytest.raises(ValueError, match="edges must be left to the run, which has blocks"):
+        with pytest.raises(ValueError, match="edges must be null for a run with blocks"):
             network(stored, OmegaConf.create({**options, **given}))
 
 

@@ -105,7 +105,7 @@ def test_distances_are_those_of_an_evaluation(searched, tiny_run, configure, tmp
 
 def test_points_have_no_distances_between_features(configure, tmp_path):
     train(configure("train", *TINY, "data=toy", "data.size=200", f"run_dir={tmp_path}"))
-    with pytest.raises(ValueError, match=r"metric must be null for a run of no images, got data"):
+    with pytest.raises(ValueError, match=r"metric must be null for a run without images, got data"):
         boss(configure("boss", f"run={tmp_path}", *SEARCH, "metric=pixels"))
 
 

@@ -39,7 +39,7 @@ def _run(folder, *command, **environment):
 def test_a_mistyped_run_is_an_error_at_once_and_makes_no_folder(tmp_path):
     result = _run(tmp_path, "sample", "run=runs/typo")
     assert result.returncode == 1
-    assert result.stderr == "error: run must be a run folder, got runs/typo; there is none\n"
+    assert result.stderr == "error: run must be a run folder, got runs/typo; it does not exist\n"
     assert not list(tmp_path.iterdir())
 
 
@@ -54,14 +54,14 @@ def test_what_names_no_single_folder_is_not_looked_for(tmp_path):
     for seed in ("abc", "1.5", "1e3"):
         with pytest.raises(TypeError, match=f"seed must be a whole number, got {seed}"):
             check_overrides([f"seed={seed}"])
-    with pytest.raises(ValueError, match=r"options must be name=value, got .*; run=.*, say"):
+    with pytest.raises(ValueError, match=r"options must be name=value, got .*; for example run=.*"):
         check_overrides([str(tmp_path)])
     check_overrides(["seed=-1", "seed=1,2", "seed=null", "logger.csv=null"])
     with pytest.raises(ValueError, match=r"logger must be a choice, got null; logger.<part>=null"):
         check_overrides(["logger=null"])
     check_overrides(["run=[a,b]", "run=a,b", "run=${oc.env:RUN}", "problem.run=x"])
     with pytest.raises(
-        FileNotFoundError, match="resume must be a run folder, got x; there is none"
+        FileNotFoundError, match="resume must be a run folder, got x; it does not exist"
     ):
         check_overrides([f"run={tmp_path}", "resume=x"])
 
@@ -119,7 +119,7 @@ def test_only_checks_are_a_line_and_bugs_keep_their_traceback(monkeypatch):
         (
             "In 'sample': Could not find 'sampler/eular'\n\nAvailable options in 'sampler':\n"
             "\teuler\n\theun\nConfig search path:\n\tprovider=hydra, path=pkg://hydra.conf",
-            "Could not find 'sampler/eular'; there are euler, heun",
+            "Could not find 'sampler/eular'; choices are euler, heun",
         ),
         (
             "MissingMandatoryValue while resolving interpolation: Missing mandatory value: run\n"
@@ -198,7 +198,7 @@ def test_an_experiment_of_another_recipe_is_an_error_at_once_that_names_the_reci
     )
     assert result.returncode == 1
     assert result.stderr == (
-        "error: experiment must be one of train's, got toy_table; it is one of compare's: "
+        "error: experiment must be an experiment of train, got toy_table; it belongs to compare: "
         "flowkit compare experiment=toy_table\n"
     )
     assert result.stdout == "\n"
@@ -217,11 +217,13 @@ def test_an_experiment_is_of_the_recipe_or_of_the_users_own(tmp_path):
         check_experiment("train", arguments)
     check_experiment("sample", ["experiment=mine"])  # Hydra says that it has no such option
     for arguments in (["experiment=mine"], ["experiment=digits_cfm,mine", "--multirun"]):
-        with pytest.raises(ValueError, match=r"one of train's, got mine; there are boss_digits, "):
+        with pytest.raises(
+            ValueError, match=r"an experiment of train, got mine; choices are boss_digits, "
+        ):
             check_experiment("train", arguments)
-    with pytest.raises(ValueError, match=r"one of train's, got theirs; there are"):
+    with pytest.raises(ValueError, match=r"an experiment of train, got theirs; choices are"):
         check_experiment("train", ["experiment=theirs", "--config-dir", str(tmp_path)])
-    with pytest.raises(ValueError, match=r"compare_edits's, got mine; there are digits_edits, f"):
+    with pytest.raises(ValueError, match=r"compare_edits, got mine; choices are digits_edits, f"):
         check_experiment("compare_edits", ["experiment=mine"])
     for experiment in experiments("compare"):
         with pytest.raises(ValueError, match=f"flowkit compare experiment={experiment}$"):
@@ -240,8 +242,8 @@ def test_the_users_own_files_come_from_a_folder(tmp_path):
 @pytest.mark.parametrize(
     ("recipe", "option", "now"),
     [
-        ("edit", "mask=m.png", r"mask must be given as region=<picture>, whose white may change"),
-        ("edit", "+mask=m.png", r"invert it, got \+mask=m.png"),
+        ("edit", "mask=m.png", r"mask must be given as region=<picture>, the inverted mask"),
+        ("edit", "+mask=m.png", r"black pixels stay, got \+mask=m.png"),
     ],
 )
 def test_options_of_earlier_versions_are_refused_with_the_fix(recipe, option, now):

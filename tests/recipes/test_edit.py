@@ -131,9 +131,9 @@ def test_the_default_folder_names_the_edit(tiny_run, digit, configure, tmp_path)
     [
         (
             ["run=null", "source=3"],
-            "run or pipeline must be given, and not both, got None",
+            "run or pipeline must be given, but not both, got None",
         ),
-        (["pipeline=p", "source=3"], "run or pipeline must be given, and not both"),
+        (["pipeline=p", "source=3"], "run or pipeline must be given, but not both"),
         (["source=12"], r"source must be a class in \[0, 9\], got 12"),
         (["source=cat"], r"source must be a class in \[0, 9\], got cat"),
         (["source=null"], r"source must be a class in \[0, 9\], got None"),
@@ -151,9 +151,11 @@ def test_what_does_not_fit_a_run(options, message, tiny_run, digit, configure, t
 
 
 def test_pictures_of_another_size(tiny_run, digit, photo, configure, tmp_path):
-    with pytest.raises(ValueError, match=r"image must have the size of the run's, \(1, 8, 8\)"):
+    with pytest.raises(
+        ValueError, match=r"image must have the shape of the run's images, \(1, 8, 8\)"
+    ):
         edit(configure("edit", f"run={tiny_run}", f"image={photo}", "source=3"))
-    with pytest.raises(ValueError, match=r"region must have the image's size, \(8, 8\), got"):
+    with pytest.raises(ValueError, match=r"region must have the size of the image, \(8, 8\), got"):
         edit(configure("edit", f"run={tiny_run}", f"image={digit}", "source=3", f"region={photo}"))
 
 

@@ -147,7 +147,7 @@ def test_interrupted_autoencoder_is_not_begun_anew(network, tmp_path):
     (tmp_path / "checkpoints").mkdir()
     last = "checkpoints/last.ckpt"
     (tmp_path / last).write_bytes((network / last).read_bytes())
-    with pytest.raises(FileExistsError, match=rf"go on with it by resume={tmp_path}"):
+    with pytest.raises(FileExistsError, match=rf"continue its training by resume={tmp_path}"):
         _autoencoder(tmp_path)
 
 
@@ -287,7 +287,7 @@ def test_another_autoencoder_is_refused_by_both_hashes(run, network, cache, tmp_
     options = [f"run_dir={tmp_path}/a", "trainer.max_steps=30", f"resume={checkpoint}"]
     with pytest.raises(ValueError, match=f"the flow was made with, {message}"):
         train(configure("train", *flow, *options))
-    with pytest.raises(ValueError, match=f"the latents were encoded by, {message}"):
+    with pytest.raises(ValueError, match=f"the cached latents, {message}"):
         train(configure("train", *flow, f"run_dir={tmp_path}/b"))
 
 

@@ -150,7 +150,7 @@ def test_devices_and_batches_that_cannot_be_are_refused(class_run, configure, re
     name = recipe.__name__
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         recipe(configure(name, f"run={class_run}", "batch_size=0"))
-    with pytest.raises(ValueError, match="device must be one of this machine's, such as"):
+    with pytest.raises(ValueError, match="device must be a device of this machine, such as"):
         recipe(configure(name, f"run={class_run}", "device=x"))
 
 
@@ -267,7 +267,7 @@ def test_what_cannot_label_is_refused_before_a_step(options, message, configure,
 
 
 def test_other_runs_cannot_label(tiny_run, configure):
-    with pytest.raises(TypeError, match=r"run must be of SymmetricalFlow.* got Conditional"):
+    with pytest.raises(TypeError, match=r"run must be a run of SymmetricalFlow.* got Conditional"):
         predict(configure("predict", f"run={tiny_run}"))
 
 

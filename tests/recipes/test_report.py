@@ -86,9 +86,17 @@ def test_a_feature_mode_is_of_blockwise_runs_alone(tiny_run, configure):
         ),
         (["guidance=abc"], TypeError, "guidance must be a number, .* got 'abc'"),
         (["guidance=[1,abc]"], TypeError, "guidance must be a number, .* got 'abc'"),
-        (["guidance=[]"], ValueError, r"guidance must be null, a number or several, got \[\]"),
+        (
+            ["guidance=[]"],
+            ValueError,
+            r"guidance must be null, a number or a list of numbers, got \[\]",
+        ),
         (["guidance=[null,2]"], ValueError, r"guidance must be null, .* got \[None, 2\]"),
-        (["device=foo"], ValueError, "device must be one of this machine's, such as cpu, got foo"),
+        (
+            ["device=foo"],
+            ValueError,
+            "device must be a device of this machine, such as cpu, got foo",
+        ),
         (["devices=0"], ValueError, "devices must be at least 1, got 0"),
     ],
 )

@@ -70,7 +70,7 @@ def test_a_run_has_its_data_classes_and_guidance(guided_run):
     run = Run.load(guided_run)
     assert isinstance(run.data, Digits)
     assert run.data is run.data
-    assert (run.classes, run.data.class_names) == (10, [str(digit) for digit in range(10)])
+    assert (run.num_classes, run.classes) == (10, [str(digit) for digit in range(10)])
     assert (run.guidance, run.sample_shape, run.brings_starts) == (3, (1, 8, 8), False)
     assert Run.load(guided_run, guidance=1).guidance == 1
     assert run.made_with("euler")["guidance"] == 3
