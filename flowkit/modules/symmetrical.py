@@ -75,8 +75,7 @@ class SymmetricalFlowMatching(FlowModule):
     Args:
         velocity: Network on states ``(B, C + codec.channels, *)``, called as
             ``velocity(state, t)``. For two times, build the network with ``num_times=2``.
-        codec: Converts labels to codes and back. Labels are classes ``(B,)`` or masks
-            ``(B, H, W)``.
+        codec: Converts labels, classes ``(B,)`` or masks ``(B, H, W)``, to codes and back.
         times: ``"two-time"`` or ``"symmetric"``.
         image_weight: ``w`` in [0, 1].
         boundary_share: Share in [0, 1] of two-time training pairs with one clean side.
@@ -145,8 +144,7 @@ class SymmetricalFlowMatching(FlowModule):
 
         Raises:
             TypeError: If the batch has no labels.
-            ValueError: If the codec has no such labels, or if the size of the masks is not the
-                size of the images.
+            ValueError: If the codec has no such labels, or if masks and images differ in size.
         """
         labels = check_labeled(batch)
         x1 = self.encode(batch, generator)["x1"]
@@ -173,10 +171,7 @@ class SymmetricalFlowMatching(FlowModule):
         seeds: Seeds = None,
         guidance: Guidance = None,
     ) -> Tensor:
-        """Draw an image ``(B, C, *)`` for each label or mask; see `sample`.
-
-        The label ``K = codec.num_classes`` draws an image without a label.
-        """
+        """Draw an image ``(B, C, *)`` for each label or mask; see `sample`."""
         return self.sample(count_of(labels), sampler, labels, seeds, guidance)
 
     def solve(
@@ -191,13 +186,11 @@ class SymmetricalFlowMatching(FlowModule):
     ) -> Solution:
         """Carry noise ``x0 (B, C, *)`` to images (or latents) of the labels ``cond``.
 
-        A callback sees the images. In symmetric mode the callback sees images and labels, in this
-        order on dimension 1.
+        A callback sees the images, and in symmetric mode also their labels behind, on dimension 1.
 
         Raises:
             TypeError: If ``cond`` is not a tensor.
-            ValueError: If the codec has no such labels, or if ``cond`` does not hold one label per
-                sample.
+            ValueError: If the codec has no such labels, or their number is wrong.
         """
         sampler, x0 = sampler or ODESampler(25, "heun"), x0.to(self.device)
         if isinstance(cond, Tensor) and len(cond) != len(x0):
@@ -216,7 +209,7 @@ class SymmetricalFlowMatching(FlowModule):
     def guided(self, guidance: Guidance) -> Velocity:
         """Return the velocity of images given labels, under guidance, in two-time mode.
 
-        In symmetric mode labels move together with images. There is no such velocity; use `solve`.
+        In symmetric mode labels move with the images, so only `solve` is possible.
         """
         velocity = ImageVelocity(self.joint, self._condition)
         if callable(guidance):
@@ -272,10 +265,7 @@ class SymmetricalFlowMatching(FlowModule):
     ) -> LabeledImages:
         """Draw images and their labels together, both from noise; only in two-time mode.
 
-        Args:
-            num_samples: Number of pairs, at least 1.
-            sampler: The solver; 25 Heun steps by default.
-            seeds: As for `sample`.
+        The sampler (25 Heun steps by default) and the seeds are as for `sample`.
 
         Raises:
             RuntimeError: If the module is in symmetric mode.
@@ -300,32 +290,24 @@ class SymmetricalFlowMatching(FlowModule):
     ) -> Classification:
         """Return class probabilities ``(B, K)`` and uncertainties ``(B,)``; see `posterior`.
 
-        The uncertainty is 1 minus the largest probability.
-
         Raises:
             RuntimeError: If the labels are masks.
         """
         if len(known_shape(self.label_shape)) != 1:
-            raise RuntimeError(
-                "labels must be classes of images to classify, got masks; use segment"
-            )
+            raise RuntimeError("labels must be classes to classify, got masks; use segment")
         probabilities = self.posterior(images, sampler, draws=draws, seeds=seeds)
         return Classification(probabilities, 1 - probabilities.amax(1))
 
     def segment(
         self, images: Tensor, sampler: Sampler = None, draws: int = 1, seeds: Seeds = None
     ) -> Segmentation:
-        """Return the most probable label of each pixel ``(B, H, W)`` and its probability.
-
-        See `posterior` for the arguments.
+        """Return the most probable label of each pixel ``(B, H, W)``, and its probability.
 
         Raises:
             RuntimeError: If the labels are classes of images.
         """
         if len(known_shape(self.label_shape)) == 1:
-            raise RuntimeError(
-                "labels must be masks to segment, got classes of images; use classify"
-            )
+            raise RuntimeError("labels must be masks to segment, got classes; use classify")
         confidence, mask = self.posterior(images, sampler, draws=draws, seeds=seeds).max(1)
         return Segmentation(mask, confidence)
 
@@ -347,8 +329,7 @@ class SymmetricalFlowMatching(FlowModule):
 
         Raises:
             TypeError: If images are not a floating-point tensor.
-            ValueError: If the shape of the images differs from the training images, or if draws is
-                below 1.
+            ValueError: If the images have another shape than in training, or draws is below 1.
         """
         checks.check_at_least(draws, 1, "draws")
         sampler = sampler or ODESampler(1)
@@ -371,10 +352,7 @@ class SymmetricalFlowMatching(FlowModule):
         return self.states.known(images, known_shape(self.sample_shape), weights)
 
     def _condition(self, labels: Cond) -> tuple[Tensor, Tensor]:
-        """Return states of labels, and a boolean row per sample that is True without a label.
-
-        The state of a sample without a label is zero.
-        """
+        """Return states of labels (zero without a label), and True per sample without a label."""
         labels, shape = to_device(labels, self.device), known_shape(self.label_shape)
         y, hidden = self.states.condition(labels, shape, may_hide=self.label_dropout > 0)
         return y.to(self.device), hidden.to(self.device)

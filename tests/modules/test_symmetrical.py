@@ -606,7 +606,7 @@ def test_what_a_mode_cannot_do_is_refused():
         symmetric.generate(torch.tensor([0]), guidance=lambda velocity: velocity)
     with pytest.raises(RuntimeError, match="got masks; use segment"):
         _masks().classify(torch.randn(2, 1, 8, 8))
-    with pytest.raises(RuntimeError, match="got classes of images; use classify"):
+    with pytest.raises(RuntimeError, match="got classes; use classify"):
         _images().segment(torch.randn(2, 1, 8, 8))
     fresh = SymmetricalFlowMatching(_net(), OneHot(3))
     with pytest.raises(RuntimeError, match="label_shape and sample_shape must be known, got None"):

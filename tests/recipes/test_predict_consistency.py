@@ -142,7 +142,7 @@ def test_labels_of_other_classes_are_not_compared(class_run, configure, tmp_path
     options = [f"run={class_run}", f"out={tmp_path / 'out'}", "split=train", "data=folder"]
     options += [f"data.root={tmp_path / 'images'}", "data.image_size=8", "data.channels=1"]
     assert set(predict(configure("predict", *options))["metrics"]) == {"num_samples"}
-    assert "of 3 classes, the run's of 10" in capsys.readouterr().out
+    assert "3 classes, but 10 in the run" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("recipe", [predict, consistency])
