@@ -31,9 +31,9 @@ from flowkit.boss.costs import check_num_steps
 from flowkit.metrics import Features, as_saved, frechet_distance
 from flowkit.provenance import versions
 from flowkit.runs import Run
+from flowkit.runs.drawing import draw, like_test
 from flowkit.runs.grid_plots import Row, plot, table_of
-from flowkit.runs.parts import draw
-from flowkit.runs.starts import FRESH, Starts, like_test
+from flowkit.runs.starts import FRESH, Starts
 from flowkit.sampling import ODESampler
 from flowkit.types import Cond
 from flowkit.velocity import Velocity

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from flowkit.checks import check_at_least
 from flowkit.recipes.evaluate import evaluate
 from flowkit.recipes.train import train
-from flowkit.runs.parts import file_name
+from flowkit.runs.records import file_name
 from flowkit.runs.tables import markdown
 
 Row = dict[str, Any]

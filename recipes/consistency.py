@@ -27,7 +27,7 @@ from flowkit.metrics.labels import segmentation_metrics
 from flowkit.metrics.pictures import colored, save_picture
 from flowkit.modules import SymmetricalFlowMatching
 from flowkit.runs import Run
-from flowkit.runs.parts import draw
+from flowkit.runs.drawing import draw
 from flowkit.runs.records import write_record
 from flowkit.runs.run import symmetrical
 from flowkit.runs.starts import choose_labels, noise_batches

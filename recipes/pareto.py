@@ -42,9 +42,10 @@ from flowkit.metrics import Features, PixelSVC, as_saved, frechet_distance
 from flowkit.modules import FlowModule
 from flowkit.provenance import versions
 from flowkit.runs import Run
+from flowkit.runs.drawing import draw, start
 from flowkit.runs.pareto_plots import Row, plot, short, write_table
-from flowkit.runs.parts import draw, file_name
-from flowkit.runs.starts import choose_labels, start
+from flowkit.runs.records import file_name
+from flowkit.runs.starts import choose_labels
 from flowkit.sampling import ODESampler, seeded_noise
 
 

@@ -36,11 +36,11 @@ from flowkit.metrics import (
 from flowkit.modules.flow import labels_of
 from flowkit.provenance import versions
 from flowkit.runs import Run
+from flowkit.runs.drawing import draw_parts, like_test
 from flowkit.runs.features import cache_folder
-from flowkit.runs.parts import Columns, Parts, draw_parts, hash_of
+from flowkit.runs.parts import Columns, Parts, hash_of
 from flowkit.runs.processes import launch
 from flowkit.runs.report_plots import Row, plot, plot_guidance
-from flowkit.runs.starts import like_test
 from flowkit.runs.tables import markdown
 from flowkit.sampling import ODESampler
 from flowkit.types import Batch, Cond

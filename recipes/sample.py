@@ -20,10 +20,11 @@ from torch import Tensor
 
 from flowkit.metrics.pictures import save_picture
 from flowkit.runs import Run
-from flowkit.runs.parts import Parts, draw_parts, hash_of
+from flowkit.runs.drawing import draw_parts, start
+from flowkit.runs.parts import Parts, hash_of
 from flowkit.runs.processes import launch
 from flowkit.runs.records import write_record
-from flowkit.runs.starts import choose_labels, choose_samples, given_source, start
+from flowkit.runs.starts import choose_labels, choose_samples, given_source
 
 
 def sample(cfg: DictConfig) -> Tensor:

@@ -19,9 +19,8 @@ from flowkit.metrics.pictures import save_picture
 from flowkit.modules import LatentFlowMatching
 from flowkit.modules.condition_grid import condition_grid
 from flowkit.runs import Run
-from flowkit.runs.parts import draw
+from flowkit.runs.drawing import draw, start
 from flowkit.runs.records import write_record
-from flowkit.runs.starts import start
 
 
 def semantic(cfg: DictConfig) -> dict[str, Any]:

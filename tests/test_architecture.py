@@ -31,7 +31,7 @@ def test_library_files_read_in_one_sitting():
     long = {
         str(file.relative_to(ROOT)): lines
         for file in (ROOT / "flowkit").rglob("*.py")
-        if (lines := file.read_text().count("\n")) > 370
+        if (lines := file.read_text().count("\n")) > 400
     }
     assert not long
 

@@ -10,10 +10,16 @@ Source: *Blockwise Flow Matching: Improving Flow Matching Models For Efficient H
 Generation*, 2025 (arXiv 2510.21167).
 """
 
-from flowkit.blockwise.alignment import DINOv2, StoredTokens, alignment_loss, store_tokens
+from flowkit.blockwise.alignment import (
+    DINOv2,
+    Projector,
+    StoredTokens,
+    alignment_loss,
+    store_tokens,
+)
 from flowkit.blockwise.allocation import Allocation, allocate_steps
 from flowkit.blockwise.burden import equal_burden, loss_by_time
-from flowkit.blockwise.dit import BlockwiseDiT
+from flowkit.blockwise.dit import BlockwiseDiT, DiTResidual, DiTStack, DiTTrunk
 from flowkit.blockwise.drift import Drift, feature_drift
 from flowkit.blockwise.flops import (
     Flops,
@@ -28,8 +34,8 @@ from flowkit.blockwise.flops import (
 from flowkit.blockwise.flow import Blockwise
 from flowkit.blockwise.losses import blockwise_loss, draw_segments, residual_loss
 from flowkit.blockwise.masked_encoder import MaskedEncoder, train_masked_encoder
-from flowkit.blockwise.mlp import BlockwiseMLP
-from flowkit.blockwise.parts import Usage, copies
+from flowkit.blockwise.mlp import BlockwiseMLP, MLPResidual, MLPStack, MLPTrunk
+from flowkit.blockwise.parts import PlainStack, Usage, copies
 
 __all__ = [
     "Allocation",
@@ -37,9 +43,17 @@ __all__ = [
     "BlockwiseDiT",
     "BlockwiseMLP",
     "DINOv2",
+    "DiTResidual",
+    "DiTStack",
+    "DiTTrunk",
     "Drift",
     "Flops",
+    "MLPResidual",
+    "MLPStack",
+    "MLPTrunk",
     "MaskedEncoder",
+    "PlainStack",
+    "Projector",
     "StoredTokens",
     "Usage",
     "alignment_loss",

@@ -34,3 +34,12 @@ def write_record(record: dict[str, Any], files: list[Path]) -> None:
 def _timeless(text: str) -> str:
     """Remove all seconds from the text of a record."""
     return re.sub(r'"seconds": [\d.]+', "", text)
+
+
+def file_name(name: str) -> str:
+    """Return a name for a file: all characters but letters, digits and ``-_.`` become ``-``.
+
+    >>> file_name("W-CFM 0.5")
+    'W-CFM-0.5'
+    """
+    return "".join(c if c.isalnum() or c in "-_." else "-" for c in name)

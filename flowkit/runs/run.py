@@ -1,6 +1,6 @@
 """`Run`: a run folder with its module, data, guidance, sampler, starts and records."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from flowkit.sampling import ODESampler
 from flowkit.velocity import Velocity
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Run:
     """Output of ``flowkit train``, loaded to sample from.
 
@@ -38,8 +38,8 @@ class Run:
     """
 
     folder: Path
-    config: dict[str, Any]
-    module: FlowModule
+    config: dict[str, Any] = field(repr=False)
+    module: FlowModule = field(repr=False)
     guidance: Guidance = None
 
     @classmethod
@@ -137,7 +137,7 @@ class Run:
 
         Guidance 1 is recorded as None.
         """
-        guidance = None if self.guidance == 1 else self.guidance
+        guidance = None if self.guidance == 1 else _recorded(self.guidance)
         return {"model_hash": self.weights["hash"], "method": method, "guidance": guidance}
 
     def describe(self, sampler: ODESampler) -> dict[str, Any]:
@@ -147,7 +147,7 @@ class Run:
             "grid": sampler.times.tolist(),
             "rtol": sampler.rtol,
             "atol": sampler.atol,
-            "guidance": self.guidance,
+            "guidance": _recorded(self.guidance),
         }
 
     def record(self, sampling: dict[str, Any], **parts: Any) -> dict[str, Any]:
@@ -206,6 +206,11 @@ class Run:
         x0, cond = self.starts(seed)(0, 128)
         grid = grids.blockwise(flow.edges, 8)
         return feature_drift(flow, x0, grid, cond, velocity=self.velocity)
+
+
+def _recorded(guidance: Guidance) -> float | str | None:
+    """Return guidance as a record can hold it: a wrapper of velocities by its description."""
+    return repr(guidance) if callable(guidance) else guidance
 
 
 def saved_grid(num_steps: int, folder: str) -> Tensor | None:

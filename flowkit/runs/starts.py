@@ -3,20 +3,15 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from omegaconf import DictConfig
 from torch import Tensor
 
-from flowkit.checks import check_at_least
 from flowkit.data import SplitData
-from flowkit.modules.flow import brings_start, labels_of
+from flowkit.modules.flow import labels_of
 from flowkit.sampling import seeded_noise
-from flowkit.types import Batch, Cond, take, to_device
-
-if TYPE_CHECKING:
-    from flowkit.runs.run import Run
+from flowkit.types import Batch, Cond, to_device
 
 FRESH = 1_000_000  # from this number on, no start is used to train or to choose
 
@@ -109,28 +104,6 @@ def given_source(batch: Batch, data: SplitData) -> Tensor | None:
     return None if data.x0_is_noise else batch.get("x0")
 
 
-def start(
-    run: "Run", cfg: DictConfig, num_samples: int, x0: Tensor | None = None
-) -> tuple[Sequence[Tensor], dict[str, Any]]:
-    """Cut source samples into batches: given samples, or noise of seeds ``cfg.seed, …``.
-
-    Returns:
-        The batches, of one size except for the last, and a record of their origin.
-
-    Raises:
-        RuntimeError: If the run has not seen a batch.
-        ValueError: If ``num_samples`` or ``batch_size`` is below 1.
-    """
-    for name, number in (("num_samples", num_samples), ("batch_size", cfg.batch_size)):
-        check_at_least(number, 1, name)
-    shape, record = run.sample_shape, {"num_samples": num_samples, "batch_size": cfg.batch_size}
-    if x0 is not None:
-        return list(x0.split(cfg.batch_size)), {**record, "source": "test split", "seeds": None}
-    seeds = range(cfg.seed, cfg.seed + num_samples)
-    batches = noise_batches(shape, seeds, cfg.batch_size)
-    return batches, {**record, "source": "noise", "seeds": [seeds.start, seeds.stop]}
-
-
 def noise_batches(shape: tuple[int, ...], seeds: range, batch_size: int) -> Sequence[Tensor]:
     """Return noise of consecutive seeds in batches; the noise of a seed is equal in any batch."""
     return _Noise(shape, seeds, batch_size)
@@ -152,41 +125,3 @@ class _Noise(Sequence[Tensor]):
             raise IndexError(number)
         first = number * self.batch_size
         return seeded_noise(self.shape, self.seeds[first : first + self.batch_size])
-
-
-def like_test(run: "Run", cfg: DictConfig) -> tuple[Sequence[Tensor], Cond, dict[str, Any], str]:
-    """Return starts for samples that are compared with the test split.
-
-    Returns:
-        Batches of source samples, conditions of all samples, a record of the source samples, and
-        the choice of conditions in words.
-    """
-    data, test = run.data, run.data.test[:]
-    rows, chosen = _rows_like(test, data, cfg.num_samples)
-    given = given_source(test, data)
-    x0, source = start(run, cfg, len(rows), None if given is None else given[rows])
-    return x0, take(test.get("cond"), rows), source, chosen
-
-
-def _rows_like(test: Batch, data: SplitData, num_samples: int) -> tuple[Tensor, str]:
-    """Return rows of the test split that give conditions (and starts), and the choice in words."""
-    if brings_start(test, data):
-        return torch.arange(min(num_samples, len(test["x1"]))), "of the test split"
-    labels = labels_of(test, data.num_classes)
-    if labels is None:  # then only the number of rows counts
-        labels = torch.zeros(len(test["x1"]))
-    return proportional_rows(labels, num_samples), "labels in the proportions of the test split"
-
-
-def proportional_rows(labels: Tensor, num_samples: int) -> Tensor:
-    """Return ``num_samples`` rows of ``labels (N,)`` in the proportions of ``labels``.
-
-    Proportions are exact to within one sample. Between sets of different proportions a distance
-    would also measure the difference in proportions.
-
-    >>> labels = torch.tensor([1, 0, 0, 0])
-    >>> labels[proportional_rows(labels, 8)]
-    tensor([0, 0, 0, 0, 0, 0, 1, 1])
-    """
-    places = (torch.arange(num_samples, dtype=torch.float64) + 0.5) * len(labels) / num_samples
-    return labels.argsort(stable=True)[places.long()]

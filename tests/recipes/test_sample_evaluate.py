@@ -19,8 +19,9 @@ from flowkit.recipes.evaluate import evaluate, picture_rows
 from flowkit.recipes.sample import sample
 from flowkit.recipes.train import train
 from flowkit.runs import Run, features_for
-from flowkit.runs.parts import Parts, draw_parts
-from flowkit.runs.starts import choose_labels, proportional_rows
+from flowkit.runs.drawing import draw_parts, proportional_rows
+from flowkit.runs.parts import Parts
+from flowkit.runs.starts import choose_labels
 from flowkit.sampling import ODESampler
 from tests.recipes.conftest import TINY
 
