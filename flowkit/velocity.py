@@ -76,7 +76,7 @@ class BoundVelocity:
 
     @property
     def follows_steps(self) -> bool:
-        """Whether the velocity wants to know each step."""
+        """True if the velocity follows the steps of the solve."""
         return self._begin_step is not None
 
     def begin_step(self, t_left: float, t_right: float) -> None:
