@@ -23,7 +23,7 @@ TAKE_A_VALUE = (*CONFIG_DIR, "--config-path", "-cp", "--config-name", "-cn")  # 
 # Commands and options of earlier versions, and their replacement.
 FORMER = {
     "sweep": "flowkit report run=<folder> guidance=[1,1.5,2]",
-    "edit mask": "region=<picture>, the inverted mask: white pixels may change, black pixels stay",
+    "edit mask": "region=<picture>: white pixels may change (mask= had the opposite meaning)",
 }
 
 

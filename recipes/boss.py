@@ -1,11 +1,12 @@
 """Find the best grid of times for a sampler with few steps (BOSS).
 
-flowkit boss run=runs/digits num_steps=8
-flowkit boss run=runs/digits num_steps=8 metric=classifier       with Fréchet distances
+flowkit boss run=runs/quickstart num_steps=8
+flowkit boss run=runs/quickstart num_steps=8 metric=classifier       with Fréchet distances
 
 Then sample with the grid:
 
-flowkit sample run=runs/digits sampler=from_file sampler.grid.file=runs/digits/boss/grid.json
+flowkit sample run=runs/quickstart sampler=from_file \\
+  sampler.grid.file=runs/quickstart/boss/grid.json
 """
 
 from collections.abc import Callable

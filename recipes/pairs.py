@@ -1,12 +1,12 @@
 """Make pairs of noise and sample, or segments of trajectories, for straightening.
 
-flowkit pairs run=runs/digits out=pairs/reflow                                  pairs, for reflow
-flowkit pairs run=runs/digits out=pairs/boss grid=runs/digits/boss/grid.json    segments
-flowkit pairs run=runs/digits out=pairs/both grid=[4,8]                         ... of two grids
+flowkit pairs run=runs/quickstart out=pairs/reflow             pairs, for reflow
+flowkit pairs run=runs/quickstart out=pairs/both grid=[4,8]    segments of two grids
+flowkit pairs run=runs/quickstart out=pairs/boss grid=runs/quickstart/boss/grid.json
 
 Then train on the pairs, and sample with their grid, which is copied to their folder:
 
-flowkit train module=straightening module.start=runs/digits data=pairs data.root=pairs/boss
+flowkit train module=straightening module.start=runs/quickstart data=pairs data.root=pairs/boss
 flowkit sample run=... sampler=from_file sampler.grid.file=pairs/boss/grid-8.json
 """
 

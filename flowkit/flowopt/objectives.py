@@ -64,7 +64,10 @@ def choose(y: Tensor, mask: Tensor | None, operator: LinearOperator | None) -> "
     check_between(high, 0, 1, "mask")
     kept = 1 - mask
     if not bool(kept.flatten(1).any(1).all()):
-        raise ValueError("mask must be below 1 somewhere in every sample, got 1 throughout")
+        raise ValueError(
+            "mask must be below 1 somewhere in every sample, got 1 everywhere; leave out a mask "
+            "(or region) that frees the whole image"
+        )
     return _Matching(y, kept)
 
 

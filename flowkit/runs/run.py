@@ -30,6 +30,12 @@ from flowkit.velocity import Velocity
 class Run:
     """Output of ``flowkit train``, loaded to sample from.
 
+    An example::
+
+        run = Run.load("runs/quickstart")
+        images = run.module.sample(4, cond=torch.tensor([3, 3, 8, 8]), guidance=run.guidance)
+        print(run.classes, run.weights, len(run.data.test))
+
     Attributes:
         folder: The run folder.
         config: The resolved configuration of the training.

@@ -183,6 +183,8 @@ def test_commands_compose(page, monkeypatch):
                 check_extras(words, where)
             elif words[:2] == ["jupyter", "lab"]:
                 assert all((ROOT / path).exists() for path in words[2:]), where
+            elif words[0] == "source":
+                assert words[1] == ".venv/bin/activate", where  # of the environment that make makes
             elif words[0] == "python":
                 assert any(other.file == words[1] for other in blocks(page)), where
             else:

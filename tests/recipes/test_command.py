@@ -242,8 +242,8 @@ def test_the_users_own_files_come_from_a_folder(tmp_path):
 @pytest.mark.parametrize(
     ("recipe", "option", "now"),
     [
-        ("edit", "mask=m.png", r"mask must be given as region=<picture>, the inverted mask"),
-        ("edit", "+mask=m.png", r"black pixels stay, got \+mask=m.png"),
+        ("edit", "mask=m.png", r"mask must be given as region=<picture>: white pixels may change"),
+        ("edit", "+mask=m.png", r"opposite meaning\), got \+mask=m.png"),
     ],
 )
 def test_options_of_earlier_versions_are_refused_with_the_fix(recipe, option, now):
