@@ -45,4 +45,4 @@ def changed_functions(base: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    print(*changed_functions(sys.argv[1]), sep="\n")
+    sys.stdout.write("\n".join(changed_functions(sys.argv[1])))
