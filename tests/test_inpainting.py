@@ -89,39 +89,15 @@ def test_condition_has_a_gray_hole_and_a_signed_mask():
     assert torch.equal(inpainting_cond(Identity(), hidden, mask)["masked"], cond["masked"])
 
 
-def tiny_autoencoder(image, multipliers):
-    return KLAutoencoder(autoencoder_kl(image, width=8, multipliers=multipliers))
-
-
-def test_condition_on_latents_is_scaled_and_a_cell_is_a_hole_if_a_pixel_is():
-    autoencoder = tiny_autoencoder((1, 8, 8), (1, 2))
+def test_condition_on_latents_is_scaled_and_its_mask_resized_to_the_nearest():
+    autoencoder = KLAutoencoder(autoencoder_kl((1, 8, 8), width=8, multipliers=(1, 2)))
     images = torch.rand(4, 1, 8, 8) * 2 - 1
     autoencoder.fit_scale(images)
     mask = RandomMasks()(4, (8, 8), seeded())
     cond = inpainting_cond(autoencoder, images, mask)
     raw = autoencoder.vae.encode(images * (1 - mask)).latent_dist.mean
     torch.testing.assert_close(cond["masked"], (raw - autoencoder.mean) / autoencoder.std)
-    touched = mask.unflatten(3, (4, 2)).unflatten(2, (4, 2)).amax((3, 5))
-    assert torch.equal(cond["mask"], 2 * touched - 1)
-    published = inpainting_cond(autoencoder, images, mask, "nearest")
-    assert torch.equal(published["mask"], 2 * mask[..., ::2, ::2] - 1)
-    assert (touched > mask[..., ::2, ::2]).any(), "both ways differ here"
-    with pytest.raises(ValueError, match="resize must be one of max, nearest, got 'mean'"):
-        inpainting_cond(autoencoder, images, mask, "mean")
-
-
-@pytest.mark.parametrize(("side", "levels", "least"), [(64, 4, 0.3), (30, 3, 0.25)])
-def test_no_pixel_of_a_hole_is_told_to_be_known(side, levels, least):
-    """Of the nearest pixels' masks, a third of the hole's pixels are (.36 of 1000 at 64 pixels)."""
-    autoencoder, factor = tiny_autoencoder((1, side, side), (1,) * levels), 2 ** (levels - 1)
-    mask = RandomMasks()(64, (side, side), seeded())
-    told = {}
-    for resize in ("max", "nearest"):
-        cells = inpainting_cond(autoencoder, mask, mask, resize)["mask"]
-        pixels = cells.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
-        told[resize] = (pixels[..., :side, :side] < 0)[mask > 0].float().mean().item()
-    assert told["max"] == 0
-    assert told["nearest"] > least
+    assert torch.equal(cond["mask"], 2 * mask[..., ::2, ::2] - 1)
 
 
 def test_condition_of_a_padded_image_keeps_its_place():
@@ -129,12 +105,8 @@ def test_condition_of_a_padded_image_keeps_its_place():
     autoencoder = KLAutoencoder(autoencoder_kl((1, 7, 7), width=8, multipliers=(1, 1, 1)))
     mask = torch.zeros(1, 1, 7, 7)
     mask[..., 4:, :4] = 1
-    for resize in ("max", "nearest"):
-        cond = inpainting_cond(autoencoder, torch.zeros(1, 1, 7, 7), mask, resize)
-        assert cond["mask"][0, 0].tolist() == [[-1, -1], [1, -1]]
-    mask[..., 3:, :4] = 1  # one row more touches the cells above
     cond = inpainting_cond(autoencoder, torch.zeros(1, 1, 7, 7), mask)
-    assert cond["mask"][0, 0].tolist() == [[1, -1], [1, -1]]
+    assert cond["mask"][0, 0].tolist() == [[-1, -1], [1, -1]]
 
 
 def test_known_pixels_are_exact():

@@ -167,12 +167,11 @@ class Straightening(FlowModule, frozen=("teacher",)):
         if x0 is None:
             size = (len(batch["x1"]), *cast(tuple, teacher.sample_shape))
             x0 = torch.randn(size, device=self.device, generator=generator)
-        x0 = teacher.as_state(x0)
         velocity, grid = teacher.guided(self.guidance), 1 if self.grid is None else self.grid
         made = segments(velocity, x0, self.fine_steps, grid, batch.get("cond"))
         if self.grid is None:
             made = cast(Batch, {k: v for k, v in made.items() if k not in ("t0", "t1")})
-        return cast(Batch, made | {end: self.as_state(made[end]) for end in ("x0", "x1")})
+        return made
 
 
 def _at_start(

@@ -228,7 +228,7 @@ def test_constructor_errors():
         DiT.from_name("DiT-S/8", (1, 28, 28))
     with pytest.raises(ValueError, match="heads must divide the width 32, got 5"):
         DiT(SHAPE, width=32, heads=5)
-    with pytest.raises(ValueError, match="width must be a positive multiple of 4, got 30"):
+    with pytest.raises(ValueError, match="width must be a multiple of 4, got 30"):
         DiT(SHAPE, width=30, heads=5)
     with pytest.raises(ValueError, match=r"shape must be \(C, H, W\), got \(2,\)"):
         DiT((2,))
