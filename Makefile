@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Tests in as many processes as there are cores, but no more than memory is sure to hold.
 PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 
-.PHONY: quickstart test check bench docs clean
+.PHONY: quickstart test check bench mutants docs clean
 
 .venv/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -32,6 +32,14 @@ bench: .venv/.installed
 	@# A dependency of torchcfm that nothing here needs: built for another torch, it breaks imports.
 	$(BIN)/pip uninstall --quiet --yes torchvision
 	$(BIN)/python -m pytest tests/benchmarks --benchmark-only -s
+
+# One-line changes of the code that the tests must notice. By default in the functions changed since
+# BASE; `make mutants BASE=` is all of them, about an hour.
+BASE ?= origin/main
+mutants: .venv/.installed
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[mutants]'
+	OMP_NUM_THREADS=1 $(BIN)/mutmut run $(if $(BASE),$$($(BIN)/python tests/changed_functions.py $(BASE)))
+	$(BIN)/mutmut results
 
 docs: .venv/.installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

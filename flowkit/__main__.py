@@ -74,8 +74,7 @@ def main() -> None:
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(explained(name))
         return
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # so that a _target_ may name a user's own class
+    sys.path.insert(0, os.getcwd())  # so that a _target_ may name a user's own class
     with ErrorInALine():
         check_former(name, sys.argv[1:])
         check_overrides(sys.argv[1:])

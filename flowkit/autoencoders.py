@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from flowkit.checks import check_at_least, check_finite
 from flowkit.nn.frozen import Frozen
 from flowkit.paths import noise_like
-from flowkit.provenance import content_hash, located
+from flowkit.provenance import content_hash
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL  # type: ignore[attr-defined]
@@ -137,23 +137,23 @@ class KLAutoencoder(Frozen, frozen=("vae",)):
         """Read an autoencoder that `save_pretrained` or diffusers wrote.
 
         Args:
-            path: A folder, or ``hub:owner/name`` for a model of the Hugging Face hub.
+            path: A folder, or the name of a model on the Hugging Face hub.
             image_shape: See the class.
             **options: Other arguments of diffusers' ``from_pretrained``, e.g. ``subfolder="vae"``.
 
         Raises:
             ImportError: If diffusers is not installed.
-            OSError: If there is no such folder, or it holds no ``AutoencoderKL``.
+            OSError: If ``path`` holds no ``AutoencoderKL``.
         """
         from diffusers import AutoencoderKL  # type: ignore[attr-defined]
 
-        place, on_hub = located(path, "path")
-        if not on_hub:
-            options["local_files_only"] = True
         try:
-            vae = AutoencoderKL.from_pretrained(place, **options)
+            vae = AutoencoderKL.from_pretrained(str(path), **options)
         except OSError as error:
-            raise OSError(f"path must hold an AutoencoderKL, got {path}: {error}") from error
+            raise OSError(
+                "path must be a folder with an AutoencoderKL, or the name of one on the hub, got "
+                f"{path}; a relative path counts from {Path.cwd()}"
+            ) from error
         return cls(vae, image_shape)
 
     def save_pretrained(self, folder: str | Path) -> None:

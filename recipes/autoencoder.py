@@ -33,7 +33,6 @@ from flowkit.modules.callbacks import StepProgress, StopOnInterrupt
 from flowkit.modules.checkpoints import CHECKPOINT, CONFIG, UNRESOLVED
 from flowkit.provenance import versions
 from flowkit.runs.processes import quiet
-from flowkit.runs.records import composed, recorded
 from flowkit.runs.resuming import find_checkpoint, resumed, unfinished
 from flowkit.runs.splits import prepared
 
@@ -42,7 +41,7 @@ def autoencoder(cfg: DictConfig) -> KLAutoencoder:
     """Train as configured; write the network with its scale, ``metrics.json`` and a picture."""
     quiet()
     began, folder = time.perf_counter(), Path(cfg.run_dir)
-    unresolved = composed(cfg)  # now, since building parts resolves their references
+    composed = OmegaConf.to_yaml(cfg)  # now, since building parts resolves their references
     checkpoint = None if cfg.resume is None else find_checkpoint(Path(cfg.resume))
     if checkpoint is not None:
         unfinished(checkpoint, cfg.trainer.max_steps)
@@ -60,8 +59,8 @@ def autoencoder(cfg: DictConfig) -> KLAutoencoder:
         instantiate(cfg.lr_scheduler),
     )
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG).write_text(OmegaConf.to_yaml(recorded(cfg)))
-    (folder / UNRESOLVED).write_text(unresolved)
+    (folder / CONFIG).write_text(OmegaConf.to_yaml(cfg, resolve=True))
+    (folder / UNRESOLVED).write_text(composed)
     parameters = sum(p.numel() for p in vae.parameters())
     print(f"model     {type(vae).__name__}, {parameters:,} parameters, images {data.shape}")
     _fit(cfg, module, data, folder, checkpoint)

@@ -50,7 +50,7 @@ def boss(cfg: DictConfig) -> dict[str, Any]:
     Returns:
         The provenance of the grid with all scores.
     """
-    run = Run.load(cfg.run, cfg.weights, cfg.device, cfg.guidance, cfg.trust)
+    run = Run.load(cfg.run, cfg.weights, cfg.device, cfg.guidance)
     out = Path(cfg.out) if cfg.out else run.folder / "boss"
     velocity, starts = run.velocity, run.starts(cfg.seed)
     budgets = sorted({*cfg.budgets, cfg.num_steps})

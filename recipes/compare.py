@@ -26,7 +26,6 @@ from omegaconf import DictConfig, open_dict
 from tqdm import tqdm
 
 from flowkit.checks import check_at_least
-from flowkit.provenance import read_json
 from flowkit.recipes.evaluate import evaluate
 from flowkit.recipes.train import train
 from flowkit.runs.records import file_name
@@ -70,7 +69,7 @@ def run_cell(folder: Path, train_with: list[str], evaluate_with: list[str]) -> d
         The numbers of the evaluation, and the ``seconds`` of training.
     """
     record = folder / "cell.json"
-    done = read_json(record) if record.is_file() else {}
+    done = json.loads(record.read_text()) if record.is_file() else {}
     with redirect_stdout(io.StringIO()):
         if done.get("train") != train_with:
             shutil.rmtree(folder, ignore_errors=True)

@@ -17,7 +17,7 @@ from typing import Any
 
 import hydra
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from tqdm import tqdm
 
@@ -29,7 +29,7 @@ from flowkit.modules.flow import labels_of
 from flowkit.paths import Linear
 from flowkit.provenance import versions
 from flowkit.runs.editing import RunFlow
-from flowkit.runs.records import recorded, write_record
+from flowkit.runs.records import write_record
 from flowkit.runs.tables import markdown
 from flowkit.sampling import ODESampler, seeded_noise
 
@@ -47,7 +47,7 @@ def compare_edits(cfg: DictConfig) -> dict[str, Any]:
     record = {
         "inversions": inversions,
         "edits": edits,
-        "settings": recorded(cfg),
+        "settings": OmegaConf.to_container(cfg, resolve=True),
         "weights": model.record(),
         "versions": versions(),
     }

@@ -40,7 +40,7 @@ def consistency(cfg: DictConfig) -> dict[str, Any]:
     """Measure as configured; write ``consistency.json`` and pictures."""
     check_at_least(cfg.num_samples, 1, "num_samples")
     check_at_least(cfg.batch_size, 1, "batch_size")
-    run = Run.load(cfg.run, cfg.weights, cfg.device, cfg.guidance, cfg.trust)
+    run = Run.load(cfg.run, cfg.weights, cfg.device, cfg.guidance)
     out = Path(cfg.out) if cfg.out else run.folder / "consistency"
     module, data, sampler = symmetrical(run), run.data, run.sampler(cfg.sampler)
     test = data.test[: cfg.num_samples]

@@ -2,7 +2,7 @@
 
 flowkit encode data=fashion_mnist autoencoder.path=runs/autoencoder out=latents/fashion
 flowkit encode data=folder data.root=photos data.image_size=256 out=latents/photos \
-    autoencoder.path=hub:stabilityai/sd-vae-ft-mse
+    autoencoder.path=stabilityai/sd-vae-ft-mse
 
 The same command continues a stopped call. Then train on the latents:
 
@@ -11,15 +11,14 @@ flowkit train data=latents data.root=latents/fashion
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import hydra
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from flowkit.data.cache import SPLITS, write_cache
-from flowkit.runs.records import recorded
 from flowkit.runs.splits import prepared
 
 
@@ -27,7 +26,7 @@ def encode(cfg: DictConfig) -> dict[str, Any]:
     """Encode as configured; write the cache of latents and return its index."""
     data = prepared(instantiate(cfg.data))
     autoencoder = instantiate(cfg.autoencoder).to(cfg.device)
-    source = recorded(cfg.data)
+    source = cast(dict[str, Any], OmegaConf.to_container(cfg.data, resolve=True))
     total = sum(len(data.split(name)) for name in SPLITS)
     with tqdm(total=total, desc="encoding", unit=" images", disable=None) as bar:
         index = write_cache(

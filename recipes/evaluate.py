@@ -57,7 +57,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         The record; it is empty on all processes but the first.
     """
     fabric = launch(cfg)
-    run = Run.load(cfg.run, cfg.weights, fabric.device, cfg.guidance, cfg.trust)
+    run = Run.load(cfg.run, cfg.weights, fabric.device, cfg.guidance)
     run.reuse_features(cfg.feature_mode, cfg.tolerance, cfg.seed)
     sampler, out = run.sampler(cfg.sampler), Path(cfg.out or cfg.run)
     if len(run.data.shape) == 3:

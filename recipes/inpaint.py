@@ -27,7 +27,7 @@ def inpaint(cfg: DictConfig) -> Tensor:
     check_at_least(cfg.num_images, 1, "num_images")
     labeled = cfg.labels or cfg.guidance is not None
     # Without labels guidance has no effect, so the scale of the run is not used.
-    run = Run.load(cfg.run, cfg.weights, cfg.device, cfg.guidance if labeled else 1, cfg.trust)
+    run = Run.load(cfg.run, cfg.weights, cfg.device, cfg.guidance if labeled else 1)
     module = run.module
     if not isinstance(module, LatentFlowMatching) or module.masks is None:
         raise TypeError(

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from flowkit import grids
 from flowkit.boss import segments
 from flowkit.data.pairs import FORMAT, FORMAT_VERSION, RECORD, to_columns
-from flowkit.provenance import read_json, versions, write_atomically
+from flowkit.provenance import versions, write_atomically
 from flowkit.runs import Run
 from flowkit.types import Cond
 from flowkit.velocity import Velocity
@@ -37,7 +37,7 @@ def pairs(cfg: DictConfig) -> Path:
     """
     from safetensors.torch import save_file
 
-    run, out = Run.load(cfg.run, cfg.weights, cfg.device, cfg.guidance, cfg.trust), Path(cfg.out)
+    run, out = Run.load(cfg.run, cfg.weights, cfg.device, cfg.guidance), Path(cfg.out)
     velocity, starts, made_with = run.velocity, run.starts(cfg.seed), run.made_with("euler")
     wanted = read_grids(cfg.grid, made_with)
     record = {
@@ -134,7 +134,7 @@ def _begin(out: Path, record: dict[str, Any], wanted: list[Tensor]) -> None:
     """
     file = out / RECORD
     if file.is_file():
-        there = read_json(file)
+        there = json.loads(file.read_text())
         for name, value in {**record, **record["provenance"]}.items():
             stored = {**there, **there.get("provenance", {})}.get(name)
             if name not in ("provenance", "versions") and stored != value:

@@ -78,7 +78,7 @@ def pareto(cfg: DictConfig) -> list[Row]:
     measure, rows, timed = None, [], []
     for name, runs in groups.items():
         for folder in runs:
-            run = Run.load(folder, cfg.weights, cfg.device, cfg.guidance, cfg.trust)
+            run = Run.load(folder, cfg.weights, cfg.device, cfg.guidance)
             measure = measure or Measure(cfg, run.data)  # the data of the first run
             held_out = measure.held_out_loss(run.module)
             for point in points(cfg, name, run):

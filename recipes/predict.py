@@ -41,7 +41,7 @@ def predict(cfg: DictConfig) -> dict[str, Any]:
     classes, or ``labels (N, H, W)`` and ``confidence (N, H, W)`` of masks.
     """
     check_at_least(cfg.batch_size, 1, "batch_size")
-    run = Run.load(cfg.run, cfg.weights, cfg.device, 1, cfg.trust)
+    run = Run.load(cfg.run, cfg.weights, cfg.device, guidance=1)
     out = Path(cfg.out) if cfg.out else run.folder / "predicted"
     module, sampler = symmetrical(run), run.sampler(cfg.sampler)
     data = run.data if cfg.data is None else prepared(instantiate(cfg.data), "test")

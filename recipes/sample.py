@@ -34,7 +34,7 @@ def sample(cfg: DictConfig) -> Tensor:
         The samples; the tensor is empty on all processes but the first.
     """
     fabric = launch(cfg)
-    run = Run.load(cfg.run, cfg.weights, fabric.device, cfg.guidance, cfg.trust)
+    run = Run.load(cfg.run, cfg.weights, fabric.device, cfg.guidance)
     run.reuse_features(cfg.feature_mode, cfg.tolerance, cfg.seed)
     sampler = run.sampler(cfg.sampler)
     chosen = "all classes in turn" if cfg.labels is None else "the labels asked for, in turn"

@@ -33,9 +33,7 @@ from flowkit.modules.checkpoints import (
 )
 from flowkit.modules.flow import brings_start
 from flowkit.modules.sharding import even_validation, shard_if_asked
-from flowkit.modules.trust import check, trusting
 from flowkit.runs.processes import quiet, say
-from flowkit.runs.records import composed, recorded
 from flowkit.runs.resuming import find_checkpoint, resumed, unfinished
 from flowkit.runs.splits import prepared
 from flowkit.symmetrical import LabelStates
@@ -54,15 +52,9 @@ for name, resolver in RESOLVERS.items():
 
 def train(cfg: DictConfig) -> FlowModule:
     """Train as configured; write a run folder for `load_run` and the other recipes."""
-    with trusting(cfg.trust):  # also when the module loads the run in `start`
-        return _train(cfg)
-
-
-def _train(cfg: DictConfig) -> FlowModule:
-    """Train as configured, with the trust of the user."""
     quiet()
     _follow_start(cfg)
-    unresolved = composed(cfg)  # now, since building parts resolves their references
+    composed = OmegaConf.to_yaml(cfg)  # now, since building parts resolves their references
     folder = Path(cfg.run_dir)
     checkpoint = _requeued(folder) if cfg.resume is None else find_checkpoint(Path(cfg.resume))
     state = None if checkpoint is None else unfinished(checkpoint, cfg.trainer.max_steps)
@@ -89,7 +81,7 @@ def _train(cfg: DictConfig) -> FlowModule:
     shard_if_asked(module, trainer)
     even_validation(trainer, len(data.val), data.batch_size)
     if trainer.is_global_zero:
-        _write(folder, {CONFIG: OmegaConf.to_yaml(recorded(cfg)), UNRESOLVED: unresolved})
+        _write(folder, {CONFIG: OmegaConf.to_yaml(cfg, resolve=True), UNRESOLVED: composed})
     trainer.fit(module, data, ckpt_path=checkpoint, weights_only=checkpoint and True)
     say(f"run       {folder}")
     return module
@@ -114,7 +106,6 @@ def _follow_start(cfg: DictConfig) -> None:
     student = cfg.module._target_.endswith(".Straightening")
     if student and (start := cfg.module.get("start")) is not None:
         taught = read_config(start)["module"]
-        check(taught, f"module of {start}")
         cfg.model, cfg.autoencoder = taught["velocity"], taught["autoencoder"]
 
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flowkit.provenance import located, write_atomically
+from flowkit.provenance import write_atomically
 
 FORMAT = "flowkit-tokens-1"
 
@@ -191,13 +191,11 @@ class DINOv2(nn.Module):
     to three channels.
 
     Args:
-        model: A ``Dinov2Model``, or the folder of one, or ``hub:owner/name`` for one of the
-            Hugging Face hub.
+        model: A ``Dinov2Model``, or the name or folder of such a model.
         size: Side of the resized images in pixels, a multiple of the network's patch.
 
     Raises:
-        ImportError: If ``model`` is a place and the transformers library is not installed.
-        FileNotFoundError: If ``model`` is a folder that does not exist.
+        ImportError: If ``model`` is a name and the transformers library is not installed.
 
     Source: Oquab et al., *DINOv2*, 2023 (arXiv 2304.07193).
     """
@@ -205,7 +203,7 @@ class DINOv2(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, model: Any = "hub:facebook/dinov2-base", size: int = 224) -> None:
+    def __init__(self, model: Any = "facebook/dinov2-base", size: int = 224) -> None:
         super().__init__()
         if isinstance(model, str | Path):
             try:
@@ -215,10 +213,7 @@ class DINOv2(nn.Module):
                     f"transformers must be installed to load {model}; "
                     "pip install 'flowkit-fm[dinov2]'"
                 ) from error
-            place, on_hub = located(model, "model")
-            # The file of the model may name an attention whose code transformers would download.
-            plain = {"trust_remote_code": False, "attn_implementation": "sdpa"}
-            model = AutoModel.from_pretrained(place, local_files_only=not on_hub, **plain)
+            model = AutoModel.from_pretrained(model)
         self.model, self.size = model.eval().requires_grad_(False), size
         for name, values in {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}.items():
             self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)

@@ -1,5 +1,6 @@
 """Models for the editing recipes: runs and diffusers pipelines with one interface."""
 
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from flowkit.adapters import DiffusersPipelineFlow
 from flowkit.autoencoders import mean_latents
-from flowkit.provenance import read_json, tensor_hash
+from flowkit.provenance import tensor_hash
 from flowkit.runs.run import Run
 from flowkit.sampling import ODESampler
 from flowkit.types import Cond
@@ -48,7 +49,7 @@ class RunFlow:
         Raises:
             ValueError: If the data of the run are not images.
         """
-        flow = cls(Run.load(cfg.run, cfg.weights, cfg.device, trust=cfg.trust))
+        flow = cls(Run.load(cfg.run, cfg.weights, cfg.device))
         if len(flow.image_shape) != 3:
             shape = flow.run.config["shape"]
             raise ValueError(f"run must be a run of images, got data of shape {shape}")
@@ -150,7 +151,7 @@ class PipelineFlow(DiffusersPipelineFlow):
                 f"pipeline must be a folder written by save_pretrained, got {cfg.pipeline}"
             )
         # diffusers needs the names of the encoders that the saved pipeline does not contain.
-        absent = {k: None for k, v in read_json(index).items() if v == [None, None]}
+        absent = {k: None for k, v in json.loads(index.read_text()).items() if v == [None, None]}
         pipeline = DiffusionPipeline.from_pretrained(
             cfg.pipeline, torch_dtype=getattr(torch, cfg.dtype), local_files_only=True, **absent
         )

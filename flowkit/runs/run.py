@@ -1,6 +1,5 @@
 """`Run`: a run folder with its module, data, guidance, sampler, starts and records."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -42,14 +41,12 @@ class Run:
         config: The resolved configuration of the training.
         module: The module, in ``eval`` mode.
         guidance: A guidance scale, a wrapper of velocities, or None for no guidance.
-        trust: Names of classes that the configuration may name beside those that flowkit lists.
     """
 
     folder: Path
     config: dict[str, Any] = field(repr=False)
     module: FlowModule = field(repr=False)
     guidance: Guidance = None
-    trust: Sequence[str] = field(default=(), repr=False)
 
     @classmethod
     def load(
@@ -58,7 +55,6 @@ class Run:
         weights: str = "averaged",
         device: str | torch.device = "cpu",
         guidance: Guidance = None,
-        trust: Sequence[str] = (),
     ) -> "Run":
         """Load a run folder.
 
@@ -68,24 +64,22 @@ class Run:
             device: Device of the module.
             guidance: A scale or a wrapper of velocities. None takes the scale of the run's
                 configuration, 1 is no guidance.
-            trust: Dotted names of your own classes in the run; see `flowkit.modules.load_run`.
 
         Raises:
             FileNotFoundError: If the folder is not a run, or has no checkpoint yet.
-            ValueError: If this machine has no such device, if ``weights`` is another word, if the
-                run's training does not allow the guidance scale, or if the run names a class that
-                is neither listed nor trusted.
+            ValueError: If this machine has no such device, if ``weights`` is another word, or if
+                the run's training does not allow the guidance scale.
         """
         place, config = usable_device(device), read_config(folder)
-        module = load_run(folder, weights=weights, trust=trust).to(place)
+        module = load_run(folder, weights=weights).to(place)
         scale = config.get("guidance") if guidance is None else guidance
         module.guided(scale)  # refuses a wrong scale before the work
-        return cls(Path(folder), config, module, scale, trust)
+        return cls(Path(folder), config, module, scale)
 
     @cached_property
     def data(self) -> SplitData:
         """The run's data with test split. For latents and pairs: the images they were made of."""
-        return stored_data(self.config["data"], self.trust)
+        return stored_data(self.config["data"])
 
     @property
     def num_classes(self) -> int | None:

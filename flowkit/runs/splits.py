@@ -1,12 +1,10 @@
 """Data modules of configurations, with their splits loaded."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from flowkit.data import SplitData
 from flowkit.modules.checkpoints import build
 from flowkit.modules.earlier import current
-from flowkit.modules.trust import trusting
 
 
 def prepared(data: SplitData, stage: str | None = None) -> SplitData:
@@ -16,22 +14,11 @@ def prepared(data: SplitData, stage: str | None = None) -> SplitData:
     return data
 
 
-def stored_data(node: dict[str, Any], trust: Sequence[str] = (), place: str = "data") -> SplitData:
+def stored_data(node: dict[str, Any]) -> SplitData:
     """Load the data of a stored configuration, with their test split.
 
     For cached latents and for pairs, the result is the data they were made of.
-
-    Args:
-        node: The configuration.
-        trust: Names of classes that it may name beside those that flowkit lists.
-        place: Name of the configuration, for errors.
-
-    Raises:
-        ValueError: If the configuration names a class that is neither listed nor trusted.
     """
-    with trusting(trust):
-        data = prepared(build(current(node), place), "test")
+    data = prepared(build(current(node)), "test")
     source = getattr(data, "source", None)
-    if not isinstance(source, dict):
-        return data
-    return stored_data(source, trust, f"source in {getattr(data, 'root', place)}")
+    return stored_data(source) if isinstance(source, dict) else data

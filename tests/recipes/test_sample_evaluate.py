@@ -239,8 +239,7 @@ def test_a_perfect_model_of_unequal_classes_meets_the_floor(configure, tmp_path,
         "flowkit.recipes.evaluate.draw_parts",
         lambda run, x0, cond, sampler, finish, parts: (finish(_shades(cond)), {}),
     )
-    own = "trust=[tests.recipes.test_sample_evaluate.Skewed]"
-    options = [f"run={tmp_path}", *EVALUATE, "num_samples=100", own]
+    options = [f"run={tmp_path}", *EVALUATE, "num_samples=100"]
     metrics = evaluate(configure("evaluate", *options))["metrics"]
     assert metrics["frechet_distance"] < 2 * metrics["floor"]["frechet_distance"] < 0.1
     assert metrics["class_agreement"] == 1

@@ -11,7 +11,6 @@ from flowkit import grids
 from flowkit.data import Digits
 from flowkit.modules import load_run
 from flowkit.modules.checkpoints import build, read_checkpoint
-from flowkit.modules.trust import trusting
 from flowkit.recipes.boss import boss
 from flowkit.recipes.evaluate import evaluate
 from flowkit.recipes.sample import sample
@@ -136,7 +135,6 @@ def join(*parts, **options):
     return [*parts, options]
 
 
-OWN = ["tests.runs.test_run.join", "fractions.Fraction"]
 NODE = {"_target_": "tests.runs.test_run.join", "a": {"_target_": "fractions.Fraction"}}
 
 
@@ -158,9 +156,7 @@ NODE = {"_target_": "tests.runs.test_run.join", "a": {"_target_": "fractions.Fra
     ],
 )
 def test_stored_configurations_are_built_as_hydra_does(node):
-    expected = instantiate(OmegaConf.create(node), _convert_="all")
-    with trusting(OWN):
-        found = build(node)
+    expected, found = instantiate(OmegaConf.create(node), _convert_="all"), build(node)
     assert found == expected
     assert type(found) is type(expected)
 
@@ -168,8 +164,7 @@ def test_stored_configurations_are_built_as_hydra_does(node):
 @pytest.mark.parametrize("recursive", [True, False])
 def test_partial_nodes_are_built_as_hydra_does(recursive):
     node = {**NODE, "_partial_": True, "_recursive_": recursive, "_args_": [2]}
-    with trusting(OWN):
-        found, expected = build(node), instantiate(node, _convert_="all")
+    found, expected = build(node), instantiate(node, _convert_="all")
     assert (found.func, found.args, found.keywords) == (
         expected.func,
         tuple(expected.args),
