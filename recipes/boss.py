@@ -52,7 +52,7 @@ def boss(cfg: DictConfig) -> dict[str, Any]:
     """
     run = Run.load(cfg.run, cfg.weights, cfg.device, cfg.guidance)
     out = Path(cfg.out) if cfg.out else run.folder / "boss"
-    velocity, starts = run.velocity, run.starts(cfg.seed, cfg.seeding)
+    velocity, starts = run.velocity, run.starts(cfg.seed)
     budgets = sorted({*cfg.budgets, cfg.num_steps})
     for budget in budgets:
         check_num_steps(budget, grids.uniform(cfg.fine_steps))
@@ -68,7 +68,6 @@ def boss(cfg: DictConfig) -> dict[str, Any]:
         "condition": "none" if starts(0, 1)[1] is None else "all in turn",
         "fine_steps": cfg.fine_steps,
         "seed": cfg.seed,
-        "seeding": cfg.seeding,
         "num_noises": {
             "costs": costs_noises,
             "search": cfg.search_noises,

@@ -124,9 +124,8 @@ def solve_cost(flow: Blockwise, x: Tensor, cond: Cond, num_samples: int) -> dict
         num_samples: Number of samples of these solves.
 
     Returns:
-        ``feature_mode``; ``tolerance``, the largest predicted error of reused features, or None
-        without a limit; ``calls`` of each part; and ``gflops`` and ``gflops_without_attention`` per
-        sample.
+        ``feature_mode``; ``reach``, the largest part of each segment over which features are
+        reused; ``calls`` of each part; and ``gflops`` and ``gflops_without_attention`` per sample.
 
     >>> from flowkit.blockwise.mlp import BlockwiseMLP
     >>> flow, x = BlockwiseMLP((2,), edges=2, width=16), torch.zeros(4, 2)
@@ -135,11 +134,9 @@ def solve_cost(flow: Blockwise, x: Tensor, cond: Cond, num_samples: int) -> dict
     {'stacks.1': 1, 'trunk': 1}
     """
     flops = used_flops(flow.usage, part_flops(flow, x, cond))
-    limit, mode = flow.drift_limit, flow.feature_mode
-    limited = limit is not None and mode in limit.errors
     return {
-        "feature_mode": mode,
-        "tolerance": limit.tolerance if limited else None,
+        "feature_mode": flow.feature_mode,
+        "reach": flow.reach.get(flow.feature_mode),
         "calls": dict(sorted(flow.usage.calls.items())),
         "gflops": flops.total / num_samples / 1e9,
         "gflops_without_attention": flops.linear / num_samples / 1e9,

@@ -85,7 +85,7 @@ def test_coverage_of_equal_populations_has_its_known_mean():
     """The chance that none of k nearest among both sets is fake: 1 − 2⁻ᵏ for equal counts."""
     values = [prdc(normal(300, 2, seed=s), normal(300, 2, seed=s + 999), 3) for s in range(20)]
     assert np.mean([v.coverage for v in values]) == pytest.approx(1 - 2**-3, abs=0.015)
-    assert np.mean([v.density for v in values]) == pytest.approx(1, abs=0.036)
+    assert np.mean([v.density for v in values]) == pytest.approx(1, abs=0.05)
 
 
 def test_prdc_errors():

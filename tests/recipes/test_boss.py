@@ -241,19 +241,6 @@ def test_half_finished_pairs_are_gone_on_with(tiny_run, configure, tmp_path):
         pairs(configure("pairs", *make, "guidance=3"))
 
 
-def test_pairs_of_another_rule_of_seeds_are_not_gone_on_with(tiny_run, configure, tmp_path):
-    make = [f"run={tiny_run}", f"out={tmp_path}/p", *PAIRS]
-    pairs(configure("pairs", *make, "seed=1", "seeding=1"))
-    file = tmp_path / "p" / "pairs.json"
-    record = json.loads(file.read_text())
-    assert record["provenance"].pop("seeding") == 1
-    assert record["provenance"]["seeds"] == [1, 51]
-    file.write_text(json.dumps(record))  # as it was before there were two rules
-    with pytest.raises(ValueError, match=r"hold the same pairs, got .* with another seeds"):
-        pairs(configure("pairs", *make, "seed=1"))
-    pairs(configure("pairs", *make, "seed=1", "seeding=1"))
-
-
 def test_pairs_have_no_test_split(tiny_run, configure, tmp_path):
     pairs(configure("pairs", f"run={tiny_run}", f"out={tmp_path}/p", *PAIRS))
     data = Pairs(tmp_path / "p")
