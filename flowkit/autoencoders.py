@@ -191,19 +191,16 @@ class KLAutoencoder(Frozen, frozen=("vae",)):
         count, total, square = 0, 0.0, 0.0
         for batch in [images] if isinstance(images, Tensor) else images:
             for part in batch.split(batch_size):
-                # The sums are on the CPU, since some devices have no float64.
-                raw, mean = self._posterior(part.to(self.mean.device)), self.mean.cpu().double()
-                centered = raw.mean.cpu().double() - mean  # centered, against cancellation
+                raw, mean = self._posterior(part.to(self.mean.device)), self.mean.double()
+                centered = raw.mean.double() - mean  # centered, against cancellation
                 count += centered.numel() // centered.shape[1]
                 total = total + centered.sum((0, 2, 3))
-                square = square + (centered.square() + raw.std.cpu().double().square()).sum(
-                    (0, 2, 3)
-                )
+                square = square + (centered.square() + raw.std.double().square()).sum((0, 2, 3))
         check_at_least(count, 2, "the number of latents in images")
         offset = torch.as_tensor(total) / count
         std = (torch.as_tensor(square) / count - offset.square()).clamp(min=0).sqrt()
         self.vae.register_to_config(
-            latents_mean=(self.mean.cpu().double().flatten() + offset).tolist(),
+            latents_mean=(self.mean.double().flatten() + offset).tolist(),
             latents_std=std.tolist(),
             scaling_factor=1.0,
             shift_factor=None,

@@ -23,7 +23,6 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from tqdm import tqdm
 
-import flowkit.conf  # noqa: F401  # functions that configurations refer to
 from flowkit.autoencoders import KLAutoencoder
 from flowkit.data import SplitData
 from flowkit.metrics import Features, image_metrics, to_uint8
@@ -33,8 +32,7 @@ from flowkit.modules.autoencoding import Autoencoding
 from flowkit.modules.callbacks import StepProgress, StopOnInterrupt
 from flowkit.modules.checkpoints import CHECKPOINT, CONFIG, UNRESOLVED
 from flowkit.provenance import versions
-from flowkit.runs.epochs import count_in_steps
-from flowkit.runs.processes import quiet, usable_device
+from flowkit.runs.processes import quiet
 from flowkit.runs.resuming import find_checkpoint, resumed, unfinished
 from flowkit.runs.splits import prepared
 
@@ -42,7 +40,7 @@ from flowkit.runs.splits import prepared
 def autoencoder(cfg: DictConfig) -> KLAutoencoder:
     """Train as configured; write the network with its scale, ``metrics.json`` and a picture."""
     quiet()
-    began, folder, device = time.perf_counter(), Path(cfg.run_dir), usable_device(cfg.device)
+    began, folder = time.perf_counter(), Path(cfg.run_dir)
     composed = OmegaConf.to_yaml(cfg)  # now, since building parts resolves their references
     checkpoint = None if cfg.resume is None else find_checkpoint(Path(cfg.resume))
     if checkpoint is not None:
@@ -50,7 +48,6 @@ def autoencoder(cfg: DictConfig) -> KLAutoencoder:
     _refuse_overwriting(folder, checkpoint)
     seed_everything(cfg.seed, workers=True, verbose=False)
     data = prepared(instantiate(cfg.data))
-    count_in_steps(cfg, data)
     cfg.shape, cfg.num_classes = list(data.shape), data.num_classes
     vae, perceptual = instantiate(cfg.vae), instantiate(cfg.perceptual)
     module = Autoencoding(
@@ -68,7 +65,7 @@ def autoencoder(cfg: DictConfig) -> KLAutoencoder:
     print(f"model     {type(vae).__name__}, {parameters:,} parameters, images {data.shape}")
     _fit(cfg, module, data, folder, checkpoint)
 
-    network = KLAutoencoder(vae.to(device))
+    network = KLAutoencoder(vae.to(cfg.device))
     images = (batch["x1"] for batch in data.dataloader("train", cfg.batch_size))
     network.fit_scale(_until(images, cfg.num_scale_images))
     network.save_pretrained(folder)

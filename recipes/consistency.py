@@ -31,7 +31,7 @@ from flowkit.runs.drawing import draw
 from flowkit.runs.records import write_record
 from flowkit.runs.run import symmetrical
 from flowkit.runs.starts import choose_labels, noise_batches
-from flowkit.sampling import ODESampler, sample_seeds
+from flowkit.sampling import ODESampler
 
 Reader = Callable[[Tensor, Tensor], dict[str, Any]]
 
@@ -49,7 +49,7 @@ def consistency(cfg: DictConfig) -> dict[str, Any]:
         labels = choose_labels(None, cfg.num_samples, data.num_classes)
     if not isinstance(labels, Tensor):
         raise RuntimeError("run must be trained on data with labels or masks, got data without")
-    seeds = sample_seeds(cfg.seed, 0, len(labels), cfg.seeding)
+    seeds = range(cfg.seed, cfg.seed + len(labels))
     noise = noise_batches(run.sample_shape, seeds, cfg.batch_size)
     images, cost = draw(run, noise, labels, sampler)
     read = _reader(module, data, cfg.batch_size)
@@ -65,7 +65,6 @@ def consistency(cfg: DictConfig) -> dict[str, Any]:
         "times": module.times,
         "num_samples": len(labels),
         "seeds": [seeds.start, seeds.stop],
-        "seeding": cfg.seeding,
     }
     record = run.record(sampling, metrics=metrics)
     files = [out / "consistency.json", *(out / f"{name}.png" for name in pictures)]

@@ -18,23 +18,14 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
-from flowkit.autoencoders import KLAutoencoder
 from flowkit.data.cache import SPLITS, write_cache
-from flowkit.runs.processes import usable_device
 from flowkit.runs.splits import prepared
 
 
 def encode(cfg: DictConfig) -> dict[str, Any]:
     """Encode as configured; write the cache of latents and return its index."""
-    device = usable_device(cfg.device)
     data = prepared(instantiate(cfg.data))
-    autoencoder = instantiate(cfg.autoencoder)
-    if not isinstance(autoencoder, KLAutoencoder):
-        raise TypeError(
-            f"autoencoder must be a KL autoencoder, got {type(autoencoder).__name__}; give "
-            "autoencoder.path=<folder or name on the hub>"
-        )
-    autoencoder.to(device)
+    autoencoder = instantiate(cfg.autoencoder).to(cfg.device)
     source = cast(dict[str, Any], OmegaConf.to_container(cfg.data, resolve=True))
     total = sum(len(data.split(name)) for name in SPLITS)
     with tqdm(total=total, desc="encoding", unit=" images", disable=None) as bar:

@@ -19,7 +19,7 @@ from flowkit.modules import LatentFlowMatching
 from flowkit.modules.flow import Guidance, labels_of
 from flowkit.runs import Run
 from flowkit.runs.records import write_record
-from flowkit.sampling import ODESampler, sample_seeds
+from flowkit.sampling import ODESampler
 
 
 def inpaint(cfg: DictConfig) -> Tensor:
@@ -39,8 +39,7 @@ def inpaint(cfg: DictConfig) -> Tensor:
     masks = module.masks if cfg.kind is None else RandomMasks(cfg.kind)
     size = (images.shape[-2], images.shape[-1])
     mask = masks(len(images), size, torch.Generator().manual_seed(cfg.seed))
-    seeds = sample_seeds(cfg.seed, 0, len(images) * cfg.num_samples, cfg.seeding)
-    filled = fill(cfg, module, images, mask, labels, sampler, run.guidance, seeds)
+    filled = fill(cfg, module, images, mask, labels, sampler, run.guidance)
     pasted = torch.where(mask[:, None] > 0, filled, images[:, None])
 
     metrics = {
@@ -52,8 +51,7 @@ def inpaint(cfg: DictConfig) -> Tensor:
         **run.describe(sampler),
         "num_images": len(images),
         "num_samples": cfg.num_samples,
-        "seeds": [seeds.start, seeds.stop],
-        "seeding": cfg.seeding,
+        "seeds": [cfg.seed, cfg.seed + len(images) * cfg.num_samples],
         "labels": labels is not None,
         "masks": {"kind": masks.kind, "most": masks.most, "seed": cfg.seed},
     }
@@ -78,12 +76,12 @@ def fill(
     labels: Tensor | None,
     sampler: ODESampler,
     guidance: Guidance,
-    seeds: range,
 ) -> Tensor:
     """Return fillings ``(B, num_samples, C, H, W)``, without pasting known pixels back."""
     parts = []
     for start in tqdm(range(0, len(images), cfg.batch_size), desc="inpainting", disable=None):
         rows = slice(start, start + cfg.batch_size)
+        first = cfg.seed + start * cfg.num_samples
         parts.append(
             module.inpaint(
                 images[rows],
@@ -91,7 +89,7 @@ def fill(
                 cfg.num_samples,
                 sampler,
                 None if labels is None else labels[rows],
-                seeds[start * cfg.num_samples : (start + cfg.batch_size) * cfg.num_samples],
+                range(first, first + len(images[rows]) * cfg.num_samples),
                 guidance,
                 paste_back=False,
             ).cpu()

@@ -26,7 +26,6 @@ from flowkit.boss import segments
 from flowkit.data.pairs import FORMAT, FORMAT_VERSION, RECORD, to_columns
 from flowkit.provenance import versions, write_atomically
 from flowkit.runs import Run
-from flowkit.sampling import sample_seeds
 from flowkit.types import Cond
 from flowkit.velocity import Velocity
 
@@ -39,8 +38,7 @@ def pairs(cfg: DictConfig) -> Path:
     from safetensors.torch import save_file
 
     run, out = Run.load(cfg.run, cfg.weights, cfg.device, cfg.guidance), Path(cfg.out)
-    velocity, made_with = run.velocity, run.made_with("euler")
-    starts = run.starts(cfg.seed, cfg.seeding)
+    velocity, starts, made_with = run.velocity, run.starts(cfg.seed), run.made_with("euler")
     wanted = read_grids(cfg.grid, made_with)
     record = {
         **_record(cfg, made_with, wanted),
@@ -71,7 +69,6 @@ def pairs(cfg: DictConfig) -> Path:
 
 def _record(cfg: DictConfig, made_with: dict[str, Any], wanted: list[Tensor]) -> dict[str, Any]:
     """Return a record of the content of the files and of their origin."""
-    seeds = sample_seeds(cfg.seed, 0, cfg.num_noises, cfg.seeding)
     return {
         "format": FORMAT,
         "version": FORMAT_VERSION,
@@ -83,8 +80,7 @@ def _record(cfg: DictConfig, made_with: dict[str, Any], wanted: list[Tensor]) ->
             **made_with,
             "grids": [grid.tolist() for grid in wanted],
             "fine_steps": cfg.fine_steps,
-            "seeds": [seeds.start, seeds.stop],
-            "seeding": cfg.seeding,
+            "seeds": [cfg.seed, cfg.seed + cfg.num_noises],
             "shard_size": cfg.shard_size,
             "versions": versions(),
         },
@@ -141,8 +137,7 @@ def _begin(out: Path, record: dict[str, Any], wanted: list[Tensor]) -> None:
         there = json.loads(file.read_text())
         for name, value in {**record, **record["provenance"]}.items():
             stored = {**there, **there.get("provenance", {})}.get(name)
-            # the seeds themselves are compared, so their rule needs no comparison
-            if name not in ("provenance", "versions", "seeding") and stored != value:
+            if name not in ("provenance", "versions") and stored != value:
                 raise ValueError(
                     f"out must be a new folder or hold the same pairs, got {out} with another "
                     f"{name}"

@@ -12,10 +12,11 @@ repetitions in which all points take turns.
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from glob import glob
 from pathlib import Path
 from statistics import median
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import hydra
@@ -28,8 +29,6 @@ from tqdm import tqdm
 from flowkit import grids
 from flowkit.blockwise import (
     Blockwise,
-    DriftLimit,
-    ReuseErrors,
     allocate_steps,
     loss_by_time,
     network_flops,
@@ -57,13 +56,13 @@ class Point(NamedTuple):
     mode: str
     sampler: ODESampler
     variant: str | None = None  # allocated or refreshed, at the same mode and NFE
-    drift_limit: DriftLimit | None = None  # of the reuse of features
+    reach: Mapping[str, tuple[float, ...]] = MappingProxyType({})  # limits of the reuse of features
 
     def ready(self) -> FlowModule:
         """Return the module, set to this feature mode."""
         flow = self.run.module.velocity
         if isinstance(flow, Blockwise):
-            flow.feature_mode, flow.drift_limit = self.mode, self.drift_limit
+            flow.feature_mode, flow.reach = self.mode, dict(self.reach)
         return self.run.module
 
 
@@ -163,7 +162,7 @@ def points(cfg: DictConfig, name: str, run: Run) -> Iterator[Point]:
     known = {"full": True, "cached": flow.trunk, "fra": flow.feature_residual}
     modes = [mode for mode in cfg.modes if known[mode] is not None]
     name = file_name(f"{name}-{run.folder.name}")
-    errors = {} if modes == ["full"] else drift_errors(cfg, name, run)
+    rates = {} if modes == ["full"] else drift_rates(cfg, name, run)
     allocate = Allocator(cfg, name, run) if cfg.allocate else None
     for nfe in cfg.nfe:
         steps, rest = divmod(nfe, flow.num_segments)
@@ -179,18 +178,17 @@ def points(cfg: DictConfig, name: str, run: Run) -> Iterator[Point]:
                 yield point._replace(sampler=allocate(mode, steps), variant="allocated steps")
             if mode != "full":
                 for tolerance in cfg.tolerances:
-                    limit = DriftLimit(errors, tolerance)
-                    variant = f"refreshed at {tolerance:g}"
-                    yield point._replace(variant=variant, drift_limit=limit)
+                    flow.refresh_beyond(rates, tolerance)
+                    yield point._replace(variant=f"refreshed at {tolerance:g}", reach=flow.reach)
 
 
-def drift_errors(cfg: DictConfig, name: str, run: Run) -> dict[str, list[ReuseErrors]]:
-    """Return the errors of reused features; print the drift and write a file."""
-    drift = run.feature_drift(cfg.seed, cfg.seeding)
+def drift_rates(cfg: DictConfig, name: str, run: Run) -> dict[str, list[float]]:
+    """Return rates of the drift of reused features; print the drift and write a file."""
+    drift = run.feature_drift(cfg.seed)
     file = Path(cfg.out) / f"drift-{name}.txt"
     file.write_text(drift.table() + "\n")
     print(f"drift     {file}\n{drift.table()}")
-    return drift.pairs
+    return drift.rates()
 
 
 class Allocator:
@@ -205,7 +203,7 @@ class Allocator:
         self.stem = f"{Path(cfg.out) / 'grid'}-{name}"
         self.fine_steps = 2 * max(cfg.nfe) // self.flow.num_segments
         # These noises differ from the noises of the samples.
-        self.x0, cond = run.starts(cfg.seed, cfg.seeding)(cfg.num_samples, 64)
+        self.x0, cond = run.starts(cfg.seed)(cfg.num_samples, 64)
         self.parts = part_flops(self.flow, self.x0, cond)
         fine = grids.blockwise(self.flow.edges, self.fine_steps)
         self.costs = step_costs(run.velocity, self.x0, fine, cond)

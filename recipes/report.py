@@ -83,7 +83,7 @@ def report(cfg: DictConfig) -> list[Row]:
     runs = [first, *(replace(first, guidance=scale) for scale in scales[1:])]
     for run in runs:
         run.module.guided(run.guidance)  # refuses a scale that the run's training does not allow
-    first.reuse_features(cfg.feature_mode, cfg.tolerance, cfg.seed, cfg.seeding)
+    first.reuse_features(cfg.feature_mode, cfg.tolerance, cfg.seed)
     out = Path(cfg.out) if cfg.out else first.folder / "report"
     cells = [(*cell, run) for cell in _cells(cfg) for run in runs]
     x0, cond, source, _ = like_test(first, cfg)
@@ -121,7 +121,6 @@ def _record(cfg: DictConfig, run: Run, measure: Measure) -> dict[str, Any]:
             "feature_mode": getattr(run.module.velocity, "feature_mode", None),
             "tolerance": cfg.tolerance,
             "seed": cfg.seed,
-            "seeding": cfg.seeding,
             "num_samples": cfg.num_samples,
         },
         "measure": {

@@ -60,9 +60,7 @@ def semantic(cfg: DictConfig) -> dict[str, Any]:
     files = [folder / "semantic.json", folder / "semantic.png"]
     write_record(record, files)
     rows = min(cfg.rows, len(maps))
-    shown = condition_grid(
-        module, test, rows, cfg.columns, sampler, run.guidance, cfg.seed, cfg.seeding
-    )
+    shown = condition_grid(module, test, rows, cfg.columns, sampler, run.guidance, cfg.seed)
     save_picture(shown, files[1], cfg.columns + 2)
     for name, value in metrics.items():
         print(f"{name:<24} {value:.4f}")

@@ -1,7 +1,6 @@
 """Alignment of a trunk's features with a frozen encoder: semantic feature guidance.
 
-An encoder is any callable ``encoder(images (B, C, H, W)) -> tokens (B, N, D)``. Its attribute
-``sides``, the rows and columns of the tokens, is necessary for images that are not square.
+An encoder is any callable ``encoder(images (B, C, H, W)) -> tokens (B, N, D)``.
 
 Sources: *Blockwise Flow Matching*, 2025 (arXiv 2510.21167), section on semantic feature guidance;
 Yu et al., *Representation Alignment for Generation*, 2024 (arXiv 2410.06940), for the loss.
@@ -47,55 +46,29 @@ def alignment_loss(projected: Tensor, tokens: Tensor) -> Tensor:
     return -F.cosine_similarity(projected.float(), tokens.float(), dim=-1).mean()
 
 
-def token_sides(encoder: Any, images: Tensor, count: int) -> tuple[int, int]:
-    """Return the rows and columns of an encoder's tokens.
-
-    They are the attribute ``sides`` of the encoder. The number of tokens alone does not tell them:
-    256 tokens are 16 rows of 16, or 8 rows of 32. Without the attribute, tokens of square images
-    form a square.
-
-    Args:
-        encoder: The encoder.
-        images: Images ``(B, C, H, W)``.
-        count: Number ``N`` of tokens of an image.
-
-    Raises:
-        ValueError: If the sides are not known, or do not hold ``N`` tokens.
-
-    >>> token_sides(None, torch.zeros(1, 1, 8, 8), 16)
-    (4, 4)
-    """
-    sides = getattr(encoder, "sides", None)
-    if sides is None:
-        side = math.isqrt(count)
-        if images.shape[-1] != images.shape[-2] or side**2 != count:
-            raise ValueError(
-                "encoder must have the attribute sides, the rows and columns of its tokens, got "
-                f"{count} tokens of images {tuple(images.shape[-2:])}; write stored tokens again "
-                "with `flowkit tokens`"
-            )
-        sides = (side, side)
-    rows, columns = (int(n) for n in sides)
-    if rows * columns != count:
-        raise ValueError(f"encoder.sides must hold {count} tokens, got {rows}x{columns}")
-    return rows, columns
-
-
-def resize_tokens(tokens: Tensor, old: Sequence[int], new: Sequence[int]) -> Tensor:
-    """Resize a grid of tokens ``(B, rows·columns, D)`` to other sides.
+def resize_tokens(tokens: Tensor, sides: Sequence[int]) -> Tensor:
+    """Resize a square grid of tokens ``(B, n, D)`` to other sides, ``(B, rows·columns, D)``.
 
     Args:
         tokens: Tokens in row order.
-        old: Rows and columns of the tokens.
-        new: Rows and columns of the result.
+        sides: Rows and columns of the result.
 
-    >>> resize_tokens(torch.arange(4.0).reshape(1, 4, 1), (2, 2), (1, 1))
+    Raises:
+        ValueError: If the number of tokens is not a square number, and not ``rows·columns``.
+
+    >>> resize_tokens(torch.arange(4.0).reshape(1, 4, 1), (1, 1))
     tensor([[[1.5000]]])
     """
-    if tuple(old) == tuple(new):
+    rows, columns = sides
+    if tokens.shape[1] == rows * columns:
         return tokens
-    grid = tokens.transpose(1, 2).unflatten(2, tuple(old))
-    grid = F.interpolate(grid, size=tuple(new), mode="bilinear", antialias=True)
+    side = math.isqrt(tokens.shape[1])
+    if side**2 != tokens.shape[1]:
+        raise ValueError(
+            f"tokens must form a square grid or a grid of {rows}x{columns}, got {len(tokens[0])}"
+        )
+    grid = tokens.transpose(1, 2).unflatten(2, (side, side))
+    grid = F.interpolate(grid, size=(rows, columns), mode="bilinear", antialias=True)
     return grid.flatten(2).transpose(1, 2)
 
 
@@ -147,9 +120,7 @@ class StoredTokens:
         with safe_open(file, framework="pt") as stored:
             if (stored.metadata() or {}).get("format") != FORMAT:
                 raise ValueError(f"file must be written by `flowkit tokens`, got {file}")
-            sides = stored.metadata().get("sides")  # earlier versions did not store them
             keys, self.tokens = stored.get_tensor("keys"), stored.get_tensor("tokens")
-        self.sides = None if sides is None else tuple(int(n) for n in sides.split("x"))
         self.file, self.rows = file, {key: row for row, key in enumerate(keys.tolist())}
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -175,7 +146,7 @@ def store_tokens(
     """Write the tokens of all images to a file, once per distinct image.
 
     The tokens are stored in half precision with length 1, because the alignment loss depends on
-    directions only. The file also holds the rows and columns of the tokens, see `token_sides`.
+    directions only.
 
     Args:
         file: Path of the new file; its folder must exist.
@@ -185,9 +156,6 @@ def store_tokens(
     Returns:
         The number of distinct images.
 
-    Raises:
-        ValueError: If the rows and columns of the tokens are not known.
-
     >>> import tempfile
     >>> file = Path(tempfile.mkdtemp()) / "tokens.safetensors"
     >>> store_tokens(file, [torch.zeros(3, 1, 4, 4)], lambda x: x.flatten(1)[:, :, None])
@@ -196,15 +164,12 @@ def store_tokens(
     from safetensors.torch import save_file
 
     kept: dict[int, Tensor] = {}
-    sides: Sequence[int] = ()
     for images in batches:
         with torch.no_grad():
             tokens = F.normalize(encoder(images).float(), dim=-1).half().cpu()
-        sides = token_sides(encoder, images, tokens.shape[1])
         kept.update(zip(content_keys(images), tokens, strict=True))
     tensors = {"keys": torch.tensor([*kept]), "tokens": torch.stack([*kept.values()])}
-    metadata = {"format": FORMAT, "sides": "x".join(map(str, sides))}
-    write_atomically(Path(file), partial(save_file, tensors, metadata=metadata))
+    write_atomically(Path(file), partial(save_file, tensors, metadata={"format": FORMAT}))
     return len(kept)
 
 
@@ -250,7 +215,6 @@ class DINOv2(nn.Module):
                 ) from error
             model = AutoModel.from_pretrained(model)
         self.model, self.size = model.eval().requires_grad_(False), size
-        self.sides = (size // model.config.patch_size,) * 2
         for name, values in {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}.items():
             self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
 
@@ -260,4 +224,5 @@ class DINOv2(nn.Module):
         x = images.expand(-1, 3, -1, -1) / 2 + 0.5
         x = F.interpolate(x, size=(self.size,) * 2, mode="bicubic", antialias=True)
         states = self.model((x - self.mean) / self.std).last_hidden_state
-        return states[:, -math.prod(self.sides) :]  # the class token and registers come first
+        side = self.size // self.model.config.patch_size
+        return states[:, -(side**2) :]  # the class token and registers come first

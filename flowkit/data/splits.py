@@ -134,20 +134,9 @@ class SplitData(LightningDataModule):
         raise NotImplementedError
 
     def setup(self, stage: str | None = None) -> None:
-        """Read the data by `load`, at the first call only.
-
-        Raises:
-            TypeError: If `load` returns other things than splits.
-        """
+        """Read the data by `load`, at the first call only."""
         if not self._splits:
-            loaded = self.load()
-            for part in loaded.values() if isinstance(loaded, Mapping) else [loaded]:
-                if not hasattr(part, "fingerprint"):
-                    raise TypeError(
-                        "load must return splits by name, such as {'train': flowkit.data.Arrays("
-                        f"{{'x1': images}}), ...}}, got {type(part).__name__}"
-                    )
-            self._splits = loaded
+            self._splits = self.load()
 
     def split(self, name: str) -> Split:
         """Return a split, for example for ``split("val")[:100]["x1"]``.

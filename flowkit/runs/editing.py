@@ -65,7 +65,7 @@ class RunFlow:
         """Return the condition of a class under guidance, or None for a run without classes.
 
         Args:
-            label: Number or name of the class, or None for a run without classes.
+            label: The class, or None for a run without classes.
             guidance: Scale of classifier-free guidance.
             name: Name of the option, for error messages.
             batch: Number of samples.
@@ -73,7 +73,7 @@ class RunFlow:
         Raises:
             ValueError: If the run has no such class, or does not allow the guidance scale.
         """
-        label, classes = self.run.class_number(label, name), self.run.num_classes
+        classes = self.run.num_classes
         if classes is None:
             if label is not None:
                 raise ValueError(f"{name} must be null for a run without classes, got {label}")

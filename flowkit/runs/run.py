@@ -18,7 +18,6 @@ from flowkit.modules import FlowModule, SymmetricalFlowMatching, load_run
 from flowkit.modules.checkpoints import read_config
 from flowkit.modules.flow import Guidance
 from flowkit.provenance import versions
-from flowkit.rules import did_you_mean
 from flowkit.runs.processes import say, usable_device
 from flowkit.runs.records import weights
 from flowkit.runs.splits import stored_data
@@ -94,23 +93,6 @@ class Run:
             return None
         return self.data.class_names or [str(label) for label in range(self.num_classes)]
 
-    def class_number(self, label: Any, name: str = "labels") -> Any:
-        """Return the number of a class that may be given by its name; anything else as it is.
-
-        Raises:
-            ValueError: If the run has no class of this name.
-        """
-        if not isinstance(label, str):
-            return label
-        classes = self.classes or []
-        if label not in classes:
-            known = f"; classes are {', '.join(classes[:20])}" if classes else "; there are none"
-            raise ValueError(
-                f"{name} must be the number or name of a class of the run, got {label}"
-                f"{did_you_mean(label, classes, known)}"
-            )
-        return classes.index(label)
-
     @property
     def brings_starts(self) -> bool:
         """True if samples start from source samples or conditions of the data."""
@@ -137,10 +119,10 @@ class Run:
             raise RuntimeError("run must have trained at least one step, got no sample shape")
         return self.module.sample_shape
 
-    def starts(self, seed: int, seeding: int = 2) -> Starts:
+    def starts(self, seed: int) -> Starts:
         """Return source samples by their number, and conditions; see `Starts`."""
         data = self.data if self.brings_starts else None
-        return Starts(self.sample_shape, self.num_classes, seed, self.device, data, seeding)
+        return Starts(self.sample_shape, self.num_classes, seed, self.device, data)
 
     def sampler(self, node: DictConfig) -> ODESampler:
         """Build a sampler. A grid file of another model, solver or guidance gives a warning."""
@@ -191,19 +173,16 @@ class Run:
 
     # --- blockwise runs -----------------------------------------------------------------------
 
-    def reuse_features(
-        self, mode: str | None, tolerance: float | None, seed: int, seeding: int = 2
-    ) -> None:
+    def reuse_features(self, mode: str | None, tolerance: float | None, seed: int) -> None:
         """Set the feature mode of a blockwise run, and print it.
 
         With a tolerance, the drift of reused features is measured and printed. The trunk then runs
-        again where this measurement predicts a drift above the tolerance.
+        again as soon as the predicted drift exceeds the tolerance.
 
         Args:
             mode: ``"full"``, ``"cached"`` or ``"fra"``; None keeps the mode of the run.
-            tolerance: Largest predicted drift of reused features, at least 0; None sets no limit.
+            tolerance: Largest drift of reused features, at least 0; None sets no limit.
             seed: Seed of the samples that measure the drift.
-            seeding: Version of their seeds, see `flowkit.sampling.sample_seeds`.
 
         Raises:
             ValueError: If a feature mode is given for a run without blocks or without the part
@@ -223,14 +202,14 @@ class Run:
                 "feature_mode=cached or fra of a blockwise run"
             )
         check_at_least(tolerance, 0, "tolerance")  # before the work
-        drift = self.feature_drift(seed, seeding)
-        flow.refresh_beyond(drift.pairs, tolerance)
+        drift = self.feature_drift(seed)
+        flow.refresh_beyond(drift.rates(), tolerance)
         say(f"drift of reused features, mean and maximum:\n{drift.table()}")
 
-    def feature_drift(self, seed: int, seeding: int = 2) -> Drift:
+    def feature_drift(self, seed: int) -> Drift:
         """Return the drift of features in 8 Euler steps per segment, over 128 samples."""
         flow: Any = self.module.velocity
-        x0, cond = self.starts(seed, seeding)(0, 128)
+        x0, cond = self.starts(seed)(0, 128)
         grid = grids.blockwise(flow.edges, 8)
         return feature_drift(flow, x0, grid, cond, velocity=self.velocity)
 

@@ -8,16 +8,7 @@ from flowkit.modules.earlier import current
 
 
 def prepared(data: SplitData, stage: str | None = None) -> SplitData:
-    """Return the data module with loaded splits: the splits of a stage, or all.
-
-    Raises:
-        TypeError: If it is no data module of flowkit.
-    """
-    if not isinstance(data, SplitData):
-        raise TypeError(
-            f"data must be a subclass of flowkit.data.SplitData, got {type(data).__name__}; derive "
-            "a class from it, with a method load that returns splits such as flowkit.data.Arrays"
-        )
+    """Return the data module with loaded splits: the splits of a stage, or all."""
     data.prepare_data()
     data.setup(stage)
     return data
