@@ -1,4 +1,4 @@
-"""Print mutmut's names for the functions with changed lines, for ``make mutants``."""
+"""Run mutmut on the functions with changed lines, for ``make mutants``."""
 
 import ast
 import re
@@ -13,11 +13,11 @@ HUNK = re.compile(r"^@@ -\S+ \+(\d+)(?:,(\d+))? @@", re.MULTILINE)
 
 
 def changed_lines(base: str, file: str) -> set[int]:
-    """Return the lines of a file that are new or changed since the revision ``base``."""
+    """Return the lines changed since a revision; for removed lines, the line before them."""
     diff = ["git", "diff", "--unified=0", base, "--", file]
     text = subprocess.run(diff, capture_output=True, text=True, check=True).stdout
-    hunks = ((int(first), int(count or 1)) for first, count in HUNK.findall(text))
-    return {line for first, count in hunks for line in range(first, first + count)}
+    hunks = ((int(first), int(count) if count else 1) for first, count in HUNK.findall(text))
+    return {line for first, count in hunks for line in range(first, first + max(count, 1))}
 
 
 def functions(tree: ast.Module) -> Iterator[tuple[str, range]]:
@@ -45,4 +45,7 @@ def changed_functions(base: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.stdout.write("\n".join(changed_functions(sys.argv[1])))
+    # Without a name mutmut would run all mutants, so an empty list must not reach it.
+    if not (names := changed_functions(sys.argv[1])):
+        raise SystemExit(f"no function that is mutated has changed since {sys.argv[1]}")
+    raise SystemExit(subprocess.run([sys.executable, "-m", "mutmut", "run", *names]).returncode)
