@@ -4,7 +4,16 @@ The public names of the nouns are imported when they are first used, so that ``i
 loads torch and nothing heavier.
 """
 
+import os as _os
 import sys
+
+# `python -m flowkit`, which also starts the processes of several devices, puts the working folder
+# first: a file `hydra.py` there would be imported in place of the package. It comes last,
+# before any other import.
+if sys.argv[0] == "-m" and sys.orig_argv[-len(sys.argv)].partition(".")[0] == "flowkit":
+    _folder = _os.getcwd()
+    sys.path[:] = [place for place in sys.path if place not in ("", _folder)] + [_folder]
+
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path as _Path

@@ -5,20 +5,20 @@ import os
 import re
 import runpy
 import sys
-import traceback
-from contextlib import ContextDecorator
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 from textwrap import fill
-from types import TracebackType
+from typing import Any, NoReturn, cast
 
-import flowkit.conf
 import flowkit.recipes
 from flowkit import __version__
+from flowkit.errors import ErrorInALine, is_hydras
+from flowkit.rules import CONF, check, did_you_mean, fits, no_such_option, rules_of
 
-EXPERIMENTS = Path(flowkit.conf.__path__[0]) / "experiment"
-CONFIG_DIR = ("--config-dir", "-cd")
-TAKE_A_VALUE = (*CONFIG_DIR, "--config-path", "-cp", "--config-name", "-cn")  # Hydra's own options
-
+EXPERIMENTS = CONF / "experiment"
 
 # Commands and options of earlier versions, and their replacement.
 FORMER = {
@@ -57,30 +57,26 @@ def main() -> None:
     if name == "--version":
         print(f"flowkit {__version__}")
         return
-    if name not in known:
-        if name not in (None, "-h", "--help"):
-            print(f"recipe must be one of {', '.join(known)}, got {name!r}", file=sys.stderr)
-            if now := FORMER.get(name):
-                print(f"`{name}` is now `{now}`", file=sys.stderr)
-            print(file=sys.stderr)
+    if name in (None, "-h", "--help"):
         print("usage: flowkit <recipe> [option=value ...]\n")
         width = max(map(len, known))
         for recipe, line in known.items():
             print(f"  {recipe:<{width}}  {line}")
         print("\n`flowkit <recipe> --help` lists the options of a recipe and their choices.")
         print("`flowkit --version` prints the version.")
-        raise SystemExit(name not in (None, "-h", "--help"))
-    del sys.argv[1]
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        print(explained(name))
         return
-    sys.path.insert(0, os.getcwd())  # so that a _target_ may name a user's own class
     with ErrorInALine():
-        check_former(name, sys.argv[1:])
-        check_overrides(sys.argv[1:])
-        check_experiment(name, sys.argv[1:])
-        _errors_to_us()
-        runpy.run_module(f"flowkit.recipes.{name}", run_name="__main__", alter_sys=True)
+        check_recipe(name, list(known))
+        del sys.argv[1]
+        if {"-h", "--help"} & set(sys.argv[1:]):
+            print(explained(name))
+            return
+        sys.argv[1:] = [null_of_group(name, argument) for argument in sys.argv[1:]]
+        if os.getcwd() not in sys.path:
+            sys.path.append(os.getcwd())  # so that a _target_ may name a user's own class
+        with no_empty_folder(check_command(name, sys.argv[1:])):
+            errors_to_us()
+            runpy.run_module(f"flowkit.recipes.{name}", run_name="__main__", alter_sys=True)
 
 
 def explained(name: str) -> str:
@@ -91,13 +87,12 @@ def explained(name: str) -> str:
     from omegaconf import OmegaConf
 
     folder = Path(flowkit.recipes.__path__[0])
-    conf = folder.parent / "conf"
-    text = (conf / f"{name}.yaml").read_text()
+    text = (CONF / f"{name}.yaml").read_text()
     choices = []
     for entry in OmegaConf.create(text).defaults:
         key, chosen = next(iter(entry.items())) if not isinstance(entry, str) else (entry, None)
         group = key.removeprefix("override ").lstrip("/")
-        folder_of_group = conf / group.partition("@")[0]
+        folder_of_group = CONF / group.partition("@")[0]
         every = sorted(file.stem for file in folder_of_group.glob("*.yaml"))
         names = experiments(name) if group == "experiment" else every
         if names:
@@ -113,6 +108,178 @@ def explained(name: str) -> str:
     )
 
 
+# --- checks before the slow imports of a recipe -----------------------------------------------
+
+
+def check_recipe(name: str, known: list[str]) -> None:
+    """Require the name of a recipe.
+
+    Raises:
+        ValueError: If there is no such recipe.
+    """
+    if name not in known:
+        now = f"; it is now `{FORMER[name]}`" if name in FORMER else did_you_mean(name, known)
+        raise ValueError(f"recipe must be one of {', '.join(known)}, got {name}{now}")
+
+
+def null_of_group(recipe: str, argument: str) -> str:
+    """Return ``~group`` for ``group=null``, which Hydra does not understand.
+
+    Raises:
+        ValueError: If the recipe needs a choice of this group.
+
+    >>> null_of_group("train", "lr_scheduler=null"), null_of_group("train", "guidance=null")
+    ('~lr_scheduler', 'guidance=null')
+    """
+    group, _, value = argument.partition("=")
+    if value != "null" or not (CONF / group).is_dir():
+        return argument
+    if not fits(rules_of(recipe).get(("", group), "null"), None):
+        fix = f"; {group}.<part>=null removes a part" if group in ("logger", "callback") else ""
+        raise ValueError(f"{group} must be a choice, got null{fix}")
+    return f"~{group}"
+
+
+def check_command(recipe: str, arguments: list[str]) -> Path | None:
+    """Compose the configuration of a command line, and check all its values.
+
+    Swept values of ``--multirun`` are checked one after another. A command that only prints a
+    configuration is not checked, and neither is a configuration file of the user's own.
+
+    Returns:
+        The folder that Hydra will make, if there is a single one.
+
+    Raises:
+        TypeError, ValueError, OSError: If the command line is wrong.
+    """
+    args = parsed(arguments)
+    check_former(recipe, args.overrides)
+    check_experiment(recipe, args)
+    for override in args.overrides:
+        if "=" not in override and not override.startswith("~"):
+            run = f"; for example run={override}" if Path(override).exists() else ""
+            raise ValueError(f"options must be name=value, got {override}{run}")
+    if args.cfg or args.info or args.shell_completion or args.config_path or args.config_name:
+        return None
+    folder = None
+    for overrides in _runs(args):
+        folder = _check_composed(recipe, args.config_dir, overrides)
+    return None if args.multirun else folder
+
+
+def parsed(arguments: list[str]) -> Namespace:
+    """Parse Hydra's own options.
+
+    Raises:
+        ValueError: If there is no such option.
+    """
+    from hydra._internal.utils import get_args_parser
+
+    def refuse(message: str) -> NoReturn:
+        raise ValueError(f"command line must be understood, got {' '.join(arguments)}: {message}")
+
+    parser = get_args_parser()
+    parser.error = refuse
+    return parser.parse_args(arguments)
+
+
+def _runs(args: Namespace) -> Iterator[list[str]]:
+    """Yield the overrides of the runs of a command line, so that each swept value occurs."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    if not args.multirun:
+        yield args.overrides
+        return
+    choices = [
+        [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
+        if override.is_sweep_override()
+        else [text]
+        for text, override in zip(
+            args.overrides, OverridesParser.create().parse_overrides(args.overrides), strict=True
+        )
+    ]
+    for number in range(max(map(len, choices), default=1)):
+        yield [values[min(number, len(values) - 1)] for values in choices]
+
+
+def _check_composed(recipe: str, own: str | None, overrides: list[str]) -> Path | None:
+    """Compose a configuration and check it; return the folder that Hydra will make."""
+    from hydra import initialize_config_dir
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
+
+    import flowkit.recipes._resolvers  # noqa: F401  # the folder may call one
+
+    if own is not None:
+        if not Path(own).is_dir():
+            raise NotADirectoryError(f"--config-dir must be a folder, got {own}")
+        if any(override.startswith("hydra.searchpath") for override in overrides):
+            return None
+        overrides = [f"hydra.searchpath=['file://{Path(own).absolute()}']", *overrides]
+    folder = None
+    with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
+        cfg = _composed(recipe, overrides)
+        HydraConfig.instance().set_config(cfg)
+        values: Any = OmegaConf.to_container(cfg)
+        values.pop("hydra")
+        check(recipe, values)
+        with suppress(Exception):  # a reference that only the run itself can follow
+            folder = Path(cfg.hydra.run.dir)
+    for key, path in (("out", values.get("out")), ("hydra.run.dir", folder)):
+        if path and "${" not in str(path):
+            check_writable(Path(path), key)
+    return folder
+
+
+def _composed(recipe: str, overrides: list[str]) -> Any:
+    """Compose a configuration; an error names the nearest option."""
+    from hydra import compose
+    from omegaconf import OmegaConf
+
+    try:
+        return compose(recipe, overrides, return_hydra_config=True)
+    except Exception as error:
+        if unknown := re.match(r"Could not override '(.+?)'", str(error)):
+            full = re.search(r"full_key: (\S+)", str(error.__cause__))
+            key = full[1] if full else unknown[1]
+            if rules_of(recipe).get(("", key.rpartition(".")[0]), "").startswith("{"):
+                raise ValueError(f"{key} must be added with a plus sign, as +{key}=...") from error
+            rest = [o for o in overrides if o.lstrip("+~").partition("=")[0] != unknown[1]]
+            known = _keys(cast(Any, OmegaConf.to_container(compose(recipe, rest))))
+            raise ValueError(no_such_option(key, [*known, *_groups()])) from error
+        if not is_hydras(error):
+            text = " ".join(overrides)
+            raise ValueError(f"options must be name=value, got {text}: {error}") from error
+        raise
+
+
+def _keys(node: dict[str, Any], place: str = "") -> Iterator[str]:
+    """Yield the dotted keys of a configuration."""
+    for name, value in node.items():
+        yield f"{place}{name}"
+        if isinstance(value, dict):
+            yield from _keys(value, f"{place}{name}.")
+
+
+def _groups() -> list[str]:
+    """Return the names of all groups."""
+    return [file.name for file in CONF.iterdir() if file.is_dir()]
+
+
+def check_writable(path: Path, key: str) -> None:
+    """Require a folder that can be written or created.
+
+    Raises:
+        PermissionError: If it cannot.
+    """
+    made = next(p for p in (path, *path.absolute().parents) if p.exists())
+    try:
+        with TemporaryFile(dir=made):
+            pass
+    except OSError as error:
+        raise PermissionError(f"{key} must be a writable folder, got {path}") from error
+
+
 def check_former(recipe: str, overrides: list[str]) -> None:
     """Refuse options of earlier versions, and name their replacement.
 
@@ -125,37 +292,7 @@ def check_former(recipe: str, overrides: list[str]) -> None:
             raise ValueError(f"{option} must be given as {now}, got {override}")
 
 
-def check_overrides(overrides: list[str]) -> None:
-    """Check overrides before the slow imports of a recipe.
-
-    Raises:
-        FileNotFoundError: If ``run`` or ``resume`` names no existing path.
-        PermissionError: If the folder of ``hydra.run.dir`` or ``out`` cannot be written or created.
-        TypeError: If ``seed`` is not a whole number.
-        ValueError: If an argument is a path without an option name, or if ``logger`` or
-            ``callback`` is null, which Hydra would not understand.
-    """
-    for before, override in zip(["", *overrides], overrides, strict=False):
-        key, equal, value = override.partition("=")
-        if not equal and before not in TAKE_A_VALUE and Path(override).exists():
-            raise ValueError(
-                f"options must be name=value, got {override}; for example run={override}"
-            )
-        path = value.strip("'\"")
-        plain = path not in ("", "null") and not set(path) & set(",[$")  # no list, no reference
-        if key == "seed" and plain and not re.fullmatch(r"[+-]?\d+", path):
-            raise TypeError(f"seed must be a whole number, got {path}")
-        if key in ("logger", "callback") and path == "null":
-            raise ValueError(f"{key} must be a choice, got null; {key}.<part>=null removes a part")
-        if key in ("run", "resume") and plain and not Path(path).exists():
-            raise FileNotFoundError(f"{key} must be a run folder, got {path}; it does not exist")
-        if key in ("hydra.run.dir", "out") and plain:
-            made = next(p for p in (Path(path), *Path(path).absolute().parents) if p.exists())
-            if not (made.is_dir() and os.access(made, os.W_OK | os.X_OK)):
-                raise PermissionError(f"{key} must be a writable folder, got {path}")
-
-
-def check_experiment(recipe: str, arguments: list[str]) -> None:
+def check_experiment(recipe: str, args: Namespace) -> None:
     """Require ``experiment`` to be an experiment of this recipe, or a file of the user.
 
     Files of the user are ``<folder>/experiment/<name>.yaml`` for the folder after
@@ -165,84 +302,49 @@ def check_experiment(recipe: str, arguments: list[str]) -> None:
         ValueError: If the experiment belongs to another recipe, or if no file has this name.
     """
     own = experiments(recipe)
-    folders = []
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):
-        key, equal, value = argument.partition("=")
-        if key in ("--config-path", "-cp", "hydra.searchpath"):
-            return
-        if key in CONFIG_DIR:
-            folders.append(Path(value if equal else following))
-    asked = [a.partition("=")[2].strip("'\"") for a in arguments if a.startswith("experiment=")]
-    names = [name for value in asked for name in value.split(",")]  # several for --multirun
-    for name in names:
+    if args.config_path or any(o.startswith("hydra.searchpath=") for o in args.overrides):
+        return
+    asked = [o.removeprefix("experiment=") for o in args.overrides if o.startswith("experiment=")]
+    for name in ",".join(asked).replace("'", "").replace('"', "").split(","):  # several in a sweep
         plain = name not in ("", "null") and not set(name) & set("[]${}")
-        users = any((folder / "experiment" / f"{name}.yaml").is_file() for folder in folders)
+        users = args.config_dir and Path(args.config_dir, "experiment", f"{name}.yaml").is_file()
         if not plain or name in own or users:
             continue
         file = EXPERIMENTS / f"{name}.yaml"
         if file.is_file() and (other := _recipe_of(file)):
-            fix = f"it belongs to {other}: flowkit {other} experiment={name}"
+            fix = f"; it belongs to {other}: flowkit {other} experiment={name}"
         elif own:
-            fix = f"choices are {', '.join(own)}"
+            fix = f"; choices are {', '.join(own)}{did_you_mean(name, own)}"
         else:
             continue  # Hydra's own error says that there is no such option
-        raise ValueError(f"experiment must be an experiment of {recipe}, got {name}; {fix}")
+        raise ValueError(f"experiment must be an experiment of {recipe}, got {name}{fix}")
 
 
-class ErrorInALine(ContextDecorator):
-    """End with ``error: ...`` and status 1 if a check of flowkit or a configuration fails.
-
-    Any other error is a bug and keeps its traceback. With the environment variable
-    ``HYDRA_FULL_ERROR=1`` all errors keep their traceback.
-    """
-
-    def __init__(self) -> None:
-        self.wanted = os.environ.get("HYDRA_FULL_ERROR") != "1"
-
-    def __enter__(self) -> None:
-        """Begin to watch for errors."""
-
-    def __exit__(
-        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Replace an error of a check by one line."""
-        if self.wanted and isinstance(error, Exception) and (line := _for_the_user(error)):
-            raise SystemExit(f"error: {line}")
+# --- the run, and its errors ------------------------------------------------------------------
 
 
-def _for_the_user(error: BaseException) -> str | None:
-    """Return the message of a check of flowkit or of Hydra; None for a bug."""
-    if _is_hydras(error):
-        cause = error.__cause__  # an error of flowkit, if Hydra was building a class of flowkit
-        return (_for_the_user(cause) if cause and not _is_hydras(cause) else None) or _plain(error)
-    origin = traceback.extract_tb(error.__traceback__)[-1]
-    ours = (Path(flowkit.__file__).parent, Path(flowkit.recipes.__path__[0]))
-    raised_here = any(folder in Path(origin.filename).parents for folder in ours)
-    return str(error) if raised_here and (origin.line or "").startswith("raise ") else None
+@contextmanager
+def no_empty_folder(folder: Path | None) -> Iterator[None]:
+    """Remove a folder, and its parents, that the command has made and left empty."""
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
+
+    paths = [] if folder is None else [folder, *folder.absolute().parents]
+    made = [path for path in paths if not path.exists()]
+    try:
+        yield
+    finally:
+        # A time in its name may be a second later than in the checked configuration.
+        config: Any = HydraConfig.instance().cfg or OmegaConf.create()
+        name = OmegaConf.select(config, "hydra.runtime.output_dir", throw_on_missing=False)
+        if made and name is not None:
+            made[0] = Path(name)
+        with suppress(OSError):  # it is not empty
+            for path in made:
+                path.rmdir()
 
 
-def _plain(error: BaseException) -> str:
-    """Return Hydra's message, shortened to one line for common mistakes on the command line."""
-    text = str(error)
-    if missing := re.match(r".*Missing mandatory value: (\S+)", text, re.DOTALL):
-        return f"{missing[1]} must be given, as {missing[1]}=..."
-    if unknown := re.match(r"Could not override '(.+?)'\.", text):
-        return f"{unknown[0][:-1]}: there is no such option; see --help"
-    if choice := re.match(
-        r"(?:In '.*?': )?(Could not find '.+?')\s+Available options in '.*?':(.*?)(?=\nConfig|$)",
-        text,
-        re.DOTALL,
-    ):
-        return f"{choice[1]}; choices are {', '.join(choice[2].split())}"
-    return text
-
-
-def _is_hydras(error: BaseException) -> bool:
-    """Return True for an error of Hydra or OmegaConf."""
-    return type(error).__module__.partition(".")[0] in ("hydra", "omegaconf")
-
-
-def _errors_to_us() -> None:
+def errors_to_us() -> None:
     """Make Hydra raise its errors, and catch the errors of a recipe within its task.
 
     Outside of the task, Hydra would print a line of its own before the message.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from flowkit.checks import check_at_least, check_finite
 from flowkit.nn.frozen import Frozen
 from flowkit.paths import noise_like
-from flowkit.provenance import content_hash
+from flowkit.provenance import content_hash, located
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL  # type: ignore[attr-defined]
@@ -137,23 +137,23 @@ class KLAutoencoder(Frozen, frozen=("vae",)):
         """Read an autoencoder that `save_pretrained` or diffusers wrote.
 
         Args:
-            path: A folder, or the name of a model on the Hugging Face hub.
+            path: A folder, or ``hub:owner/name`` for a model of the Hugging Face hub.
             image_shape: See the class.
             **options: Other arguments of diffusers' ``from_pretrained``, e.g. ``subfolder="vae"``.
 
         Raises:
             ImportError: If diffusers is not installed.
-            OSError: If ``path`` holds no ``AutoencoderKL``.
+            OSError: If there is no such folder, or it holds no ``AutoencoderKL``.
         """
         from diffusers import AutoencoderKL  # type: ignore[attr-defined]
 
+        place, on_hub = located(path, "path")
+        if not on_hub:
+            options["local_files_only"] = True
         try:
-            vae = AutoencoderKL.from_pretrained(str(path), **options)
+            vae = AutoencoderKL.from_pretrained(place, **options)
         except OSError as error:
-            raise OSError(
-                "path must be a folder with an AutoencoderKL, or the name of one on the hub, got "
-                f"{path}; a relative path counts from {Path.cwd()}"
-            ) from error
+            raise OSError(f"path must hold an AutoencoderKL, got {path}: {error}") from error
         return cls(vae, image_shape)
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -191,16 +191,19 @@ class KLAutoencoder(Frozen, frozen=("vae",)):
         count, total, square = 0, 0.0, 0.0
         for batch in [images] if isinstance(images, Tensor) else images:
             for part in batch.split(batch_size):
-                raw, mean = self._posterior(part.to(self.mean.device)), self.mean.double()
-                centered = raw.mean.double() - mean  # centered, against cancellation
+                # The sums are on the CPU, since some devices have no float64.
+                raw, mean = self._posterior(part.to(self.mean.device)), self.mean.cpu().double()
+                centered = raw.mean.cpu().double() - mean  # centered, against cancellation
                 count += centered.numel() // centered.shape[1]
                 total = total + centered.sum((0, 2, 3))
-                square = square + (centered.square() + raw.std.double().square()).sum((0, 2, 3))
+                square = square + (centered.square() + raw.std.cpu().double().square()).sum(
+                    (0, 2, 3)
+                )
         check_at_least(count, 2, "the number of latents in images")
         offset = torch.as_tensor(total) / count
         std = (torch.as_tensor(square) / count - offset.square()).clamp(min=0).sqrt()
         self.vae.register_to_config(
-            latents_mean=(self.mean.double().flatten() + offset).tolist(),
+            latents_mean=(self.mean.cpu().double().flatten() + offset).tolist(),
             latents_std=std.tolist(),
             scaling_factor=1.0,
             shift_factor=None,

@@ -7,7 +7,7 @@ Every message reads ``<argument> must <rule>, got <value>[; <fix>]``. A wrong va
 import functools
 import math
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -70,18 +70,22 @@ def as_grid(grid: Tensor | Sequence[float] | int, name: str = "grid") -> Tensor:
         The times ``(n + 1,)`` on the CPU.
 
     Raises:
-        TypeError: If ``grid`` is a boolean.
+        TypeError: If ``grid`` is neither a whole number nor a tensor or sequence of real numbers.
         ValueError: If there are fewer than 2 times, or they do not increase strictly, or one lies
             outside [0, 1].
 
     >>> as_grid(4)
     tensor([0.0000, 0.2500, 0.5000, 0.7500, 1.0000], dtype=torch.float64)
     """
-    if isinstance(grid, bool):
-        raise TypeError(f"{name} must be a number of steps or a tensor of times, got {grid}")
-    if isinstance(grid, int):
+    if isinstance(grid, int) and not isinstance(grid, bool):
         check_at_least(grid, 1, name)
         return torch.linspace(0, 1, grid + 1, dtype=torch.float64)
+    try:
+        kind = None if isinstance(grid, float) else torch.as_tensor(grid).dtype
+    except (TypeError, ValueError, RuntimeError):  # no numbers, or rows of different lengths
+        kind = None
+    if kind is None or kind.is_complex or kind == torch.bool:
+        raise TypeError(f"{name} must be a number of steps or a tensor of times, got {grid!r}")
     times = torch.as_tensor(grid, dtype=torch.float64, device="cpu")
     if times.ndim != 1 or len(times) < 2:
         raise ValueError(
@@ -104,6 +108,18 @@ def check_whole(times: Tensor) -> None:
         raise ValueError(
             f"sampler.grid must run from 0 to 1, got {times[0].item()} to {times[-1].item()}"
         )
+
+
+def check_number(value: float, name: str) -> None:
+    """Require a finite number.
+
+    Raises:
+        TypeError: If ``value`` is a string or None.
+        ValueError: If ``value`` is NaN or infinite.
+    """
+    _check_number(value, name)
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
 
 
 def _check_number(value: object, name: str) -> None:
@@ -192,6 +208,22 @@ def check_labels(labels: Tensor, num_classes: int, name: str = "cond", fix: str 
             )
 
 
+def check_cond(cond: object, name: str = "cond") -> None:
+    """Require a condition: a tensor, a mapping of tensors, or None.
+
+    Raises:
+        TypeError: If ``cond`` is of another kind.
+    """
+    values = cond.values() if isinstance(cond, Mapping) else [cond]
+    if cond is not None and not all(isinstance(value, Tensor) for value in values):
+        got = ", ".join(sorted({type(value).__name__ for value in values}))
+        got = f"a mapping of {got}" if isinstance(cond, Mapping) else got
+        raise TypeError(
+            f"{name} must be a tensor, a mapping of tensors or None, got {got}; "
+            "give a label as a tensor with one label per sample"
+        )
+
+
 def check_finite(x: Tensor, name: str) -> None:
     """Require a tensor without NaN and infinity.
 
@@ -201,6 +233,67 @@ def check_finite(x: Tensor, name: str) -> None:
     if not bool(torch.isfinite(x).all()):
         bad = int((~torch.isfinite(x)).sum())
         raise ValueError(f"{name} must be finite, got {bad} NaN or infinite of {x.numel()} values")
+
+
+def check_floating(x: Tensor, name: str) -> None:
+    """Require a tensor of floats.
+
+    Raises:
+        TypeError: If ``x`` is not a tensor, or does not hold real floats.
+    """
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"{name} must be a floating-point tensor, got {kind}")
+
+
+def check_samples(x: Tensor, name: str, *, floating: bool = False) -> None:
+    """Require samples ``(B, *)`` of real numbers, ``B >= 1``, whose values can be read.
+
+    Args:
+        x: The samples.
+        name: Name of the argument in errors.
+        floating: Whether the numbers must be floats.
+
+    Raises:
+        TypeError: If ``x`` is not a tensor of such numbers, or is on the meta device.
+        ValueError: If ``x`` has no sample or no element.
+
+    >>> check_samples(torch.zeros(2, 3, dtype=torch.uint8), "x1")
+    """
+    if floating:
+        check_floating(x, name)
+    if not isinstance(x, Tensor) or x.is_complex():
+        kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"{name} must be a tensor of real numbers, got {kind}")
+    if x.is_meta:
+        raise TypeError(f"{name} must hold data, got a tensor on the meta device")
+    if x.ndim == 0 or x.numel() == 0:
+        raise ValueError(
+            f"{name} must hold at least one sample, with shape (B, *), got shape {tuple(x.shape)}"
+        )
+
+
+def check_state(x: Tensor, name: str = "x") -> None:
+    """Require a state ``(B, *)`` that a solve can start from: finite real floats, ``B >= 1``.
+
+    Raises:
+        TypeError: If ``x`` is not a tensor of real floats, or is on the meta device.
+        ValueError: If ``x`` has no sample or no element, or a value is NaN or infinite.
+    """
+    check_samples(x, name, floating=True)
+    check_finite(x, name)
+
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """Return a type of floats, but float32 for half precision.
+
+    Times, coefficients and sums of squares need it: float16 ends at 65504, and bfloat16 has three
+    digits.
+
+    >>> at_least_float32(torch.float16), at_least_float32(torch.float64)
+    (torch.float32, torch.float64)
+    """
+    return torch.promote_types(dtype, torch.float32)
 
 
 def renamed_arguments(

@@ -2,7 +2,8 @@
 
 Both flows are the marginal velocity ``v(x, t) = E[x1 − x0 | x_t = x]`` of the linear path
 ``x_t = (1−t) x0 + t x1``. The ends are independent: ``x0 ~ N(0, I)``, and the data are Gaussian or
-a mixture of Gaussians.
+a mixture of Gaussians. Velocities, solutions and samples have the type of the states. They are
+computed, and log densities are given, in float32 at least.
 """
 
 import math
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flowkit.checks import expand_like
+from flowkit.checks import at_least_float32, check_finite, check_samples, expand_like
 from flowkit.types import Cond
 
 
@@ -28,7 +29,7 @@ class GaussianFlow:
             positive.
 
     Raises:
-        ValueError: If ``std`` is not positive.
+        ValueError: If ``mean`` is not finite, or ``std`` not positive and finite.
 
     >>> flow = GaussianFlow(mean=2.0, std=0.5)
     >>> flow.solution(torch.ones(1, 1))
@@ -39,30 +40,35 @@ class GaussianFlow:
     std: float | Tensor
 
     def __post_init__(self) -> None:
-        if not bool((torch.as_tensor(self.std) > 0).all()):
-            raise ValueError(f"std must be positive, got {self.std}")
+        mean, std = torch.as_tensor(self.mean), torch.as_tensor(self.std)
+        if not bool(mean.isfinite().all()):
+            raise ValueError(f"mean must be finite, got {self.mean}")
+        if not bool(((std > 0) & std.isfinite()).all()):
+            raise ValueError(f"std must be positive and finite, got {self.std}")
 
     def __call__(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
         """Return the velocity ``(B, *)`` at ``x (B, *)`` and ``t (B,)``; ``cond`` has no effect."""
-        s, (mean, std) = expand_like(t, x), self._parameters(x)
+        mean, std = self._parameters(x)
+        s = expand_like(t, x).to(mean.dtype)
         slope = (s * std**2 - (1 - s)) / ((1 - s) ** 2 + s**2 * std**2)
-        return mean + slope * (x - s * mean)
+        return (mean + slope * (_wide(x) - s * mean)).to(x.dtype)
 
     def solution(self, x0: Tensor) -> Tensor:
         """Return the exact state ``mean + std x0 (B, *)`` at ``t = 1``, for the start ``x0``."""
         mean, std = self._parameters(x0)
-        return mean + std * x0
+        return (mean + std * _wide(x0)).to(x0.dtype)
 
     def log_prob(self, x1: Tensor) -> Tensor:
         """Return the log density ``(B,)`` of data ``x1 (B, *)``, in nats."""
-        mean, std = self._parameters(x1)
+        x1, (mean, std) = _wide(x1), self._parameters(x1)
         log_density = -0.5 * (((x1 - mean) / std) ** 2 + math.log(2 * math.pi)) - std.log()
         return log_density.flatten(1).sum(1)
 
     def _parameters(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mean and standard deviation in the type and on the device of ``x``."""
+        """Return mean and standard deviation for ``x``, on its device."""
+        like = _wide(x)
         mean, std = (
-            torch.as_tensor(p, dtype=x.dtype, device=x.device) for p in (self.mean, self.std)
+            torch.as_tensor(p, dtype=like.dtype, device=like.device) for p in (self.mean, self.std)
         )
         return mean, std
 
@@ -81,7 +87,8 @@ class MixtureFlow:
         stds: ``(K,)``, positive.
 
     Raises:
-        ValueError: If ``weights`` or ``stds`` are not ``K`` positive numbers.
+        ValueError: If ``weights`` or ``stds`` are not ``K`` positive, finite numbers, or a mean is
+            not finite.
 
     >>> flow = MixtureFlow(torch.ones(2), torch.tensor([[-2.0], [2.0]]), torch.full((2,), 0.5))
     >>> flow(torch.zeros(1, 1), torch.tensor([0.5]))
@@ -93,25 +100,30 @@ class MixtureFlow:
     stds: Tensor
 
     def __post_init__(self) -> None:
+        check_finite(self.means, "means")
         components = len(self.means)
         for name in ("weights", "stds"):
             value = getattr(self, name)
-            if value.shape != (components,) or not bool((value > 0).all()):
+            good = (value > 0) & value.isfinite()
+            if value.shape != (components,) or not bool(good.all()):
                 raise ValueError(
-                    f"{name} must be {components} positive numbers, one per mean, "
+                    f"{name} must be {components} positive, finite numbers, one per mean, "
                     f"got {value.tolist()}"
                 )
 
     def __call__(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
         """Return the velocity ``(B, *)`` at ``x (B, *)`` and ``t (B,)``; ``cond`` has no effect."""
-        offset, s2 = self._offsets(x, t), self._variances(t)
+        wide = _wide(x)
+        t = t.to(wide.dtype)
+        offset, s2 = self._offsets(wide, t), self._variances(t)
         slope = (t[:, None] * self.stds.to(t) ** 2 - (1 - t[:, None])) / s2
-        velocity = self.means.to(x) + _like(slope, offset) * offset
+        velocity = self.means.to(wide) + _like(slope, offset) * offset
         posterior = self._log_joint(offset, s2).softmax(1)
-        return (_like(posterior, offset) * velocity).sum(1)
+        return (_like(posterior, offset) * velocity).sum(1).to(x.dtype)
 
     def log_prob(self, x1: Tensor) -> Tensor:
         """Return the log density ``(B,)`` of data ``x1 (B, *)``, in nats."""
+        x1 = _wide(x1)
         t = x1.new_ones(len(x1))
         log_joint = self._log_joint(self._offsets(x1, t), self._variances(t))
         return log_joint.logsumexp(1) - 0.5 * x1[0].numel() * math.log(2 * math.pi)
@@ -137,6 +149,12 @@ class MixtureFlow:
         d = offset[0, 0].numel()
         log_weights = (self.weights / self.weights.sum()).to(offset).log()
         return log_weights - offset.square().flatten(2).sum(2) / (2 * s2) - 0.5 * d * s2.log()
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Return states ``(B, *)`` in float32 at least."""
+    check_samples(x, "x", floating=True)
+    return x.to(at_least_float32(x.dtype))
 
 
 def _like(value: Tensor, x: Tensor) -> Tensor:

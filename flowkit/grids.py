@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from flowkit.checks import as_grid, check_at_least, check_positive
+from flowkit.provenance import read_json
 
 FORMAT, FORMAT_VERSION = "flowkit-grid", 1
 
@@ -189,8 +190,8 @@ def provenance(file: str | Path) -> dict[str, Any]:
 def _read(file: str | Path) -> dict[str, Any]:
     """Read and check the record in a file."""
     try:
-        record = json.loads(Path(file).read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        record = read_json(file)
+    except ValueError as error:
         raise ValueError(f"file must be a grid written by flowkit, got {file}: {error}") from error
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise ValueError(

@@ -10,7 +10,13 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from flowkit.checks import check_between, expand_like
+from flowkit.checks import (
+    check_between,
+    check_cond,
+    check_floating,
+    check_number,
+    expand_like,
+)
 from flowkit.types import Cond
 from flowkit.velocity import BoundVelocity, Velocity, bind
 
@@ -52,7 +58,8 @@ def replace_cond(cond: Cond, null: Null, where: Tensor | None = None) -> Cond:
         where: Boolean ``(B,)``; None means everywhere.
 
     Raises:
-        TypeError: If only one of ``cond`` and ``null`` is a mapping, or ``cond`` is None.
+        TypeError: If only one of ``cond`` and ``null`` is a mapping, or ``cond`` is None or no
+            condition.
         ValueError: If ``null`` names a condition that ``cond`` has not.
 
     >>> replace_cond(torch.tensor([3, 4]), 10, where=torch.tensor([True, False]))
@@ -63,6 +70,7 @@ def replace_cond(cond: Cond, null: Null, where: Tensor | None = None) -> Cond:
             "cond must be given to replace it by the null condition, got None; guidance needs "
             "labels or another condition to guide to"
         )
+    check_cond(cond)
     if isinstance(cond, Mapping) and isinstance(null, Mapping):
         if unknown := sorted(set(null) - set(cond)):
             raise ValueError(f"null must name conditions among {sorted(cond)}, got {unknown}")
@@ -78,6 +86,14 @@ def replace_cond(cond: Cond, null: Null, where: Tensor | None = None) -> Cond:
 def _replace(cond: Tensor, null: float | Tensor, where: Tensor | None) -> Tensor:
     value = torch.as_tensor(null, dtype=cond.dtype, device=cond.device).expand(cond.shape)
     return value if where is None else torch.where(expand_like(where, cond), value, cond)
+
+
+def _check_null(null: object) -> None:
+    """Require a number, a tensor or a mapping."""
+    if null is None or isinstance(null, str):
+        raise TypeError(
+            f"null must be the null condition (a number, tensor or mapping), got {null!r}"
+        )
 
 
 class DropCond(nn.Module):
@@ -98,14 +114,12 @@ class DropCond(nn.Module):
     def __init__(self, prob: float, null: Null) -> None:
         super().__init__()
         check_between(prob, 0, 1, "prob")
-        if null is None:
-            raise TypeError(
-                "null must be the null condition (a number, tensor or mapping), got None"
-            )
+        _check_null(null)
         self.prob, self.null = prob, null
 
     def forward(self, cond: Cond, generator: torch.Generator | None = None) -> Cond:
         """Return the condition with some samples' replaced; None stays None."""
+        check_cond(cond)
         if cond is None or not self.training or self.prob == 0:
             return cond
         first = next(iter(cond.values())) if isinstance(cond, Mapping) else cond
@@ -157,11 +171,12 @@ class ClassifierFree:
             raise ValueError(
                 f"interval must be increasing times within [0, 1], got {tuple(self.interval)}"
             )
-        if not abs(self.scale) < float("inf"):
-            raise ValueError(f"scale must be finite, got {self.scale}")
+        check_number(self.scale, "scale")
+        _check_null(self.null)
 
     def __call__(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
         """Guided velocity ``(B, *)``; ``cond`` must be given."""
+        check_floating(x, "x")
         return self.bind(cond)(x, t, cond)
 
     def bind(self, cond: Cond, grid: Tensor | None = None) -> "_Guided":
@@ -254,11 +269,11 @@ class Autoguidance:
     scale: float
 
     def __post_init__(self) -> None:
-        if not abs(self.scale) < float("inf"):
-            raise ValueError(f"scale must be finite, got {self.scale}")
+        check_number(self.scale, "scale")
 
     def __call__(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
         """Guided velocity ``(B, *)``."""
+        check_floating(x, "x")
         return self.bind(cond)(x, t, cond)
 
     def bind(self, cond: Cond, grid: Tensor | None = None) -> "_Autoguided":
@@ -270,6 +285,7 @@ class _Autoguided(_Pair):
     """`Autoguidance` during one solve."""
 
     def __init__(self, guidance: Autoguidance, cond: Cond, grid: Tensor | None) -> None:
+        check_cond(cond)
         self.scale = guidance.scale
         super().__init__(*(bind(f, cond, grid) for f in (guidance.velocity, guidance.weak)))
 

@@ -135,8 +135,18 @@ def _distance_to_piece(
     return torch.hypot(y - y0 - along * dy, x - x0 - along * dx)
 
 
-def inpainting_cond(autoencoder: Autoencoder, images: Tensor, mask: Tensor) -> dict[str, Tensor]:
+RESIZES = ("max", "nearest")
+
+
+def inpainting_cond(
+    autoencoder: Autoencoder, images: Tensor, mask: Tensor, resize: str = "max"
+) -> dict[str, Tensor]:
     """Compute the condition of a flow that fills holes, see `flowkit.nn.Inpainting`.
+
+    A latent cell stands for a square of pixels. With ``resize="max"`` the cell is in the hole if
+    one of its pixels is, so that the flow may change every pixel of the hole. The paper takes the
+    nearest pixel instead, ``resize="nearest"``: of `RandomMasks` at 64x64 pixels with 8x8 pixels
+    per cell, 36 % of the hole's pixels then count as known.
 
     Source: Dao et al., *Flow Matching in Latent Space*, 2023 (arXiv 2307.08698), section 4.3. The
     paper draws the latents of the masked image from the posterior. Here they are its mean, since a
@@ -146,14 +156,14 @@ def inpainting_cond(autoencoder: Autoencoder, images: Tensor, mask: Tensor) -> d
         autoencoder: The autoencoder of the flow.
         images: Images ``(B, C, H, W)`` in [-1, 1]. Pixels in the hole have no effect.
         mask: Masks ``(B, 1, H, W)``, 1 in the hole and 0 elsewhere.
+        resize: ``"max"`` or ``"nearest"``. A network needs the way of its training.
 
     Returns:
         ``masked``, the latents ``(B, c, h, w)`` of the images with a gray hole, and ``mask``
-        ``(B, 1, h, w)``, the masks resized by nearest neighbor, with values -1 (known) and 1
-        (hole).
+        ``(B, 1, h, w)``, the masks of the latent cells, with values -1 (known) and 1 (hole).
 
     Raises:
-        ValueError: If the mask has another size or other values.
+        ValueError: If the mask has another size or other values, or ``resize`` is another word.
 
     >>> from flowkit.autoencoders import Identity
     >>> images, mask = torch.ones(1, 1, 2, 2), torch.tensor([[[[0.0, 1.0], [0.0, 0.0]]]])
@@ -162,11 +172,16 @@ def inpainting_cond(autoencoder: Autoencoder, images: Tensor, mask: Tensor) -> d
     ([1.0, 0.0, 1.0, 1.0], [-1.0, 1.0, -1.0, -1.0])
     """
     check_mask(mask, images)
+    check_choice(resize, RESIZES, "resize")
     hidden = torch.where(mask > 0, 0.0, images)
     masked = mean_latents(autoencoder, hidden)
     if isinstance(autoencoder, KLAutoencoder):
         mask = autoencoder.pad(mask)
-    small = F.interpolate(mask.to(images.dtype), tuple(masked.shape[-2:]), mode="nearest")
+    cells, mask = (masked.shape[-2], masked.shape[-1]), mask.to(images.dtype)
+    if resize == "max":
+        small = F.adaptive_max_pool2d(mask, cells)
+    else:
+        small = F.interpolate(mask, cells, mode="nearest")
     return {"masked": masked, "mask": 2 * small - 1}
 
 

@@ -6,7 +6,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flowkit.checks import check_same_shape, check_times, expand_like
+from flowkit.checks import (
+    at_least_float32,
+    check_same_shape,
+    check_samples,
+    check_times,
+    expand_like,
+)
 from flowkit.couplings import Coupling, Independent
 from flowkit.distributed import mean_over_ranks
 from flowkit.paths import Linear, Path, noise_like
@@ -45,19 +51,46 @@ def draw_pairs(
         Pairs ``(x0, x1)`` with their conditions.
 
     Raises:
-        ValueError: If the batch has a mask and the coupling changes ``x1``.
+        TypeError: If ``x1`` or ``x0`` is not a tensor of floats.
+        ValueError: If ``x1`` has no sample. If the batch has a mask that does not fit ``x1``, or a
+            mask and a coupling that changes ``x1``.
 
     >>> pairs = draw_pairs({"x1": torch.ones(2, 1), "x0": torch.zeros(2, 1)})
     >>> pairs.x0.flatten().tolist(), pairs.x1.flatten().tolist()
     ([0.0, 0.0], [1.0, 1.0])
     """
     x1, x0 = batch["x1"], batch.get("x0")
+    check_samples(x1, "x1", floating=True)
     if x0 is None:
         x0 = noise_like(x1, generator)
+    check_samples(x0, "x0", floating=True)
     pairs = coupling.pair(x0, x1, batch.get("cond"), generator)
-    if batch.get("mask") is not None and pairs.x1 is not x1:
-        raise ValueError(f"mask must come with a coupling that keeps x1, got {coupling}")
+    if (mask := batch.get("mask")) is not None:
+        check_mask(mask, x1)
+        if pairs.x1 is not x1:
+            raise ValueError(f"mask must come with a coupling that keeps x1, got {coupling}")
     return pairs
+
+
+def check_mask(mask: Tensor, x: Tensor) -> None:
+    """Require a mask of real numbers with the dimensions of ``x (B, *)``, each of its size or 1.
+
+    Fewer dimensions would broadcast too, but along other dimensions than its author meant: a mask
+    ``(B,)`` of samples along the last one.
+
+    Raises:
+        TypeError: If the mask is not a tensor of real numbers.
+        ValueError: If the shape differs.
+    """
+    if not isinstance(mask, Tensor) or mask.is_complex():
+        kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"mask must be a tensor of real numbers, got {kind}")
+    sizes = zip(mask.shape, x.shape, strict=False)
+    if mask.ndim != x.ndim or any(size not in (1, full) for size, full in sizes):
+        raise ValueError(
+            f"mask must have the {x.ndim} dimensions of x1, {tuple(x.shape)}, or 1 in place of "
+            f"some, got shape {tuple(mask.shape)}"
+        )
 
 
 def draw_states(
@@ -87,15 +120,6 @@ def draw_states(
     return Draw(x_t, t, u, pairs.cond if drop_cond is None else drop_cond(pairs.cond, generator))
 
 
-def time_dtype(x: Tensor) -> torch.dtype:
-    """Return the type of the times of data ``x``: its type, but not narrower than float32.
-
-    >>> time_dtype(torch.zeros(1, dtype=torch.float16))
-    torch.float32
-    """
-    return torch.promote_types(x.dtype, torch.float32)
-
-
 def flow_matching_loss(
     velocity: Velocity,
     batch: Batch,
@@ -108,14 +132,15 @@ def flow_matching_loss(
 ) -> dict[str, Tensor]:
     """Compute the loss of conditional flow matching, ``E ‖v(x_t, t, cond) − u‖²``.
 
-    The loss is a mean over elements. The coupling pairs the data of the batch with the ``x0`` of
-    the batch, or with standard normal noise if there is none. If the coupling gives log-weights,
-    their exponentials multiply the losses of the pairs. In a batch with ``t0`` and ``t1`` the pairs
-    are segments of a flow. Their times are drawn within [t0, t1], and their velocities are per
-    unit of the flow's time.
+    The loss is a mean over elements, computed in float32 at least. The coupling pairs the data of
+    the batch with the ``x0`` of the batch, or with standard normal noise if there is none. If the
+    coupling gives log-weights, their exponentials multiply the losses of the pairs. In a batch with
+    ``t0`` and ``t1`` the pairs are segments of a flow. Their times are drawn within [t0, t1], and
+    their velocities are per unit of the flow's time.
 
     Under ``torch.distributed`` the mean of the losses of all ranks is the loss of their joint
-    batch. For this, a mask is counted over all ranks, but only while gradients are enabled.
+    batch. For this, a mask is counted over all ranks, but only while gradients are enabled. The
+    loss is 0 if the mask counts no element.
 
     Source: Lipman et al., *Flow Matching for Generative Modeling*, 2022 (arXiv 2210.02747),
     equation 9. For couplings: Tong et al., *Improving and Generalizing Flow-Based Generative Models
@@ -135,13 +160,15 @@ def flow_matching_loss(
 
     Returns:
         ``loss``, and ``explained = 1 − loss / E‖u‖²``: the share of the energy of the targets that
-        the velocity explains, 0 for a velocity of zeros. It stays below 1, since pairs cross.
+        the velocity explains, 0 for a velocity of zeros and without energy. It stays below 1, since
+        pairs cross.
 
     Raises:
-        TypeError: If ``t0`` or ``t1`` do not hold floats.
-        ValueError: If shapes differ. If the batch has a mask and the coupling changes ``x1``. If
-            segments are incomplete, do not increase in time, or come with a path or coupling other
-            than the default.
+        TypeError: If ``x1``, ``x0``, ``t0`` or ``t1`` do not hold floats, or ``mask`` does not hold
+            real numbers.
+        ValueError: If shapes differ. If the batch has no sample. If the batch has a mask and the
+            coupling changes ``x1``. If segments are incomplete, do not increase in time, or come
+            with a path or coupling other than the default.
 
     >>> from flowkit.exact import GaussianFlow
     >>> batch = {"x1": 2 + 0.5 * torch.randn(4096, 2)}
@@ -151,20 +178,48 @@ def flow_matching_loss(
     """
     _check_segments(batch, path, coupling)
     pairs = draw_pairs(batch, coupling, generator)
-    t = times(len(pairs.x1), pairs.x1.device, generator).to(time_dtype(pairs.x1))
+    dtype = at_least_float32(pairs.x1.dtype)
+    t = times(len(pairs.x1), pairs.x1.device, generator).to(dtype)
     x_t, t, u, cond = draw_states(pairs, t, path, drop_cond, generator)
     if "t0" in batch and "t1" in batch:
-        t0, length = batch["t0"], batch["t1"] - batch["t0"]
-        t, u = t0 + length * t, u / expand_like(length, u)
+        t0, t1 = batch["t0"].to(dtype), batch["t1"].to(dtype)
+        t, u = torch.lerp(t0, t1, t), u / expand_like(t1 - t0, u)
     v = velocity(x_t, t, cond)
+    check_samples(v, "velocity(x, t, cond)", floating=True)
     check_same_shape(v, u, ("velocity(x, t, cond)", "x"))
 
-    weight = None if pairs.log_weight is None else expand_like(pairs.log_weight.exp().to(u), u)
-    if (mask := batch.get("mask")) is not None:
+    v, u, weight, mask = v.to(dtype), u.to(dtype), pair_weights(pairs, u), batch.get("mask")
+    if mask is not None:
+        mask = mask.to(dtype)
         weight = mask if weight is None else weight * mask
-    loss, energy = _mean_square(v - u, weight, mask), _mean_square(u.detach(), weight, mask)
+    loss, energy = _mean_square(v - u, weight, mask), _mean_square(u, weight, mask)
     seen = {} if observe is None else observe(pairs)
-    return {"loss": loss, "explained": 1 - loss.detach() / energy, **seen}
+    return {"loss": loss, "explained": explained_share(loss, energy), **seen}
+
+
+def pair_weights(pairs: Pairs, x: Tensor) -> Tensor | None:
+    """Return the weights of pairs as ``(B, 1, ..., 1)`` in float32, for ``x (B, *)``; None for 1.
+
+    Raises:
+        ValueError: If there is not one weight per pair.
+    """
+    if pairs.log_weight is None:
+        return None
+    if pairs.log_weight.shape != (len(x),):
+        raise ValueError(
+            f"log_weight of a coupling must have shape ({len(x)},), "
+            f"got {tuple(pairs.log_weight.shape)}"
+        )
+    return expand_like(pairs.log_weight.to(at_least_float32(x.dtype)).exp(), x)
+
+
+def explained_share(loss: Tensor, energy: Tensor) -> Tensor:
+    """Return ``1 − loss / energy`` without gradient, and 0 without energy.
+
+    >>> explained_share(torch.tensor(1.0), torch.tensor(4.0))
+    tensor(0.7500)
+    """
+    return torch.where(energy == 0, 0.0, 1 - loss / energy).detach()
 
 
 def _check_segments(batch: Batch, path: Path, coupling: Coupling) -> None:
@@ -197,4 +252,5 @@ def _mean_square(x: Tensor, weight: Tensor | None, mask: Tensor | None) -> Tenso
     count = mask.expand(x.shape).sum()
     # The losses of all ranks are averaged, so each is divided by the same count. Only in training
     # do all ranks reach this line together.
-    return squares.sum() / (mean_over_ranks(count) if torch.is_grad_enabled() else count)
+    count = mean_over_ranks(count) if torch.is_grad_enabled() else count
+    return squares.sum() / torch.where(count == 0, 1.0, count)

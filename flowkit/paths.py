@@ -6,6 +6,9 @@ as ``sigma_min``, are stated by the class. A network trained on the velocity ``u
 ``v(x, t) = E[u | x_t = x]``. The expected data, the expected noise and the score follow from ``v``
 by algebra.
 
+Coefficients are computed in float32 at least. States, velocities and conversions have the type of
+``x1`` or ``x_t``, whatever the type of the times is.
+
 Sources: Lipman et al., *Flow Matching for Generative Modeling*, 2022 (arXiv 2210.02747);
 Albergo & Vanden-Eijnden, *Building Normalizing Flows with Stochastic Interpolants*, 2022
 (arXiv 2209.15571); Tong et al., *Improving and generalizing flow-based generative models with
@@ -21,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.func import jvp
 
-from flowkit.checks import check_at_least, check_same_shape, check_times, expand_like
+from flowkit import checks
 
 
 class PathSample(NamedTuple):
@@ -81,11 +84,12 @@ class Interpolant:
             generator: Source of ``ε``, for ``sigma > 0``.
 
         Raises:
-            ValueError: If shapes differ or a time lies outside [0, 1].
+            TypeError: If samples or times are not floats.
+            ValueError: If shapes differ, a time lies outside [0, 1], or the velocity is unbounded
+                at a time.
         """
-        check_same_shape(x0, x1)
-        check_times(t, len(x1))
-        a, b, da, db = self.coefficients(expand_like(t, x1))
+        a, b, da, db = self._checked(x0, x1, t)
+        _refuse(~torch.isfinite(da + db), t, "the velocity is finite")
         x_t = a * x1 + b * x0
         if self.sigma:
             x_t = x_t + self.sigma * noise_like(x1, generator)
@@ -95,38 +99,49 @@ class Interpolant:
         """Return the expected data ``E[x1 | x_t]`` for states and velocities ``x_t, v (B, *)``.
 
         The equation is ``(s² v − b b' x_t) / (a' s² − a b b')`` with ``s² = b² + sigma²``. With
-        ``sigma = 0``, the equation is exact for any source. With ``sigma > 0``, it assumes a
-        standard normal source.
+        ``sigma = 0``, the equation is exact for any source; at ``b = 0`` it becomes ``x_t / a``.
+        With ``sigma > 0``, it assumes a standard normal source.
 
         Raises:
-            ValueError: If shapes differ or a time lies outside [0, 1].
+            TypeError: If states or times are not floats.
+            ValueError: If shapes differ, a time lies outside [0, 1], or the velocity at a time
+                holds nothing of the data, as at ``a = a' = 0``.
 
         >>> Linear().to_data(torch.zeros(1, 2), torch.tensor([0.5]), torch.ones(1, 2))
         tensor([[0.5000, 0.5000]])
         """
-        a, b, da, db = self._checked(x_t, t, v)
-        if not self.sigma:
-            return (b * v - db * x_t) / (da * b - a * db)
-        s2 = b**2 + self.sigma**2
-        return (s2 * v - b * db * x_t) / (da * s2 - a * b * db)
+        a, b, da, db = self._checked(v, x_t, t, ("v", "x_t"))
+        if self.sigma:
+            s2 = b**2 + self.sigma**2
+            of_v, of_x, divisor = s2, -b * db, da * s2 - a * b * db
+        else:
+            of_v, of_x, divisor = b, -db, da * b - a * db
+            of_v, of_x, divisor = _at(b == 0, (0, 1, a), (of_v, of_x, divisor))
+        _refuse(~divisor.isfinite() | (divisor == 0), t, "the velocity determines the data")
+        return (of_v / divisor * v + of_x / divisor * x_t).to(x_t.dtype)
 
     def to_noise(self, x_t: Tensor, t: Tensor, v: Tensor) -> Tensor:
         """Return the expected source ``E[x0 | x_t]`` for states and velocities ``x_t, v (B, *)``.
 
-        The equation is ``(a' x_t − a v) / (a' b − a b')`` with ``sigma = 0``, for any source. With
-        ``sigma > 0``, it is ``b (x_t − a E[x1 | x_t]) / (b² + sigma²)``, for a standard normal
-        source.
+        The equation is ``(a' x_t − a v) / (a' b − a b')`` with ``sigma = 0``, for any source; at
+        ``a = 0`` it becomes ``x_t / b``. With ``sigma > 0``, it is
+        ``b (x_t − a E[x1 | x_t]) / (b² + sigma²)``, for a standard normal source.
 
         Raises:
-            ValueError: If shapes differ or a time lies outside [0, 1].
+            TypeError: If states or times are not floats.
+            ValueError: If shapes differ, a time lies outside [0, 1], or the velocity at a time
+                holds nothing of the source: at ``b = 0``, if ``b'`` is 0 or unbounded there.
 
         >>> Linear().to_noise(torch.zeros(1, 2), torch.tensor([0.5]), torch.ones(1, 2))
         tensor([[-0.5000, -0.5000]])
         """
-        a, b, da, db = self._checked(x_t, t, v)
-        if not self.sigma:
-            return (da * x_t - a * v) / (da * b - a * db)
-        return b * (x_t - a * self.to_data(x_t, t, v)) / (b**2 + self.sigma**2)
+        a, b, da, db = self._checked(v, x_t, t, ("v", "x_t"))
+        if self.sigma:
+            noise = b * (x_t - a * self.to_data(x_t, t, v)) / (b**2 + self.sigma**2)
+            return noise.to(x_t.dtype)
+        of_v, of_x, divisor = _at(a == 0, (0, 1, b), (-a, da, da * b - a * db))
+        _refuse(~divisor.isfinite() | (divisor == 0), t, "the velocity determines the noise")
+        return (of_v / divisor * v + of_x / divisor * x_t).to(x_t.dtype)
 
     def to_score(self, x_t: Tensor, t: Tensor, v: Tensor) -> Tensor:
         """Return the score ``∇ log p_t(x_t)`` for states and velocities ``x_t, v (B, *)``.
@@ -135,27 +150,28 @@ class Interpolant:
         With ``sigma = 0``, the score is unbounded at ``b = 0``, so at ``t = 1``.
 
         Raises:
+            TypeError: If states or times are not floats.
             ValueError: If shapes differ, a time lies outside [0, 1], or ``t = 1`` with ``b(1) = 0``
                 and ``sigma = 0``.
 
         >>> Linear().to_score(torch.zeros(1, 2), torch.tensor([0.5]), torch.ones(1, 2))
         tensor([[1., 1.]])
         """
-        if not self.sigma:
-            b = self._checked(x_t, t, v).b
-            if bool(((expand_like(t, b) == 1) & (b < 1e-6)).any()):
-                raise ValueError(
-                    "t must lie in [0, 1) for to_score, got 1.0; the score is unbounded at t = 1"
-                )
-            return -self.to_noise(x_t, t, v) / b
-        a, b, _, _ = self._checked(x_t, t, v)
-        return -(x_t - a * self.to_data(x_t, t, v)) / (b**2 + self.sigma**2)
+        a, b, _, _ = self._checked(v, x_t, t, ("v", "x_t"))
+        if self.sigma:
+            score = -(x_t - a * self.to_data(x_t, t, v)) / (b**2 + self.sigma**2)
+            return score.to(x_t.dtype)
+        if bool(((checks.expand_like(t, b) == 1) & (b < 1e-6)).any()):
+            raise ValueError(
+                "t must lie in [0, 1) for to_score, got 1.0; the score is unbounded at t = 1"
+            )
+        return (-self.to_noise(x_t, t, v) / b).to(x_t.dtype)
 
-    def _checked(self, x_t: Tensor, t: Tensor, v: Tensor) -> Coefficients:
-        """Check the arguments of a conversion, and return the coefficients at ``t``."""
-        check_same_shape(v, x_t, ("v", "x_t"))
-        check_times(t, len(x_t))
-        return self.coefficients(expand_like(t, x_t))
+    def _checked(
+        self, x: Tensor, like: Tensor, t: Tensor, names: tuple[str, str] = ("x0", "x1")
+    ) -> Coefficients:
+        """Check two tensors ``(B, *)`` and times, and return the coefficients at the times."""
+        return self.coefficients(_checked_times(x, like, t, names))
 
 
 @dataclass(frozen=True)
@@ -172,7 +188,7 @@ class Linear(Interpolant):
             depend on time, so it does not enter ``u``.
 
     Raises:
-        ValueError: If a width is out of its range.
+        ValueError: If a width is out of its range or not finite.
 
     >>> x0, x1 = torch.zeros(1, 2), torch.ones(1, 2)
     >>> Linear().sample(x0, x1, torch.tensor([0.25])).x_t
@@ -185,7 +201,8 @@ class Linear(Interpolant):
     def __post_init__(self) -> None:
         if not 0 <= self.sigma_min < 1:
             raise ValueError(f"sigma_min must lie in [0, 1), got {self.sigma_min}")
-        check_at_least(self.sigma, 0, "sigma")
+        checks.check_number(self.sigma, "sigma")
+        checks.check_at_least(self.sigma, 0, "sigma")
 
     def coefficients(self, t: Tensor) -> Coefficients:
         """Return ``a = t``, ``b = 1 − (1 − sigma_min) t`` and their derivatives."""
@@ -217,24 +234,26 @@ class VP(Interpolant):
 
     The coefficient is ``log α(t) = −¼ (1−t)² (beta_max − beta_min) − ½ (1−t) beta_min``: Lipman et
     al. (2022), equation 18, with time from noise to data. At ``t = 0``, a small part ``α(0)`` of
-    the data remains. At ``t = 1``, the velocity of the noise is unbounded (here a number of order
-    1e18).
+    the data remains. With ``beta_min > 0``, the velocity of the noise is unbounded at ``t = 1``, so
+    `sample` refuses this time. With ``beta_min = 0``, the velocity there is
+    ``−√(beta_max / 2) x0``.
 
     Args:
         beta_min: Noise rate at the data, at least 0.
-        beta_max: Noise rate at the noise, above ``beta_min``.
+        beta_max: Noise rate at the noise, above ``beta_min``, finite.
 
     Raises:
-        ValueError: If ``beta_min`` lies outside [0, ``beta_max``).
+        ValueError: If ``beta_min`` lies outside [0, ``beta_max``) or ``beta_max`` is not finite.
 
-    >>> VP().sample(torch.zeros(1, 1), torch.ones(1, 1), torch.ones(1)).x_t
-    tensor([[1.]])
+    >>> VP(beta_min=0, beta_max=8).sample(torch.ones(1, 1), torch.ones(1, 1), torch.ones(1)).u
+    tensor([[-2.]])
     """
 
     beta_min: float = 0.1
     beta_max: float = 20.0
 
     def __post_init__(self) -> None:
+        checks.check_number(self.beta_max, "beta_max")
         if not 0 <= self.beta_min < self.beta_max:
             raise ValueError(
                 "beta_min must lie in [0, beta_max), "
@@ -244,11 +263,17 @@ class VP(Interpolant):
     def coefficients(self, t: Tensor) -> Coefficients:
         """Return ``a = α(t)``, ``b = √(1 − α(t)²)`` and their derivatives."""
         s, spread = 1 - t, self.beta_max - self.beta_min
-        log_a = -0.25 * s**2 * spread - 0.5 * s * self.beta_min
-        # The lower bound prevents 0/0 in u and in the conversions at t = 1.
-        a, b = log_a.exp(), (-torch.expm1(2 * log_a)).sqrt().clamp_min(1e-20)
-        da = a * (0.5 * s * spread + 0.5 * self.beta_min)
-        return Coefficients(a, b, da, -a * da / b)
+        rate = s * spread + self.beta_min
+        minus_2_log_a = s * (0.5 * s * spread + self.beta_min)
+        a = torch.exp(-0.5 * minus_2_log_a)
+        b2 = -torch.expm1(-minus_2_log_a)
+        # rate / b, whose parts are both 0 at t = 1 if beta_min is 0.
+        if self.beta_min == 0:
+            share = torch.where(minus_2_log_a > 0, minus_2_log_a / b2, 1.0)
+            rate_over_b = (2 * spread * share).sqrt()
+        else:
+            rate_over_b = rate / b2.sqrt()
+        return Coefficients(a, b2.sqrt(), 0.5 * a * rate, -0.5 * a.square() * rate_over_b)
 
 
 @dataclass(frozen=True)
@@ -262,8 +287,8 @@ class Affine(Interpolant):
         b: Weight of the source, a torch function with ``b(1) = 0``.
 
     Raises:
-        ValueError: If a value at an end point differs by more than 1e-3. The sampler starts at the
-            source and ends at the data, so the path must do the same.
+        ValueError: If a value at an end point is not finite or differs by more than 1e-3. The
+            sampler starts at the source and ends at the data, so the path must do the same.
 
     >>> quadratic = Affine(a=lambda t: t**2, b=lambda t: 1 - t**2)
     >>> quadratic.sample(torch.zeros(1, 1), torch.ones(1, 1), torch.tensor([0.5])).u
@@ -277,6 +302,7 @@ class Affine(Interpolant):
         ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
         for name, function, rule in (("a", self.a, (0, 1)), ("b", self.b, (None, 0))):
             for time, value, wanted in zip((0, 1), function(ends).tolist(), rule, strict=True):
+                checks.check_number(value, f"{name} at t = {time}")
                 if wanted is not None and not abs(value - wanted) <= 1e-3:
                     raise ValueError(
                         f"{name} must be {wanted} at t = {time}, got {value}; "
@@ -302,7 +328,7 @@ class BrownianBridge:
         sigma: Diffusion ``σ``, at least 0.
 
     Raises:
-        ValueError: If ``sigma`` is negative.
+        ValueError: If ``sigma`` is negative or not finite.
 
     >>> x0, x1 = torch.zeros(1, 2), torch.ones(1, 2)
     >>> BrownianBridge(sigma=0.5).sample(x0, x1, torch.ones(1)).x_t
@@ -312,7 +338,8 @@ class BrownianBridge:
     sigma: float
 
     def __post_init__(self) -> None:
-        check_at_least(self.sigma, 0, "sigma")
+        checks.check_number(self.sigma, "sigma")
+        checks.check_at_least(self.sigma, 0, "sigma")
 
     def sample(
         self, x0: Tensor, x1: Tensor, t: Tensor, generator: torch.Generator | None = None
@@ -326,16 +353,42 @@ class BrownianBridge:
             generator: Source of ``ε``.
 
         Raises:
+            TypeError: If samples or times are not floats.
             ValueError: If shapes differ or a time lies outside [0, 1].
         """
-        check_same_shape(x0, x1)
-        check_times(t, len(x1))
-        s = expand_like(t, x1)
+        s = _checked_times(x0, x1, t)
         width = (s * (1 - s)).sqrt()
         slope = torch.where(width > 0, (1 - 2 * s) / (2 * width), 0.0)
         noise = self.sigma * noise_like(x1, generator)
         x_t, u = (1 - s) * x0 + s * x1 + width * noise, x1 - x0 + slope * noise
         return PathSample(x_t.to(x1.dtype), t, u.to(x1.dtype))
+
+
+def _checked_times(
+    x: Tensor, like: Tensor, t: Tensor, names: tuple[str, str] = ("x0", "x1")
+) -> Tensor:
+    """Check two tensors ``(B, *)`` and times ``(B,)``; return the times as ``(B, 1, ..., 1)``."""
+    for value, name in zip((x, like), names, strict=True):
+        checks.check_samples(value, name, floating=True)
+    checks.check_same_shape(x, like, names)
+    checks.check_times(t, len(like))
+    return checks.expand_like(t, like).to(checks.at_least_float32(t.dtype))
+
+
+def _at(
+    where: Tensor, limits: tuple[float, float, Tensor], values: tuple[Tensor, Tensor, Tensor]
+) -> tuple[Tensor, ...]:
+    """Replace values by their limits, times at which ``where`` holds."""
+    return tuple(torch.where(where, a, b) for a, b in zip(limits, values, strict=True))
+
+
+def _refuse(where: Tensor, t: Tensor, rule: str) -> None:
+    """Raise an error if the condition ``where`` holds at a time."""
+    if bool(where.any()):
+        raise ValueError(
+            f"t must be a time at which {rule}, got {t[where.flatten()][0].item()}; "
+            "draw or choose times between 0 and 1"
+        )
 
 
 def noise_like(x: Tensor, generator: torch.Generator | None = None) -> Tensor:

@@ -1,8 +1,10 @@
-"""Provenance of results: hashes of tensors, versions of packages, atomic writing of files."""
+"""Provenance: hashes, versions of packages, places of networks, reading and writing of files."""
 
 import hashlib
+import json
 import os
 import platform
+import re
 import secrets
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -72,6 +74,122 @@ def _digest(named: Iterable[tuple[str, Tensor]], header: str, label: str) -> str
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def located(place: str | Path, name: str) -> tuple[str, bool]:
+    """Return a folder, or what follows ``hub:``, and whether it is on the Hugging Face hub.
+
+    Only ``hub:owner/name`` is looked for on the hub, so no mistyped path is downloaded.
+
+    Args:
+        place: A folder, or ``hub:owner/name``.
+        name: Name of the argument, for the error.
+
+    Raises:
+        FileNotFoundError: If there is no such folder.
+
+    >>> located("hub:owner/name", "path")
+    ('owner/name', True)
+    """
+    text = str(place)
+    if re.fullmatch(r"hub:[\w.-]+(/[\w.-]+)?", text):
+        return text.removeprefix("hub:"), True
+    if Path(text).is_dir():
+        return text, False
+    fix = f"a relative path counts from {Path.cwd()}"
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", text):
+        fix += f"; on the hub it is {name}=hub:{text}"
+    raise FileNotFoundError(f"{name} must be a folder or hub:owner/name, got {text}; {fix}")
+
+
+def beside(root: Path, name: Any) -> Path:
+    """Return a file of a folder, whose name comes from another file of this folder.
+
+    Raises:
+        ValueError: If the name leads out of the folder.
+
+    >>> beside(Path("runs"), "../secret")
+    Traceback (most recent call last):
+    ...
+    ValueError: files must lie in runs, got '../secret'
+    """
+    if not isinstance(name, str) or name in ("", ".", "..") or set(name) & {"/", "\\", "\0"}:
+        raise ValueError(f"files must lie in {root}, got {name!r}")
+    return root / name
+
+
+LARGEST, DEEPEST, MOST = 2**26, 64, 10**6  # bytes of a text file, levels and values of its content
+
+
+def read_json(file: str | Path) -> Any:
+    """Read a JSON file of bounded size and depth.
+
+    Raises:
+        FileNotFoundError: If the file does not exist.
+        ValueError: If the file is not JSON, or is too large or too deep.
+    """
+    return parse_json(read_bounded(file), file)
+
+
+def parse_json(text: str, file: str | Path) -> Any:
+    """Parse JSON of bounded depth; ``file`` is the name of its file in errors.
+
+    Raises:
+        ValueError: If the text is not JSON, or is too deep.
+
+    >>> parse_json("[1, 2]", "a.json")
+    [1, 2]
+    """
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"file must be JSON, got {file}: {error}") from error
+    return bounded(found, file)
+
+
+def read_bounded(file: str | Path) -> str:
+    """Read a text file of at most 64 MiB.
+
+    Raises:
+        FileNotFoundError: If the file does not exist.
+        ValueError: If the file is larger, or not UTF-8.
+    """
+    with Path(file).open("rb") as opened:  # the size of a device or a pipe is not known before
+        content = opened.read(LARGEST + 1)
+    if len(content) > LARGEST:
+        raise ValueError(f"file must have at most {LARGEST} bytes, got more in {file}")
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"file must be text in UTF-8, got {file}: {error}") from error
+
+
+def bounded(value: Any, file: str | Path) -> Any:
+    """Return a value of lists and mappings that has at most 64 levels and a million values.
+
+    References of YAML count as often as they occur, so a few of them cannot stand for millions of
+    values, and a list that holds itself is refused.
+
+    Raises:
+        ValueError: If the value is deeper or has more values. The error names the file.
+
+    >>> bounded({"a": [1, 2]}, "a.yaml")
+    {'a': [1, 2]}
+    """
+    count, level = 1, [value]
+    for _ in range(DEEPEST):
+        children: list[Any] = []
+        for node in level:
+            inner = node.values() if isinstance(node, dict) else node
+            if isinstance(node, dict | list | tuple | set):
+                count += len(node)
+                if count > MOST:
+                    raise ValueError(f"file must hold at most {MOST} values, got more in {file}")
+                children.extend(inner)
+        if not children:
+            return value
+        level = children
+    raise ValueError(f"file must have at most {DEEPEST} levels, got more in {file}")
 
 
 def write_atomically(file: Path, write: Callable[[Path], Any]) -> None:

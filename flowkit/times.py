@@ -1,7 +1,8 @@
 """Distributions of training times: the law of ``t`` in [0, 1] for a training batch.
 
 Each distribution is a callable ``times(batch, device=None, generator=None) -> (batch,)`` of float32
-values.
+values, whatever torch's default type is. The values lie within [2⁻²⁴, 1 − 2⁻²⁴]. So no draw is
+rounded to an end of [0, 1], where the velocity of some paths is unbounded.
 """
 
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from flowkit.checks import check_at_least, check_positive
+from flowkit.checks import check_at_least, check_number, check_positive
 from flowkit.distributed import place
 
 Device = torch.device | str | None
@@ -27,9 +28,22 @@ class Times(Protocol):
         ...
 
 
+SMALLEST = 2.0**-24  # 1 − SMALLEST is the largest float32 below 1
+
+
+def _uniform(batch: int, device: Device, generator: torch.Generator | None) -> Tensor:
+    """Draw from ``U[0, 1)`` in float32; a trainer may have made another type the default."""
+    return torch.rand(batch, dtype=torch.float32, device=device, generator=generator)
+
+
+def inside(t: Tensor) -> Tensor:
+    """Move float32 times that were rounded to an end of [0, 1] to the nearest time inside."""
+    return t.clamp_(SMALLEST, 1 - SMALLEST)
+
+
 @dataclass(frozen=True)
 class Uniform:
-    """Uniform times ``t ~ U[0, 1)``, the published distribution of the flow-matching loss.
+    """Uniform times ``t ~ U[0, 1]``, the published distribution of the flow-matching loss.
 
     >>> Uniform()(3).shape
     torch.Size([3])
@@ -39,7 +53,7 @@ class Uniform:
         self, batch: int, device: Device = None, generator: torch.Generator | None = None
     ) -> Tensor:
         """Draw ``batch`` independent times."""
-        return torch.rand(batch, device=device, generator=generator)
+        return inside(_uniform(batch, device, generator))
 
 
 @dataclass(frozen=True)
@@ -47,11 +61,11 @@ class LogitNormal:
     """Logit-normal times ``t = sigmoid(mean + std z)``, ``z ~ N(0, 1)``: most weight in the middle.
 
     Args:
-        mean: Mean of the logit. A positive value moves times to the data.
+        mean: Mean of the logit, finite. A positive value moves times to the data.
         std: Standard deviation of the logit, positive.
 
     Raises:
-        ValueError: If ``std`` is not positive and finite.
+        ValueError: If ``mean`` is not finite, or ``std`` not positive and finite.
 
     Source: Esser et al., *Scaling Rectified Flow Transformers*, 2024 (arXiv 2403.03206), section
     3.1. In the paper ``t = 1`` is noise, so the sign of ``mean`` is the opposite.
@@ -64,14 +78,15 @@ class LogitNormal:
     std: float = 1.0
 
     def __post_init__(self) -> None:
+        check_number(self.mean, "mean")
         check_positive(self.std, "std")
 
     def __call__(
         self, batch: int, device: Device = None, generator: torch.Generator | None = None
     ) -> Tensor:
         """Draw ``batch`` independent times."""
-        z = torch.randn(batch, device=device, generator=generator)
-        return torch.sigmoid(self.mean + self.std * z)
+        z = torch.randn(batch, dtype=torch.float32, device=device, generator=generator)
+        return inside(torch.sigmoid(self.mean + self.std * z))
 
 
 @dataclass(frozen=True)
@@ -100,18 +115,22 @@ class Beta:
         self, batch: int, device: Device = None, generator: torch.Generator | None = None
     ) -> Tensor:
         """Draw ``batch`` independent times."""
-        # torch.distributions accepts no generator, but its internal sampler does. In float32,
-        # both gamma samples may underflow to 0 for small a, b; in float64 they do not.
-        shape = torch.tensor([[self.a], [self.b]], dtype=torch.float64, device=device)
-        gamma = torch._standard_gamma(shape.expand(2, batch).contiguous(), generator=generator)
-        return (gamma[0] / gamma.sum(0)).float()
+        # t = x / (x + y) for x ~ Gamma(a), y ~ Gamma(b). Both would underflow for small a and b, so
+        # their logarithms are drawn: Gamma(a) has the law of Gamma(a + 1) U^(1/a).
+        shape = torch.tensor([[self.a], [self.b]], dtype=torch.float32, device=device)
+        shape = shape.expand(2, batch).contiguous()
+        # torch.distributions accepts no generator, but its internal sampler does.
+        log = torch._standard_gamma(shape + 1, generator=generator).log_()
+        u = torch.rand(2, batch, dtype=torch.float32, device=device, generator=generator)
+        log_x, log_y = log.add_(torch.log1p(-u).div_(shape))
+        return inside(torch.sigmoid(log_x - log_y))
 
 
 @dataclass(frozen=True)
 class Stratified:
-    """Stratified times: one uniform time from each of ``batch`` equal slices of [0, 1).
+    """Stratified times: one uniform time from each of ``batch`` equal slices of [0, 1].
 
-    The slices are in random order. Each time alone still has the law ``U[0, 1)``, but the batch
+    The slices are in random order. Each time alone still has the law ``U[0, 1]``, but the batch
     covers the interval evenly. This reduces the variance of the loss at no cost. Under
     ``torch.distributed``, the slices divide the global batch: rank ``r`` of ``W`` takes every
     ``W``-th slice. All ranks need the same batch size.
@@ -132,7 +151,6 @@ class Stratified:
         check_at_least(batch, 0, "batch")
         rank, world = place()
         index = torch.randperm(batch, device=device, generator=generator) * world + rank
-        offset = torch.rand(batch, device=device, generator=generator)
-        t = (index.double() + offset) / (batch * world)
-        # Rounding to float32 may give 1, which lies outside [0, 1).
-        return t.float().clamp_max(1 - torch.finfo(torch.float32).eps / 2)
+        # An index is exact in float32 up to 2²⁴ slices.
+        t = (index.float() + _uniform(batch, device, generator)) / (batch * world)
+        return inside(t)

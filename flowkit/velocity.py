@@ -5,6 +5,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from flowkit.checks import check_cond
 from flowkit.types import Cond
 
 
@@ -105,7 +106,8 @@ def bind(velocity: Velocity, cond: Cond = None, grid: Tensor | None = None) -> B
             outside of a solve.
 
     Raises:
-        TypeError: If the velocity cannot be called, or its ``edges`` are not numbers.
+        TypeError: If the velocity, or what its ``bind`` returns, cannot be called; if ``cond`` is
+            not None, a tensor or tensors by name; if ``edges`` are not numbers.
         ValueError: If its ``edges`` do not lie in [0, 1].
 
     >>> import torch
@@ -117,8 +119,13 @@ def bind(velocity: Velocity, cond: Cond = None, grid: Tensor | None = None) -> B
         raise TypeError(
             f"velocity must be callable as velocity(x, t, cond), got {type(velocity).__name__}"
         )
+    check_cond(cond)
     offered = getattr(velocity, "bind", None)
-    bound = velocity if offered is None else offered(cond, grid)
+    bound: Velocity = velocity if offered is None else offered(cond, grid)
+    if not callable(bound):
+        raise TypeError(
+            f"bind of {type(velocity).__name__} must return a velocity, got {type(bound).__name__}"
+        )
     if isinstance(bound, BoundVelocity):
         return bound
     return BoundVelocity(bound, prepared=offered is not None)

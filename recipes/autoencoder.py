@@ -23,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from tqdm import tqdm
 
+import flowkit.recipes._resolvers  # noqa: F401  # functions that configurations refer to
 from flowkit.autoencoders import KLAutoencoder
 from flowkit.data import SplitData
 from flowkit.metrics import Features, image_metrics, to_uint8
@@ -32,7 +33,9 @@ from flowkit.modules.autoencoding import Autoencoding
 from flowkit.modules.callbacks import StepProgress, StopOnInterrupt
 from flowkit.modules.checkpoints import CHECKPOINT, CONFIG, UNRESOLVED
 from flowkit.provenance import versions
-from flowkit.runs.processes import quiet
+from flowkit.runs.epochs import count_in_steps
+from flowkit.runs.processes import quiet, usable_device
+from flowkit.runs.records import composed, recorded
 from flowkit.runs.resuming import find_checkpoint, resumed, unfinished
 from flowkit.runs.splits import prepared
 
@@ -40,14 +43,15 @@ from flowkit.runs.splits import prepared
 def autoencoder(cfg: DictConfig) -> KLAutoencoder:
     """Train as configured; write the network with its scale, ``metrics.json`` and a picture."""
     quiet()
-    began, folder = time.perf_counter(), Path(cfg.run_dir)
-    composed = OmegaConf.to_yaml(cfg)  # now, since building parts resolves their references
+    began, folder, device = time.perf_counter(), Path(cfg.run_dir), usable_device(cfg.device)
+    unresolved = composed(cfg)  # now, since building parts resolves their references
     checkpoint = None if cfg.resume is None else find_checkpoint(Path(cfg.resume))
     if checkpoint is not None:
         unfinished(checkpoint, cfg.trainer.max_steps)
     _refuse_overwriting(folder, checkpoint)
     seed_everything(cfg.seed, workers=True, verbose=False)
     data = prepared(instantiate(cfg.data))
+    count_in_steps(cfg, data)
     cfg.shape, cfg.num_classes = list(data.shape), data.num_classes
     vae, perceptual = instantiate(cfg.vae), instantiate(cfg.perceptual)
     module = Autoencoding(
@@ -59,13 +63,13 @@ def autoencoder(cfg: DictConfig) -> KLAutoencoder:
         instantiate(cfg.lr_scheduler),
     )
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG).write_text(OmegaConf.to_yaml(cfg, resolve=True))
-    (folder / UNRESOLVED).write_text(composed)
+    (folder / CONFIG).write_text(OmegaConf.to_yaml(recorded(cfg)))
+    (folder / UNRESOLVED).write_text(unresolved)
     parameters = sum(p.numel() for p in vae.parameters())
     print(f"model     {type(vae).__name__}, {parameters:,} parameters, images {data.shape}")
     _fit(cfg, module, data, folder, checkpoint)
 
-    network = KLAutoencoder(vae.to(cfg.device))
+    network = KLAutoencoder(vae.to(device))
     images = (batch["x1"] for batch in data.dataloader("train", cfg.batch_size))
     network.fit_scale(_until(images, cfg.num_scale_images))
     network.save_pretrained(folder)

@@ -22,6 +22,7 @@ from omegaconf import DictConfig, open_dict
 from flowkit.blockwise import equal_burden, loss_by_time
 from flowkit.modules import FlowModule, load_run
 from flowkit.modules.checkpoints import read_config
+from flowkit.modules.trust import check, trusting
 from flowkit.recipes.train import train
 from flowkit.runs.splits import prepared
 
@@ -31,6 +32,8 @@ KEPT = ("data", "path", "coupling", "autoencoder", "guidance")  # taken from the
 def blockwise(cfg: DictConfig) -> FlowModule:
     """Train as configured, from the run's weights."""
     stored = read_config(cfg.run)
+    with trusting(cfg.trust):
+        check({name: stored.get(name) for name in (*KEPT, "module")}, f"{cfg.run}")
     with open_dict(cfg):
         for name in KEPT:
             cfg[name] = stored.get(name)
@@ -88,7 +91,7 @@ def edges(cfg: DictConfig) -> list[float]:
     given = edges_of(6 if cfg.edges is None else cfg.edges)
     if not cfg.equal_burden:
         return given
-    run, data = load_run(cfg.run), prepared(instantiate(cfg.data))
+    run, data = load_run(cfg.run, trust=cfg.trust), prepared(instantiate(cfg.data))
     path, coupling = instantiate(cfg.path), instantiate(cfg.coupling)
     generator = torch.Generator().manual_seed(cfg.seed)
     batch = run.encode(data.val[:2000], generator)

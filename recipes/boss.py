@@ -29,6 +29,7 @@ from flowkit.boss import (
     search_rows,
 )
 from flowkit.boss.costs import check_num_steps
+from flowkit.boss.guard import LEVEL
 from flowkit.metrics import Features, as_saved, frechet_distance
 from flowkit.provenance import versions
 from flowkit.runs import Run
@@ -50,15 +51,17 @@ def boss(cfg: DictConfig) -> dict[str, Any]:
     Returns:
         The provenance of the grid with all scores.
     """
-    run = Run.load(cfg.run, cfg.weights, cfg.device, cfg.guidance)
+    run = Run.load(cfg.run, cfg.weights, cfg.device, cfg.guidance, cfg.trust)
     out = Path(cfg.out) if cfg.out else run.folder / "boss"
-    velocity, starts = run.velocity, run.starts(cfg.seed)
+    velocity, starts = run.velocity, run.starts(cfg.seed, cfg.seeding)
     budgets = sorted({*cfg.budgets, cfg.num_steps})
     for budget in budgets:
         check_num_steps(budget, grids.uniform(cfg.fine_steps))
     distance = None if cfg.metric is None else _distance(cfg, run)
-    _announce(cfg, budgets, guided=velocity is not run.module.velocity)
-    found, interval, costs_noises = _search(cfg, velocity, starts, budgets)
+    # Only standard normal noise can be drawn anew; source samples of data are few.
+    extra_noises = cfg.extra_noises if starts.are_noise else 0
+    _announce(cfg, budgets, extra_noises, guided=velocity is not run.module.velocity)
+    found, interval, costs_noises = _search(cfg, velocity, starts, budgets, extra_noises)
     table, reference = _compare(cfg, velocity, found, *starts(FRESH, cfg.fresh_noises))
     if distance is not None:
         for row in tqdm(table, desc="Fréchet distances", leave=False, disable=None):
@@ -68,11 +71,14 @@ def boss(cfg: DictConfig) -> dict[str, Any]:
         "condition": "none" if starts(0, 1)[1] is None else "all in turn",
         "fine_steps": cfg.fine_steps,
         "seed": cfg.seed,
+        "seeding": cfg.seeding,
         "num_noises": {
             "costs": costs_noises,
             "search": cfg.search_noises,
+            "extra": extra_noises,
             "fresh": cfg.fresh_noises,
         },
+        "test": {"method": "bootstrap-t, one-sided, for both grids together", "level": LEVEL},
         "reference": reference,
         "comparison": table,
         "versions": versions(),
@@ -81,7 +87,7 @@ def boss(cfg: DictConfig) -> dict[str, Any]:
 
 
 def _search(
-    cfg: DictConfig, velocity: Velocity, starts: Starts, budgets: list[int]
+    cfg: DictConfig, velocity: Velocity, starts: Starts, budgets: list[int], extra_noises: int
 ) -> tuple[dict[int, OptimizedGrid], BellmanInterval, int]:
     """Return grids of all budgets, the interval of the Bellman grid, and the noises of costs."""
     fine = grids.uniform(cfg.fine_steps)
@@ -99,6 +105,7 @@ def _search(
     )
     x0, cond = starts(0, cfg.search_noises)
     options = {"method": cfg.method, "fine_steps": fine, "costs": costs.mean(0)}
+    options["extra_noises"] = extra_noises
     found = {
         budget: optimize_grid(velocity, x0, budget, cond, **options)
         for budget in tqdm(budgets, desc="grids", leave=False, disable=None)
@@ -132,9 +139,9 @@ def _write(
     return record
 
 
-def _announce(cfg: DictConfig, budgets: list[int], guided: bool) -> None:
+def _announce(cfg: DictConfig, budgets: list[int], extra_noises: int, guided: bool) -> None:
     """Print the number of network rows that the search will need at most."""
-    options = {"method": cfg.method, "fine_steps": cfg.fine_steps}
+    options = {"method": cfg.method, "fine_steps": cfg.fine_steps, "extra_noises": extra_noises}
     by_budget = [search_rows(cfg.search_noises, budget, **options) for budget in budgets]
     per_noise = search_rows(3, cfg.num_steps, **options)["costs"] // 2
     factor, per_step = 2 if guided else 1, 1 if cfg.method == "euler" else 2

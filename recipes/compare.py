@@ -22,12 +22,14 @@ from typing import Any
 
 import hydra
 from hydra import compose
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 from tqdm import tqdm
 
 from flowkit.checks import check_at_least
+from flowkit.provenance import read_json
 from flowkit.recipes.evaluate import evaluate
 from flowkit.recipes.train import train
+from flowkit.rules import check
 from flowkit.runs.records import file_name
 from flowkit.runs.tables import markdown
 
@@ -47,6 +49,7 @@ def compare(cfg: DictConfig) -> list[Row]:
     out, rows = Path(cfg.out), []
     # Seeds change last, so that a stopped table is complete for its first seeds.
     cells = list(product(cfg.seeds, cfg.problems, cfg.couplings))
+    _check_cells(cfg)  # before a folder is emptied
     bar = tqdm(cells, desc="cells", disable=None)
     for seed, problem, coupling in bar:
         bar.set_postfix_str(f"{problem}, {coupling}, seed {seed}")
@@ -69,7 +72,7 @@ def run_cell(folder: Path, train_with: list[str], evaluate_with: list[str]) -> d
         The numbers of the evaluation, and the ``seconds`` of training.
     """
     record = folder / "cell.json"
-    done = json.loads(record.read_text()) if record.is_file() else {}
+    done = read_json(record) if record.is_file() else {}
     with redirect_stdout(io.StringIO()):
         if done.get("train") != train_with:
             shutil.rmtree(folder, ignore_errors=True)
@@ -83,6 +86,15 @@ def run_cell(folder: Path, train_with: list[str], evaluate_with: list[str]) -> d
             done |= {"evaluate": evaluate_with, "metrics": numbers}
             record.write_text(json.dumps(done, indent=2) + "\n")
     return {**done["metrics"], "seconds": done["seconds"]}
+
+
+def _check_cells(cfg: DictConfig) -> None:
+    """Require that the options of all cells fit."""
+    for problem, coupling in product(cfg.problems.values(), cfg.couplings.values()):
+        composed = _composed("train", [*cfg.overrides, *problem, *coupling])
+        check("train", OmegaConf.to_container(composed))
+    composed = _composed("evaluate", list(cfg.evaluate), run=Path("${run}"))
+    check("evaluate", OmegaConf.to_container(composed))
 
 
 def _composed(recipe: str, overrides: list[str], **values: Path) -> DictConfig:

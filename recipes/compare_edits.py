@@ -17,10 +17,11 @@ from typing import Any
 
 import hydra
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor
 from tqdm import tqdm
 
+from flowkit.checks import check_between
 from flowkit.data import SplitData
 from flowkit.flowopt import FlowOpt
 from flowkit.metrics import PixelSVC
@@ -29,17 +30,20 @@ from flowkit.modules.flow import labels_of
 from flowkit.paths import Linear
 from flowkit.provenance import versions
 from flowkit.runs.editing import RunFlow
-from flowkit.runs.records import write_record
+from flowkit.runs.records import recorded, write_record
 from flowkit.runs.tables import markdown
-from flowkit.sampling import ODESampler, seeded_noise
+from flowkit.sampling import ODESampler, sample_seeds, seeded_noise
 
 Row = dict[str, Any]
 
 
 def compare_edits(cfg: DictConfig) -> dict[str, Any]:
     """Compare as configured; write ``inversions`` and ``edits`` as tables and pictures."""
+    _check_settings(cfg)
     model = RunFlow.load(cfg)
     data = model.run.data
+    for name in ("source", "target"):
+        cfg[name] = model.run.class_number(cfg[name], name)
     folder = Path(cfg.out or Path(cfg.run) / "edits" / "comparison")
     files = [folder / f for f in ("report.json", "inversions.png", "edits.png", "strip.png")]
     inversions = compare_inversions(cfg, model, data) if cfg.num_inverted else []
@@ -47,7 +51,7 @@ def compare_edits(cfg: DictConfig) -> dict[str, Any]:
     record = {
         "inversions": inversions,
         "edits": edits,
-        "settings": OmegaConf.to_container(cfg, resolve=True),
+        "settings": recorded(cfg),
         "weights": model.record(),
         "versions": versions(),
     }
@@ -62,6 +66,19 @@ def compare_edits(cfg: DictConfig) -> dict[str, Any]:
         save_picture(strip.flatten(0, 1), files[3], columns=strip.shape[1])
         print(f"{table}\npicture   {files[2]}\nstrip     {files[3]}")
     return record
+
+
+def _check_settings(cfg: DictConfig) -> None:
+    """Require settings that FlowOpt takes."""
+    for name, options in {**cfg.inversions, **cfg.edits}.items():
+        given = {key: value for key, value in options.items() if key != "skip"}
+        check_between(options.get("skip", 0), 0, cfg.num_steps - 1, f"skip of {name!r}")
+        try:
+            FlowOpt(ODESampler(cfg.num_steps), **given)
+        except TypeError as error:
+            raise TypeError(
+                f"{name!r} must hold settings of FlowOpt, got {given}: {error}"
+            ) from error
 
 
 # --- inversions -------------------------------------------------------------------------------
@@ -82,7 +99,9 @@ def compare_inversions(cfg: DictConfig, model: RunFlow, data: SplitData) -> list
         return sampler(velocity, sampler.invert(velocity, x1, cond, correct=correct).x, cond)
 
     def optimize(solves: int, **options: Any) -> Tensor | None:
-        iters = solves - 2 - (4 if options["step_size"] == "auto" else 0)  # it is measured with 4
+        iters = (
+            solves - 2 - (4 if options.get("step_size", "auto") == "auto" else 0)
+        )  # it is measured with 4
         if iters < 0:
             return None
         return FlowOpt(ODESampler(n), num_iters=iters, keep=(), **options)(velocity, x1, cond).x
@@ -154,7 +173,8 @@ def compare_targets(
             columns = [model.decode(x[: cfg.rows]).cpu() for x in (x1, *found.trace)]
             strip = torch.stack(columns, 1)
     path = getattr(model.module, "path", Linear())
-    noise = seeded_noise(x1.shape[1:], range(cfg.seed, cfg.seed + len(x1)), x1.device)
+    seeds = sample_seeds(cfg.seed, 0, len(x1), cfg.seeding)
+    noise = seeded_noise(x1.shape[1:], seeds, x1.device)
     for skip in range(cfg.num_steps):
         t = torch.full((len(x1),), grid[skip].item(), device=x1.device)
         with torch.no_grad():

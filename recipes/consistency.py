@@ -31,7 +31,7 @@ from flowkit.runs.drawing import draw
 from flowkit.runs.records import write_record
 from flowkit.runs.run import symmetrical
 from flowkit.runs.starts import choose_labels, noise_batches
-from flowkit.sampling import ODESampler
+from flowkit.sampling import ODESampler, sample_seeds
 
 Reader = Callable[[Tensor, Tensor], dict[str, Any]]
 
@@ -40,7 +40,7 @@ def consistency(cfg: DictConfig) -> dict[str, Any]:
     """Measure as configured; write ``consistency.json`` and pictures."""
     check_at_least(cfg.num_samples, 1, "num_samples")
     check_at_least(cfg.batch_size, 1, "batch_size")
-    run = Run.load(cfg.run, cfg.weights, cfg.device, cfg.guidance)
+    run = Run.load(cfg.run, cfg.weights, cfg.device, cfg.guidance, cfg.trust)
     out = Path(cfg.out) if cfg.out else run.folder / "consistency"
     module, data, sampler = symmetrical(run), run.data, run.sampler(cfg.sampler)
     test = data.test[: cfg.num_samples]
@@ -49,7 +49,7 @@ def consistency(cfg: DictConfig) -> dict[str, Any]:
         labels = choose_labels(None, cfg.num_samples, data.num_classes)
     if not isinstance(labels, Tensor):
         raise RuntimeError("run must be trained on data with labels or masks, got data without")
-    seeds = range(cfg.seed, cfg.seed + len(labels))
+    seeds = sample_seeds(cfg.seed, 0, len(labels), cfg.seeding)
     noise = noise_batches(run.sample_shape, seeds, cfg.batch_size)
     images, cost = draw(run, noise, labels, sampler)
     read = _reader(module, data, cfg.batch_size)
@@ -65,6 +65,7 @@ def consistency(cfg: DictConfig) -> dict[str, Any]:
         "times": module.times,
         "num_samples": len(labels),
         "seeds": [seeds.start, seeds.stop],
+        "seeding": cfg.seeding,
     }
     record = run.record(sampling, metrics=metrics)
     files = [out / "consistency.json", *(out / f"{name}.png" for name in pictures)]

@@ -19,6 +19,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from flowkit.checks import check_between
+from flowkit.data.folder import FORMATS
 from flowkit.flowopt import Edit, FlowOpt
 from flowkit.metrics import from_uint8, to_uint8
 from flowkit.metrics.gaussianity import gaussianity
@@ -106,8 +107,8 @@ def _read(file: str | Path, mode: str, name: str) -> Tensor:
     from PIL import Image, UnidentifiedImageError
 
     try:
-        picture = Image.open(file).convert(mode)
-    except (OSError, UnidentifiedImageError) as error:
+        picture = Image.open(file, formats=FORMATS).convert(mode)
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise ValueError(f"{name} must be a picture file, got {file}: {error}") from error
     pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).float()
     return pixels.reshape(1, picture.height, picture.width, -1).permute(0, 3, 1, 2)

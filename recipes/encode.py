@@ -2,7 +2,7 @@
 
 flowkit encode data=fashion_mnist autoencoder.path=runs/autoencoder out=latents/fashion
 flowkit encode data=folder data.root=photos data.image_size=256 out=latents/photos \
-    autoencoder.path=stabilityai/sd-vae-ft-mse
+    autoencoder.path=hub:stabilityai/sd-vae-ft-mse
 
 The same command continues a stopped call. Then train on the latents:
 
@@ -11,22 +11,32 @@ flowkit train data=latents data.root=latents/fashion
 
 import math
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import hydra
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from tqdm import tqdm
 
+from flowkit.autoencoders import KLAutoencoder
 from flowkit.data.cache import SPLITS, write_cache
+from flowkit.runs.processes import usable_device
+from flowkit.runs.records import recorded
 from flowkit.runs.splits import prepared
 
 
 def encode(cfg: DictConfig) -> dict[str, Any]:
     """Encode as configured; write the cache of latents and return its index."""
+    device = usable_device(cfg.device)
     data = prepared(instantiate(cfg.data))
-    autoencoder = instantiate(cfg.autoencoder).to(cfg.device)
-    source = cast(dict[str, Any], OmegaConf.to_container(cfg.data, resolve=True))
+    autoencoder = instantiate(cfg.autoencoder)
+    if not isinstance(autoencoder, KLAutoencoder):
+        raise TypeError(
+            f"autoencoder must be a KL autoencoder, got {type(autoencoder).__name__}; give "
+            "autoencoder.path=<folder or name on the hub>"
+        )
+    autoencoder.to(device)
+    source = recorded(cfg.data)
     total = sum(len(data.split(name)) for name in SPLITS)
     with tqdm(total=total, desc="encoding", unit=" images", disable=None) as bar:
         index = write_cache(

@@ -57,8 +57,8 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         The record; it is empty on all processes but the first.
     """
     fabric = launch(cfg)
-    run = Run.load(cfg.run, cfg.weights, fabric.device, cfg.guidance)
-    run.reuse_features(cfg.feature_mode, cfg.tolerance, cfg.seed)
+    run = Run.load(cfg.run, cfg.weights, fabric.device, cfg.guidance, cfg.trust)
+    run.reuse_features(cfg.feature_mode, cfg.tolerance, cfg.seed, cfg.seeding)
     sampler, out = run.sampler(cfg.sampler), Path(cfg.out or cfg.run)
     if len(run.data.shape) == 3:
         found = _measure_images(cfg, run, sampler, fabric)
@@ -158,30 +158,38 @@ def _measure_points(cfg: DictConfig, run: Run, sampler: ODESampler) -> Measured:
 
 
 def _report(metrics: dict[str, Any]) -> None:
-    """Print the metrics."""
+    """Print the metrics and their intervals."""
     rows: dict[str, str] = {}
     if "frechet_distance" in metrics:
-        space = metrics["features"]["name"]
+        floor, space = metrics["floor"], metrics["features"]["name"]
         rows[f"Fréchet distance ({space})"] = f"{metrics['frechet_distance']:.3f}"
-        rows[f"  floor: {metrics['floor']['num_samples']:,} training images"] = (
-            f"{metrics['floor']['frechet_distance']:.3f}"
+        rows[f"  floor: {floor['num_samples']:,} training images"] = (
+            f"{floor['frechet_distance']:.3f}"
         )
+        if metrics["frechet_distance_unbiased"] is not None:
+            rows["  without bias"] = _with_interval(metrics, "frechet_distance_unbiased")
         for name in ("precision", "recall", "density", "coverage"):
-            rows[name] = f"{metrics[name]:.3f}  (floor {metrics['floor'][name]:.3f})"
+            rows[name] = f"{_with_interval(metrics, name)}  (floor {floor[name]:.3f})"
     else:
-        rows["W2"] = f"{metrics['w2']:.4f}"
-        rows["W2²"] = f"{metrics['w2_squared']:.4f}"
-        rows["path energy"] = f"{metrics['path_energy']:.4f}"
-        rows["normalized path energy"] = f"{metrics['normalized_path_energy']:.4f}"
+        rows["W2"] = _with_interval(metrics, "w2", 4)
+        rows["W2²"] = _with_interval(metrics, "w2_squared", 4)
+        rows["path energy"] = _with_interval(metrics, "path_energy", 4)
+        rows["normalized path energy"] = _with_interval(metrics, "normalized_path_energy", 4)
     if "class_agreement" in metrics:
-        low, high = metrics["class_agreement_interval"]
         rows["recognized as their class"] = (
-            f"{metrics['class_agreement']:.3f}  [{low:.3f}, {high:.3f}]  "
+            f"{_with_interval(metrics, 'class_agreement')}  "
             f"(real test images {metrics['judge']['test_accuracy']:.3f})"
         )
     width = max(map(len, rows))
     for name, value in rows.items():
         print(f"{name:<{width}}  {value}")
+
+
+def _with_interval(metrics: dict[str, Any], name: str, digits: int = 3) -> str:
+    """Return a metric and its interval as text."""
+    interval = metrics[f"{name}_interval"]
+    ends = "" if interval is None else "  [" + ", ".join(f"{x:.{digits}f}" for x in interval) + "]"
+    return f"{metrics[name]:.{digits}f}{ends}"
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="evaluate")

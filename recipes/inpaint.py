@@ -19,7 +19,7 @@ from flowkit.modules import LatentFlowMatching
 from flowkit.modules.flow import Guidance, labels_of
 from flowkit.runs import Run
 from flowkit.runs.records import write_record
-from flowkit.sampling import ODESampler
+from flowkit.sampling import ODESampler, sample_seeds
 
 
 def inpaint(cfg: DictConfig) -> Tensor:
@@ -27,7 +27,7 @@ def inpaint(cfg: DictConfig) -> Tensor:
     check_at_least(cfg.num_images, 1, "num_images")
     labeled = cfg.labels or cfg.guidance is not None
     # Without labels guidance has no effect, so the scale of the run is not used.
-    run = Run.load(cfg.run, cfg.weights, cfg.device, cfg.guidance if labeled else 1)
+    run = Run.load(cfg.run, cfg.weights, cfg.device, cfg.guidance if labeled else 1, cfg.trust)
     module = run.module
     if not isinstance(module, LatentFlowMatching) or module.masks is None:
         raise TypeError(
@@ -39,7 +39,8 @@ def inpaint(cfg: DictConfig) -> Tensor:
     masks = module.masks if cfg.kind is None else RandomMasks(cfg.kind)
     size = (images.shape[-2], images.shape[-1])
     mask = masks(len(images), size, torch.Generator().manual_seed(cfg.seed))
-    filled = fill(cfg, module, images, mask, labels, sampler, run.guidance)
+    seeds = sample_seeds(cfg.seed, 0, len(images) * cfg.num_samples, cfg.seeding)
+    filled = fill(cfg, module, images, mask, labels, sampler, run.guidance, seeds)
     pasted = torch.where(mask[:, None] > 0, filled, images[:, None])
 
     metrics = {
@@ -51,7 +52,8 @@ def inpaint(cfg: DictConfig) -> Tensor:
         **run.describe(sampler),
         "num_images": len(images),
         "num_samples": cfg.num_samples,
-        "seeds": [cfg.seed, cfg.seed + len(images) * cfg.num_samples],
+        "seeds": [seeds.start, seeds.stop],
+        "seeding": cfg.seeding,
         "labels": labels is not None,
         "masks": {"kind": masks.kind, "most": masks.most, "seed": cfg.seed},
     }
@@ -76,12 +78,12 @@ def fill(
     labels: Tensor | None,
     sampler: ODESampler,
     guidance: Guidance,
+    seeds: range,
 ) -> Tensor:
     """Return fillings ``(B, num_samples, C, H, W)``, without pasting known pixels back."""
     parts = []
     for start in tqdm(range(0, len(images), cfg.batch_size), desc="inpainting", disable=None):
         rows = slice(start, start + cfg.batch_size)
-        first = cfg.seed + start * cfg.num_samples
         parts.append(
             module.inpaint(
                 images[rows],
@@ -89,7 +91,7 @@ def fill(
                 cfg.num_samples,
                 sampler,
                 None if labels is None else labels[rows],
-                range(first, first + len(images[rows]) * cfg.num_samples),
+                seeds[start * cfg.num_samples : (start + cfg.batch_size) * cfg.num_samples],
                 guidance,
                 paste_back=False,
             ).cpu()

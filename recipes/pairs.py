@@ -24,8 +24,9 @@ from tqdm import tqdm
 from flowkit import grids
 from flowkit.boss import segments
 from flowkit.data.pairs import FORMAT, FORMAT_VERSION, RECORD, to_columns
-from flowkit.provenance import versions, write_atomically
+from flowkit.provenance import read_json, versions, write_atomically
 from flowkit.runs import Run
+from flowkit.sampling import sample_seeds
 from flowkit.types import Cond
 from flowkit.velocity import Velocity
 
@@ -37,8 +38,9 @@ def pairs(cfg: DictConfig) -> Path:
     """
     from safetensors.torch import save_file
 
-    run, out = Run.load(cfg.run, cfg.weights, cfg.device, cfg.guidance), Path(cfg.out)
-    velocity, starts, made_with = run.velocity, run.starts(cfg.seed), run.made_with("euler")
+    run, out = Run.load(cfg.run, cfg.weights, cfg.device, cfg.guidance, cfg.trust), Path(cfg.out)
+    velocity, made_with = run.velocity, run.made_with("euler")
+    starts = run.starts(cfg.seed, cfg.seeding)
     wanted = read_grids(cfg.grid, made_with)
     record = {
         **_record(cfg, made_with, wanted),
@@ -69,6 +71,7 @@ def pairs(cfg: DictConfig) -> Path:
 
 def _record(cfg: DictConfig, made_with: dict[str, Any], wanted: list[Tensor]) -> dict[str, Any]:
     """Return a record of the content of the files and of their origin."""
+    seeds = sample_seeds(cfg.seed, 0, cfg.num_noises, cfg.seeding)
     return {
         "format": FORMAT,
         "version": FORMAT_VERSION,
@@ -80,7 +83,8 @@ def _record(cfg: DictConfig, made_with: dict[str, Any], wanted: list[Tensor]) ->
             **made_with,
             "grids": [grid.tolist() for grid in wanted],
             "fine_steps": cfg.fine_steps,
-            "seeds": [cfg.seed, cfg.seed + cfg.num_noises],
+            "seeds": [seeds.start, seeds.stop],
+            "seeding": cfg.seeding,
             "shard_size": cfg.shard_size,
             "versions": versions(),
         },
@@ -134,10 +138,11 @@ def _begin(out: Path, record: dict[str, Any], wanted: list[Tensor]) -> None:
     """
     file = out / RECORD
     if file.is_file():
-        there = json.loads(file.read_text())
+        there = read_json(file)
         for name, value in {**record, **record["provenance"]}.items():
             stored = {**there, **there.get("provenance", {})}.get(name)
-            if name not in ("provenance", "versions") and stored != value:
+            # the seeds themselves are compared, so their rule needs no comparison
+            if name not in ("provenance", "versions", "seeding") and stored != value:
                 raise ValueError(
                     f"out must be a new folder or hold the same pairs, got {out} with another "
                     f"{name}"

@@ -12,11 +12,10 @@ repetitions in which all points take turns.
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from glob import glob
 from pathlib import Path
 from statistics import median
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import hydra
@@ -29,6 +28,8 @@ from tqdm import tqdm
 from flowkit import grids
 from flowkit.blockwise import (
     Blockwise,
+    DriftLimit,
+    ReuseErrors,
     allocate_steps,
     loss_by_time,
     network_flops,
@@ -56,13 +57,13 @@ class Point(NamedTuple):
     mode: str
     sampler: ODESampler
     variant: str | None = None  # allocated or refreshed, at the same mode and NFE
-    reach: Mapping[str, tuple[float, ...]] = MappingProxyType({})  # limits of the reuse of features
+    drift_limit: DriftLimit | None = None  # of the reuse of features
 
     def ready(self) -> FlowModule:
         """Return the module, set to this feature mode."""
         flow = self.run.module.velocity
         if isinstance(flow, Blockwise):
-            flow.feature_mode, flow.reach = self.mode, dict(self.reach)
+            flow.feature_mode, flow.drift_limit = self.mode, self.drift_limit
         return self.run.module
 
 
@@ -78,7 +79,7 @@ def pareto(cfg: DictConfig) -> list[Row]:
     measure, rows, timed = None, [], []
     for name, runs in groups.items():
         for folder in runs:
-            run = Run.load(folder, cfg.weights, cfg.device, cfg.guidance)
+            run = Run.load(folder, cfg.weights, cfg.device, cfg.guidance, cfg.trust)
             measure = measure or Measure(cfg, run.data)  # the data of the first run
             held_out = measure.held_out_loss(run.module)
             for point in points(cfg, name, run):
@@ -162,7 +163,7 @@ def points(cfg: DictConfig, name: str, run: Run) -> Iterator[Point]:
     known = {"full": True, "cached": flow.trunk, "fra": flow.feature_residual}
     modes = [mode for mode in cfg.modes if known[mode] is not None]
     name = file_name(f"{name}-{run.folder.name}")
-    rates = {} if modes == ["full"] else drift_rates(cfg, name, run)
+    errors = {} if modes == ["full"] else drift_errors(cfg, name, run)
     allocate = Allocator(cfg, name, run) if cfg.allocate else None
     for nfe in cfg.nfe:
         steps, rest = divmod(nfe, flow.num_segments)
@@ -178,17 +179,18 @@ def points(cfg: DictConfig, name: str, run: Run) -> Iterator[Point]:
                 yield point._replace(sampler=allocate(mode, steps), variant="allocated steps")
             if mode != "full":
                 for tolerance in cfg.tolerances:
-                    flow.refresh_beyond(rates, tolerance)
-                    yield point._replace(variant=f"refreshed at {tolerance:g}", reach=flow.reach)
+                    limit = DriftLimit(errors, tolerance)
+                    variant = f"refreshed at {tolerance:g}"
+                    yield point._replace(variant=variant, drift_limit=limit)
 
 
-def drift_rates(cfg: DictConfig, name: str, run: Run) -> dict[str, list[float]]:
-    """Return rates of the drift of reused features; print the drift and write a file."""
-    drift = run.feature_drift(cfg.seed)
+def drift_errors(cfg: DictConfig, name: str, run: Run) -> dict[str, list[ReuseErrors]]:
+    """Return the errors of reused features; print the drift and write a file."""
+    drift = run.feature_drift(cfg.seed, cfg.seeding)
     file = Path(cfg.out) / f"drift-{name}.txt"
     file.write_text(drift.table() + "\n")
     print(f"drift     {file}\n{drift.table()}")
-    return drift.rates()
+    return drift.pairs
 
 
 class Allocator:
@@ -203,7 +205,7 @@ class Allocator:
         self.stem = f"{Path(cfg.out) / 'grid'}-{name}"
         self.fine_steps = 2 * max(cfg.nfe) // self.flow.num_segments
         # These noises differ from the noises of the samples.
-        self.x0, cond = run.starts(cfg.seed)(cfg.num_samples, 64)
+        self.x0, cond = run.starts(cfg.seed, cfg.seeding)(cfg.num_samples, 64)
         self.parts = part_flops(self.flow, self.x0, cond)
         fine = grids.blockwise(self.flow.edges, self.fine_steps)
         self.costs = step_costs(run.velocity, self.x0, fine, cond)

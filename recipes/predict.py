@@ -28,7 +28,7 @@ from flowkit.runs import Run
 from flowkit.runs.records import write_record
 from flowkit.runs.run import symmetrical
 from flowkit.runs.splits import prepared
-from flowkit.sampling import ODESampler
+from flowkit.sampling import ODESampler, sample_seeds
 
 
 def predict(cfg: DictConfig) -> dict[str, Any]:
@@ -41,19 +41,21 @@ def predict(cfg: DictConfig) -> dict[str, Any]:
     classes, or ``labels (N, H, W)`` and ``confidence (N, H, W)`` of masks.
     """
     check_at_least(cfg.batch_size, 1, "batch_size")
-    run = Run.load(cfg.run, cfg.weights, cfg.device, guidance=1)
+    run = Run.load(cfg.run, cfg.weights, cfg.device, 1, cfg.trust)
     out = Path(cfg.out) if cfg.out else run.folder / "predicted"
     module, sampler = symmetrical(run), run.sampler(cfg.sampler)
     data = run.data if cfg.data is None else prepared(instantiate(cfg.data), "test")
     found, cost = label(module, data.split(cfg.split), sampler, cfg)
     metrics = _measure(module, found, _comparable(found.pop("truth", None), data, module))
+    seeds = sample_seeds(cfg.seed, 0, len(found["labels"]), cfg.seeding)
     sampling = {
         **run.describe(sampler),
         "guidance": None,  # guidance acts on images, not on labels
         **cost,
         "times": module.times,
         "draws": cfg.draws,
-        "seeds": [cfg.seed, cfg.seed + len(found["labels"])],
+        "seeds": [seeds.start, seeds.stop],
+        "seeding": cfg.seeding,
     }
     fingerprint = data.fingerprint(cfg.split)
     read = {"name": type(data).__name__, "split": cfg.split, "fingerprint": fingerprint}
@@ -64,9 +66,12 @@ def predict(cfg: DictConfig) -> dict[str, Any]:
         found.pop("probabilities", None)
     torch.save(found, files[1])
     print(f"{'images':<24}  {len(found['labels'])}")
-    for name, value in {**metrics.get("selective", {}), **metrics}.items():
+    numbers = {**metrics.get("selective", {}), **metrics}
+    for name, value in numbers.items():
         if isinstance(value, float):
-            print(f"{name.replace('_', ' '):<24}  {value:.4f}")
+            interval = numbers.get(f"{name}_interval")
+            ends = "  [{:.4f}, {:.4f}]".format(*interval) if interval else ""
+            print(f"{name.replace('_', ' '):<24}  {value:.4f}{ends}")
     if found["labels"].ndim == 3:
         _show(data, cfg.split, found["labels"], module.codec.num_classes, files[2])
     elif "selective" in metrics:
@@ -93,7 +98,7 @@ def label(
     for first in tqdm(range(0, len(split), cfg.batch_size), "labels", leave=False, disable=None):
         batch = split[first : first + cfg.batch_size]
         images, truth = batch["x1"], batch.get("cond")
-        seeds = range(cfg.seed + first, cfg.seed + first + len(images))
+        seeds = sample_seeds(cfg.seed, first, len(images), cfg.seeding)
         p = module.posterior(images, sampler, cfg.draws, seeds).cpu()
         confidence, labels = p.max(1)
         some = {"confidence": confidence} if of_pixels else {"uncertainty": 1 - confidence}

@@ -34,7 +34,7 @@ from flowkit.metrics import (
     wasserstein2,
 )
 from flowkit.modules.flow import labels_of
-from flowkit.provenance import versions
+from flowkit.provenance import read_json, versions
 from flowkit.runs import Run
 from flowkit.runs.drawing import draw_parts, like_test
 from flowkit.runs.features import cache_folder
@@ -79,11 +79,11 @@ def report(cfg: DictConfig) -> list[Row]:
     scales = list(cfg.guidance) if OmegaConf.is_list(cfg.guidance) else [cfg.guidance]
     if not scales or (None in scales and len(scales) > 1):
         raise ValueError(f"guidance must be null, a number or a list of numbers, got {scales}")
-    first = Run.load(cfg.run, cfg.weights, fabric.device, scales[0])
+    first = Run.load(cfg.run, cfg.weights, fabric.device, scales[0], cfg.trust)
     runs = [first, *(replace(first, guidance=scale) for scale in scales[1:])]
     for run in runs:
         run.module.guided(run.guidance)  # refuses a scale that the run's training does not allow
-    first.reuse_features(cfg.feature_mode, cfg.tolerance, cfg.seed)
+    first.reuse_features(cfg.feature_mode, cfg.tolerance, cfg.seed, cfg.seeding)
     out = Path(cfg.out) if cfg.out else first.folder / "report"
     cells = [(*cell, run) for cell in _cells(cfg) for run in runs]
     x0, cond, source, _ = like_test(first, cfg)
@@ -121,6 +121,7 @@ def _record(cfg: DictConfig, run: Run, measure: Measure) -> dict[str, Any]:
             "feature_mode": getattr(run.module.velocity, "feature_mode", None),
             "tolerance": cfg.tolerance,
             "seed": cfg.seed,
+            "seeding": cfg.seeding,
             "num_samples": cfg.num_samples,
         },
         "measure": {
@@ -241,7 +242,7 @@ def _measured(
 
 def _kept(file: Path, record: Mapping[str, Any]) -> dict[str, Row]:
     """Return the numbers of an earlier call with the same record, by the key of the cell."""
-    earlier = json.loads(file.read_text()) if file.is_file() else {}
+    earlier = read_json(file) if file.is_file() else {}
     if any(earlier.get(name) != value for name, value in record.items()):
         return {}
     cell = ("solver", "grid", "guidance", "key")

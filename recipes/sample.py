@@ -2,6 +2,7 @@
 
 flowkit sample run=runs/quickstart                            every class in turn
 flowkit sample run=runs/quickstart labels=[3,8] num_samples=20 guidance=2
+flowkit sample run=runs/fashion labels=[Bag,Coat]               classes by name
 flowkit sample run=runs/quickstart sampler=euler sampler.grid=8
 flowkit sample run=runs/blocks feature_mode=cached            of blocks: the trunk once a segment
 flowkit sample run=runs/quickstart num_samples=50000 device=cuda devices=8
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import hydra
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from flowkit.metrics.pictures import save_picture
@@ -34,16 +35,19 @@ def sample(cfg: DictConfig) -> Tensor:
         The samples; the tensor is empty on all processes but the first.
     """
     fabric = launch(cfg)
-    run = Run.load(cfg.run, cfg.weights, fabric.device, cfg.guidance)
-    run.reuse_features(cfg.feature_mode, cfg.tolerance, cfg.seed)
+    run = Run.load(cfg.run, cfg.weights, fabric.device, cfg.guidance, cfg.trust)
+    run.reuse_features(cfg.feature_mode, cfg.tolerance, cfg.seed, cfg.seeding)
     sampler = run.sampler(cfg.sampler)
+    labels = cfg.labels
+    if OmegaConf.is_list(labels):
+        labels = [run.class_number(label) for label in labels]
     chosen = "all classes in turn" if cfg.labels is None else "the labels asked for, in turn"
     if run.brings_starts:
-        batch = choose_samples(run.data, cfg.labels, cfg.num_samples)
+        batch = choose_samples(run.data, labels, cfg.num_samples)
         cond, size, chosen = batch.get("cond"), len(batch["x1"]), "of the test split"
         x0, source = start(run, cfg, size, given_source(batch, run.data))
     else:
-        cond = choose_labels(cfg.labels, cfg.num_samples, run.num_classes)
+        cond = choose_labels(labels, cfg.num_samples, run.num_classes)
         x0, source = start(run, cfg, cfg.num_samples)
     folder = Path(cfg.out) if cfg.out else run.folder / "drawn"
     used = {"weights": run.weights, **run.describe(sampler), **source}
@@ -59,7 +63,7 @@ def sample(cfg: DictConfig) -> Tensor:
         **cost,
         **source,
         "conditions": None if cond is None else chosen,
-        "labels": None if cfg.labels is None else list(cfg.labels),
+        "labels": labels,
         "cond": hash_of(cond),
     }
     files = [folder / f"samples.{kind}" for kind in ("json", "png", "pt")]

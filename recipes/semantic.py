@@ -26,7 +26,7 @@ from flowkit.runs.records import write_record
 def semantic(cfg: DictConfig) -> dict[str, Any]:
     """Draw as configured; write ``semantic.json`` and a picture: map, image, samples."""
     check_at_least(cfg.num_images, 1, "num_images")
-    run = Run.load(cfg.run, cfg.weights, cfg.device, cfg.guidance)
+    run = Run.load(cfg.run, cfg.weights, cfg.device, cfg.guidance, cfg.trust)
     module, data = run.module, run.data
     if not isinstance(data, Masks) or not isinstance(module, LatentFlowMatching):
         raise TypeError(
@@ -60,7 +60,9 @@ def semantic(cfg: DictConfig) -> dict[str, Any]:
     files = [folder / "semantic.json", folder / "semantic.png"]
     write_record(record, files)
     rows = min(cfg.rows, len(maps))
-    shown = condition_grid(module, test, rows, cfg.columns, sampler, run.guidance, cfg.seed)
+    shown = condition_grid(
+        module, test, rows, cfg.columns, sampler, run.guidance, cfg.seed, cfg.seeding
+    )
     save_picture(shown, files[1], cfg.columns + 2)
     for name, value in metrics.items():
         print(f"{name:<24} {value:.4f}")

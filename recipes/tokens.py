@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from flowkit.blockwise import MaskedEncoder, store_tokens, train_masked_encoder
 from flowkit.data import SplitData
+from flowkit.runs.processes import usable_device
 from flowkit.runs.splits import prepared
 
 
@@ -31,16 +32,17 @@ def tokens(cfg: DictConfig) -> Path:
     Returns:
         The file of tokens, or of the encoder if tokens are not stored.
     """
+    device = usable_device(cfg.device)
     data = prepared(instantiate(cfg.data))
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
     encoder = trained(cfg, data, out) if cfg.encoder is None else instantiate(cfg.encoder)()
     if isinstance(encoder, torch.nn.Module):
-        encoder.to(cfg.device)
+        encoder.to(device)
     if not cfg.store:
         return out / "encoder.safetensors"
     batches = list(images(data, cfg.batch_size))
-    on_device = (batch.to(cfg.device) for batch in tqdm(batches, desc="tokens", disable=None))
+    on_device = (batch.to(device) for batch in tqdm(batches, desc="tokens", disable=None))
     file = out / "tokens.safetensors"
     count = store_tokens(file, on_device, encoder)
     print(f"tokens    {file}, of {count:,} images")

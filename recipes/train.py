@@ -8,8 +8,9 @@ flowkit train resume=runs/mine trainer.max_steps=20000          ... with more st
 flowkit train trainer=ddp                                       on all devices of this machine
 """
 
-import math
+import inspect
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning import Trainer, seed_everything
 from lightning.pytorch.callbacks import WeightAveraging
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
+import flowkit.recipes._resolvers  # noqa: F401  # functions that configurations refer to
 from flowkit.modules import FlowModule
 from flowkit.modules.callbacks import StepProgress, StopOnInterrupt
 from flowkit.modules.checkpoints import (
@@ -33,28 +35,27 @@ from flowkit.modules.checkpoints import (
 )
 from flowkit.modules.flow import brings_start
 from flowkit.modules.sharding import even_validation, shard_if_asked
+from flowkit.modules.trust import check, trusting
+from flowkit.runs.epochs import count_in_steps
 from flowkit.runs.processes import quiet, say
+from flowkit.runs.records import composed, recorded
 from flowkit.runs.resuming import find_checkpoint, resumed, unfinished
 from flowkit.runs.splits import prepared
 from flowkit.symmetrical import LabelStates
 from flowkit.symmetrical.inputs import check_labeled
 
-RESOLVERS = {
-    # A resumed run keeps its own folder; Hydra would make a new folder.
-    "run_folder": lambda old, new: old if old is not None and Path(old).is_dir() else new,
-    # Shapes of networks within other networks, see flowkit.symmetrical.networks.
-    "flat": lambda image, state: ListConfig([math.prod(image) + state[0] - image[0]]),
-    "one_more_channel": lambda state: ListConfig([state[0] + 1, *state[1:]]),
-}
-for name, resolver in RESOLVERS.items():
-    OmegaConf.register_new_resolver(name, resolver, replace=True)
-
 
 def train(cfg: DictConfig) -> FlowModule:
     """Train as configured; write a run folder for `load_run` and the other recipes."""
+    with trusting(cfg.trust):  # also when the module loads the run in `start`
+        return _train(cfg)
+
+
+def _train(cfg: DictConfig) -> FlowModule:
+    """Train as configured, with the trust of the user."""
     quiet()
     _follow_start(cfg)
-    composed = OmegaConf.to_yaml(cfg)  # now, since building parts resolves their references
+    unresolved = composed(cfg)  # now, since building parts resolves their references
     folder = Path(cfg.run_dir)
     checkpoint = _requeued(folder) if cfg.resume is None else find_checkpoint(Path(cfg.resume))
     state = None if checkpoint is None else unfinished(checkpoint, cfg.trainer.max_steps)
@@ -62,6 +63,7 @@ def train(cfg: DictConfig) -> FlowModule:
     seed_everything(cfg.seed, workers=True, verbose=False)
     data = prepared(instantiate(cfg.data))
     say(f"data      {data.summary()}")
+    count_in_steps(cfg, data)
     module = _module(cfg, data)
     if checkpoint is not None and state is not None:
         restore(module, state, checkpoint)  # refuses another model before any file is written
@@ -69,7 +71,6 @@ def train(cfg: DictConfig) -> FlowModule:
     del state
 
     callbacks = [*_parts(cfg.callback), StopOnInterrupt(folder)]
-    _say_what_the_average_keeps(cfg)
     if averaged and not any(isinstance(callback, WeightAveraging) for callback in callbacks):
         raise ValueError(
             "callback.ema must stay for a run that averages its weights, got no average; the raw "
@@ -80,22 +81,17 @@ def train(cfg: DictConfig) -> FlowModule:
     trainer: Trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=_parts(cfg.logger))
     shard_if_asked(module, trainer)
     even_validation(trainer, len(data.val), data.batch_size)
+    fresh = not folder.exists() or not any(folder.iterdir())
     if trainer.is_global_zero:
-        _write(folder, {CONFIG: OmegaConf.to_yaml(cfg, resolve=True), UNRESOLVED: composed})
-    trainer.fit(module, data, ckpt_path=checkpoint, weights_only=checkpoint and True)
+        _write(folder, {CONFIG: OmegaConf.to_yaml(recorded(cfg)), UNRESOLVED: unresolved})
+    try:
+        trainer.fit(module, data, ckpt_path=checkpoint, weights_only=checkpoint and True)
+    except Exception:
+        if fresh and trainer.is_global_zero and trainer.global_step == 0:
+            shutil.rmtree(folder, ignore_errors=True)  # a training that could not start
+        raise
     say(f"run       {folder}")
     return module
-
-
-def _say_what_the_average_keeps(cfg: DictConfig) -> None:
-    """Warn if a short training leaves much of the initial weights in the averaged weights."""
-    decay, steps = OmegaConf.select(cfg, "callback.ema.decay"), cfg.trainer.max_steps
-    averages = OmegaConf.select(cfg, "callback.ema._target_") and decay is not None and steps > 0
-    if averages and (kept := decay**steps) > 0.05:
-        say(
-            f"warning   averaged weights will be {kept:.0%} the initial ones after {steps} steps; "
-            f"lower callback.ema.decay = {decay}, or use callback=raw"
-        )
 
 
 def _follow_start(cfg: DictConfig) -> None:
@@ -106,6 +102,7 @@ def _follow_start(cfg: DictConfig) -> None:
     student = cfg.module._target_.endswith(".Straightening")
     if student and (start := cfg.module.get("start")) is not None:
         taught = read_config(start)["module"]
+        check(taught, f"module of {start}")
         cfg.model, cfg.autoencoder = taught["velocity"], taught["autoencoder"]
 
 
@@ -123,7 +120,9 @@ def _module(cfg: DictConfig, data: Any) -> FlowModule:
         }  # the data loader makes the pairs
     if "mixed" in str(cfg.trainer.precision) and "fused" in cfg.optimizer:
         cfg.optimizer.fused = False  # Lightning cannot clip its gradients in mixed precision
+    _check_null(cfg, data)
     module = instantiate(cfg.module, autoencoder=autoencoder)
+    _check_kinds(module)
     if cfg.compile:
         module.velocity.compile()  # in place, so that names in checkpoints stay the same
     module.guided(cfg.guidance)  # refuses a wrong scale now and not at the first picture
@@ -131,6 +130,34 @@ def _module(cfg: DictConfig, data: Any) -> FlowModule:
     name = f"{type(module).__name__} of {type(module.velocity).__name__}"
     say(f"model     {name}, {parameters:,} parameters")
     return module
+
+
+def _check_null(cfg: DictConfig, data: Any) -> None:
+    """Refuse a class as the label that means no label; training would lose this class."""
+    null = (cfg.module.get("drop_cond") or {}).get("null")
+    labels = null.values() if OmegaConf.is_dict(null) else [null]
+    classes = data.num_classes or 0
+    if any(label in range(classes) for label in labels):
+        raise ValueError(
+            f"module.drop_cond.null must be no class, got {null}; the classes are 0 to "
+            f"{classes - 1}, so {classes} can mean no class"
+        )
+
+
+def _check_kinds(module: Any) -> None:
+    """Require a module of flows, and a network that is called as one."""
+    if not isinstance(module, FlowModule):
+        raise TypeError(
+            f"module must be a subclass of flowkit.modules.FlowModule, got {type(module).__name__};"
+            " derive the class from it, with a method loss(batch, generator)"
+        )
+    network = module.velocity
+    try:
+        inspect.signature(getattr(network, "forward", network)).bind("x", "t", "cond")
+    except TypeError as error:
+        raise TypeError(
+            f"model must be callable as model(x, t, cond), got {type(network).__name__}: {error}"
+        ) from error
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from flowkit.autoencoders import (
     Posterior,
     check_identity,
     identity,
+    mean_latents,
 )
 from flowkit.nn import autoencoder_kl
 
@@ -124,7 +125,7 @@ def test_folders_of_diffusers_are_read(tmp_path):
 
 
 def test_a_folder_without_a_network_is_named_with_where_it_was_looked_for(tmp_path):
-    with pytest.raises(OSError, match=rf"AutoencoderKL.* got {tmp_path}/no; a relative path"):
+    with pytest.raises(OSError, match=rf"hub:owner/name, got {tmp_path}/no; a relative path"):
         KLAutoencoder.from_pretrained(tmp_path / "no")
 
 
@@ -191,7 +192,8 @@ def test_latents_are_not_rounded_in_autocast():
     plain = autoencoder.posterior(x).mean
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(autoencoder.posterior(x).mean, plain)
-        assert autoencoder.decode(plain).dtype == torch.float32
+        decoded = autoencoder.decode(plain)
+    assert torch.equal(decoded, autoencoder.decode(plain))
 
 
 def test_gradients_reach_latents_but_not_weights():
@@ -220,7 +222,9 @@ def test_identity_is_checked_by_both_hashes_with_the_difference():
     record = identity(ours)
     check_identity(record, ours, "the flow")
     fitted = KLAutoencoder(small()).fit_scale(pictures(20))
-    with pytest.raises(ValueError, match=rf"hash {ours.hash}, got {fitted.hash}; they differ in"):
+    with pytest.raises(
+        ValueError, match=rf"hash {ours.hash}, got {fitted.hash}; they differ in latents_mean None"
+    ):
         check_identity(record, fitted, "the flow")
     other = KLAutoencoder(small())
     torch.nn.init.zeros_(other.vae.quant_conv.bias)
@@ -234,6 +238,16 @@ def test_identity_is_checked_by_both_hashes_with_the_difference():
         check_identity(record, other, "the cache")
     with pytest.raises(ValueError, match=f"hash identity, got {ours.hash}"):
         check_identity(identity(Identity()), ours, "the flow")
+
+
+def test_latents_without_noise_are_means_and_networks_without_a_hash_have_that_of_their_weights():
+    autoencoder, x = KLAutoencoder(small()), pictures(2)
+    assert torch.equal(mean_latents(autoencoder, x), autoencoder.posterior(x).mean)
+    one, other = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    assert identity(one)["hash"] == identity(copy.deepcopy(one))["hash"] != identity(other)["hash"]
+    fitted = KLAutoencoder(sd_style(shift_factor=0.3, scaling_factor=0.5))
+    config = fitted.fit_scale(pictures(20, (3, 8, 8))).config
+    assert (config["shift_factor"], config["scaling_factor"]) == (None, 1.0)
 
 
 def test_both_are_autoencoders():
@@ -254,6 +268,11 @@ def test_both_are_autoencoders():
             lambda: KLAutoencoder(sd_style()).encode(torch.zeros(1, 3, 10, 8)),
             ValueError,
             r"sides divisible by 4, got \(1, 3, 10, 8\); image_shape=\(3, 10, 8\) pads",
+        ),
+        (
+            lambda: KLAutoencoder(sd_style()).encode(torch.zeros(1, 3, 8, 10)),
+            ValueError,
+            r"sides divisible by 4, got \(1, 3, 8, 10\)",
         ),
         (
             lambda: KLAutoencoder(sd_style()).encode(torch.zeros(1, 1, 8, 8)),

@@ -83,6 +83,8 @@ def test_check_same_shape_refuses_what_would_broadcast():
         (lambda: checks.check_at_least(math.nan, 1, "n"), "n must be at least 1, got nan"),
         (lambda: checks.check_positive(0, "s"), "s must be positive and finite, got 0"),
         (lambda: checks.check_positive(math.inf, "s"), "s must be positive and finite, got inf"),
+        (lambda: checks.check_number(math.nan, "m"), "m must be finite, got nan"),
+        (lambda: checks.check_number(-math.inf, "m"), "m must be finite, got -inf"),
         (lambda: checks.check_between(2, 0, 1, "p"), r"p must lie in \[0, 1\], got 2"),
         (lambda: checks.check_choice("c", ("b", "a"), "m"), "m must be one of a, b, got 'c'"),
         (
@@ -105,6 +107,7 @@ def test_words_are_no_numbers(value):
     for check in (
         lambda: checks.check_at_least(value, 1, "n"),
         lambda: checks.check_positive(value, "n"),
+        lambda: checks.check_number(value, "n"),
         lambda: checks.check_between(value, 0, 1, "n"),
     ):
         with pytest.raises(TypeError, match=f"n must be a number, got {value!r}"):

@@ -106,20 +106,45 @@ def test_samples_of_the_mixture_have_its_moments():
 def test_float32_states_stay_float32_beside_float64_parameters(flow):
     x, t = torch.zeros(2, 1), torch.full((2,), 0.5)
     assert flow(x, t).dtype == flow.log_prob(x).dtype == torch.float32
+    assert flow(x, t.double()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("flow", [GaussianFlow(1 / 3, 0.3), MIXTURE], ids=["gaussian", "mixture"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_states_lose_their_own_digits_only(flow, dtype):
+    x, t = torch.linspace(-3, 3, 41)[:, None].to(dtype), torch.linspace(0, 1, 41)
+    v, exact = flow(x, t), flow(x.double(), t.double())
+    assert v.dtype == dtype
+    assert ((v.double() - exact).abs() <= torch.finfo(dtype).eps / 2 * exact.abs() + 1e-6).all()
+    torch.testing.assert_close(flow.log_prob(x), flow.log_prob(x.float()), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("flow", [GaussianFlow(0.5, 0.5), MIXTURE])
+def test_integers_are_refused(flow):
+    x, t = torch.zeros(2, 1, dtype=torch.long), torch.full((2,), 0.5)
+    for call in (lambda: flow(x, t), lambda: flow.log_prob(x)):
+        with pytest.raises(TypeError, match=r"x must be a floating-point tensor, got torch.int64"):
+            call()
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: GaussianFlow(0.0, 0.0), "std must be positive, got 0.0"),
-        (lambda: GaussianFlow(0.0, torch.tensor([1.0, -1.0])), "std must be positive"),
+        (lambda: GaussianFlow(0.0, 0.0), "std must be positive and finite, got 0.0"),
+        (lambda: GaussianFlow(math.nan, 1.0), "mean must be finite, got nan"),
+        (lambda: GaussianFlow(0.0, math.inf), "std must be positive and finite, got inf"),
+        (
+            lambda: MixtureFlow(torch.ones(1), torch.tensor([[math.inf]]), torch.ones(1)),
+            "means must be finite, got 1 NaN or infinite of 1 values",
+        ),
+        (lambda: GaussianFlow(0.0, torch.tensor([1.0, -1.0])), "std must be positive and finite"),
         (
             lambda: MixtureFlow(torch.tensor([1.0, 0.0]), torch.zeros(2, 1), torch.ones(2)),
-            r"weights must be 2 positive numbers, one per mean, got \[1.0, 0.0\]",
+            r"weights must be 2 positive, finite numbers, one per mean, got \[1.0, 0.0\]",
         ),
         (
             lambda: MixtureFlow(torch.ones(2), torch.zeros(2, 1), torch.ones(3)),
-            "stds must be 2 positive numbers, one per mean",
+            "stds must be 2 positive, finite numbers, one per mean",
         ),
     ],
 )

@@ -107,12 +107,24 @@ def test_outside_its_interval_the_field_is_the_conditional_one(scale):
     assert torch.equal(guided[inside], everywhere[inside])
 
 
+@pytest.mark.parametrize("scale", [0.0, 2.0])
+@pytest.mark.parametrize("time", [0.0, 0.29, 0.71, 0.9])
+@pytest.mark.parametrize("batch", [4, DOUBLED_ROWS + 1])
+def test_a_batch_outside_the_interval_gets_the_conditional_field(scale, time, batch):
+    x, _, cond = state(batch)
+    t = torch.full((batch,), time)
+    guided = ClassifierFree(two_classes, scale, NULL, (0.3, 0.7))(x, t, cond)
+    assert torch.equal(guided, two_classes(x, t, cond))
+    assert not torch.allclose(guided, two_classes(x, t, torch.full_like(cond, NULL)), atol=1e-3)
+
+
 @pytest.mark.parametrize("end", [0.3, 0.7])
 def test_the_interval_includes_its_ends(end):
     x, _, cond = state(4)
     t = torch.full((4,), end)
-    guided = ClassifierFree(two_classes, 3.0, NULL, (0.3, 0.7))(x, t, cond)
-    assert torch.equal(guided, ClassifierFree(two_classes, 3.0, NULL)(x, t, cond))
+    for interval in ((0.3, 0.7), (end, end)):
+        guided = ClassifierFree(two_classes, 3.0, NULL, interval)(x, t, cond)
+        assert torch.equal(guided, ClassifierFree(two_classes, 3.0, NULL)(x, t, cond))
 
 
 def test_autoguidance_is_the_formula():
@@ -229,6 +241,27 @@ def test_guidance_binds_once_for_each_condition(interval):
         assert bound.steps == quarters
         assert torch.equal(bound.grid, sampler.times)
     assert solution.rows == plain.rows == positive.rows + negative.rows
+
+
+class Edged:
+    """Two_classes, with steps that no edge may divide."""
+
+    def __init__(self, *edges):
+        self.edges, self.steps = edges, []
+
+    def begin_step(self, t_left, t_right):
+        self.steps.append((t_left, t_right))
+
+    def __call__(self, x, t, cond=None):
+        return two_classes(x, t, cond)
+
+
+def test_steps_end_at_the_edges_of_both_fields():
+    x, _, cond = state(6)
+    strong, weak = Edged(0.3), Edged(0.6)
+    solution = ODESampler(2).solve(Autoguidance(strong, weak, 2.0), x, cond)
+    assert solution.nfe == 4
+    assert strong.steps == weak.steps == [(0.0, 0.3), (0.3, 0.5), (0.5, 0.6), (0.6, 1.0)]
 
 
 def test_two_solves_do_not_share_a_cache():
@@ -369,12 +402,63 @@ def test_drop_cond_follows_the_generator_and_lets_none_be():
         ),
         (lambda: DropCond(1.5, NULL), ValueError, r"prob must lie in \[0, 1\], got 1.5"),
         (lambda: DropCond(0.1, None), TypeError, "null must be the null condition .* got None"),
+        (lambda: ClassifierFree(two_classes, "2", NULL), TypeError, "scale must be a number"),
+        (lambda: Autoguidance(two_classes, two_classes, None), TypeError, "scale must be a number"),
+        (lambda: ClassifierFree(two_classes, 2.0, None), TypeError, "null must be .* got None"),
+        (lambda: DropCond(0.1, "3"), TypeError, "null must be the null condition .* got '3'"),
+        (lambda: DropCond(0.1, NULL)(3), TypeError, "cond must be a tensor, .* got int"),
+        (lambda: replace_cond(3, NULL), TypeError, "cond must be a tensor, .* got int"),
+        (
+            lambda: replace_cond({"a": 3}, {"a": 0}),
+            TypeError,
+            "cond must be a tensor, .* got a mapping of int",
+        ),
+        *(
+            (lambda field=field: field(torch.zeros(1, 1), torch.zeros(1), [1]), TypeError, message)
+            for field, message in (
+                (ClassifierFree(two_classes, 2.0, NULL), "cond must be a tensor, .* got list"),
+                (Autoguidance(two_classes, two_classes, 2.0), "cond must be .* got list"),
+            )
+        ),
+        *(
+            (lambda field=field, x=x: field(x, torch.zeros(1), torch.zeros(1)), TypeError, message)
+            for field in (
+                ClassifierFree(two_classes, 2.0, NULL),
+                Autoguidance(two_classes, two_classes, 2.0),
+            )
+            for x, message in (
+                (torch.zeros(1, 1, dtype=torch.uint8), "x must be a floating.*got torch.uint8"),
+                (torch.zeros(1, 1).long(), "x must be a floating-point tensor, got torch.int64"),
+                ([[0.0]], "x must be a floating-point tensor, got list"),
+            )
+        ),
         (lambda: ClassifierFree(two_classes, scael=2.0, null=NULL), TypeError, "scael"),
     ],
 )
 def test_bad_arguments_are_refused(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+def scaled(x, t, cond):
+    return (1 + cond[:, None]) * x
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        ClassifierFree(scaled, 2.0, NULL),
+        ClassifierFree(scaled, 2.0, NULL, (0.3, 0.7)),
+        Autoguidance(scaled, lambda x, t, cond: -x, 2.0),
+    ],
+)
+def test_nan_stays_in_its_sample_and_no_samples_are_none(field):
+    x, t, cond = state(4)
+    x[1] = torch.nan
+    guided, rest = field(x, t, cond), [0, 2, 3]
+    assert guided[1].isnan()
+    torch.testing.assert_close(guided[rest], field(x[rest], t[rest], cond[rest]))
+    assert field(x[:0], t[:0], cond[:0]).shape == (0, 1)
 
 
 @pytest.mark.parametrize("scale", [-0.5, 0.0, 0.3, 1.0, 4.0])

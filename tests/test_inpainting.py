@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flowkit import inpainting
 from flowkit.autoencoders import Identity, KLAutoencoder
 from flowkit.inpainting import RandomMasks, inpainting_cond, paste_back
 from flowkit.nn import autoencoder_kl
@@ -66,6 +67,41 @@ def test_width_of_a_stroke_by_brute_force():
     assert crossing.sum() < 0.02 * masks.sum()
 
 
+@pytest.mark.parametrize("kind", ["boxes", "strokes"])
+def test_the_number_of_holes_is_uniform_up_to_the_most(monkeypatch, kind):
+    """Without drawing them: the k-th is used in (most − k) of most masks."""
+    drawn = []
+    original = inpainting._Draw.__init__
+    monkeypatch.setattr(
+        inpainting._Draw,
+        "__init__",
+        lambda self, *args: (original(self, *args), drawn.append(self.used))[0],
+    )
+    RandomMasks(kind, 3)(6000, (4, 4), seeded())
+    share = drawn[0].float().mean(0)
+    torch.testing.assert_close(share, torch.tensor([1, 2 / 3, 1 / 3]), rtol=0, atol=0.02)
+
+
+def test_the_distance_to_a_line_is_that_of_its_nearest_point():
+    """By brute force over points of the line, for slanted lines too."""
+    y, x = torch.rand(2, 50, 1, 1, 1, generator=seeded(1))
+    start, end = torch.rand(2, 2, 50, 1, 1, 1, generator=seeded(2))
+    found = inpainting._distance_to_piece(y, x, tuple(start), tuple(end))
+    s = torch.linspace(0, 1, 2001)
+    points = start + s * (end - start)
+    expected = torch.hypot(y - points[0], x - points[1]).amin(-1, keepdim=True)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
+
+
+def test_strokes_are_as_wide_as_stated_on_wide_images_too():
+    """Widths are shares of the smaller side: the holes of 32x32 and 32x96 pixels are as large."""
+    square, wide = (
+        RandomMasks("strokes", 1)(1500, size, seeded()).flatten(1).sum(1).mean()
+        for size in ((32, 32), (32, 96))
+    )
+    assert wide.item() == pytest.approx(square.item(), rel=0.25)
+
+
 def test_mixed_masks_are_half_boxes():
     boxes, mixed = (RandomMasks(kind, 1)(2000, (16, 16), seeded()) for kind in ("boxes", "mixed"))
     assert not torch.equal(boxes, mixed)
@@ -89,15 +125,39 @@ def test_condition_has_a_gray_hole_and_a_signed_mask():
     assert torch.equal(inpainting_cond(Identity(), hidden, mask)["masked"], cond["masked"])
 
 
-def test_condition_on_latents_is_scaled_and_its_mask_resized_to_the_nearest():
-    autoencoder = KLAutoencoder(autoencoder_kl((1, 8, 8), width=8, multipliers=(1, 2)))
+def tiny_autoencoder(image, multipliers):
+    return KLAutoencoder(autoencoder_kl(image, width=8, multipliers=multipliers))
+
+
+def test_condition_on_latents_is_scaled_and_a_cell_is_a_hole_if_a_pixel_is():
+    autoencoder = tiny_autoencoder((1, 8, 8), (1, 2))
     images = torch.rand(4, 1, 8, 8) * 2 - 1
     autoencoder.fit_scale(images)
     mask = RandomMasks()(4, (8, 8), seeded())
     cond = inpainting_cond(autoencoder, images, mask)
     raw = autoencoder.vae.encode(images * (1 - mask)).latent_dist.mean
     torch.testing.assert_close(cond["masked"], (raw - autoencoder.mean) / autoencoder.std)
-    assert torch.equal(cond["mask"], 2 * mask[..., ::2, ::2] - 1)
+    touched = mask.unflatten(3, (4, 2)).unflatten(2, (4, 2)).amax((3, 5))
+    assert torch.equal(cond["mask"], 2 * touched - 1)
+    published = inpainting_cond(autoencoder, images, mask, "nearest")
+    assert torch.equal(published["mask"], 2 * mask[..., ::2, ::2] - 1)
+    assert (touched > mask[..., ::2, ::2]).any(), "both ways differ here"
+    with pytest.raises(ValueError, match="resize must be one of max, nearest, got 'mean'"):
+        inpainting_cond(autoencoder, images, mask, "mean")
+
+
+@pytest.mark.parametrize(("side", "levels", "least"), [(64, 4, 0.3), (30, 3, 0.25)])
+def test_no_pixel_of_a_hole_is_told_to_be_known(side, levels, least):
+    """Of the nearest pixels' masks, a third of the hole's pixels are (.36 of 1000 at 64 pixels)."""
+    autoencoder, factor = tiny_autoencoder((1, side, side), (1,) * levels), 2 ** (levels - 1)
+    mask = RandomMasks()(64, (side, side), seeded())
+    told = {}
+    for resize in ("max", "nearest"):
+        cells = inpainting_cond(autoencoder, mask, mask, resize)["mask"]
+        pixels = cells.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+        told[resize] = (pixels[..., :side, :side] < 0)[mask > 0].float().mean().item()
+    assert told["max"] == 0
+    assert told["nearest"] > least
 
 
 def test_condition_of_a_padded_image_keeps_its_place():
@@ -105,8 +165,12 @@ def test_condition_of_a_padded_image_keeps_its_place():
     autoencoder = KLAutoencoder(autoencoder_kl((1, 7, 7), width=8, multipliers=(1, 1, 1)))
     mask = torch.zeros(1, 1, 7, 7)
     mask[..., 4:, :4] = 1
+    for resize in ("max", "nearest"):
+        cond = inpainting_cond(autoencoder, torch.zeros(1, 1, 7, 7), mask, resize)
+        assert cond["mask"][0, 0].tolist() == [[-1, -1], [1, -1]]
+    mask[..., 3:, :4] = 1  # one row more touches the cells above
     cond = inpainting_cond(autoencoder, torch.zeros(1, 1, 7, 7), mask)
-    assert cond["mask"][0, 0].tolist() == [[-1, -1], [1, -1]]
+    assert cond["mask"][0, 0].tolist() == [[1, -1], [1, -1]]
 
 
 def test_known_pixels_are_exact():
@@ -123,6 +187,10 @@ def test_known_pixels_are_exact():
     [
         (torch.zeros(2, 1, 4, 4), r"mask must have shape \(2, 1, 8, 8\), got \(2, 1, 4, 4\)"),
         (torch.zeros(2, 8, 8), r"mask must have shape \(2, 1, 8, 8\), got \(2, 8, 8\)"),
+        (
+            torch.eye(8).expand(2, 1, 8, 8) / 2,
+            r"mask must hold 0 \(known\) and 1 \(hole\) alone, got values in \[0.0, 0.5\]",
+        ),
         (
             torch.full((2, 1, 8, 8), -1.0),
             r"mask must hold 0 \(known\) and 1 \(hole\) alone, got values in \[-1.0, -1.0\]",

@@ -9,8 +9,8 @@ from flowkit.couplings import Independent, MinibatchOT
 from flowkit.exact import GaussianFlow
 from flowkit.guidance import DropCond
 from flowkit.losses import flow_matching_loss
-from flowkit.paths import VP, BrownianBridge, Cosine, Linear
-from flowkit.times import LogitNormal, Stratified, Uniform
+from flowkit.paths import VP, BrownianBridge, Cosine, Linear, PathSample
+from flowkit.times import Beta, LogitNormal, Stratified, Uniform
 from flowkit.types import Pairs
 
 
@@ -20,6 +20,16 @@ def zero(x, t, cond=None):
 
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
+
+
+class OneEnd:
+    """The state stays at the source."""
+
+    def sample(self, x0, x1, t, generator=None):
+        return PathSample(x0, t, x1 - x0)
+
+
+ONE_END = OneEnd()
 
 
 class Weighted:
@@ -222,6 +232,77 @@ def test_times_are_never_in_half_precision(dtype, expected):
     flow_matching_loss(field, {"x1": torch.randn(8, 2, dtype=dtype)})
 
 
+HALF = [torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_half_precision_data_lose_as_in_full_precision(dtype):
+    """Latents of std 300: their squares are beyond float16."""
+    x0, x1 = torch.randn(64, 4, 8, 8).to(dtype), (300 * torch.randn(64, 4, 8, 8)).to(dtype)
+    weight = 12 * torch.rand(64)
+    ours = flow_matching_loss(
+        lambda x, t, c: -x0, {"x0": x0, "x1": x1}, coupling=Weighted(weight), path=ONE_END
+    )
+    square = (x1.double() ** 2).mean((1, 2, 3)) * weight.double().exp()
+    energy = ((x1.double() - x0.double()).to(dtype).double() ** 2).mean((1, 2, 3))
+    assert ours["loss"].dtype == ours["explained"].dtype == torch.float32
+    assert ours["loss"].item() == pytest.approx(square.mean().item(), rel=1e-3)
+    share = 1 - square.mean() / (energy * weight.double().exp()).mean()
+    assert ours["explained"].item() == pytest.approx(share.item(), abs=1e-3)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_a_mask_in_half_precision_counts_exactly(dtype):
+    """70 001 elements: beyond float16, and 70 144 in bfloat16."""
+    mask = (torch.arange(100_000) < 70_001).to(dtype)[None]
+    x1 = torch.ones(1, 100_000, dtype=dtype)
+    loss = flow_matching_loss(zero, {"x0": torch.zeros_like(x1), "x1": x1, "mask": mask})["loss"]
+    assert loss.item() == pytest.approx(1, rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_times_of_segments_in_half_precision_are_exact(dtype):
+    t0, t1 = torch.tensor([0.1, 0.3]).to(dtype), torch.tensor([0.4, 1.0]).to(dtype)
+    batch = {"x0": torch.zeros(2, 1), "x1": torch.ones(2, 1), "t0": t0, "t1": t1}
+    batch = {name: x.to(dtype) for name, x in batch.items()}
+
+    def field(x, t, cond):
+        assert t.dtype == torch.float32
+        assert ((t0 < t) & (t < t1)).all()
+        return 1 / (t1.float() - t0.float())[:, None]
+
+    assert flow_matching_loss(field, batch)["loss"].item() < 1e-12
+
+
+def test_a_batch_of_padding_alone_has_no_loss_and_no_gradient():
+    theta = torch.ones(3, requires_grad=True)
+    batch = {"x1": torch.randn(4, 3), "mask": torch.zeros(4, 1)}
+    result = flow_matching_loss(lambda x, t, c: theta.expand_as(x), batch)
+    result["loss"].backward()
+    assert (result["loss"].item(), result["explained"].item()) == (0, 0)
+    assert torch.equal(theta.grad, torch.zeros(3))
+
+
+def test_pairs_without_velocity_explain_nothing():
+    x = torch.randn(4, 3)
+    result = flow_matching_loss(lambda x, t, c: torch.ones_like(x), {"x0": x, "x1": x})
+    assert (result["loss"].item(), result["explained"].item()) == (1, 0)
+
+
+def test_nan_is_not_hidden():
+    result = flow_matching_loss(zero, {"x1": torch.tensor([[math.nan, 1.0]])})
+    assert result["loss"].isnan()
+    assert result["explained"].isnan()
+
+
+@pytest.mark.parametrize("times", [Beta(1.0, 0.05), LogitNormal(0.0, 20.0)], ids=str)
+def test_no_time_meets_the_unbounded_velocity_of_a_diffusion_path(times):
+    """u² ≈ β x0² / (4 s) for s = 1 − t: with s ≥ 2⁻²⁴, at most 4.2e5 per unit of x0²."""
+    batch = {"x0": torch.ones(50_000, 1), "x1": torch.zeros(50_000, 1)}
+    loss = flow_matching_loss(zero, batch, path=VP(), times=times, generator=generator())["loss"]
+    assert loss.item() < 0.1 * 2**24 / 4
+
+
 def test_gradient_is_that_of_the_mean_square():
     theta = torch.tensor(0.3, requires_grad=True)
     batch = {"x0": torch.zeros(4, 1), "x1": torch.ones(4, 1)}
@@ -259,6 +340,10 @@ def without(batch, *names):
             "t1 must be larger than t0, got t1 − t0 = 0.0",
         ),
         (
+            lambda b: flow_matching_loss(zero, b | {"t1": torch.cat([b["t1"][:-1], b["t0"][-1:]])}),
+            "t1 must be larger than t0, got t1 − t0 = 0.0",
+        ),
+        (
             lambda b: flow_matching_loss(zero, b | {"t1": b["t1"] + 5}),
             r"t1 must lie in \[0, 1\], got values in",
         ),
@@ -275,6 +360,44 @@ def without(batch, *names):
 def test_bad_batches_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make(segments()[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x1": torch.ones(4, 2, dtype=torch.long)}, TypeError, "x1 must be a floating-point tens"),
+        ({"x1": torch.ones(4, 2, dtype=torch.cfloat)}, TypeError, "x1 must be a floating-point"),
+        ({"x1": torch.ones(4, 2, device="meta")}, TypeError, "x1 must hold data, got a tensor on"),
+        ({"x1": torch.ones(0, 2)}, ValueError, r"x1 must hold at least one sample, .*\(0, 2\)"),
+        ({"x1": torch.tensor(1.0)}, ValueError, r"x1 must hold at least one sample, .* shape \(\)"),
+        ({"x0": torch.ones(4, 2, dtype=torch.long)}, TypeError, "x0 must be a floating-point tens"),
+        ({"mask": torch.ones(2)}, ValueError, r"mask must have the 2 dimensions of x1, \(4, 2\), "),
+        ({"mask": torch.ones(4, 2, 1)}, ValueError, r"mask must .*, got shape \(4, 2, 1\)"),
+        ({"mask": torch.ones(2, 2)}, ValueError, r"mask must .*, got shape \(2, 2\)"),
+        (
+            {"mask": torch.ones(4, 2, dtype=torch.cfloat)},
+            TypeError,
+            "mask must be a tensor of real",
+        ),
+        ({"mask": [[1.0]]}, TypeError, "mask must be a tensor of real numbers, got list"),
+    ],
+)
+def test_bad_kinds_are_refused(change, error, message):
+    with pytest.raises(error, match=message):
+        flow_matching_loss(zero, {"x1": torch.ones(4, 2), **change})
+
+
+@pytest.mark.parametrize("log_weight", [torch.zeros(()), torch.zeros(1), torch.zeros(4, 1)])
+def test_weights_that_broadcast_are_refused(log_weight):
+    with pytest.raises(
+        ValueError, match=r"log_weight of a coupling must have shape \(4,\), got \("
+    ):
+        flow_matching_loss(zero, {"x1": torch.ones(4, 2)}, coupling=Weighted(log_weight))
+
+
+def test_a_complex_velocity_is_refused():
+    with pytest.raises(TypeError, match=r"velocity\(x, t, cond\) must be a floating-point tensor"):
+        flow_matching_loss(lambda x, t, c: x + 1j, {"x1": torch.ones(4, 2)})
 
 
 def test_misspelt_keyword_is_refused():

@@ -20,6 +20,15 @@ PATHS = [
     QUADRATIC,
 ]
 
+SMOOTH = Affine(a=lambda t: t**2 * (3 - 2 * t), b=lambda t: (1 - t) ** 2 * (1 + 2 * t))
+SINE = Affine(a=lambda t: (math.pi / 2 * t).sin(), b=lambda t: (math.pi / 2 * (1 - t)).sin())
+ROOT = Affine(a=lambda t: t, b=lambda t: ((1 - t) * (1 + t)).sqrt())
+
+
+def unbounded(path):
+    """The velocity of the noise is unbounded at the data."""
+    return path is ROOT or (isinstance(path, VP) and path.beta_min > 0)
+
 
 def name_of(path):
     """An id that is the same in every process: functions print with their addresses."""
@@ -78,12 +87,13 @@ def test_one_pair_is_recovered_at_any_time(path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("path", [Linear(), Cosine(), VP(), QUADRATIC, BrownianBridge(1.0)])
+@pytest.mark.parametrize("path", [Linear(), Cosine(), VP(), VP(0), QUADRATIC, BrownianBridge(1.0)])
 def test_ends(path, dtype):
     x0, x1 = (x.to(dtype) for x in pair())
     if not isinstance(path, VP):  # VP leaves a trace α(0) = .0066 of the data
         assert torch.equal(path.sample(x0, x1, torch.zeros(64, dtype=dtype)).x_t, x0)
-    assert torch.equal(path.sample(x0, x1, torch.ones(64, dtype=dtype)).x_t, x1)
+    if not unbounded(path):
+        assert torch.equal(path.sample(x0, x1, torch.ones(64, dtype=dtype)).x_t, x1)
 
 
 def test_sigma_min_leaves_that_much_noise():
@@ -106,16 +116,6 @@ def test_vp_is_the_diffusion_of_linear_rates():
     torch.testing.assert_close(a**2 + b**2, torch.ones_like(t))
     torch.testing.assert_close(a * da + b * db, torch.zeros_like(t), rtol=0, atol=1e-12)
     assert VP().coefficients(torch.zeros(1)).a.item() == pytest.approx(math.exp(-5.025))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_vp_converts_at_the_data_end_too(dtype):
-    x0, x1 = (x.to(dtype) for x in pair())
-    x0[0] = 0.0
-    x_t, t, u = VP().sample(x0, x1, torch.ones(64, dtype=dtype))
-    assert u.isfinite().all()
-    torch.testing.assert_close(VP().to_data(x_t, t, u), x1)
-    torch.testing.assert_close(VP().to_noise(x_t, t, u), x0)
 
 
 @pytest.mark.parametrize(
@@ -167,6 +167,118 @@ def test_half_precision_data_meets_full_precision_times(path):
         torch.testing.assert_close(x_t.double(), exact.x_t, rtol=2**-8, atol=1e-3)
 
 
+# --- both ends, in every precision ----------------------------------------------------------------
+
+NOISELESS = [Linear(), Linear(0.1), Cosine(), VP(), VP(0), QUADRATIC, SMOOTH, SINE, ROOT]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def near_ends(dtype):
+    """Both ends, and the numbers next to them."""
+    eps = torch.finfo(dtype).eps
+    return [0.0, torch.finfo(dtype).tiny, eps, 0.5, 1 - eps, 1 - eps / 2, 1.0]
+
+
+def determined(path, t):
+    """Which of data and noise the velocity at ``t`` determines, from Taylor series at the ends.
+
+    Data at 0: the velocity is a' x1 + b' x0 with a' > 0. Noise at 1: b' is finite and not 0.
+    """
+    data = t > 0 or path not in (QUADRATIC, SMOOTH)
+    noise = t < 1 or not (unbounded(path) or path is SMOOTH)
+    return data, noise
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("path", NOISELESS, ids=range(len(NOISELESS)))
+def test_both_ends_of_a_pair_are_recovered_near_both_ends(path, dtype):
+    """x_t and u hold x0 and x1 up to their own rounding, whatever is small at this time."""
+    x0, x1 = torch.tensor([[0.7]], dtype=dtype), torch.tensor([[-1.3]], dtype=dtype)
+    for value in near_ends(dtype):
+        t = torch.tensor([value], dtype=dtype)
+        data, noise = determined(path, value)
+        if value == 1 and unbounded(path):
+            with pytest.raises(ValueError, match=r"the velocity is finite, got 1.0"):
+                path.sample(x0, x1, t)
+            x_t, v = x1, torch.full_like(x1, 5.0)  # any finite velocity
+        else:
+            x_t, _, v = path.sample(x0, x1, t)
+        for known, convert, wanted in ((data, path.to_data, x1), (noise, path.to_noise, x0)):
+            if known:
+                found = convert(x_t, t, v)
+                assert found.dtype == dtype
+                assert abs(found - wanted).item() <= 8 * torch.finfo(dtype).eps, (value, convert)
+            else:
+                with pytest.raises(ValueError, match=f"velocity determines .*, got {value}"):
+                    convert(x_t, t, v)
+        if 0 <= value < 0.6:
+            b = path.coefficients(t.double()[:, None]).b
+            score = path.to_score(x_t, t, v)
+            assert score.dtype == dtype
+            assert abs(score + x0 / b).item() <= 16 * torch.finfo(dtype).eps
+
+
+def test_one_time_without_a_velocity_is_refused_among_others():
+    x, t = torch.zeros(3, 1), torch.tensor([0.5, 1.0, 0.2])
+    with pytest.raises(ValueError, match=r"t must be a time at which the velocity is .* got 1\.0"):
+        VP().sample(x, x, t)
+    with pytest.raises(ValueError, match=r"the velocity is finite, got 0\.0"):
+        Affine(lambda t: t.sqrt(), lambda t: 1 - t).sample(x, x, 1 - t)
+    with pytest.raises(ValueError, match=r"the velocity determines the data, got 0\.0"):
+        QUADRATIC.to_data(x, 1 - t, x)
+
+
+@pytest.mark.parametrize("beta_min", [0.0, 0.1, 3.0])
+def test_vp_has_its_series_at_the_data(beta_min):
+    """For s = 1 − t → 0: b² = β s + ½ γ s² − ½ β² s² + O(s³), with γ = β_max − β_min."""
+    path, s = VP(beta_min, 20.0), torch.tensor([1e-3, 1e-4, 1e-5, 1e-6], dtype=torch.float64)
+    a, b, da, db = path.coefficients(1 - s)
+    spread = 20.0 - beta_min
+    b2 = beta_min * s + (spread - beta_min**2) / 2 * s**2
+    db2 = beta_min + (spread - beta_min**2) * s
+    error = 100 * spread * s**2 + 1e-9
+    assert ((b**2 / b2 - 1).abs() < error + 300 * s * s / b2 * s).all()
+    assert ((-2 * b * db / db2 - 1).abs() < error + 1000 * s).all()
+    assert ((da - (beta_min + spread * s) / 2 * a).abs() < 1e-9).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_vp_without_noise_at_the_data_has_a_velocity_there(dtype):
+    """β_min = 0: b = s √(γ/2) + O(s³), so b' = −√(γ/2) and a' = 0 at t = 1."""
+    a, b, da, db = VP(beta_min=0.0, beta_max=18.0).coefficients(torch.ones(1, dtype=dtype))
+    assert (a.item(), b.item(), da.item(), db.item()) == (1, 0, 0, -3)
+
+
+@pytest.mark.parametrize("path", NOISELESS, ids=range(len(NOISELESS)))
+def test_half_precision_times_do_not_coarsen_coefficients(path):
+    """The state at a bfloat16 time differs from that in float64 by its own rounding alone."""
+    t = torch.linspace(0, 1, 60)[:-1].bfloat16()
+    x0, x1 = (x.bfloat16() for x in pair(len(t)))
+    ours = path.sample(x0, x1, t)
+    exact = path.sample(x0.double(), x1.double(), t.double())
+    for found, wanted in ((ours.x_t, exact.x_t), (ours.u, exact.u)):
+        assert ((found.double() - wanted).abs() <= 2**-8 * wanted.abs() + 1e-5).all()
+
+
+@pytest.mark.parametrize("path", [*NOISELESS, Linear(sigma=0.3)], ids=range(10))
+def test_results_have_the_type_of_the_states(path):
+    (x0, x1), t = pair(), times()
+    for dtype in DTYPES:
+        x_t, _, u = path.sample(x0.to(dtype), x1.to(dtype), t)
+        results = [x_t, u, *(f(x_t, t, u) for f in (path.to_data, path.to_noise, path.to_score))]
+        assert {x.dtype for x in results} == {dtype}
+
+
+@pytest.mark.parametrize("path", [ROOT, QUADRATIC, SMOOTH, Cosine()], ids=range(4))
+def test_gradients_of_conversions_at_the_ends_are_finite(path):
+    x, v = (x.requires_grad_() for x in pair(4))
+    at_data, at_noise = torch.ones(4).double(), torch.zeros(4).double()
+    both = path.to_data(x, at_data, v).sum() + 2 * path.to_noise(x, at_noise, v).sum()
+    of_x, of_v = torch.autograd.grad(both, (x, v))
+    torch.testing.assert_close(of_x, torch.full_like(x, 1 + 2 / path.coefficients(at_noise).b[0]))
+    assert torch.equal(of_v, torch.zeros_like(v))
+
+
 @pytest.mark.parametrize("path", [Linear(sigma=0.5), BrownianBridge(0.5)])
 def test_noise_follows_the_generator(path):
     (x0, x1), t = pair(), times()
@@ -190,9 +302,45 @@ def test_bad_samples_are_refused(path):
         path.sample(x, x, torch.zeros(2, 1))
 
 
+WRONG = [
+    (
+        torch.zeros(2, 3, dtype=torch.long),
+        TypeError,
+        "must be a floating-point tensor, got torch.i",
+    ),
+    (torch.zeros(2, 3, dtype=torch.cfloat), TypeError, "must be a floating-point tensor, got tor"),
+    (
+        torch.zeros(2, 3, device="meta"),
+        TypeError,
+        "must hold data, got a tensor on the meta device",
+    ),
+    (torch.zeros(0, 3), ValueError, r"must hold at least one sample, .* got shape \(0, 3\)"),
+    ([[0.0]], TypeError, "must be a floating-point tensor, got list"),
+]
+
+
+@pytest.mark.parametrize(("x", "error", "message"), WRONG)
+@pytest.mark.parametrize("path", [Linear(), BrownianBridge(1.0)], ids=name_of)
+def test_bad_kinds_are_refused(path, x, error, message):
+    good, t = torch.zeros(2, 3), torch.full((2,), 0.5)
+    with pytest.raises(error, match=f"x0 {message}"):
+        path.sample(x, good, t)
+    with pytest.raises(error, match=f"x1 {message}"):
+        path.sample(good, x, t)
+    if path == Linear():
+        for convert in (path.to_data, path.to_noise, path.to_score):
+            with pytest.raises(error, match=f"v {message}"):
+                convert(good, t, x)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: Linear(sigma=math.inf), "sigma must be finite, got inf"),
+        (lambda: BrownianBridge(math.nan), "sigma must be finite, got nan"),
+        (lambda: VP(beta_max=math.inf), "beta_max must be finite, got inf"),
+        (lambda: Affine(lambda t: t / t, lambda t: 1 - t), "a at t = 0 must be finite, got nan"),
+        (lambda: Affine(lambda t: t, lambda t: 1 / t - 1), "b at t = 0 must be finite, got inf"),
         (lambda: Linear(sigma_min=1.0), r"sigma_min must lie in \[0, 1\), got 1.0"),
         (lambda: Linear(sigma=-0.1), "sigma must be at least 0, got -0.1"),
         (lambda: VP(beta_min=3, beta_max=2), r"beta_min must lie in \[0, beta_max\)"),

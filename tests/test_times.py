@@ -39,6 +39,12 @@ def test_generator_fixes_the_draw(times):
     assert isinstance(times, Times)
 
 
+def test_logit_normal_times_follow_the_generators_normal_numbers():
+    """In the order of earlier versions, so that a resumed run goes on with the same times."""
+    z = torch.randn(100, generator=generator())
+    assert torch.equal(LogitNormal(0.5, 2.0)(100, generator=generator()), (0.5 + 2 * z).sigmoid())
+
+
 @given(batch=st.integers(1, 300), seed=st.integers(0, 2**31))
 def test_stratified_covers_every_slice_once(batch, seed):
     t = Stratified()(batch, generator=generator(seed)).double()
@@ -68,8 +74,14 @@ def test_stratified_over_ranks_is_stratified_as_a_whole(monkeypatch, world):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: LogitNormal(mean=float("nan")), "mean must be finite, got nan"),
+        (lambda: LogitNormal(mean=float("inf")), "mean must be finite, got inf"),
+        (lambda: LogitNormal(std=float("nan")), "std must be positive and finite, got nan"),
         (lambda: LogitNormal(std=0.0), "std must be positive and finite, got 0.0"),
         (lambda: Beta(0.0, 1.0), "a must be positive and finite, got 0.0"),
+        (lambda: Beta(-1.0, 1.0), "a must be positive and finite, got -1.0"),
+        (lambda: Beta(float("nan"), 1.0), "a must be positive and finite, got nan"),
+        (lambda: Stratified()(-1), "batch must be at least 0, got -1"),
         (lambda: Beta(1.0, float("inf")), "b must be positive and finite, got inf"),
     ],
 )
@@ -78,7 +90,50 @@ def test_bad_parameters_are_refused(make, message):
         make()
 
 
-def test_extreme_beta_gives_no_nan():
-    t = Beta(1e-3, 1e-3)(10_000, generator=generator())
-    assert ((t >= 0) & (t <= 1)).all()
-    assert t.mean().item() == pytest.approx(0.5, abs=0.02)
+EXTREME = [
+    Beta(1.5, 1e-3),
+    Beta(1e-3, 1e-3),
+    Beta(0.1, 0.3),
+    Beta(1e-30, 2e-30),
+    Beta(1e30, 1.0),
+    LogitNormal(0.0, 50.0),
+    LogitNormal(40.0),
+    LogitNormal(-200.0),
+    Uniform(),
+    Stratified(),
+]
+
+
+@pytest.mark.parametrize("default", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("times", EXTREME, ids=str)
+def test_no_time_is_rounded_to_an_end(times, default):
+    """Also if a trainer makes another type torch's default."""
+    torch.set_default_dtype(default)
+    try:
+        t = times(20_000, generator=generator())
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert t.dtype == torch.float32
+    assert ((t >= 2**-24) & (t <= 1 - 2**-24)).all()
+    assert torch.equal(t, times(20_000, generator=generator()))
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "share"), [(1e-3, 1e-3, 0.5), (0.1, 0.3, 0.75), (1e-30, 2e-30, 2 / 3)]
+)
+def test_extreme_beta_has_its_weight_at_both_ends(a, b, share):
+    """For a, b → 0 the law is 0 with probability b / (a + b), and 1 otherwise."""
+    t = Beta(a, b)(100_000, generator=generator())
+    below = stats.beta(a, b).cdf(0.5) if a > 1e-10 else share
+    assert (t < 0.5).float().mean().item() == pytest.approx(below, abs=0.006)
+
+
+@pytest.mark.parametrize("drawn", [0.0, 1 - 2**-24])
+def test_the_ends_of_a_uniform_draw_stay_inside(monkeypatch, drawn):
+    def rand(*size, **options):
+        return torch.full(size, drawn, dtype=options["dtype"])
+
+    monkeypatch.setattr(torch, "rand", rand)
+    for times in (Uniform(), Stratified(), Beta(0.5, 0.5)):
+        t = times(1000, generator=generator())
+        assert ((t >= 2**-24) & (t <= 1 - 2**-24)).all()

@@ -7,15 +7,16 @@ velocity.
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
-from flowkit.checks import check_positive, expand_like
-from flowkit.paths import Interpolant, Linear
+from flowkit.checks import at_least_float32, check_positive, expand_like
+from flowkit.paths import Coefficients, Interpolant, Linear
 from flowkit.types import Cond
 from flowkit.velocity import Velocity
 
 Network = Callable[[Tensor, Tensor, Cond], Tensor]
-ZERO = 1e-12  # bound for a coefficient of 0; the smallest b of VP lies below this bound
+ZERO = 1e-12  # bound for a coefficient of 0: cos(πt/2) at t = 1 is only nearly 0
 
 
 def from_reversed_time(network: Network, time_scale: float = 1.0) -> Velocity:
@@ -47,7 +48,7 @@ def from_reversed_time(network: Network, time_scale: float = 1.0) -> Velocity:
 
     def velocity(x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
         """Return the velocity ``(B, *)`` at ``x (B, *)`` and ``t (B,)``."""
-        return -network(x, time_scale * (1 - t), cond)
+        return -network(x, time_scale * (1 - t.to(at_least_float32(t.dtype))), cond)
 
     return velocity
 
@@ -63,7 +64,7 @@ def from_noise_prediction(
     expected data are ``D = (x − b ε) / a``, and the velocity is ``v = a' D + b' ε``. At a time with
     ``a = 0``, which is ``t = 0`` on most paths, the prediction contains no information about the
     data; start the grid later. Denoising diffusion models belong to the path ``VP()``, whose grid
-    may start at 0.
+    may start at 0; at ``t = 1`` their velocity is unbounded.
 
     Args:
         network: Network with the call ``network(x, time(t), cond)``.
@@ -73,7 +74,8 @@ def from_noise_prediction(
             itself.
 
     Returns:
-        The velocity. A call raises ``ValueError`` if ``a(t) = 0`` for a time.
+        The velocity. A call raises ``ValueError`` if ``a(t) = 0`` for a time, or if the derivative
+        of a coefficient is unbounded there.
 
     Raises:
         ValueError: If the path adds noise.
@@ -87,8 +89,9 @@ def from_noise_prediction(
 
     def velocity(x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
         """Return the velocity ``(B, *)`` at ``x (B, *)`` and ``t (B,)``."""
-        a, b, da, db = path.coefficients(expand_like(t, x))
+        a, b, da, db = _coefficients(path, t, x)
         _refuse(a < ZERO, t, "noise", "start the grid later")
+        _refuse(~torch.isfinite(da + db), t, "noise", "end the grid earlier, or use Euler steps")
         noise = network(x, t if time is None else time(t), cond)
         return (da * (x - b * noise) / a + db * noise).to(x.dtype)
 
@@ -128,7 +131,7 @@ def from_data_prediction(
 
     def velocity(x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
         """Return the velocity ``(B, *)`` at ``x (B, *)`` and ``t (B,)``."""
-        a, b, da, db = path.coefficients(expand_like(t, x))
+        a, b, da, db = _coefficients(path, t, x)
         _refuse(b < ZERO, t, "data", "end the grid earlier, or use Euler steps")
         data = network(x, t if time is None else time(t), cond)
         return (da * data + db * (x - a * data) / b).to(x.dtype)
@@ -143,6 +146,11 @@ def _check_noiseless(path: Interpolant) -> None:
             f"path must be a x1 + b x0 without added noise, got {path}; with added noise, the "
             "prediction is not the source"
         )
+
+
+def _coefficients(path: Interpolant, t: Tensor, x: Tensor) -> Coefficients:
+    """Return the path's coefficients at ``t (B,)`` for states ``x (B, *)``, in float32 at least."""
+    return path.coefficients(expand_like(t, x).to(at_least_float32(t.dtype)))
 
 
 def _refuse(where: Tensor, t: Tensor, predicted: str, fix: str) -> None:

@@ -31,11 +31,11 @@ from flowkit.blockwise.flops import (
     step_prices,
     used_flops,
 )
-from flowkit.blockwise.flow import Blockwise
+from flowkit.blockwise.flow import Blockwise, DriftLimit
 from flowkit.blockwise.losses import blockwise_loss, draw_segments, residual_loss
 from flowkit.blockwise.masked_encoder import MaskedEncoder, train_masked_encoder
 from flowkit.blockwise.mlp import BlockwiseMLP, MLPResidual, MLPStack, MLPTrunk
-from flowkit.blockwise.parts import PlainStack, Usage, copies
+from flowkit.blockwise.parts import PlainStack, ReuseErrors, Usage, copies
 
 __all__ = [
     "Allocation",
@@ -47,6 +47,7 @@ __all__ = [
     "DiTStack",
     "DiTTrunk",
     "Drift",
+    "DriftLimit",
     "Flops",
     "MLPResidual",
     "MLPStack",
@@ -54,6 +55,7 @@ __all__ = [
     "MaskedEncoder",
     "PlainStack",
     "Projector",
+    "ReuseErrors",
     "StoredTokens",
     "Usage",
     "alignment_loss",

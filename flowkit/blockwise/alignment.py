@@ -1,6 +1,7 @@
 """Alignment of a trunk's features with a frozen encoder: semantic feature guidance.
 
-An encoder is any callable ``encoder(images (B, C, H, W)) -> tokens (B, N, D)``.
+An encoder is any callable ``encoder(images (B, C, H, W)) -> tokens (B, N, D)``. Its attribute
+``sides``, the rows and columns of the tokens, is necessary for images that are not square.
 
 Sources: *Blockwise Flow Matching*, 2025 (arXiv 2510.21167), section on semantic feature guidance;
 Yu et al., *Representation Alignment for Generation*, 2024 (arXiv 2410.06940), for the loss.
@@ -17,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flowkit.provenance import write_atomically
+from flowkit.provenance import located, write_atomically
 
 FORMAT = "flowkit-tokens-1"
 
@@ -46,29 +47,56 @@ def alignment_loss(projected: Tensor, tokens: Tensor) -> Tensor:
     return -F.cosine_similarity(projected.float(), tokens.float(), dim=-1).mean()
 
 
-def resize_tokens(tokens: Tensor, sides: Sequence[int]) -> Tensor:
-    """Resize a square grid of tokens ``(B, n, D)`` to other sides, ``(B, rows·columns, D)``.
+def token_sides(encoder: Any, images: Tensor, count: int) -> tuple[int, int]:
+    """Return the rows and columns of an encoder's tokens.
+
+    They are the attribute ``sides`` of the encoder. The number of tokens alone does not tell them:
+    256 tokens are 16 rows of 16, or 8 rows of 32. Without the attribute, tokens of square images
+    form a square.
+
+    Args:
+        encoder: The encoder.
+        images: Images ``(B, C, H, W)``.
+        count: Number ``N`` of tokens of an image.
+
+    Raises:
+        ValueError: If the sides are not known, or do not hold ``N`` tokens.
+
+    >>> token_sides(None, torch.zeros(1, 1, 8, 8), 16)
+    (4, 4)
+    """
+    sides = getattr(encoder, "sides", None)
+    if sides is None:
+        side = math.isqrt(count)
+        square = images.shape[-1] == images.shape[-2]
+        if side**2 != count or not (square or count == 1):
+            raise ValueError(
+                "encoder must have the attribute sides, the rows and columns of its tokens, got "
+                f"{count} tokens of images {tuple(images.shape[-2:])}; write stored tokens again "
+                "with `flowkit tokens`"
+            )
+        sides = (side, side)
+    rows, columns = (int(n) for n in sides)
+    if rows * columns != count:
+        raise ValueError(f"encoder.sides must hold {count} tokens, got {rows}x{columns}")
+    return rows, columns
+
+
+def resize_tokens(tokens: Tensor, old: Sequence[int], new: Sequence[int]) -> Tensor:
+    """Resize a grid of tokens ``(B, rows·columns, D)`` to other sides.
 
     Args:
         tokens: Tokens in row order.
-        sides: Rows and columns of the result.
+        old: Rows and columns of the tokens.
+        new: Rows and columns of the result.
 
-    Raises:
-        ValueError: If the number of tokens is not a square number, and not ``rows·columns``.
-
-    >>> resize_tokens(torch.arange(4.0).reshape(1, 4, 1), (1, 1))
+    >>> resize_tokens(torch.arange(4.0).reshape(1, 4, 1), (2, 2), (1, 1))
     tensor([[[1.5000]]])
     """
-    rows, columns = sides
-    if tokens.shape[1] == rows * columns:
+    if tuple(old) == tuple(new):
         return tokens
-    side = math.isqrt(tokens.shape[1])
-    if side**2 != tokens.shape[1]:
-        raise ValueError(
-            f"tokens must form a square grid or a grid of {rows}x{columns}, got {len(tokens[0])}"
-        )
-    grid = tokens.transpose(1, 2).unflatten(2, (side, side))
-    grid = F.interpolate(grid, size=(rows, columns), mode="bilinear", antialias=True)
+    grid = tokens.transpose(1, 2).unflatten(2, tuple(old))
+    grid = F.interpolate(grid, size=tuple(new), mode="bilinear", antialias=True)
     return grid.flatten(2).transpose(1, 2)
 
 
@@ -120,7 +148,9 @@ class StoredTokens:
         with safe_open(file, framework="pt") as stored:
             if (stored.metadata() or {}).get("format") != FORMAT:
                 raise ValueError(f"file must be written by `flowkit tokens`, got {file}")
+            sides = stored.metadata().get("sides")  # earlier versions did not store them
             keys, self.tokens = stored.get_tensor("keys"), stored.get_tensor("tokens")
+        self.sides = None if sides is None else tuple(int(n) for n in sides.split("x"))
         self.file, self.rows = file, {key: row for row, key in enumerate(keys.tolist())}
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -146,7 +176,7 @@ def store_tokens(
     """Write the tokens of all images to a file, once per distinct image.
 
     The tokens are stored in half precision with length 1, because the alignment loss depends on
-    directions only.
+    directions only. The file also holds the rows and columns of the tokens, see `token_sides`.
 
     Args:
         file: Path of the new file; its folder must exist.
@@ -156,6 +186,9 @@ def store_tokens(
     Returns:
         The number of distinct images.
 
+    Raises:
+        ValueError: If the rows and columns of the tokens are not known.
+
     >>> import tempfile
     >>> file = Path(tempfile.mkdtemp()) / "tokens.safetensors"
     >>> store_tokens(file, [torch.zeros(3, 1, 4, 4)], lambda x: x.flatten(1)[:, :, None])
@@ -164,12 +197,15 @@ def store_tokens(
     from safetensors.torch import save_file
 
     kept: dict[int, Tensor] = {}
+    sides: Sequence[int] = ()
     for images in batches:
         with torch.no_grad():
             tokens = F.normalize(encoder(images).float(), dim=-1).half().cpu()
+        sides = token_sides(encoder, images, tokens.shape[1])
         kept.update(zip(content_keys(images), tokens, strict=True))
     tensors = {"keys": torch.tensor([*kept]), "tokens": torch.stack([*kept.values()])}
-    write_atomically(Path(file), partial(save_file, tensors, metadata={"format": FORMAT}))
+    metadata = {"format": FORMAT, "sides": "x".join(map(str, sides))}
+    write_atomically(Path(file), partial(save_file, tensors, metadata=metadata))
     return len(kept)
 
 
@@ -191,11 +227,13 @@ class DINOv2(nn.Module):
     to three channels.
 
     Args:
-        model: A ``Dinov2Model``, or the name or folder of such a model.
+        model: A ``Dinov2Model``, or the folder of one, or ``hub:owner/name`` for one of the
+            Hugging Face hub.
         size: Side of the resized images in pixels, a multiple of the network's patch.
 
     Raises:
-        ImportError: If ``model`` is a name and the transformers library is not installed.
+        ImportError: If ``model`` is a place and the transformers library is not installed.
+        FileNotFoundError: If ``model`` is a folder that does not exist.
 
     Source: Oquab et al., *DINOv2*, 2023 (arXiv 2304.07193).
     """
@@ -203,7 +241,7 @@ class DINOv2(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, model: Any = "facebook/dinov2-base", size: int = 224) -> None:
+    def __init__(self, model: Any = "hub:facebook/dinov2-base", size: int = 224) -> None:
         super().__init__()
         if isinstance(model, str | Path):
             try:
@@ -213,8 +251,12 @@ class DINOv2(nn.Module):
                     f"transformers must be installed to load {model}; "
                     "pip install 'flowkit-fm[dinov2]'"
                 ) from error
-            model = AutoModel.from_pretrained(model)
+            place, on_hub = located(model, "model")
+            # The file of the model may name an attention whose code transformers would download.
+            plain = {"trust_remote_code": False, "attn_implementation": "sdpa"}
+            model = AutoModel.from_pretrained(place, local_files_only=not on_hub, **plain)
         self.model, self.size = model.eval().requires_grad_(False), size
+        self.sides = (size // model.config.patch_size,) * 2
         for name, values in {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}.items():
             self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
 
@@ -224,5 +266,4 @@ class DINOv2(nn.Module):
         x = images.expand(-1, 3, -1, -1) / 2 + 0.5
         x = F.interpolate(x, size=(self.size,) * 2, mode="bicubic", antialias=True)
         states = self.model((x - self.mean) / self.std).last_hidden_state
-        side = self.size // self.model.config.patch_size
-        return states[:, -(side**2) :]  # the class token and registers come first
+        return states[:, -math.prod(self.sides) :]  # the class token and registers come first

@@ -53,6 +53,15 @@ class BlockwiseDiT(Blockwise):
             is the null label.
         feature_mode: Mode of the features in a solve, see `Blockwise`.
 
+    The time enters as sinusoids of ``1000 t``, as in `flowkit.nn.DiT`. Sinusoids of ``t`` itself
+    are worse, since most of them hardly change in [0, 1]. Digits, patch 4, width 96, trunk of 3
+    blocks, 700 steps of 252 images with the rate 0.003 in one cycle, 1000 samples by Euler; seeds
+    0, 1, 2; one thread of 2 CPU cores; Frechet distance FD in the features of a classifier:
+
+        sinusoids   held-out loss     FD, 6 steps       FD, 24 steps      precision, 6 steps
+        1000 t      .388 .386 .388    2.07 2.19 2.46    1.79 1.64 1.91    .91 .91 .90
+        t           .395 .393 .395    4.49 4.09 4.57    2.23 2.05 2.39    .84 .86 .83
+
     Raises:
         ValueError: If sizes do not fit together, or depths or widths are not one per segment.
 
@@ -116,9 +125,9 @@ class DiTTrunk(nn.Module):
         super().__init__()
         check_at_least(depth, 1, "trunk_depth")
         self.shape, self.width = tuple(int(n) for n in shape), width
-        self.sides = self.shape[1] // patch, self.shape[2] // patch
         self.embedding = TimeLabelEmbedding(width, num_classes)
         self.patches = PatchEmbed(self.shape, patch, width)
+        self.sides = self.shape[1] // patch, self.shape[2] // patch
         self.modulation = zeroed(nn.Linear(width, 6 * width))
         self.blocks = nn.ModuleList(
             _Block(width, heads, self.sides, mlp_ratio, width, rank) for _ in range(depth)
@@ -264,7 +273,9 @@ class _Block(DiTBlock):
             raise ValueError(f"width / heads must be a multiple of 4, got {width} / {heads}")
         self.norm_q, self.norm_k = (nn.RMSNorm(size, eps=1e-6) for _ in range(2))
         if cond_width is not None:
-            self.modulation = _LowRank(cond_width, rank or max(1, width // 4), 6 * width)
+            rank = max(1, width // 4) if rank is None else rank
+            check_at_least(rank, 1, "rank")
+            self.modulation = _LowRank(cond_width, rank, 6 * width)
         for name, table in zip(("cos", "sin"), rotary(sides, size), strict=True):
             self.register_buffer(name, table, persistent=False)
 

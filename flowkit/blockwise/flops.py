@@ -8,7 +8,7 @@ from torch import Tensor
 
 from flowkit.blockwise.flow import Blockwise
 from flowkit.blockwise.parts import Usage
-from flowkit.checks import check_at_least
+from flowkit.checks import check_at_least, check_choice
 from flowkit.types import Cond, take, to_device
 from flowkit.velocity import Velocity
 
@@ -124,8 +124,9 @@ def solve_cost(flow: Blockwise, x: Tensor, cond: Cond, num_samples: int) -> dict
         num_samples: Number of samples of these solves.
 
     Returns:
-        ``feature_mode``; ``reach``, the largest part of each segment over which features are
-        reused; ``calls`` of each part; and ``gflops`` and ``gflops_without_attention`` per sample.
+        ``feature_mode``; ``tolerance``, the largest predicted error of reused features, or None
+        without a limit; ``calls`` of each part; and ``gflops`` and ``gflops_without_attention`` per
+        sample.
 
     >>> from flowkit.blockwise.mlp import BlockwiseMLP
     >>> flow, x = BlockwiseMLP((2,), edges=2, width=16), torch.zeros(4, 2)
@@ -134,9 +135,11 @@ def solve_cost(flow: Blockwise, x: Tensor, cond: Cond, num_samples: int) -> dict
     {'stacks.1': 1, 'trunk': 1}
     """
     flops = used_flops(flow.usage, part_flops(flow, x, cond))
+    limit, mode = flow.drift_limit, flow.feature_mode
+    tolerance = limit.tolerance if limit is not None and mode in limit.errors else None
     return {
-        "feature_mode": flow.feature_mode,
-        "reach": flow.reach.get(flow.feature_mode),
+        "feature_mode": mode,
+        "tolerance": tolerance,
         "calls": dict(sorted(flow.usage.calls.items())),
         "gflops": flops.total / num_samples / 1e9,
         "gflops_without_attention": flops.linear / num_samples / 1e9,
@@ -159,12 +162,15 @@ def step_prices(parts: Mapping[str, Flops], segment: int, mode: str = "fra") -> 
         mode: The feature mode: ``"full"``, ``"cached"`` or ``"fra"``.
 
     Raises:
-        KeyError: If ``parts`` do not hold the segment or a part that the mode needs.
+        ValueError: If ``parts`` do not hold the segment or a part that the mode needs, or the mode
+            is unknown.
 
     >>> parts = {"trunk": Flops(6, 0), "stacks.0": Flops(4, 0), "feature_residual": Flops(1, 0)}
     >>> step_prices(parts, 0)
     (10, 5)
     """
+    check_choice(mode, ("full", "cached", "fra"), "mode")
+    _check_parts(parts, f"stacks.{segment}", *(["feature_residual"] if mode == "fra" else []))
     stack = parts[f"stacks.{segment}"].total
     trunk = parts["trunk"].total if "trunk" in parts else 0
     later = {"full": trunk, "cached": 0, "fra": 0}[mode]
@@ -186,18 +192,31 @@ def predicted_gain(
         attention: Whether attention's products count.
 
     Raises:
-        ValueError: If a number of steps is below 1, or there is not one number per segment.
+        ValueError: If a number of steps is below 1, there is not one number per segment, or
+            ``parts`` do not hold a trunk, a feature residual and a stack.
 
     >>> parts = {"trunk": Flops(6, 0), "stacks.0": Flops(4, 0), "feature_residual": Flops(1, 0)}
     >>> predicted_gain(parts, 3)
     1.5
     """
+    _check_parts(parts, "trunk", "feature_residual", "stacks.0")
     cost = {name: part.total if attention else part.linear for name, part in parts.items()}
     stacks = [value for name, value in cost.items() if name.startswith("stacks.")]
     counts = [steps] * len(stacks) if isinstance(steps, int) else list(steps)
+    if len(counts) != len(stacks):
+        raise ValueError(
+            f"steps must hold one number per segment, {len(stacks)}, got {len(counts)}"
+        )
     full = fra = 0
     for stack, n in zip(stacks, counts, strict=True):
         check_at_least(n, 1, "steps")
         full += n * (cost["trunk"] + stack)
         fra += cost["trunk"] + stack + (n - 1) * (cost["feature_residual"] + stack)
     return full / fra
+
+
+def _check_parts(parts: Mapping[str, Flops], *names: str) -> None:
+    """Require the operations of the named parts."""
+    for name in names:
+        if name not in parts:
+            raise ValueError(f"parts must hold {name}, got {', '.join(sorted(parts)) or 'none'}")

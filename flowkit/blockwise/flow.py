@@ -10,18 +10,34 @@ import warnings
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from flowkit.blockwise.parts import Usage, check_edges
+from flowkit.blockwise.parts import ReuseErrors, Usage, check_edges
 from flowkit.checks import check_at_least, check_choice, expand_like
 from flowkit.sampling.solvers import CLOSE
 from flowkit.types import Cond
 
 MODES = ("full", "cached", "fra")
+
+
+class DriftLimit(NamedTuple):
+    """Limit of the predicted error of reused features, see `Blockwise.refresh_beyond`.
+
+    ``errors``: for each mode, the measured errors of each segment. ``tolerance``: largest predicted
+    error, relative to the size of the features.
+    """
+
+    errors: Mapping[str, Sequence[ReuseErrors]]
+    tolerance: float
+
+    def exceeded(self, mode: str, segment: int, start: float, end: float) -> bool:
+        """Return whether features of the part ``start`` of a segment are too old at ``end``."""
+        known = self.errors.get(mode)
+        return known is not None and known[segment].largest(start, end) > self.tolerance
 
 
 class Blockwise(nn.Module):
@@ -98,7 +114,7 @@ class Blockwise(nn.Module):
         self.stacks = nn.ModuleList(stacks) if modules else list(stacks)
         self.feature_residual = feature_residual
         self.feature_mode = feature_mode
-        self.reach: dict[str, tuple[float, ...]] = {}
+        self.drift_limit: DriftLimit | None = None
         self.usage = Usage()
 
     @property
@@ -161,7 +177,8 @@ class Blockwise(nn.Module):
         for m, rows in enumerate(order.split(counts)):
             if len(rows):
                 x_m, t_m, cond_m, h_m = _rows((x, t, cond, h), rows)
-                parts.append(self.velocity(x_m, t_m, cond_m, h_m, m))
+                # a copy, since stacks may share an output buffer
+                parts.append(self.velocity(x_m, t_m, cond_m, h_m, m).clone())
         return torch.cat(parts)[order.argsort()]
 
     def segment_of(self, t: Tensor) -> Tensor:
@@ -194,32 +211,31 @@ class Blockwise(nn.Module):
                     "edges",
                     stacklevel=3,
                 )
-        return BlockwiseSolve(self, self.feature_mode, self.reach.get(self.feature_mode))
+        return BlockwiseSolve(self, self.feature_mode, self.drift_limit)
 
-    def refresh_beyond(self, rates: Mapping[str, Sequence[float]], tolerance: float) -> None:
-        """Let solves run the trunk again when the predicted error of reused features is too large.
+    def refresh_beyond(self, errors: Mapping[str, Sequence[ReuseErrors]], tolerance: float) -> None:
+        """Let solves run the trunk again where reused features are predicted to be too old.
 
-        The predicted error of features reused over a part ``c`` of segment ``m`` is
-        ``rates[mode][m] · c``; see `flowkit.blockwise.Drift.rates`. The solve checks the prediction
-        at the start of each step.
+        The prediction is the largest error that `flowkit.blockwise.feature_drift` measured between
+        the times of the trunk's last call and of the current evaluation, see `ReuseErrors.largest`.
+        It needs no call of the trunk. The true error of a solve can be larger: its states are not
+        those of the measurement.
 
         Args:
-            rates: Errors per whole segment, ``M`` numbers for each mode.
+            errors: Measured errors of each segment, by mode: ``feature_drift(...).pairs``.
             tolerance: Largest predicted error, relative to the size of the features, at least 0.
 
         Raises:
-            ValueError: If ``tolerance`` is negative.
-
-        >>> flow = Blockwise(None, [nn.Identity()] * 2, edges=2)
-        >>> flow.refresh_beyond({"fra": [0.5, 0.2]}, tolerance=0.1)
-        >>> flow.reach
-        {'fra': (0.2, 0.5)}
+            ValueError: If ``tolerance`` is negative, or a mode has not one entry per segment.
         """
         check_at_least(tolerance, 0, "tolerance")
-        self.reach = {
-            mode: tuple(tolerance / max(rate, 1e-12) for rate in values)
-            for mode, values in rates.items()
-        }
+        for mode, known in errors.items():
+            if len(known) != self.num_segments:
+                raise ValueError(
+                    f"errors must hold one entry per segment, {self.num_segments}, got "
+                    f"{len(known)} for {mode}"
+                )
+        self.drift_limit = DriftLimit(errors, tolerance)
 
 
 @dataclass
@@ -237,12 +253,11 @@ class BlockwiseSolve:
     Args:
         flow: The blockwise flow.
         mode: The feature mode.
-        reach: For each segment, the largest part over which features are reused; ``None`` means the
-            whole segment.
+        limit: Limit of the reuse of features; ``None`` means reuse in the whole segment.
     """
 
-    def __init__(self, flow: Blockwise, mode: str, reach: Sequence[float] | None = None) -> None:
-        self.flow, self.mode, self.reach = flow, mode, reach
+    def __init__(self, flow: Blockwise, mode: str, limit: DriftLimit | None = None) -> None:
+        self.flow, self.mode, self.limit = flow, mode, limit
         self.segment: int | None = None
         self.anchor: _Anchor | None = None
 
@@ -266,11 +281,6 @@ class BlockwiseSolve:
             )
         if segment != self.segment:
             self.segment, self.anchor = segment, None
-        elif self.anchor is not None and self.reach is not None:
-            ends = (self.flow.fraction(t, segment) for t in (t_left, t_right))
-            gap = min(abs(end - self.anchor.fraction) for end in ends)
-            if gap > self.reach[segment]:
-                self.anchor = None
 
     def __call__(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
         """Return the velocity ``(B, *)`` of the stack of the current step."""
@@ -280,26 +290,42 @@ class BlockwiseSolve:
 
     def features(self, x: Tensor, t: Tensor, cond: Cond) -> Any:
         """Return the features of the current mode."""
-        flow, segment = self.flow, cast(int, self.segment)
         if self.mode == "full":
-            return flow.features(x, t, cond)
-        if self.anchor is None:
-            # A copy is needed: the state is a buffer of the solver, and features may be the state.
-            h = tree_map(
-                lambda a: a.clone() if isinstance(a, Tensor) else a, flow.features(x, t, cond)
-            )
-            start = float(t[0])
-            fraction, started = flow.fraction(start, segment), start < flow.edges[segment] + CLOSE
-            base = h
-            if self.mode == "fra" and not started:
-                base = h - fraction * flow.residual(x, t, cond, h)
-            self.anchor = _Anchor(h, base, 0.0 if started else fraction)
-            return h
-        if self.mode == "cached":
+            return self.flow.features(x, t, cond)
+        if self.anchor is None or self._too_old(self.anchor, t):
+            h = self.flow.features(x, t, cond)
+            self.anchor = self.anchored(h, x, t, cond)
             return self.anchor.features
-        residual = flow.residual(x, t, cond, self.anchor.features)
-        c = flow.fraction(expand_like(t, residual), segment)
-        return self.anchor.base + (c * residual).to(residual.dtype)
+        return self.reused(self.anchor, x, t, cond)
+
+    def _too_old(self, anchor: _Anchor, t: Tensor) -> bool:
+        """Return whether the predicted error of reused features exceeds the limit."""
+        if self.limit is None:
+            return False
+        segment = cast(int, self.segment)
+        now = self.flow.fraction(float(t[0]), segment)
+        return self.limit.exceeded(self.mode, segment, anchor.fraction, now)
+
+    def anchored(self, h: Any, x: Tensor, t: Tensor, cond: Cond) -> _Anchor:
+        """Return what later evaluations reuse of features ``h`` at ``x``, ``t`` and ``cond``."""
+        flow, segment = self.flow, cast(int, self.segment)
+        # A copy is needed: the state is a buffer of the solver, and features may be the state.
+        h = tree_map(lambda a: a.clone() if isinstance(a, Tensor) else a, h)
+        start = float(t[0])
+        if start < flow.edges[segment] + CLOSE:
+            return _Anchor(h, h, 0.0)
+        fraction = flow.fraction(start, segment)
+        if self.mode == "cached":
+            return _Anchor(h, h, fraction)
+        return _Anchor(h, h - fraction * flow.residual(x, t, cond, h), fraction)
+
+    def reused(self, anchor: _Anchor, x: Tensor, t: Tensor, cond: Cond) -> Any:
+        """Return features at ``x``, ``t`` and ``cond`` without a call of the trunk."""
+        if self.mode == "cached":
+            return anchor.features
+        residual = self.flow.residual(x, t, cond, anchor.features)
+        c = self.flow.fraction(expand_like(t, residual), cast(int, self.segment))
+        return anchor.base + (c * residual).to(residual.dtype)
 
 
 def _rows(tree: Any, rows: Tensor) -> Any:

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from flowkit.blockwise.flow import Blockwise
-from flowkit.checks import check_choice, check_same_shape, expand_like
+from flowkit.checks import at_least_float32, check_choice, check_same_shape, expand_like
 from flowkit.couplings import Coupling, Independent
-from flowkit.losses import Drop, draw_pairs, draw_states, time_dtype
+from flowkit.losses import Drop, draw_pairs, draw_states, explained_share, pair_weights
 from flowkit.paths import Linear, Path
-from flowkit.times import Stratified, Times, Uniform
+from flowkit.times import Stratified, Times, Uniform, inside
 from flowkit.types import Batch, Cond, Pairs
 
 
@@ -80,11 +80,11 @@ def blockwise_loss(flow: Blockwise, draw: SegmentDraw) -> tuple[dict[str, Tensor
     h = flow.features(draw.x_t, draw.t, draw.cond)
     v = flow.velocity(draw.x_t, draw.t, draw.cond, h, draw.segment)
     check_same_shape(v, draw.u, ("velocity(x, t, cond, h)", "x"))
+    u = draw.u.to(at_least_float32(draw.u.dtype))
     loss, energy = (
-        _segment_squares(x, draw.segment, draw.pairs.log_weight, draw.mask)
-        for x in (v - draw.u, draw.u)
+        _segment_squares(x, draw.segment, draw.pairs, draw.mask) for x in (_difference(v, u), u)
     )
-    terms = {"loss": loss.mean, "explained": 1 - loss.mean.detach() / energy.mean}
+    terms = {"loss": loss.mean, "explained": explained_share(loss.mean, energy.mean)}
     return terms | _by_segment(loss), h
 
 
@@ -133,13 +133,13 @@ def residual_loss(
     residual = flow.residual(x_t, t, cond, start)
     check_same_shape(residual, target, ("feature_residual(x, t, cond)", "the trunk's features"))
     estimate = start + expand_like(flow.fraction(t, segment), residual) * residual
-    error = estimate - target
-    ratio = error.detach().square().mean() / (start - target).square().mean()
+    error = _difference(estimate, target)
+    ratio = error.detach().square().mean() / _difference(start, target).square().mean()
     if compare == "velocity":
         with torch.no_grad():
             target = flow.velocity(x_t, t, cond, target, segment)
-        error = flow.velocity(x_t, t, cond, estimate, segment) - target
-    loss = _segment_squares(error, segment, pairs.log_weight)
+        error = _difference(flow.velocity(x_t, t, cond, estimate, segment), target)
+    loss = _segment_squares(error, segment, pairs)
     return {"loss": loss.mean, "ratio": ratio} | _by_segment(loss)
 
 
@@ -183,7 +183,7 @@ def draw_segments(
             f"{type(path).__name__}() within a segment; train a Straightening instead"
         )
     pairs = draw_pairs(batch, coupling, generator)
-    count, device, dtype = len(pairs.x1), pairs.x1.device, time_dtype(pairs.x1)
+    count, device, dtype = len(pairs.x1), pairs.x1.device, at_least_float32(pairs.x1.dtype)
     active = torch.tensor(segments or range(flow.num_segments), device=device)
     dealt = torch.arange(count, device=device) + turn * count
     shuffled = torch.randperm(count, generator=generator, device=device)
@@ -212,7 +212,7 @@ def _stratified(
     edges = torch.tensor(flow.edges, dtype=dtype, device=segment.device)
     left, right = edges[segment], edges[segment + 1]
     t = left + (right - left) * (rank + offset) / counts[segment]
-    return t.minimum(torch.nextafter(right, left))  # rounding must not reach the next segment
+    return inside(t.minimum(torch.nextafter(right, left)))  # rounding must not reach the next one
 
 
 def _restricted(
@@ -255,6 +255,11 @@ def segment_mean(values: Tensor, segment: Tensor, counts: Tensor | None = None) 
     return SegmentMean(means.mean(), means, present)
 
 
+def _difference(a: Tensor, b: Tensor) -> Tensor:
+    """Return ``a − b``, in float32 at least."""
+    return a.to(at_least_float32(a.dtype)) - b
+
+
 def _by_segment(loss: SegmentMean) -> dict[str, Tensor]:
     """Return the loss of each segment under the name ``segment_<m>``."""
     values = zip(loss.segments.tolist(), loss.values.detach().unbind(), strict=True)
@@ -262,15 +267,16 @@ def _by_segment(loss: SegmentMean) -> dict[str, Tensor]:
 
 
 def _segment_squares(
-    x: Tensor, segment: Tensor, log_weight: Tensor | None = None, mask: Tensor | None = None
+    x: Tensor, segment: Tensor, pairs: Pairs, mask: Tensor | None = None
 ) -> SegmentMean:
     """Return the weighted mean square of each segment's elements, over the elements of the mask."""
     squares, counts = x.square(), None
     if mask is None:
         rows = squares.flatten(1).mean(1)
     else:
+        mask = mask.to(x.dtype)
         rows = (squares * mask).flatten(1).sum(1)
         counts = mask.expand(x.shape).flatten(1).sum(1)
-    if log_weight is not None:
-        rows = rows * log_weight.exp().to(rows)
+    if (weight := pair_weights(pairs, rows)) is not None:
+        rows = rows * weight
     return segment_mean(rows, segment, counts)

@@ -25,7 +25,8 @@ class MaskedEncoder(Stored):
         heads: Number of attention heads; divides ``width``.
 
     Raises:
-        ValueError: If sizes do not fit together or ``depth`` is below 1.
+        ValueError: If sizes do not fit together or ``patch``, ``depth`` or
+            ``heads`` is below 1.
 
     Source: Xie et al., *SimMIM*, 2021 (arXiv 2111.09886), with squared errors.
 
@@ -43,6 +44,7 @@ class MaskedEncoder(Stored):
     ) -> None:
         super().__init__()
         check_at_least(depth, 1, "depth")
+        check_at_least(heads, 1, "heads")
         shape = [int(n) for n in shape]
         self.config = {
             "shape": shape,
@@ -52,6 +54,7 @@ class MaskedEncoder(Stored):
             "heads": heads,
         }
         self.patches = PatchEmbed(shape, patch, width)
+        self.sides = (shape[1] // patch, shape[2] // patch)
         self.mask_token = nn.Parameter(torch.zeros(width))
         self.blocks = nn.ModuleList(
             nn.TransformerEncoderLayer(

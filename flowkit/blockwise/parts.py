@@ -1,6 +1,8 @@
 """Building parts of a `flowkit.blockwise.Blockwise` flow: segments, counts, copies."""
 
 import copy
+import math
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,6 +14,7 @@ from flowkit.checks import as_grid, check_at_least
 from flowkit.types import Cond
 
 M = TypeVar("M", bound=nn.Module)
+SAME = 1e-4  # parts of a segment that differ by less are one part: times may come in float32
 
 
 @dataclass
@@ -36,6 +39,45 @@ class Usage:
         """Reset all counts to 0."""
         self.calls.clear()
         self.rows.clear()
+
+
+@dataclass(frozen=True, eq=False)
+class ReuseErrors:
+    """Errors of reused features in one segment, measured between ``n`` times.
+
+    Args:
+        fractions: Parts ``c`` of the segment before the times, ``(n,)``, increasing.
+        errors: Root mean square errors ``(n, n)``: entry ``(i, j)`` is the error at time ``j`` of
+            features that the trunk computed at time ``i``, in units of the root mean square of the
+            features at time ``j``.
+
+    >>> import torch
+    >>> c = torch.tensor([0.0, 0.5, 1.0])
+    >>> known = ReuseErrors((0.0, 0.5, 1.0), (c**2 - c[:, None] ** 2).abs())
+    >>> known.largest(0.5, 1.0), known.largest(0.1, 0.2)
+    (0.75, 0.25)
+    """
+
+    fractions: Sequence[float]
+    errors: Tensor
+
+    def largest(self, start: float, end: float) -> float:
+        """Return the largest error measured within the shortest measured interval around two parts.
+
+        This is an upper bound where the error grows with the interval. Outside of the measured
+        interval it is infinite.
+
+        Args:
+            start: Part of the segment at the trunk's call.
+            end: Part of the segment at the reuse; it may be below ``start``.
+        """
+        low, high = min(start, end), max(start, end)
+        i = bisect_right(self.fractions, low + SAME) - 1
+        j = bisect_left(self.fractions, high - SAME)
+        if i < 0 or j == len(self.fractions):
+            return math.inf
+        within = self.errors[i : j + 1, i : j + 1]
+        return (within.triu() if start <= end else within.tril()).max().item()
 
 
 class PlainStack(nn.Module):

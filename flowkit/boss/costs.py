@@ -1,5 +1,6 @@
 """Costs of single large steps, computed without stored trajectories."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from flowkit.boss.precision import Precise, precise
 from flowkit.checks import as_grid, check_at_least, check_choice
 from flowkit.sampling import ODESampler
 from flowkit.types import Cond, take
@@ -57,6 +59,10 @@ def step_costs(
     midpoint and Heun depend on both ends of a step, so their costs need about ``n²/2`` evaluations
     per noise sample.
 
+    States are in float32 at least, and outputs in half precision are converted; the velocity itself
+    gets states in the type of ``x0``. If all costs are below the round-off of such outputs, a
+    warning says so: the costs then tell nothing about the grid.
+
     Args:
         velocity: The velocity, with guidance if the sampler uses guidance.
         x0: States ``(B, *)`` at the first time.
@@ -71,8 +77,9 @@ def step_costs(
         chunk_size: Number of noise samples per chunk; ``None`` chooses by memory.
 
     Returns:
-        Costs ``(n, n)`` in float64 on the CPU, ``+inf`` on and below the diagonal. Costs below
-        round-off (relative to the largest ``‖v‖²``) are 0.
+        Costs ``(n, n)`` in float64 on the CPU, ``+inf`` on and below the diagonal. Costs below the
+        round-off of the states (relative to the largest ``‖v‖²``) are 0. If all are below the
+        round-off of a velocity in half precision, all are 0.
 
     Raises:
         ValueError: If a velocity or a state is not finite, the reference misses a time, the method
@@ -99,22 +106,50 @@ def step_costs(
         per_noise = x0[0].numel() if method == "euler" else max(n, x0[0].numel())
         chunk_size = max(1, held // (n * per_noise))
     check_at_least(chunk_size, 1, "chunk_size")
+    velocity, x0 = precise(velocity, x0)
     costs = torch.zeros(parts, n, n, dtype=torch.float64)
     energy = torch.zeros(parts, n, dtype=torch.float64)
     walk = _gram_walk if method == "euler" else _direct_walk
-    for rows in _chunks(0, len(x0), chunk_size):
+    for rows in chunks(0, len(x0), chunk_size):
         sums = walk(velocity, x0[rows], fine, take(cond, rows), method, reference)
         for part in range(rows.start // size, (rows.stop - 1) // size + 1):
             first, last = max(rows.start, part * size), min(rows.stop, (part + 1) * size)
             some_costs, some_energy = sums(slice(first - rows.start, last - rows.start))
             costs[part] += some_costs
             energy[part] += some_energy
-    span = fine[None, :] - fine[:, None]
-    # Round-off has two parts: that of the dtype in one step, and that of the float64 sums.
-    share = (8 * torch.finfo(x0.dtype).eps * span).square()
-    floor = energy.amax(1)[:, None, None] * share.clamp(min=64 * EPS * span[0, -1].item() ** 2)
-    means = torch.where(costs <= floor, 0.0, costs / size).masked_fill(span <= 0, torch.inf)
+    costs = _above_round_off(costs, energy, fine, torch.finfo(x0.dtype).eps, velocity)
+    means = (costs / size).masked_fill(fine[None, :] <= fine[:, None], torch.inf)
     return means[0] if groups is None else means
+
+
+def _above_round_off(
+    costs: Tensor, energy: Tensor, fine: Tensor, eps: float, velocity: Precise
+) -> Tensor:
+    """Return the costs ``(groups, n, n)``, with 0 for costs below round-off.
+
+    Args:
+        costs: Sums of costs; values on and below the diagonal are meaningless.
+        energy: Sums of ``‖v_j‖²``, ``(groups, n)``.
+        fine: Times ``(n,)``.
+        eps: Relative spacing of the states.
+        velocity: The velocity after all evaluations.
+    """
+    span, largest = fine[None, :] - fine[:, None], energy.amax(1)[:, None, None]
+    # Round-off has two parts: that of the states in one step, and that of the float64 sums.
+    share = (8 * eps * span).square().clamp(min=64 * EPS * span[0, -1].item() ** 2)
+    known = torch.where(costs <= largest * share, 0.0, costs)
+    # Single costs below the round-off of half precision are kept: they are means of many values.
+    above = span > 0
+    below = (costs <= largest * (velocity.eps * span).square())[:, above].all()
+    if below and (velocity.returns_half or known[:, above].any()):
+        warnings.warn(
+            "all costs are below the round-off of a velocity in half precision: all grids cost the "
+            "same, and the Bellman grid is the uniform one; for another grid, compute the velocity "
+            "in float32",
+            stacklevel=3,
+        )
+        return torch.zeros_like(costs)
+    return known
 
 
 Sums = Callable[[slice], tuple[Tensor, Tensor]]
@@ -146,7 +181,7 @@ def _gram_walk(
         steps, n = fine.diff()[:, None], len(fine) - 1
         dd, dv = torch.zeros(2, n, n, dtype=torch.float64)
         vv, energy = torch.zeros(2, n + 1, dtype=torch.float64)
-        for columns in _chunks(0, v[0, part].numel(), COLUMNS):
+        for columns in chunks(0, v[0, part].numel(), COLUMNS):
             b = v[:, part].flatten(1)[:, columns].to("cpu", torch.float64, copy=True)
             d = steps * b
             if moves is not None:
@@ -282,7 +317,7 @@ def _check_velocity(v: Tensor, j: int, fine: Tensor) -> None:
         )
 
 
-def _chunks(start: int, stop: int, size: int) -> Iterator[slice]:
+def chunks(start: int, stop: int, size: int) -> Iterator[slice]:
     """Yield slices of at most ``size`` numbers between ``start`` and ``stop``."""
     for first in range(start, stop, size):
         yield slice(first, min(first + size, stop))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from flowkit.boss.costs import SLOPES, anchors, check_num_steps, make_field, round_off
+from flowkit.boss.precision import precise
 from flowkit.checks import as_grid, check_choice
 from flowkit.sampling import ODESampler
 from flowkit.types import Cond, take
@@ -70,6 +71,7 @@ def endpoint_grid(
     last = len(fine) - 1
     if num_steps in (1, last):  # there is only one such grid
         return fine[:: last // num_steps]
+    velocity, x0 = precise(velocity, x0)
     reference = reference or ODESampler(fine, method)
     target = anchors(velocity, x0, fine[[0, -1]], cond, reference)[-1]
     search = _Search(velocity, x0, cond, fine, method, target)

@@ -18,11 +18,12 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from flowkit.checks import check_at_least, check_finite, check_positive, check_same_shape
+from flowkit.checks import check_at_least, check_finite, check_positive
 from flowkit.couplings.transport import (
     Cost,
     assign,
     check_cost,
+    check_ends,
     cost_matrix,
     entropic_plan,
     pairwise,
@@ -75,9 +76,10 @@ class Independent:
         """Return the inputs ``x0 (B, *)``, ``x1 (B, *)`` and ``cond`` as pairs.
 
         Raises:
-            ValueError: If the shapes of ``x0`` and ``x1`` differ.
+            TypeError: If a sample is not of real numbers.
+            ValueError: If there is no sample, or the shapes of ``x0`` and ``x1`` differ.
         """
-        check_same_shape(x0, x1)
+        check_ends(x0, x1)
         return Pairs(x0, x1, cond)
 
 
@@ -140,9 +142,10 @@ class MinibatchOT:
         """Permute ``x0 (B, *)`` so that its total cost to ``x1 (B, *)`` is least.
 
         Raises:
-            TypeError: If ``cond`` holds another object than tensors, or floats with an infinite
-                ``cond_weight``.
-            ValueError: If shapes differ, ``cond`` has another batch size, or a cost is not finite.
+            TypeError: If a sample is not of real numbers, or ``cond`` holds another object than
+                tensors, or floats with an infinite ``cond_weight``.
+            ValueError: If there is no sample, shapes differ, ``cond`` has another batch size, or a
+                cost is not finite.
         """
         return _transport(self, x0, x1, cond, assign)
 
@@ -197,14 +200,16 @@ class Sinkhorn:
         """Draw a partner from ``x0 (B, *)`` for every ``x1 (B, *)``.
 
         Raises:
-            TypeError: If ``cond`` holds another object than tensors, or floats with an infinite
-                ``cond_weight``.
-            ValueError: If shapes differ, ``cond`` has another batch size, or a cost is not finite.
+            TypeError: If a sample is not of real numbers, or ``cond`` holds another object than
+                tensors, or floats with an infinite ``cond_weight``.
+            ValueError: If there is no sample, shapes differ, ``cond`` has another batch size, or a
+                cost is not finite.
         """
 
         def draw(cost: Tensor) -> Tensor:
             """Draw the row ``(n,)`` for each column of a cost matrix ``(n, n)``."""
-            plan = entropic_plan(cost, self.reg, self.max_iters).T
+            # In float32, since not every generator's device has float64.
+            plan = entropic_plan(cost, self.reg, self.max_iters).T.float()
             if generator is not None:
                 plan = plan.to(generator.device)
             return plan.multinomial(1, generator=generator)[:, 0].to(cost.device)
@@ -220,7 +225,7 @@ def _transport(
     solve: Callable[[Tensor], Tensor],
 ) -> Pairs:
     """Pair by ``solve``, a function from a cost ``(n, n)`` to one row per column ``(n,)``."""
-    check_same_shape(x0, x1)
+    check_ends(x0, x1)
     # Only training, with gradients, calls all ranks at the same time.
     if coupling.across_ranks and torch.is_grad_enabled() and place()[1] > 1:
         if isinstance(cond, Mapping):
@@ -316,6 +321,8 @@ def _entries(cond: Cond, batch: int) -> dict[str, Tensor]:
     for name, value in entries.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+        if value.is_complex():
+            raise TypeError(f"{name} must hold real numbers, got {value.dtype}")
         if value.ndim == 0 or len(value) != batch:
             raise ValueError(f"{name} must have length {batch}, got shape {tuple(value.shape)}")
     return entries

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from flowkit.checks import check_choice, check_finite
+from flowkit.checks import check_choice, check_finite, check_samples
 from flowkit.couplings.transport import Cost, cost_matrix, points
 
 Target = Literal["elbow", "ess", "corr"]
@@ -77,8 +77,9 @@ def suggest_epsilon(
         The choice with the curves ``epsilons``, ``ess`` and ``tilt_variance (n,)``.
 
     Raises:
-        ValueError: If the shapes of samples differ, a sample is not finite, or no ε of the range
-            reaches the value.
+        TypeError: If a sample is not of real numbers.
+        ValueError: If there is no sample, the shapes of samples differ, a sample is not finite, or
+            no ε of the range reaches the value.
 
     Source: Calvo-Ordoñez et al., 2025 (arXiv 2507.22270), the rule ``ε = κ √d`` with the smallest
     ``κ`` at which the curve is flat. The chord rule, ``"ess"`` and ``"corr"`` are additions of
@@ -90,8 +91,9 @@ def suggest_epsilon(
     True
     """
     check_choice(target, ("elbow", "ess", "corr"), "target")
-    check_finite(x0, "x0")
-    check_finite(x1, "x1")
+    for x, name in ((x0, "x0"), (x1, "x1")):
+        check_samples(x, name)
+        check_finite(x, name)
     value = _checked(target, value)
     matrix = cost_matrix(x0, x1, cost)
     matrix -= matrix.min()
@@ -127,8 +129,8 @@ def variance_components(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     [2.3333, 2.3333, 0.0]
     """
     n, m = matrix.shape
-    centered = (matrix - matrix.mean()).ravel()
-    total, centered = centered @ centered, centered.reshape(n, m)
+    centered = matrix - matrix.mean()
+    total = centered.square().sum()  # a product of matrices would be rounded under autocast
     rows, columns = centered.mean(1).square().sum(), centered.mean(0).square().sum()
     rest = (total - m * rows - n * columns).clamp_min(0) / max((n - 1) * (m - 1), 1)
     of_rows, of_columns = rows / max(n - 1, 1) - rest / m, columns / max(m - 1, 1) - rest / n

@@ -2,15 +2,16 @@
 
 import math
 import warnings
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from flowkit.checks import check_at_least, check_choice, check_finite, check_same_shape
+from flowkit.checks import check_at_least, check_choice, check_finite
 from flowkit.couplings.debiasing import Division, Potentials, RowSoftmax, draw
 from flowkit.couplings.epsilon import variance_components
-from flowkit.couplings.transport import Cost, check_cost, paired, pairwise, points
+from flowkit.couplings.transport import Cost, check_cost, check_ends, paired, pairwise, points
 from flowkit.distributed import gathered, own
 from flowkit.types import Cond, Pairs, take
 
@@ -95,6 +96,17 @@ class Gibbs(nn.Module):
         self.register_buffer("num_batches", torch.zeros((), dtype=torch.long))
         self._warned: set[str] = set()
 
+    def _apply(self, fn: Callable, recurse: bool = True) -> "Gibbs":
+        """Convert the module as torch does, but keep log Z in float32.
+
+        A running mean does not move in half precision: one batch changes it by a thousandth.
+        """
+        log_z = self.log_z
+        super()._apply(fn, recurse)
+        if not log_z.is_meta:
+            self.log_z = log_z.to(self.log_z.device)
+        return self
+
     def extra_repr(self) -> str:
         """Return the settings as text."""
         return f"epsilon={self.epsilon}, cost={self.cost!r}, normalize={self.normalize!r}"
@@ -113,10 +125,12 @@ class Gibbs(nn.Module):
             with ``pool`` above 1, ``B // pool`` pairs without weights.
 
         Raises:
-            TypeError: If ``normalize="class"`` and ``cond`` holds no labels.
-            ValueError: If shapes differ, a cost is not finite, or all weights underflow.
+            TypeError: If a sample is not of real numbers, or ``normalize="class"`` and ``cond``
+                holds no labels.
+            ValueError: If there is no sample, shapes differ, a cost is not finite, or all weights
+                underflow.
         """
-        check_same_shape(x0, x1)
+        check_ends(x0, x1)
         labels = self._labels(cond, len(x1))
         if self.epsilon == math.inf:
             return Pairs(x0, x1, cond, torch.zeros(len(x1), device=x1.device))

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowkit.checks import check_choice
+from flowkit.checks import check_choice, check_same_shape, check_samples
 
 if TYPE_CHECKING:
     from threadpoolctl import ThreadpoolController
@@ -43,12 +43,15 @@ def cost_matrix(x0: Tensor, x1: Tensor, cost: Cost = "sqeuclidean") -> Tensor:
         cost: A name or a function, as for `flowkit.couplings.MinibatchOT`.
 
     Raises:
-        ValueError: If the shapes of samples differ, the name is unknown, or the function returns
-            another shape.
+        TypeError: If a sample is not of real numbers.
+        ValueError: If there is no sample, the shapes of samples differ, the name is unknown, or the
+            function returns another shape.
 
     >>> cost_matrix(torch.tensor([[0.0], [1.0]]), torch.tensor([[3.0], [2.0]]), "cityblock")
     tensor([[3., 2.], [2., 1.]])
     """
+    check_samples(x0, "x0")
+    check_samples(x1, "x1")
     if x0.shape[1:] != x1.shape[1:]:
         raise ValueError(
             f"x0 must have samples of the same shape as x1, {tuple(x1.shape[1:])}, "
@@ -60,7 +63,7 @@ def cost_matrix(x0: Tensor, x1: Tensor, cost: Cost = "sqeuclidean") -> Tensor:
 
 def paired(a: Tensor, b: Tensor, cost: Cost) -> Tensor:
     """Return the costs ``(N,)`` of float32 rows ``a, b (N, d)``."""
-    costs = _function(cost)(a, b)
+    costs = _function(cost)(a, b).float()  # under autocast, some functions return half precision
     if costs.shape != a.shape[:1]:
         raise ValueError(
             f"cost must map (..., d) and (..., d) to (...), got {tuple(costs.shape)} "
@@ -84,7 +87,7 @@ def pairwise(a: Tensor, b: Tensor, cost: Cost) -> Tensor:
         distance = torch.cdist(a - center, b - center, compute_mode=mode)
         return distance.square_() if cost == "sqeuclidean" else distance
     rows = max(1, 2**24 // max(1, b.numel()))  # limits the memory of the broadcast
-    matrix = torch.cat([_function(cost)(part[:, None], b) for part in a.split(rows)])
+    matrix = torch.cat([_function(cost)(part[:, None], b) for part in a.split(rows)]).float()
     if matrix.shape != (len(a), len(b)):
         raise ValueError(
             f"cost must map (..., d) and (..., d) to (...), got {tuple(matrix.shape)} "
@@ -237,6 +240,18 @@ def _reduced(cost: Tensor, num_stages: int, num_iters: int) -> np.ndarray:
 def points(x: Tensor) -> Tensor:
     """Return the samples ``(N, *)`` as float32 rows ``(N, d)``."""
     return x.reshape(len(x), -1).float()
+
+
+def check_ends(x0: Tensor, x1: Tensor) -> None:
+    """Require samples ``x0, x1 (B, *)`` of real numbers, of one shape.
+
+    Raises:
+        TypeError: If a sample is not of real numbers.
+        ValueError: If there is no sample, or the shapes differ.
+    """
+    check_samples(x0, "x0")
+    check_samples(x1, "x1")
+    check_same_shape(x0, x1)
 
 
 def check_cost(cost: Cost) -> None:

@@ -26,7 +26,7 @@ from flowkit.checks import check_at_least, check_finite, check_labels
 from flowkit.data.arrays import Index, Split, positions
 from flowkit.data.splits import SplitData
 from flowkit.data.stream import InOrder
-from flowkit.provenance import write_atomically
+from flowkit.provenance import beside, read_json, write_atomically
 from flowkit.types import Batch, Cond
 
 INDEX = "index.json"
@@ -236,21 +236,22 @@ def read_index(root: str | Path) -> dict[str, Any]:
             f"root must hold a finished cache, got no {INDEX} in {root}; {_AGAIN}"
         )
     try:
-        index = json.loads((root / INDEX).read_text())
+        index = read_json(root / INDEX)
+    except ValueError as error:
+        raise ValueError(_FOREIGN.format(root, error)) from error
+    try:
         hashed, shape = index["autoencoder"]["hash"], index["latent_shape"]
         for split in index["splits"].values():
             for shard in split["shards"]:
                 made = {"autoencoder": hashed, "images": split["images"]}
-                _check_shard(root / shard["file"], made, [shard["rows"], *shape])
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{INDEX} must be as `flowkit encode` writes it, got {root}/{INDEX}: {error!r}; "
-            f"{_AGAIN}"
-        ) from error
+                _check_shard(beside(root, shard["file"]), made, [shard["rows"], *shape])
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(_FOREIGN.format(root, repr(error))) from error
     return index
 
 
 _AGAIN = "run `flowkit encode` with the same options again"
+_FOREIGN = f"{INDEX} must be as `flowkit encode` writes it, got {{}}/{INDEX}: {{}}; {_AGAIN}"
 
 
 def _check_shard(file: Path, made: Mapping[str, str], expected: list[int]) -> None:

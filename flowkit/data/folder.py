@@ -20,6 +20,8 @@ from flowkit.types import Batch
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+# What Pillow may read, whatever the name of a file says: for PostScript it would start a program.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 
 
@@ -121,9 +123,9 @@ def verify(files: Iterable[Path]) -> None:
     broken = []
     for file in files:
         try:
-            with Image.open(file) as image:
+            with Image.open(file, formats=FORMATS) as image:
                 image.verify()
-        except (OSError, SyntaxError, ValueError) as error:
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             broken.append(f"{file} ({error})")
     raise_broken(broken)
 
@@ -148,9 +150,9 @@ def decoded(files: Iterable[tuple[str, Callable[[], Any]]], size: int, channels:
     images, broken = [], []
     for name, content in files:
         try:
-            with Image.open(content()) as image:
+            with Image.open(content(), formats=FORMATS) as image:
                 images.append(square(image, size, channels))
-        except (OSError, SyntaxError, ValueError) as error:
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             broken.append(f"{name} ({error})")
     raise_broken(broken)
     return from_uint8(torch.stack(images)) if images else torch.empty(0, channels, size, size)

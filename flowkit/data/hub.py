@@ -1,8 +1,10 @@
 """Image data sets of the Hugging Face hub."""
 
 import hashlib
+import io
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,9 +14,9 @@ from torch import Tensor
 from flowkit.checks import check_choice, check_labels
 from flowkit.couplings import Coupling
 from flowkit.data.arrays import Index, positions
-from flowkit.data.folder import check_image_format, square
+from flowkit.data.folder import check_image_format, decoded
 from flowkit.data.splits import SplitData, partition
-from flowkit.metrics.pictures import from_uint8
+from flowkit.provenance import located
 from flowkit.types import Batch
 
 
@@ -23,7 +25,7 @@ class Rows:
     """Split of rows of a ``datasets.Dataset``.
 
     Args:
-        rows: The ``datasets.Dataset``.
+        rows: The ``datasets.Dataset``, whose images are not decoded.
         image_column: Name of the column of images.
         labels: Integer classes ``(N,)``, or None.
         image_size: Side of the square images in pixels.
@@ -46,22 +48,23 @@ class Rows:
         x1 = torch.empty(0, self.channels, self.image_size, self.image_size)
         if len(rows):
             images = self.rows[rows.tolist()][self.image_column]
-            x1 = from_uint8(
-                torch.stack([square(image, self.image_size, self.channels) for image in images])
-            )
+            pairs = zip(rows.tolist(), images, strict=True)
+            files = ((f"row {row}", partial(_file, image)) for row, image in pairs)
+            x1 = decoded(files, self.image_size, self.channels)
         return Batch(x1=x1) if self.labels is None else Batch(x1=x1, cond=self.labels[rows])
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of the format, of all encoded images and of the labels."""
-        from datasets import Image
-
         digest = hashlib.sha256(f"{self.image_size} {self.channels}\n".encode())
-        encoded = self.rows.cast_column(self.image_column, Image(decode=False))
-        for row in encoded:
-            image = row[self.image_column]
-            digest.update(image["bytes"] or Path(image["path"]).read_bytes())
+        for row in self.rows:
+            digest.update(_file(row[self.image_column]).read())
         digest.update(str(None if self.labels is None else self.labels.tolist()).encode())
         return digest.hexdigest()
+
+
+def _file(image: Mapping[str, Any]) -> io.BytesIO:
+    """Return an image as an open file: its bytes in the data set, or its file on the disk."""
+    return io.BytesIO(image["bytes"] or Path(image["path"]).read_bytes())
 
 
 class Hub(SplitData):
@@ -73,7 +76,7 @@ class Hub(SplitData):
     random from ``train``.
 
     Args:
-        path: A name on the hub, a folder written by ``save_to_disk``, or another folder that
+        path: ``hub:owner/name``, a folder written by ``save_to_disk``, or another folder that
             ``datasets.load_dataset`` reads.
         image_size: Side of the square images in pixels.
         name: The configuration of the data set, if the data set has several.
@@ -92,6 +95,7 @@ class Hub(SplitData):
 
     Raises:
         ImportError: On ``setup``, if the package ``datasets`` is not installed.
+        FileNotFoundError: On ``setup``, if there is no such folder.
         ValueError: If ``image_size`` or ``channels`` is out of range. On ``setup``, if a column or
             the part ``train`` is missing, or a label is out of range.
         TypeError: On ``setup``, if labels are not integers.
@@ -150,13 +154,14 @@ class Hub(SplitData):
     def _read(self) -> dict[str, Any]:
         """Read the parts of the data set, and check their columns."""
         try:
-            from datasets import Dataset, load_dataset, load_from_disk
+            from datasets import Dataset, Image, load_dataset, load_from_disk
         except ImportError as error:
             raise ImportError(
                 "data.Hub needs the package datasets; pip install 'flowkit-fm[hub]'"
             ) from error
         saved = any((Path(self.path) / f).is_file() for f in ("state.json", "dataset_dict.json"))
-        found = load_from_disk(self.path) if saved else load_dataset(self.path, self.name)
+        place, _ = located(self.path, "path")
+        found = load_from_disk(place) if saved else load_dataset(place, self.name)
         parts: dict[str, Any] = {"train": found}
         if not isinstance(found, Dataset):
             parts = {str(part): rows for part, rows in found.items()}
@@ -165,7 +170,10 @@ class Hub(SplitData):
         check_choice(self.image_column, parts["train"].column_names, "image_column")
         if self.label_column is not None:
             check_choice(self.label_column, parts["train"].column_names, "label_column")
-        return {part: parts[part] for part in ("train", *self.fractions) if part in parts}
+        kept = {part: parts[part] for part in ("train", *self.fractions) if part in parts}
+        # Images are decoded here: `datasets` would let Pillow read formats that start a program.
+        encoded = Image(decode=False)
+        return {part: rows.cast_column(self.image_column, encoded) for part, rows in kept.items()}
 
     def _labels(self, rows: Any) -> Tensor | None:
         """Return the labels ``(N,)`` of a part, or None without a column of labels."""

@@ -6,6 +6,7 @@ import struct
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from flowkit.couplings import Coupling
 from flowkit.data.arrays import Arrays
 from flowkit.data.splits import SplitData, partition
 
+LARGEST = 2**32  # bytes; a small gzip file can hold any number
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 FASHION_MNIST_CLASSES = (
     "T-shirt/top",
@@ -52,12 +54,13 @@ def read_idx(file: str | Path) -> Tensor:
     tensor([7, 2, 1], dtype=torch.uint8)
     """
     file = Path(file)
-    data = file.read_bytes()
-    if file.suffix == ".gz":
-        try:
-            data = gzip.decompress(data)
-        except (EOFError, OSError, zlib.error) as error:
-            raise ValueError(f"{file} must be a complete gzip file, got {error}") from error
+    try:
+        with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as opened:
+            data = cast(bytes, opened.read(LARGEST + 1))
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{file} must be a complete gzip file, got {error}") from error
+    if len(data) > LARGEST:
+        raise ValueError(f"{file} must hold at most {LARGEST} bytes, got more")
     if data[:3] != b"\x00\x00\x08" or len(data) < 4 + 4 * data[3]:
         raise ValueError(f"{file} must be an IDX file of unsigned bytes, got header {data[:4]!r}")
     start = 4 + 4 * data[3]

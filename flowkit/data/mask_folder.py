@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flowkit.data.arrays import Index, positions
-from flowkit.data.folder import Files, check_image_format, image_files, verify
+from flowkit.data.folder import FORMATS, Files, check_image_format, image_files, verify
 from flowkit.data.splits import SplitData, partition
 from flowkit.types import Batch
 
@@ -37,7 +37,7 @@ def read_mask(file: str | Path, size: int, colors: Colors | None = None) -> Tens
     import numpy as np
     from PIL import Image, ImageOps
 
-    with Image.open(file) as image:
+    with Image.open(file, formats=FORMATS) as image:
         if colors is None and image.mode not in LABEL_MODES:
             raise ValueError(
                 f"mask must hold one label per pixel, got mode {image.mode}; give colors for a "
@@ -225,7 +225,7 @@ def _size(file: Path) -> tuple[int, int]:
     """Return width and height after the rotation by the EXIF orientation."""
     from PIL import Image
 
-    with Image.open(file) as image:
+    with Image.open(file, formats=FORMATS) as image:
         turned = image.getexif().get(0x0112, 1) > 4  # EXIF orientations that swap the sides
         return (image.height, image.width) if turned else (image.width, image.height)
 

@@ -1,6 +1,5 @@
 """Pairs of noise and sample, or segments of trajectories, computed by a teacher."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from flowkit.data.arrays import Arrays, Index, Split
 from flowkit.data.splits import SplitData, partition
+from flowkit.provenance import beside, read_json
 from flowkit.types import Batch
 
 FORMAT, FORMAT_VERSION, RECORD = "flowkit-pairs", 1, "pairs.json"
@@ -169,7 +169,7 @@ def read_pairs(root: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     record = _read_record(file)
     shards = []
     for name in record["shards"]:
-        if not (root / name).is_file():
+        if not beside(root, name).is_file():
             raise FileNotFoundError(
                 f"root must hold all {len(record['shards'])} shards, got no {name} in {root}; "
                 "run `flowkit pairs` again to compute the missing shards"
@@ -185,8 +185,8 @@ def read_pairs(root: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def _read_record(file: Path) -> dict[str, Any]:
     """Read ``pairs.json`` and check its format, version and fields."""
     try:
-        record = json.loads(file.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        record = read_json(file)
+    except ValueError as error:
         raise ValueError(f"pairs must be described by JSON, got {file}: {error}") from error
     found = record.get("format") if isinstance(record, dict) else type(record).__name__
     if found != FORMAT:

@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any, BinaryIO, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,6 +25,9 @@ from flowkit.provenance import write_atomically
 from flowkit.types import Batch
 
 INDEX = "index.safetensors"
+LARGEST = (
+    2**28
+)  # bytes of an image, and of a header of a tar file; the label of a sample is shorter
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +78,7 @@ class Tars:
         """Return the name of an image in errors, and a function that reads its bytes."""
 
         def content() -> io.BytesIO:
+            _check_size(size)
             with self.files[shard].open("rb") as file:
                 file.seek(offset)
                 return io.BytesIO(file.read(size))
@@ -214,7 +219,10 @@ def read_index(root: Path, files: Sequence[Path]) -> dict[str, Tensor]:
     digest, index = hashlib.sha256(found.encode()).hexdigest(), root / INDEX
     with suppress(FileNotFoundError, SafetensorError), safe_open(index, framework="pt") as stored:
         if (stored.metadata() or {}).get("files") == digest:
-            return {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+            columns = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+            if int(columns["shard"].min()) < 0 or int(columns["shard"].max()) >= len(files):
+                raise ValueError(f"shard in {index} must number a tar file, got another number")
+            return columns
     samples = [(n, *sample) for n, file in enumerate(files) for sample in _samples(file)]
     labels = [sample[3] for sample in samples]
     if None in labels and any(label is not None for label in labels):
@@ -234,15 +242,21 @@ def _samples(file: Path) -> list[tuple[int, int, int | None]]:
     images: dict[str, tuple[int, int]] = {}
     labels: dict[str, int] = {}
     try:
-        with tarfile.open(file, "r:") as tar:
+        with (
+            file.open("rb") as opened,
+            tarfile.open(fileobj=cast(Any, _Bounded(opened)), mode="r:") as tar,
+        ):
             for member in tar:
+                if not member.isreg() or member.issparse():
+                    continue  # a sparse file can state any size
                 folder, _, name = member.name.rpartition("/")
                 key, _, kind = name.partition(".")
                 key = f"{folder}/{key}"
                 if f".{kind.lower()}" in SUFFIXES:
+                    _check_size(member.size)
                     images[key] = (member.offset_data, member.size)
                 elif kind == "cls" and (content := tar.extractfile(member)) is not None:
-                    labels[key] = int(content.read())
+                    labels[key] = int(content.read(32))
                     check_at_least(labels[key], 0, "label")
     except (tarfile.TarError, ValueError, OSError) as error:
         raise ValueError(f"shards must be tar files with labels, got {file}: {error}") from error
@@ -251,3 +265,25 @@ def _samples(file: Path) -> list[tuple[int, int, int | None]]:
     if not images:
         raise ValueError(f"shards must hold images, got no image in {file}")
     return [(*place, labels.get(key)) for key, place in images.items()]
+
+
+def _check_size(size: int) -> None:
+    """Require an image of a size that memory is sure to hold.
+
+    Raises:
+        ValueError: If it is larger.
+    """
+    if not 0 <= size <= LARGEST:
+        raise ValueError(f"images must have at most {LARGEST} bytes, got {size}")
+
+
+class _Bounded:
+    """A file that reads no more than `LARGEST` bytes at once, whatever the headers in it say."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.seek, self.tell = file, file.seek, file.tell
+        self.name, self.mode = file.name, "rb"
+
+    def read(self, size: int) -> bytes:
+        _check_size(size)
+        return self.file.read(size)

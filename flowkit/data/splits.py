@@ -134,9 +134,20 @@ class SplitData(LightningDataModule):
         raise NotImplementedError
 
     def setup(self, stage: str | None = None) -> None:
-        """Read the data by `load`, at the first call only."""
+        """Read the data by `load`, at the first call only.
+
+        Raises:
+            TypeError: If `load` returns other things than splits.
+        """
         if not self._splits:
-            self._splits = self.load()
+            loaded = self.load()
+            for part in loaded.values() if isinstance(loaded, Mapping) else [loaded]:
+                if not hasattr(part, "fingerprint"):
+                    raise TypeError(
+                        "load must return splits by name, such as {'train': flowkit.data.Arrays("
+                        f"{{'x1': images}}), ...}}, got {type(part).__name__}"
+                    )
+            self._splits = loaded
 
     def split(self, name: str) -> Split:
         """Return a split, for example for ``split("val")[:100]["x1"]``.

@@ -40,6 +40,7 @@ def choose(y: Tensor, mask: Tensor | None, operator: LinearOperator | None) -> "
     It compares all elements, or those outside of the mask, or the measurements ``A x`` and ``A y``.
 
     Raises:
+        TypeError: If the mask is not a tensor.
         ValueError: If both a mask and an operator are given. If the mask does not broadcast to
             ``y``, has values outside [0, 1], or is 1 everywhere in a sample. If
             ``operator.adjoint`` returns another shape than that of ``y``.
@@ -53,6 +54,8 @@ def choose(y: Tensor, mask: Tensor | None, operator: LinearOperator | None) -> "
         return _Measured(y, operator)
     if mask is None:
         return _Matching(y, None)
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask must be a tensor, got {type(mask).__name__}")
     try:
         mask = mask.to(y).expand(y.shape)
     except RuntimeError:

@@ -8,10 +8,23 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from flowkit.checks import check_at_least, check_between, check_finite, check_positive, expand_like
+from flowkit.checks import (
+    check_at_least,
+    check_between,
+    check_cond,
+    check_positive,
+    check_state,
+    expand_like,
+)
 from flowkit.flowopt.anderson import Anderson
 from flowkit.flowopt.objectives import LinearOperator, Objective, choose
-from flowkit.flowopt.step_size import Flow, inner, power_bound, require_step, rms
+from flowkit.flowopt.step_size import (
+    Flow,
+    inner,
+    power_bound,
+    require_step,
+    rms,
+)
 from flowkit.sampling import ODESampler, seeded_noise
 from flowkit.types import Cond
 from flowkit.velocity import Velocity
@@ -157,18 +170,19 @@ class FlowOpt:
             Samples, latents, and the record of the iterations.
 
         Raises:
-            TypeError: If ``x1`` is not a floating-point tensor.
-            ValueError: If ``x1`` is not finite, the mask or the operator does not fit, both are
-                given, or ``"auto"`` finds no step size that converges for some sample.
+            TypeError: If ``x1`` is not a floating-point tensor, a condition or the mask is of
+                another kind.
+            ValueError: If ``x1`` is empty or not finite, the mask or the operator does not fit,
+                both are given, or ``"auto"`` finds no step size that converges for some sample.
 
         Warns:
             UserWarning: If results of the velocity are not finite. Also, once, if without
                 backtracking a residual grows because the given step is above the bound of
                 consecutive iterates.
         """
-        if not x1.is_floating_point():
-            raise TypeError(f"x1 must be a floating-point tensor, got {x1.dtype}")
-        check_finite(x1, "x1")
+        check_state(x1, "x1")
+        check_cond(source, "source")
+        check_cond(target, "target")
         flow = Flow(self.sampler, velocity, x1.dtype)
         y = x1.to(flow.dtype)
         objective = choose(y, mask, operator)
@@ -179,10 +193,10 @@ class FlowOpt:
             return _Iterate(z, x, *objective(x))
 
         now = evaluate(flow.invert(y, source))
-        run = _Run(self, x1, y, now, callback)
+        run = _Run(self, x1, y, now, flow.eps, callback)
         run.record(0, now)
         if self.step_size == "auto" and self.num_iters and run.any_running:
-            run.step = _measured_step(evaluate, objective, now, run.running, x1.dtype)
+            run.step = _measured_step(evaluate, objective, now, run.running, flow.eps)
         history = Anderson(self.anderson)
 
         def advance(now: _Iterate) -> _Iterate:
@@ -229,6 +243,7 @@ class _Run:
         x1: The source ``(B, *)`` in the network's type.
         y: The source in the type of the latents.
         first: The iterate of the inverted source.
+        eps: Rounding of the network.
         callback: See `FlowOpt`.
     """
 
@@ -238,6 +253,7 @@ class _Run:
         x1: Tensor,
         y: Tensor,
         first: _Iterate,
+        eps: float,
         callback: Callback | None,
     ) -> None:
         self.settings, self.y, self.callback = settings, y, callback
@@ -249,7 +265,7 @@ class _Run:
         self.tried = self.reference = first.residual
         self.stale = torch.zeros_like(self.status)
         # Where the start is exact, residuals are rounding errors, which may grow tenfold.
-        self.eps = torch.finfo(x1.dtype).eps
+        self.eps = eps
         self.limit = DIVERGENCE * first.residual.clamp_min(self.eps**0.5)
         count = settings.num_iters + 1
         self.rows = sorted(set(range(count) if settings.keep is None else settings.keep))
@@ -354,7 +370,7 @@ def _measured_step(
     objective: Objective,
     now: _Iterate,
     running: Tensor,
-    dtype: torch.dtype,
+    eps: float,
 ) -> Tensor:
     """Measure half of the bound ``(B,)`` around the first iterate: ``1 / L`` for symmetric flows.
 
@@ -364,7 +380,7 @@ def _measured_step(
     # All samples have the same direction, so that no result depends on the batch.
     noise = seeded_noise(now.z.shape[1:], [0], now.z.device).to(now.z).expand_as(now.z)
     bound, cosine = power_bound(
-        lambda z: evaluate(z).gradient, now.z, now.gradient, objective.normal(noise), 4, dtype
+        lambda z: evaluate(z).gradient, now.z, now.gradient, objective.normal(noise), 4, eps
     )
-    require_step(cosine.where(running, 1), now.z, dtype)
+    require_step(cosine.where(running, 1), now.z, eps)
     return bound / 2

@@ -6,7 +6,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flowkit.checks import check_at_least, check_finite, expand_like
+from flowkit.checks import (
+    check_at_least,
+    check_cond,
+    check_state,
+    expand_like,
+)
 from flowkit.sampling import ODESampler, Solution
 from flowkit.types import Cond
 from flowkit.velocity import BoundVelocity, Velocity, bind
@@ -47,7 +52,8 @@ def step_bound(
     Args:
         velocity: The velocity, guided or not.
         sampler: Solver and grid of ``f``.
-        z: Latents ``(B, *)`` at the first time of the sampler's grid.
+        z: Latents ``(B, *)`` at the first time of the sampler's grid. The network computes in their
+            type; the states of the solve are float32 or wider.
         cond: The condition that is passed to the velocity.
         rounds: Number of measured pairs, at least 1. There are ``rounds + 1`` solves.
         generator: Draws the first ``Δz``.
@@ -56,8 +62,9 @@ def step_bound(
         The bound and the smallest cosine of each sample, and the number of evaluations.
 
     Raises:
-        ValueError: If ``rounds`` is below 1, if ``z`` is not finite, or if the cosine of a sample
-            is not positive. No step size works for such a sample.
+        TypeError: If ``z`` is not a floating-point tensor, or ``cond`` is no condition.
+        ValueError: If ``rounds`` is below 1, if ``z`` is empty or not finite, or if the cosine of a
+            sample is not positive. No step size works for such a sample.
 
     >>> def stretch(x, t, cond=None):
     ...     return torch.tensor([0.0, 1.0]) * x
@@ -65,41 +72,53 @@ def step_bound(
     tensor([0.771])
     """
     check_at_least(rounds, 1, "rounds")
-    check_finite(z, "z")
+    check_state(z, "z")
+    check_cond(cond)
     flow = Flow(sampler, velocity, z.dtype)
     noise = torch.randn(z.shape, device=z.device, generator=generator)
     latent = z.to(flow.dtype)
     with torch.no_grad():
         start = flow(latent, cond)
-        bound, cosine = power_bound(lambda z: flow(z, cond), latent, start, noise, rounds, z.dtype)
-    require_step(cosine, z)
+        bound, cosine = power_bound(lambda z: flow(z, cond), latent, start, noise, rounds, flow.eps)
+    require_step(cosine, z, flow.eps)
     return StepBound(bound, cosine, flow.nfe)
 
 
 class Flow:
     """The map ``f(z; c)`` of the whole solve; it counts velocity evaluations in ``nfe``.
 
-    States are float32 or wider.
+    States are float32 or wider. After the first solve, ``eps`` is the rounding of the network: that
+    of its input or of its result, the larger of the two.
 
     Args:
         sampler: Solver and grid.
         velocity: The velocity. Its states have the type ``dtype``.
-        dtype: Type in which the network computes.
+        dtype: Type of the network's input.
     """
 
     def __init__(self, sampler: ODESampler, velocity: Velocity, dtype: torch.dtype) -> None:
         self.dtype = torch.promote_types(dtype, torch.float32)
-        self.sampler, self.nfe = sampler, 0
-        self.velocity = velocity if dtype == self.dtype else _Cast(velocity, dtype)
+        self.sampler, self.nfe, self.eps = sampler, 0, torch.finfo(dtype).eps
+        self.velocity, self.cast = velocity, _Cast(velocity, dtype, self)
+        self.rounds_input = dtype != self.dtype
 
     def __call__(self, z: Tensor, cond: Cond) -> Tensor:
-        """Return ``f(z; cond)`` of latents ``z (B, *)``."""
-        return self._count(self.sampler.solve(self.velocity, z, cond))
+        """Return ``f(z; cond)`` of latents ``z (B, *)``: NaN for latents that are not finite."""
+        finite = expand_like(z.isfinite().flatten(1).all(1), z)
+        if bool(finite.all()):
+            return self._count(self.sampler.solve(self._next(), z, cond))
+        # A sampler takes finite states alone; a lost sample does not end the others.
+        x = self._count(self.sampler.solve(self._next(), z.where(finite, 0), cond))
+        return x.where(finite, torch.nan)
 
     def invert(self, x: Tensor, cond: Cond) -> Tensor:
         """Return the latents ``(B, *)`` of samples ``x (B, *)``; Euler's are corrected."""
         correct = self.sampler.method == "euler"
-        return self._count(self.sampler.invert(self.velocity, x, cond, correct=correct))
+        return self._count(self.sampler.invert(self._next(), x, cond, correct=correct))
+
+    def _next(self) -> Velocity:
+        """Return the velocity of the next solve; the first solve sees the results' type."""
+        return self.cast if self.rounds_input or not self.nfe else self.velocity
 
     def _count(self, solution: Solution) -> Tensor:
         """Add the evaluations of a solution, and return its state."""
@@ -108,19 +127,22 @@ class Flow:
 
 
 class _Cast:
-    """A half-precision velocity of float32 states; only the input of the network is rounded."""
+    """A velocity of float32 states; the input of the network is rounded to its type."""
 
-    def __init__(self, velocity: Velocity, dtype: torch.dtype) -> None:
-        self.velocity, self.dtype = velocity, dtype
+    def __init__(self, velocity: Velocity, dtype: torch.dtype, flow: Flow) -> None:
+        self.velocity, self.dtype, self.flow = velocity, dtype, flow
 
     def __call__(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
         """Return the velocity ``(B, *)`` at states ``x (B, *)`` and times ``t (B,)``."""
-        return self.velocity(x.to(self.dtype), t, cond)
+        v = self.velocity(x.to(self.dtype), t, cond)
+        if v.is_floating_point():
+            self.flow.eps = max(self.flow.eps, torch.finfo(v.dtype).eps)
+        return v
 
     def bind(self, cond: Cond, grid: Tensor | None = None) -> BoundVelocity:
         """Bind the network for one solve, with the same rounding."""
         bound = bind(self.velocity, cond, grid)
-        return bound.wrapped(_Cast(bound, self.dtype))
+        return bound.wrapped(_Cast(bound, self.dtype, self.flow))
 
 
 def inner(a: Tensor, b: Tensor) -> Tensor:
@@ -150,7 +172,7 @@ def power_bound(
     start: Tensor,
     direction: Tensor,
     rounds: int,
-    dtype: torch.dtype,
+    eps: float,
 ) -> tuple[Tensor, Tensor]:
     """Compute the least bound and the least cosine over the pairs of a power iteration.
 
@@ -160,13 +182,13 @@ def power_bound(
         start: ``f(z)``.
         direction: The first ``Δf (B, *)``, of any length.
         rounds: Number of pairs.
-        dtype: Type in which ``f`` computes. With its rounding ``ε``, differences ``Δz`` have the
-            size ``ε^⅓``, which is large compared with ``ε`` and small compared with ``z``.
+        eps: Rounding ``ε`` of ``f``. Differences ``Δz`` have the size ``ε^⅓``, which is large
+            compared with ``ε`` and small compared with ``z``.
 
     Returns:
         The bounds and the cosines, both ``(B,)``.
     """
-    size = torch.finfo(dtype).eps ** (1 / 3) * (1 + rms(z))
+    size = eps ** (1 / 3) * (1 + rms(z))
     tiny = torch.finfo(z.dtype).tiny
     pairs, df = [], direction.to(z.dtype)
     for _ in range(rounds):
@@ -177,18 +199,17 @@ def power_bound(
     return bound, cosine
 
 
-def require_step(cosine: Tensor, z: Tensor, dtype: torch.dtype | None = None) -> None:
+def require_step(cosine: Tensor, z: Tensor, eps: float) -> None:
     """Require cosines ``(B,)`` that are positive by more than the rounding of `power_bound`.
 
     Args:
         cosine: The least cosine of every sample.
         z: The latents ``(B, *)``.
-        dtype: Type in which the flow computes; None for that of the latents.
+        eps: Rounding of the flow.
 
     Raises:
         ValueError: If the cosine of a sample is smaller.
     """
-    eps = torch.finfo(dtype or z.dtype).eps
     refused = ~(cosine > 10 * eps ** (2 / 3) / z[0].numel() ** 0.5)
     if bool(refused.any()):
         rows = refused.nonzero().flatten().tolist()

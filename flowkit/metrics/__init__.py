@@ -14,18 +14,27 @@ from flowkit.metrics.features import (
     inception,
     train_classifier,
 )
-from flowkit.metrics.frechet import (
-    Interval,
-    frechet_distance,
-    frechet_from_moments,
-    frechet_unbiased,
-)
+from flowkit.metrics.frechet import frechet_distance, frechet_from_moments
+from flowkit.metrics.intervals import Interval, wilson
 from flowkit.metrics.judges import Judge, PixelSVC, agreement
 from flowkit.metrics.labels import classification_metrics
-from flowkit.metrics.neighbors import PRDC, KernelDistance, kid, prdc
+from flowkit.metrics.neighbors import (
+    PRDC,
+    KernelDistance,
+    kernel_distance,
+    kid,
+    prdc,
+    prdc_intervals,
+)
 from flowkit.metrics.pictures import as_saved, colored, from_uint8, save_picture, to_uint8
 from flowkit.metrics.stored import StoredFeatures
-from flowkit.metrics.straightness import normalized_path_energy, path_energy, wasserstein2
+from flowkit.metrics.straightness import (
+    normalized_path_energy,
+    path_energy,
+    wasserstein2,
+    wasserstein2_interval,
+)
+from flowkit.metrics.unbiased import frechet_unbiased
 
 __all__ = [
     "PRDC",
@@ -47,13 +56,17 @@ __all__ = [
     "from_uint8",
     "image_metrics",
     "inception",
+    "kernel_distance",
     "kid",
     "normalized_path_energy",
     "path_energy",
     "point_metrics",
     "prdc",
+    "prdc_intervals",
     "save_picture",
     "to_uint8",
     "train_classifier",
     "wasserstein2",
+    "wasserstein2_interval",
+    "wilson",
 ]

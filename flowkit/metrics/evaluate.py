@@ -1,5 +1,6 @@
 """Records of an evaluation: metrics with the features and the reference they depend on."""
 
+from math import inf
 from typing import Any, cast
 
 import torch
@@ -7,11 +8,19 @@ from torch import Tensor
 
 from flowkit.checks import check_at_least
 from flowkit.metrics.features import Features
-from flowkit.metrics.frechet import frechet_distance, frechet_unbiased
+from flowkit.metrics.frechet import frechet_distance
+from flowkit.metrics.intervals import Interval, around, wilson
 from flowkit.metrics.judges import Judge, agreement
-from flowkit.metrics.neighbors import kid, prdc
+from flowkit.metrics.neighbors import kernel_distance, prdc, prdc_intervals
 from flowkit.metrics.pictures import as_saved
-from flowkit.metrics.straightness import normalized_path_energy, path_energy, wasserstein2
+from flowkit.metrics.straightness import (
+    Transport,
+    normalized_path_energy,
+    path_energies,
+    transport,
+    transport_interval,
+)
+from flowkit.metrics.unbiased import enough, frechet_unbiased
 from flowkit.provenance import tensor_hash
 from flowkit.sampling import Solution
 
@@ -37,19 +46,24 @@ def image_metrics(
     the values of its saved file.
 
     ``frechet_distance`` is the usual estimate, biased upwards at this number of samples.
-    ``frechet_distance_unbiased`` and ``frechet_distance_unbiased_interval`` estimate the distance
-    for infinitely many samples, see `frechet_unbiased`. They are ``None`` if there are too few
-    samples for the dimension of the features.
+    ``frechet_distance_unbiased`` estimates the distance for infinitely many samples, see
+    `frechet_unbiased`; it is ``None`` if there are fewer than two samples per feature. The other
+    values are those of `kernel_distance` and `prdc`.
+
+    The ``…_interval`` of a value has a nominal coverage of 95 %. ``stratified`` says for which sets
+    the numbers of samples of the classes count as fixed: those with given classes, if no class has
+    only one sample. The images of the floor are drawn at random.
 
     Args:
         real_train: Training images ``(N, C, H, W)`` in [-1, 1], for the floor; at least 4.
         real_test: Held-out images ``(M, C, H, W)`` in [-1, 1], the reference; at least 4.
         generated: Generated images ``(n, C, H, W)``, in [-1, 1] or 8-bit; at least 4.
         features: The feature space of all distances.
-        labels: Requested classes ``(n,)`` of the generated images.
-        test_labels: Classes ``(M,)`` of the held-out images, for the accuracy of the judge.
+        labels: Requested classes ``(n,)`` of the generated images; the numbers of images of the
+            classes are fixed.
+        test_labels: Classes ``(M,)`` of the held-out images, also fixed in number.
         judge: An independent classifier; needs ``labels`` and ``test_labels``.
-        generator: Draws the images of the floor, subsets and groups; on the CPU.
+        generator: Draws the images of the floor; on the CPU.
         generated_features: Features ``(n, F)`` of the 8-bit generated images, if they are known.
 
     Returns:
@@ -80,19 +94,19 @@ def image_metrics(
         generated_features = features(as_saved(generated))
     reference = features(test)
     record: dict[str, Any] = {
-        **_compare(generated_features, reference, generator),
-        "floor": _compare(features(train), reference, generator),
+        **_compare(generated_features, reference, labels, test_labels),
+        "floor": _compare(features(train), reference, None, test_labels),
         "features": {"name": features.name, "hash": features.hash},
         "reference": {"num_samples": len(test), "hash": tensor_hash(reference)},
     }
     if judge is not None and labels is not None and test_labels is not None:
         hits = agreement(judge, as_saved(generated), labels)
+        right = agreement(judge, test, test_labels)
         record |= {
-            "class_agreement": hits.double().mean().item(),
-            "class_agreement_interval": _wilson(hits),
+            **_share("class_agreement", hits),
             "judge": {
                 "name": judge.name,
-                "test_accuracy": agreement(judge, test, test_labels).double().mean().item(),
+                **_share("test_accuracy", right),
             },
         }
     return record
@@ -110,9 +124,13 @@ def point_metrics(
     and the real points. A path energy below this ``W2²`` means that the flow does not reach the
     data; it does not mean a straighter flow. ``path_energy_below_w2_squared`` is True in this case.
 
+    The ``…_interval`` of a value has a nominal coverage of 95 % for the mean of the value over
+    draws of this many points, see `wasserstein2_interval`. The interval of the normalized path
+    energy regards that each trajectory has a part in the path energy and in ``W2²``.
+
     Args:
-        real: Real points ``(N, *)``.
-        generated: Generated points ``(M, *)``.
+        real: Real points ``(N, *)``, ``N >= 2``.
+        generated: Generated points ``(M, *)``, ``M >= 2``.
         path: A solution with a path, or the path ``(n+1, B, *)``; None skips the path energy.
         grid: The times ``(n+1,)`` of the path, or ``n`` for uniform times.
 
@@ -130,10 +148,9 @@ def point_metrics(
     >>> record["w2"], record["path_energy"], round(record["normalized_path_energy"], 6)
     (0.0, 4.0, 0.0)
     """
-    w2 = wasserstein2(generated, real)
+    check_at_least(min(len(real), len(generated)), 2, "the number of points")
     record: dict[str, Any] = {
-        "w2": w2,
-        "w2_squared": w2**2,
+        **_distances("w2", transport(generated, real)),
         "num_samples": len(generated),
         "reference": {"num_samples": len(real), "hash": tensor_hash(real)},
     }
@@ -141,46 +158,77 @@ def point_metrics(
         return record
     if grid is None:
         raise ValueError("grid must be given with a path, got None")
-    energy = path_energy(path, grid)
+    energies = path_energies(path, grid)
+    energy, count = energies.mean().item(), len(energies)
     states = path if isinstance(path, Tensor) else cast(Tensor, path.path)
-    transport = wasserstein2(states[0], real)
+    found = transport(states[0], real)
+    normalized = normalized_path_energy(energy, found.squared**0.5)
+    ratio = energy / found.squared
+    # The first-order changes of ratio − 1, by a trajectory and by a real point.
+    slopes = (energies - ratio * found.potential_a) / found.squared
+    others = ratio * found.potential_b / found.squared
+    std = (slopes.var().item() / count + others.var().item() / len(others)) ** 0.5
+    low, high = around(ratio - 1, std, (-1.0, inf), freedom=count - 1)
+    below = 0.0 if low < 0 < high else min(abs(low), abs(high))
+    std_energy = (energies.var().item() / count) ** 0.5
     return record | {
-        "transport_w2": transport,
-        "transport_w2_squared": transport**2,
-        "path_energy": energy,
-        "normalized_path_energy": normalized_path_energy(energy, transport),
-        "path_energy_below_w2_squared": energy < transport**2,
+        **_distances("transport_w2", found),
+        **_named("path_energy", energy, around(energy, std_energy, (0.0, inf), freedom=count - 1)),
+        **_named("normalized_path_energy", normalized, Interval(below, max(abs(low), abs(high)))),
+        "path_energy_below_w2_squared": energy < found.squared,
     }
 
 
-def _compare(a: Tensor, b: Tensor, generator: torch.Generator | None) -> dict[str, Any]:
+def _distances(name: str, found: Transport) -> dict[str, Any]:
+    """Return ``W2`` and ``W2²`` with their intervals under their names in records."""
+    value, (low, high) = transport_interval(found)
+    squares = Interval(low**2, high**2)
+    return {
+        **_named(name, value, Interval(low, high)),
+        **_named(f"{name}_squared", value**2, squares),
+    }
+
+
+def _compare(
+    a: Tensor, b: Tensor, labels: Tensor | None, reference_labels: Tensor | None
+) -> dict[str, Any]:
     """Compute all distances between features ``a (N, F)`` and reference features ``b (M, F)``."""
     count = min(len(a), len(b))
-    unbiased, interval = None, None
-    # The jackknife of frechet_unbiased leaves out one of 20 groups.
-    if count - -(-count // 20) > a.shape[1]:
-        unbiased, (low, high) = frechet_unbiased(a, b, generator=generator)
-        interval = [low, high]
-    neighbors = min(5, count - 1)
-    kernel = kid(a, b, subsets=50, subset_size=min(1000, count // 2), generator=generator)
-    return {
+    # A class with one sample says nothing about its spread: then the draws count as independent.
+    strata = (_several(labels), _several(reference_labels))
+    record: dict[str, Any] = {
         "num_samples": len(a),
+        "stratified": {"samples": strata[0] is not None, "reference": strata[1] is not None},
         "frechet_distance": frechet_distance(a, b),
-        "frechet_distance_unbiased": unbiased,
-        "frechet_distance_unbiased_interval": interval,
-        "kernel_distance": kernel.mean,
-        "kernel_distance_std": kernel.std,
-        **prdc(b, a, k=neighbors)._asdict(),
-        "neighbors": neighbors,
+        "frechet_distance_unbiased": None,
+        "frechet_distance_unbiased_interval": None,
     }
+    if enough(a) and enough(b):
+        record |= _named("frechet_distance_unbiased", *frechet_unbiased(a, b, strata=strata))
+    record |= _named("kernel_distance", *kernel_distance(a, b, strata=strata))
+    neighbors = min(5, count - 1)
+    if neighbors <= count // 4:
+        found, intervals = prdc_intervals(b, a, neighbors, strata=(strata[1], strata[0]))
+    else:
+        found, intervals = prdc(b, a, neighbors), dict[str, Interval]()
+    for name, value in found._asdict().items():
+        record |= _named(name, value, intervals.get(name))
+    return record | {"neighbors": neighbors}
 
 
-def _wilson(hits: Tensor) -> list[float]:
-    """Return Wilson's 95 % interval of a proportion.
+def _several(labels: Tensor | None) -> Tensor | None:
+    """Return the classes, or None if a class has only one sample."""
+    if labels is None or int(labels.unique(return_counts=True)[1].min()) < 2:
+        return None
+    return labels.cpu()
 
-    If all values agree, its width is positive. The width of a bootstrap interval would be 0.
-    """
-    from scipy.stats import binomtest
 
-    interval = binomtest(int(hits.sum()), len(hits)).proportion_ci(method="wilson")
-    return [float(interval.low), float(interval.high)]
+def _share(name: str, hits: Tensor) -> dict[str, Any]:
+    """Return the share of hits ``(N,)`` and its interval under their names in records."""
+    share = hits.double().mean().item()
+    return _named(name, share, wilson(share, len(hits)))
+
+
+def _named(name: str, value: float, interval: Interval | None) -> dict[str, Any]:
+    """Return a value and its interval under their names in records."""
+    return {name: value, f"{name}_interval": None if interval is None else list(interval)}

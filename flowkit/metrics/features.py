@@ -1,7 +1,6 @@
 """Feature networks: they map images in [-1, 1] to vectors and have a name and a hash."""
 
 import hashlib
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -265,7 +264,7 @@ def inception(weights: str | Path, device: torch.device | str = "cpu") -> Featur
     # torch-fidelity unpickles any object: first refuse files that hold more than tensors.
     try:
         torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    except Exception as error:  # torch raises a dozen kinds of errors for such a file
         raise ValueError(f"weights must hold tensors only, got {file}") from error
     net = FeatureExtractorInceptionV3(
         "inception-v3-compat", ["2048"], feature_extractor_weights_path=str(file)

@@ -1,30 +1,11 @@
 """Fréchet distance between Gaussians fitted to two sets of features."""
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from flowkit.checks import check_at_least, check_finite
-
-
-class Interval(NamedTuple):
-    """Confidence interval ``[low, high]``."""
-
-    low: float
-    high: float
-
-
-def check_confidence(confidence: float) -> None:
-    """Require a confidence strictly between 0 and 1.
-
-    Raises:
-        ValueError: If the confidence is out of range.
-    """
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must lie strictly between 0 and 1, got {confidence}")
-
+from flowkit.checks import check_finite
 
 _BLOCK = 256
 
@@ -61,8 +42,8 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     >>> round(frechet_distance(a, 2 * a + 3), 6)  # (5 − 1)² + (2√2 − √2)²
     18.0
     """
-    a, b = _features(a, b)
-    return _distance(_Gaussian.fit(a), _Gaussian.fit(b))
+    a, b = as_features(a, b)
+    return gaussian_distance(Gaussian.fit(a), Gaussian.fit(b))
 
 
 def frechet_from_moments(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor) -> float:
@@ -96,93 +77,10 @@ def frechet_from_moments(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: T
         if not torch.isfinite(value.sum()):  # ten times faster than the check of each value
             check_finite(value, name)
     mean_a, cov_a, mean_b, cov_b = (_float64(value) for value in given.values())
-    return _distance(_Gaussian(mean_a, cov_a), _Gaussian(mean_b, cov_b))
+    return gaussian_distance(Gaussian(mean_a, cov_a), Gaussian(mean_b, cov_b))
 
 
-def frechet_unbiased(
-    a: Tensor,
-    b: Tensor,
-    *,
-    groups: int = 20,
-    confidence: float = 0.95,
-    generator: torch.Generator | None = None,
-) -> tuple[float, Interval]:
-    """Bias-corrected squared Fréchet distance with a confidence interval, by a grouped jackknife.
-
-    The bias of `frechet_distance` is of order ``1/N``. Each set is divided into ``groups`` random
-    groups. The distances without one of the groups give estimates of bias and variance. The moments
-    of a group are subtracted from those of the set, so the cost is ``2 · groups`` matrix roots for
-    any number of samples. The correction is of first order in ``1/N``: use several times more
-    samples than features.
-
-    The interval is for the distance between the *populations* (infinitely many samples). So it may
-    lie entirely below the biased ``frechet_distance(a, b)``. At a nominal coverage of 95 % it
-    contained the true distance in 93 to 100 % of 60 to 200 draws each, for Gaussians of 8 features
-    (500 samples) and of 64 features (200, 400 and 1000 samples). For equal Gaussians the coverage
-    is above the nominal one.
-
-    Source: Quenouille 1956, *Notes on bias in estimation*; Tukey 1958 for the variance.
-
-    Args:
-        a: Features ``(N, F)``.
-        b: Features ``(M, F)``.
-        groups: Number of groups in each set, at least 2.
-        confidence: Nominal coverage in (0, 1).
-        generator: Draws the groups; on the CPU.
-
-    Returns:
-        The corrected estimate, which may be negative if the populations are equal, and the
-        interval, clipped at 0.
-
-    Raises:
-        ValueError: If ``groups`` or ``confidence`` is out of range, a shape is wrong, a value is
-            not finite, or a set without one group does not hold more samples than features.
-
-    >>> g = torch.Generator().manual_seed(0)
-    >>> a, b = torch.randn(2, 500, 8, generator=g)
-    >>> value, interval = frechet_unbiased(a, b, generator=g)
-    >>> frechet_distance(a, b) > 0.05, abs(value) < 0.03, interval.low
-    (True, True, 0.0)
-    """
-    from scipy.stats import t as student
-
-    a, b = _features(a, b)
-    check_at_least(groups, 2, "groups")
-    check_confidence(confidence)
-    for name, x in (("a", a), ("b", b)):
-        kept = len(x) - -(-len(x) // groups)
-        if kept <= x.shape[1]:
-            raise ValueError(
-                f"{name} must keep more samples than its {x.shape[1]} features without one of "
-                f"{groups} groups, got {kept} of {len(x)}"
-            )
-    fitted_a, fitted_b = _Gaussian.fit(a), _Gaussian.fit(b)
-    value = _distance(fitted_a, fitted_b)
-    estimate, variance = value, 0.0
-    for x, other in ((a, fitted_b), (b, fitted_a)):
-        parts = [_distance(part, other) for part in _without_each_group(x, groups, generator)]
-        left_out = torch.tensor(parts, dtype=torch.float64)
-        estimate -= (groups - 1) * (left_out.mean().item() - value)
-        variance += (groups - 1) * left_out.var(correction=0).item()
-    reach = float(student.ppf((1 + confidence) / 2, groups - 1)) * variance**0.5
-    return estimate, Interval(max(estimate - reach, 0.0), max(estimate + reach, 0.0))
-
-
-def _without_each_group(
-    x: Tensor, groups: int, generator: torch.Generator | None
-) -> Iterator["_Gaussian"]:
-    """Yield the Gaussians fitted to ``x (N, F)`` without one of its random groups."""
-    mean = x.mean(0)
-    centered = (x - mean)[torch.randperm(len(x), generator=generator)]
-    gram = _gram(centered.T)
-    for group in centered.tensor_split(groups):
-        kept = len(x) - len(group)
-        offset = -group.sum(0) / kept  # the sum of all centered rows is zero
-        cov = (gram - _gram(group.T) - kept * torch.outer(offset, offset)) / (kept - 1)
-        yield _Gaussian(mean + offset, cov)
-
-
-class _Gaussian(NamedTuple):
+class Gaussian(NamedTuple):
     """Gaussian: the mean ``(F,)``, and ``spread``.
 
     ``spread`` is the covariance ``(F, F)``, or with ``is_root`` a root ``R (F, N)`` with
@@ -194,15 +92,15 @@ class _Gaussian(NamedTuple):
     is_root: bool = False
 
     @classmethod
-    def fit(cls, x: Tensor) -> "_Gaussian":
+    def fit(cls, x: Tensor) -> "Gaussian":
         """Fit to features ``(N, F)``. For ``N <= F`` the centered samples are the root."""
         count, dim = x.shape
         mean = x.mean(0)
         centered = (x - mean) / (count - 1) ** 0.5
-        return cls(mean, centered.T, True) if count <= dim else cls(mean, _gram(centered.T))
+        return cls(mean, centered.T, True) if count <= dim else cls(mean, gram(centered.T))
 
 
-def _distance(a: _Gaussian, b: _Gaussian) -> float:
+def gaussian_distance(a: Gaussian, b: Gaussian) -> float:
     """Compute the squared Fréchet distance of two Gaussians."""
     distance = (a.mean - b.mean).square().sum() - 2 * _fidelity(a, b)
     for gaussian in (a, b):
@@ -211,7 +109,7 @@ def _distance(a: _Gaussian, b: _Gaussian) -> float:
     return max(distance.item(), 0.0)
 
 
-def _fidelity(a: _Gaussian, b: _Gaussian) -> Tensor:
+def _fidelity(a: Gaussian, b: Gaussian) -> Tensor:
     """Compute ``tr (Σ_a Σ_b)^{1/2}``."""
     if not (a.is_root or b.is_root):
         factor, failed = torch.linalg.cholesky_ex(a.spread)
@@ -221,7 +119,7 @@ def _fidelity(a: _Gaussian, b: _Gaussian) -> Tensor:
                 return squares.sqrt().sum()
     # A zero eigenvalue is computed with an error of order ε, and its root has the error √ε. The
     # singular values have an error of order ε only.
-    return torch.linalg.svdvals(_root(a).T @ _root(b)).sum()
+    return torch.linalg.svdvals(covariance_root(a).T @ covariance_root(b)).sum()
 
 
 def _congruence(lower: Tensor, cov: Tensor) -> Tensor:
@@ -236,7 +134,7 @@ def _congruence(lower: Tensor, cov: Tensor) -> Tensor:
     return reduced.T
 
 
-def _gram(x: Tensor) -> Tensor:
+def gram(x: Tensor) -> Tensor:
     """Compute ``x xᵀ`` from the blocks of its lower triangle, which halves the work."""
     gram = x.new_empty(len(x), len(x))
     for i in range(0, len(x), _BLOCK):
@@ -246,7 +144,7 @@ def _gram(x: Tensor) -> Tensor:
     return gram
 
 
-def _root(gaussian: _Gaussian) -> Tensor:
+def covariance_root(gaussian: Gaussian) -> Tensor:
     """Return a root ``R`` of the covariance: the stored root, or the pivoted Cholesky factor."""
     if gaussian.is_root:
         return gaussian.spread
@@ -266,7 +164,7 @@ def _float64(x: Tensor) -> Tensor:
     return x.detach().to("cpu", torch.float64)
 
 
-def _features(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+def as_features(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Check two sets of features, and return them as float64 on the CPU."""
     for name, x in (("a", a), ("b", b)):
         if x.ndim != 2 or len(x) < 2 or x.shape[1] != a.shape[1]:

@@ -1,11 +1,20 @@
 """Quality of predicted labels: classes of images with probabilities, and labels of pixels."""
 
+from collections.abc import Callable
+from math import inf, isnan, nan
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from flowkit.checks import as_labels, check_finite, check_labels
+from flowkit.metrics.intervals import around, as_strata, half_sampling, share_interval, wilson
+
+Scores = dict[str, float | None]
+BOUNDS = {"negative_log_likelihood": (0.0, inf), "brier_score": (0.0, 2.0)}
+"""Ranges of the metrics that have another range than [0, 1]."""
+FEWEST = 8
+"""Below this number of images, no intervals are computed from halves of the images."""
 
 
 def classification_metrics(
@@ -25,6 +34,10 @@ def classification_metrics(
     - ``reliability``: ``confidence``, ``accuracy`` and ``share`` of each bin with images.
     - ``selective``: for each ``coverage``, the ``accuracy`` of this share of the images, the most
       confident ones; ``area_under_risk`` is the mean error over all coverages.
+    - ``…_interval`` of a number: its interval of a nominal coverage of 95 %, for the mean of the
+      number over draws of this many images of each class. It is `wilson` for the accuracy, and else
+      from random halves of each class, see `flowkit.metrics.intervals.half_sampling`; None for
+      fewer than 8 images. ``auc`` and ``area_under_risk`` take it as shares of the images.
 
     Sources: Guo et al., *On Calibration of Modern Neural Networks*, 2017 (arXiv 1706.04599),
     equation 3; Geifman & El-Yaniv, *Selective Classification for Deep Neural Networks*, 2017
@@ -48,30 +61,82 @@ def classification_metrics(
     >>> round(record["accuracy"], 3), [round(a, 3) for a in record["selective"]["accuracy"]]
     (0.667, [1.0, 1.0, 0.667])
     """
-    from torchmetrics.functional.classification import binary_auroc
-
     labels = as_labels(labels, "labels")
     _check(probabilities, labels)
-    probabilities, count = probabilities.double(), probabilities.shape[1]
+    probabilities = probabilities.double()
     confidence, predicted = probabilities.max(1)
     right = (predicted == labels).double()
-    truth = torch.nn.functional.one_hot(labels, count)
-    present = labels.unique().tolist() if len(labels.unique()) > 1 else []
-    reliability = _reliability(confidence, right, bins)
-    areas = [float(binary_auroc(probabilities[:, k], truth[:, k])) for k in present]
+
+    def scores(rows: Tensor | slice) -> Scores:
+        reliability = _reliability(confidence[rows], right[rows], bins)
+        selective = _selective(confidence[rows], right[rows], coverages)
+        return {
+            **_scores(probabilities[rows], labels[rows]),
+            "calibration_error": sum(
+                share * abs(sure - accurate)
+                for sure, accurate, share in zip(*reliability.values(), strict=True)
+            ),
+            "area_under_risk": selective["area_under_risk"],
+        }
+
+    found = _with_intervals(scores, len(labels), labels)
+    selective = _selective(confidence, right, coverages)
+    area = "area_under_risk_interval"
     return {
         "num_samples": len(labels),
         "accuracy": right.mean().item(),
+        "accuracy_interval": list(wilson(right.mean().item(), len(right))),
+        **{k: v for k, v in found.items() if not k.startswith("area_under_risk")},
+        "reliability": _reliability(confidence, right, bins),
+        "selective": {**selective, area: found[area]},
+    }
+
+
+def _scores(probabilities: Tensor, labels: Tensor) -> Scores:
+    """Return the numbers of `classification_metrics` that need the probabilities of all classes."""
+    truth = torch.nn.functional.one_hot(labels, probabilities.shape[1])
+    present = labels.unique().tolist() if len(labels.unique()) > 1 else []
+    areas = [_area(probabilities[:, k], labels == k) for k in present]
+    return {
         "auc": sum(areas) / len(areas) if areas else None,
-        "calibration_error": sum(
-            share * abs(sure - accurate)
-            for sure, accurate, share in zip(*reliability.values(), strict=True)
-        ),
         "negative_log_likelihood": -probabilities[truth.bool()].clamp_min(1e-6).log().mean().item(),
         "brier_score": (probabilities - truth).square().sum(1).mean().item(),
-        "reliability": reliability,
-        "selective": _selective(confidence, right, coverages),
     }
+
+
+def _area(scores: Tensor, positive: Tensor) -> float:
+    """Return the share of pairs whose positive case has the higher score; ties count half."""
+    above, others = scores[positive], scores[~positive].sort().values
+    ranks = torch.searchsorted(others, above) + torch.searchsorted(others, above, right=True)
+    return ranks.double().mean().item() / (2 * len(others))
+
+
+def _with_intervals(
+    scores: Callable[[Tensor | slice], Scores], count: int, labels: Tensor | None
+) -> dict[str, Any]:
+    """Return the scores of all images, and the interval of each from halves of the images."""
+    found = scores(slice(None))
+    stds = dict.fromkeys(found, nan)
+    if count >= FEWEST:
+        several = labels is not None and int(labels.unique(return_counts=True)[1].min()) > 1
+        strata = as_strata(labels if several else None, count, "labels")
+        halves = half_sampling(
+            lambda rows: torch.tensor(
+                [nan if value is None else value for value in scores(rows).values()]
+            ),
+            [strata],
+        )
+        stds = dict(zip(found, halves.tolist(), strict=True))
+    record: dict[str, Any] = {}
+    for name, value in found.items():
+        record[name], interval = value, None
+        if value is not None and not isnan(stds[name]):
+            if name in ("auc", "area_under_risk"):
+                interval = list(share_interval(value, stds[name], count))
+            else:
+                interval = list(around(value, stds[name], BOUNDS.get(name, (0.0, 1.0))))
+        record[f"{name}_interval"] = interval
+    return record
 
 
 def segmentation_metrics(
@@ -84,11 +149,14 @@ def segmentation_metrics(
     are:
 
     - ``pixel_accuracy``: share of pixels with the true label.
-    - ``iou``: IoU of each class; None for a class that is neither predicted nor true.
-    - ``mean_iou``: mean of ``iou`` over the other classes.
+    - ``mean_iou``: mean of ``iou`` over the classes that are predicted or true.
     - ``foreground_iou``: IoU of the union of all classes except 0; None if there is no such pixel.
+    - ``iou``: IoU of each class; None for a class that is neither predicted nor true.
 
-    If all pixels are ignored, all metrics are None.
+    If all pixels are ignored, all metrics are None. The ``…_interval`` of the first three has a
+    nominal coverage of 95 % for the mean over draws of this many images. It comes from random
+    halves of the images, since the pixels of an image are not independent; None for fewer than 8
+    images.
 
     Args:
         masks: Predicted labels ``(N, H, W)``.
@@ -108,8 +176,6 @@ def segmentation_metrics(
     >>> round(record["mean_iou"], 3), record["foreground_iou"]
     (0.667, 1.0)
     """
-    from torchmetrics.classification import BinaryJaccardIndex, MulticlassJaccardIndex
-
     if masks.shape != truth.shape:
         raise ValueError(
             f"masks must have the shape of the truth, {tuple(truth.shape)}, "
@@ -119,23 +185,51 @@ def segmentation_metrics(
     counted = torch.ones_like(truth, dtype=torch.bool)
     if ignore_index is not None:
         counted = truth != ignore_index
-    masks, truth = masks[counted], truth[counted]
-    check_labels(masks, num_classes, "masks")
-    check_labels(truth, num_classes, "truth")
-    jaccard = MulticlassJaccardIndex(num_classes, average=None)
-    foreground = BinaryJaccardIndex()
-    for part, true in zip(masks.split(1_000_000), truth.split(1_000_000), strict=True):
-        jaccard.update(part, true)
-        foreground.update(part > 0, (true > 0).long())
-    present = (jaccard.confmat.sum(0) + jaccard.confmat.sum(1)) > 0
-    iou = jaccard.compute().double()
+    check_labels(masks[counted], num_classes, "masks")
+    check_labels(truth[counted], num_classes, "truth")
+    size = max(1, 10_000_000 // num_classes**2)  # images at a time, for the memory
+    parts = [
+        _pixel_counts(*part, num_classes)
+        for part in zip(masks.split(size), truth.split(size), counted.split(size), strict=True)
+    ]
+    overlaps, unions, front = (torch.cat(kind) for kind in zip(*parts, strict=True))
+    pixels = counted.flatten(1).sum(1)
+
+    def scores(rows: Tensor | slice) -> Scores:
+        iou = overlaps[rows].sum(0) / unions[rows].sum(0)  # NaN for a class without a pixel
+        overlap, union = front[rows].sum(0)
+        values = {
+            "pixel_accuracy": overlaps[rows].sum() / pixels[rows].sum(),
+            "mean_iou": iou.nanmean(),
+            "foreground_iou": overlap / union,
+        }
+        return {name: None if v.isnan() else v.item() for name, v in values.items()}
+
+    iou = overlaps.sum(0) / unions.sum(0)
     return {
-        "num_pixels": len(truth),
-        "pixel_accuracy": (masks == truth).double().mean().item() if len(truth) else None,
-        "mean_iou": iou[present].mean().item() if len(truth) else None,
-        "iou": [v if there else None for v, there in zip(iou.tolist(), present, strict=True)],
-        "foreground_iou": float(foreground.compute()) if bool(present[1:].any()) else None,
+        "num_pixels": int(pixels.sum()),
+        **_with_intervals(scores, len(truth), None),
+        "iou": [None if v != v else v for v in iou.tolist()],
     }
+
+
+def _pixel_counts(
+    masks: Tensor, truth: Tensor, counted: Tensor, num_classes: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Count the pixels of each of ``B`` images.
+
+    Returns:
+        Intersection ``(B, K)`` and union ``(B, K)`` of each class, and both of all classes except 0
+        together ``(B, 2)``.
+    """
+    shape = (len(masks), num_classes, num_classes)
+    first = torch.arange(len(masks)).view(-1, *(1,) * (masks.ndim - 1))
+    cells = ((first * num_classes + truth) * num_classes + masks)[counted]
+    table = cells.bincount(minlength=len(masks) * num_classes**2).view(shape).double()
+    overlaps = table.diagonal(dim1=1, dim2=2)
+    both = table[:, 1:, 1:].sum((1, 2))
+    either = table.sum((1, 2)) - table[:, 0, 0]
+    return overlaps, table.sum(1) + table.sum(2) - overlaps, torch.stack([both, either], 1)
 
 
 def _check(probabilities: Tensor, labels: Tensor) -> None:

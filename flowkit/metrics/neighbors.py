@@ -1,11 +1,23 @@
 """Distances of two sets of features: precision, recall, density, coverage, kernel distance."""
 
+from functools import partial
+from math import inf
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from flowkit.checks import check_at_least, check_between, check_finite
+from flowkit.metrics.frechet import as_features
+from flowkit.metrics.intervals import (
+    Interval,
+    Strata,
+    around,
+    as_strata,
+    half_sampling,
+    jackknife,
+    share_interval,
+)
 
 
 class PRDC(NamedTuple):
@@ -77,6 +89,62 @@ def prdc(real: Tensor, fake: Tensor, k: int = 5) -> PRDC:
     )
 
 
+def prdc_intervals(
+    real: Tensor,
+    fake: Tensor,
+    k: int = 5,
+    *,
+    strata: Strata | None = None,
+    confidence: float = 0.95,
+) -> tuple[PRDC, dict[str, Interval]]:
+    """Precision, recall, density and coverage with confidence intervals.
+
+    The values depend on the numbers of samples. An interval is for the mean of the value over draws
+    of these numbers of samples. The standard deviations come from 50 random halves, see
+    `flowkit.metrics.intervals.half_sampling`, and the intervals of shares from
+    `flowkit.metrics.intervals.share_interval`. At a nominal coverage of 95 % the
+    intervals contained the mean in 89 to 100 % of 200 draws each, for mixtures of Gaussians with 2
+    to 16 features and 150 to 300 samples.
+
+    Args:
+        real: Features ``(N, F)`` of real samples.
+        fake: Features ``(M, F)`` of generated samples.
+        k: See `prdc`; below a quarter of ``N`` and of ``M``.
+        strata: Classes ``(N,)`` and ``(M,)``, see `frechet_unbiased`.
+        confidence: Nominal coverage in (0, 1).
+
+    Returns:
+        The values, and the interval of each name.
+
+    Raises:
+        ValueError: As for `prdc`, or if a class has only one sample.
+
+    >>> g = torch.Generator().manual_seed(0)
+    >>> found, intervals = prdc_intervals(*torch.randn(2, 200, 4, generator=g))
+    >>> found.recall, [round(end, 3) for end in intervals["recall"]]
+    (0.96, [0.893, 0.986])
+    """
+    found = prdc(real, fake, k)
+    check_between(k, 1, min(len(real), len(fake)) // 4, "k")
+    labels = strata or (None, None)
+    numbers = [
+        as_strata(labels[0], len(real), "real"),
+        as_strata(labels[1], len(fake), "fake"),
+    ]
+    half = partial(_some_prdc, real, fake, k)
+    stds = PRDC(*half_sampling(half, numbers).tolist())
+    intervals = {"density": around(found.density, stds.density, (0.0, inf), confidence)}
+    for name, count in (("precision", len(fake)), ("recall", len(real)), ("coverage", len(real))):
+        share, std = getattr(found, name), getattr(stds, name)
+        intervals[name] = share_interval(share, std, count, confidence)
+    return found, intervals
+
+
+def _some_prdc(real: Tensor, fake: Tensor, k: int, rows: Tensor, fake_rows: Tensor) -> Tensor:
+    """Return the four values ``(4,)`` for some of the samples."""
+    return torch.tensor(prdc(real[rows.to(real.device)], fake[fake_rows.to(fake.device)], k))
+
+
 def _radii(x: Tensor, k: int) -> Tensor:
     """Return the distances ``(N,)`` of points to their k-th nearest other point."""
     # k + 1, since the smallest distance in a row is that of the point to itself.
@@ -141,3 +209,67 @@ def kid(
         rows_b = torch.randperm(len(b), generator=generator)[:subset_size].to(b.device)
         values[i] = poly_mmd(a[rows_a], b[rows_b])
     return KernelDistance(values.mean().item(), values.std(correction=0).item())
+
+
+def kernel_distance(
+    a: Tensor, b: Tensor, *, strata: Strata | None = None, confidence: float = 0.95
+) -> tuple[float, Interval]:
+    """Squared MMD of two populations with the kernel of `kid`, and its confidence interval.
+
+    With independent draws the value is the mean of `kid` over all subsets. With ``strata`` the
+    number of samples of each class is fixed, and pairs of the same sample weigh less; see
+    `frechet_unbiased`. Bias and interval are those of `flowkit.metrics.intervals.jackknife`. The
+    distance is quadratic, so the bias is removed exactly. The cost is ``(N + M)² F``.
+
+    At a nominal coverage of 95 % the interval contained the true value in 92 to 98 % of 400 draws
+    each, for mixtures of Gaussians with 4 and 8 features and 180 to 1000 samples, independent,
+    stratified and half-stratified.
+
+    Args:
+        a: Features ``(N, F)``.
+        b: Features ``(M, F)``.
+        strata: Classes ``(N,)`` and ``(M,)``, see `frechet_unbiased`.
+        confidence: Nominal coverage in (0, 1).
+
+    Returns:
+        The estimate, which may be negative, and the interval, which contains it.
+
+    Raises:
+        ValueError: If the shapes differ, a set has fewer than 2 samples, a value is not finite, or
+            a class has only one sample.
+
+    >>> g = torch.Generator().manual_seed(0)
+    >>> a, b = torch.randn(2, 500, 8, generator=g)
+    >>> value, (low, high) = kernel_distance(a, b)
+    >>> low < 0 < high < kernel_distance(a, b + 1)[1].low
+    True
+    """
+    a, b = as_features(a, b)
+    labels = strata or (None, None)
+    numbers = [as_strata(y, len(x), n) for n, x, y in zip("ab", (a, b), labels, strict=True)]
+    between = [_mean_kernel(a, b), _mean_kernel(b, a)]
+    squared, changes = -2 * between[0].mean(), []
+    for x, stratum, across in zip((a, b), numbers, between, strict=True):
+        sizes, own = stratum.bincount().double(), x.new_empty(len(x))
+        for h in range(len(sizes)):
+            own[stratum == h] = _mean_kernel(x[stratum == h], x[stratum == h])
+        # The squared norm of a sample in the space of the kernel, centered on its class.
+        norms = (x.square().mean(1) + 1) ** 3 - 2 * own + _means(own, stratum)[stratum]
+        within = _mean_kernel(x, x)
+        slope = 2 * (within - across)
+        slope -= _means(slope, stratum)[stratum]
+        weight = (sizes / (len(x) * (sizes - 1)))[stratum]
+        changes.append(weight * (weight * norms - slope))
+        squared += within.mean()
+    return jackknife(squared.item(), changes, numbers, confidence)
+
+
+def _means(values: Tensor, strata: Tensor) -> Tensor:
+    """Return the means ``(K,)`` of values ``(N,)`` in the strata."""
+    return values.new_zeros(int(strata.max()) + 1).index_add_(0, strata, values) / strata.bincount()
+
+
+def _mean_kernel(a: Tensor, b: Tensor) -> Tensor:
+    """Return the mean kernel ``(N,)`` of each ``a (N, F)`` with all ``b (M, F)``."""
+    rows = [(part @ b.T / b.shape[1] + 1) ** 3 for part in a.split(1000)]
+    return torch.cat([part.mean(1) for part in rows])

@@ -64,7 +64,7 @@ def _save_points(samples: Tensor, file: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4, 4), layout="constrained")
-    axes, coordinates = figure.add_subplot(), samples.detach().cpu().mT
+    axes, coordinates = figure.add_subplot(), samples.detach().float().cpu().mT
     if len(coordinates) == 1:
         axes.hist(coordinates[0], bins=50)
     else:

@@ -7,7 +7,7 @@ the module of a run folder.
 
 from flowkit.modules.autoencoding import Autoencoding
 from flowkit.modules.blockwise import BlockwiseFlowMatching
-from flowkit.modules.callbacks import LastCheckpoint, SampleGrid
+from flowkit.modules.callbacks import AveragedWeights, LastCheckpoint, SampleGrid
 from flowkit.modules.checkpoints import load_run
 from flowkit.modules.condition_grid import ConditionGrid
 from flowkit.modules.conditional import ConditionalFlowMatching, WeightedFlowMatching
@@ -19,6 +19,7 @@ from flowkit.modules.symmetrical import SymmetricalFlowMatching
 
 __all__ = [
     "Autoencoding",
+    "AveragedWeights",
     "BlockwiseFlowMatching",
     "ConditionGrid",
     "ConditionalFlowMatching",

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowkit.autoencoders import Posterior, pad_to_multiple
-from flowkit.checks import check_at_least
+from flowkit.checks import at_least_float32, check_at_least
 from flowkit.modules.resume import ADAMW, ExactResume, MakeOptimizer, MakeScheduler
 from flowkit.types import Batch
 
@@ -62,7 +62,11 @@ class Autoencoding(ExactResume, frozen=("perceptual",)):
         law = vae.encode(pad_to_multiple(images, factor)).latent_dist
         decoded = vae.decode(Posterior(law.mean, law.std).sample(generator)).sample
         decoded = decoded[..., : images.shape[-2], : images.shape[-1]]
-        terms = {"l1": F.l1_loss(decoded, images), "kl": law.kl().mean()}
+        # Sums are in float32 at least: those of float16 overflow.
+        wide = at_least_float32(images.dtype)
+        mean, log_var = law.mean.to(wide), law.logvar.to(wide)
+        kl = 0.5 * (mean.square() + log_var.exp() - 1 - log_var).flatten(1).sum(1)
+        terms = {"l1": F.l1_loss(decoded.to(wide), images.to(wide)), "kl": kl.mean()}
         loss = terms["l1"] + self.kl_weight * terms["kl"] / images[0].numel()
         if self.perceptual is not None:
             terms["perceptual"] = self.perceptual(decoded, images)
@@ -101,6 +105,7 @@ class FeatureError(nn.Module):
         for layer in self.trunk:
             a, b = layer(a), layer(b)
             if isinstance(layer, nn.Conv2d):
-                square = (F.normalize(a, dim=1) - F.normalize(b, dim=1)).square()
+                wide = at_least_float32(a.dtype)
+                square = (F.normalize(a.to(wide), dim=1) - F.normalize(b.to(wide), dim=1)).square()
                 errors.append(square.sum(1).mean())
         return torch.stack(errors).mean()

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from flowkit.autoencoders import Autoencoder, Identity
 from flowkit.blockwise import Blockwise, alignment_loss, blockwise_loss, residual_loss
-from flowkit.blockwise.alignment import Projector, resize_tokens
+from flowkit.blockwise.alignment import Projector, resize_tokens, token_sides
 from flowkit.blockwise.losses import draw_segments
 from flowkit.blockwise.parts import PlainStack
 from flowkit.checks import check_at_least, check_choice
@@ -44,8 +44,10 @@ class BlockwiseFlowMatching(FlowModule, frozen=("encoder",)):
 
     Args:
         velocity: The blocks.
-        encoder: Maps images to tokens ``(B, N, D)``. Or a ``functools.partial`` that makes such an
-            encoder at its first use: a run can then be loaded without the encoder's files.
+        encoder: Maps images to tokens ``(B, N, D)``; for images that are not square it has the
+            attribute ``sides``, the rows and columns of the tokens. Or a ``functools.partial`` that
+            makes such an encoder at its first use: a run can then be loaded without the encoder's
+            files.
         align_weight: λ, at least 0; 0.05 in the release, 0.5 in an earlier configuration.
         align_stop: From this step on λ is 0; with None, λ never becomes 0.
         encoder_width: Size of the encoder's tokens; None takes the encoder's ``width``.
@@ -220,7 +222,9 @@ class BlockwiseFlowMatching(FlowModule, frozen=("encoder",)):
             made = self.encoder()
             self.encoder = made.to(images.device) if isinstance(made, nn.Module) else made
         with torch.no_grad():
-            tokens = resize_tokens(cast(Encoder, self.encoder)(images), self.flow.trunk.sides)
+            tokens = cast(Encoder, self.encoder)(images)
+            sides = token_sides(self.encoder, images, tokens.shape[1])
+            tokens = resize_tokens(tokens, sides, self.flow.trunk.sides)
         h = h if h.ndim == 3 else h[:, None]
         return alignment_loss(cast(nn.Module, self.projector)(h), tokens)
 

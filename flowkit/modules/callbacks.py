@@ -1,4 +1,4 @@
-"""Callbacks of training: pictures of samples, checkpoints, Ctrl-C and the progress bar."""
+"""Callbacks of training: averaged weights, pictures, checkpoints, Ctrl-C and the progress bar."""
 
 import signal
 import sys
@@ -8,15 +8,68 @@ from typing import Any, cast
 
 import torch
 from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, Checkpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import Callback, Checkpoint, TQDMProgressBar, WeightAveraging
+from torch import Tensor
 
-from flowkit.checks import check_at_least
+from flowkit.checks import check_at_least, check_between
 from flowkit.distributed import batches_seen
 from flowkit.metrics.pictures import save_picture
 from flowkit.modules.flow import FlowModule, Guidance, brings_start
 from flowkit.provenance import write_atomically
 from flowkit.sampling import ODESampler, seeded_noise
 from flowkit.types import take
+
+
+class AveragedWeights(WeightAveraging):
+    """Exponential moving average ``a`` of the weights ``w``, with a warm-up of its decay.
+
+        a ← d_n a + (1 − d_n) w,    d_n = min(decay, (1 + n) / (10 + n))
+
+    ``n`` is the number of averaged steps so far, and ``a`` starts as the weights after the first
+    step. During the warm-up, the averaged weights are a tenth of the training old on average. So
+    the average of a short training holds no initial weights. With a constant decay of 0.999, the
+    average of 300 steps consists of them by 74 %. The warm-up ends when ``d_n`` is the decay: after
+    about ``9 / (1 − decay)`` steps.
+
+    Checkpoints hold ``n``, so a resumed training continues the schedule. Buffers are averaged like
+    weights; buffers of integers are copied.
+
+    Source: the rule of TensorFlow's ``tf.train.ExponentialMovingAverage`` with ``num_updates``.
+
+    Args:
+        decay: Largest decay of the average per step, in [0, 1].
+        update_every_n_steps: Optimizer steps between updates of the average, at least 1.
+        device: Device of the average; None means the device of the module.
+
+    Raises:
+        ValueError: If a number is out of range.
+    """
+
+    def __init__(
+        self,
+        decay: float = 0.999,
+        update_every_n_steps: int = 1,
+        device: torch.device | str | None = None,
+    ) -> None:
+        check_between(decay, 0, 1, "decay")
+        check_at_least(update_every_n_steps, 1, "update_every_n_steps")
+        super().__init__(device, multi_avg_fn=self._update)
+        self.decay, self.update_every_n_steps = decay, update_every_n_steps
+
+    def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
+        """Return whether to update the average after an optimizer step, numbered from 0."""
+        return step_idx is not None and step_idx % self.update_every_n_steps == 0
+
+    @torch.no_grad()
+    def _update(self, averages: list[Tensor], weights: list[Tensor], count: Tensor) -> None:
+        """Update the average in place; ``count`` is ``n``, at least 1."""
+        n = int(count)
+        decay = min(self.decay, (1 + n) / (10 + n))
+        if averages[0].is_floating_point() or averages[0].is_complex():
+            wide = [w.to(a.dtype) for w, a in zip(weights, averages, strict=True)]
+            torch._foreach_lerp_(averages, wide, 1 - decay)
+        else:
+            torch._foreach_copy_(averages, weights)
 
 
 class SampleGrid(Callback):

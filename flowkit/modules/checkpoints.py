@@ -1,13 +1,15 @@
 """Reading of run folders: configuration, checkpoint, and the module that they describe.
 
 Every stored configuration is read by `read_config`, which translates names of earlier versions.
-`build` makes the objects that a configuration describes.
+`build` makes the objects that a configuration describes, after `trust.check`.
 """
 
 import importlib
+import re
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import yaml
@@ -15,30 +17,39 @@ import yaml
 from flowkit.checks import check_choice
 from flowkit.modules.earlier import current
 from flowkit.modules.flow import FlowModule
+from flowkit.modules.listed import find
+from flowkit.modules.trust import CONTROLS, check, substituted, trusting
+from flowkit.provenance import bounded, read_bounded
 
 CONFIG, CHECKPOINT = "config.yaml", "checkpoints/last.ckpt"
 UNRESOLVED = "unresolved.yaml"  # the configuration with its references; `resume` changes values
 
 
 def load_run(
-    folder: str | Path, checkpoint: str | Path | None = None, weights: str = "averaged"
+    folder: str | Path,
+    checkpoint: str | Path | None = None,
+    weights: str = "averaged",
+    trust: Sequence[str] = (),
 ) -> FlowModule:
     """Rebuild the module of a run folder, in ``eval`` mode on the CPU.
 
     The function reads the resolved ``config.yaml`` and, with torch's ``weights_only``, the last
     checkpoint. ``module.weights`` records the kind and the step of the weights. Runs of earlier
-    versions load as well. Building calls the classes that the configuration names, so load only
-    runs that you trust.
+    versions load as well. The configuration may name the classes that flowkit lists, see
+    `flowkit.modules.listed`, and those that you trust.
 
     Args:
         folder: Run folder that ``flowkit train`` wrote.
         checkpoint: Checkpoint file; None is the last checkpoint of the run.
         weights: ``"averaged"``, or ``"raw"`` for the weights of the last step. A run without
             averaged weights (``callback=raw``) always gives its raw weights.
+        trust: Dotted names of other classes that the configuration may name, for example
+            ``["mypackage.Net"]``: their code runs. See also `trust.trust_file`.
 
     Raises:
         FileNotFoundError: If the folder is not a run, or has no checkpoint yet.
-        ValueError: If the run does not train a flow, or if ``weights`` is another word.
+        ValueError: If the run does not train a flow, if ``weights`` is another word, or if the
+            configuration names a class that is neither listed nor trusted.
         RuntimeError: If the checkpoint is damaged or belongs to another model.
         ImportError: If a class that the configuration names cannot be imported.
     """
@@ -47,7 +58,8 @@ def load_run(
     config = read_config(folder)
     if "module" not in config:
         raise ValueError(f"run must be a run of `flowkit train` with a flow, got {folder}")
-    module = build(config["module"])
+    with trusting(trust):
+        module = build(config["module"], "module")
     file = folder / CHECKPOINT if checkpoint is None else Path(checkpoint)
     restore(module, read_checkpoint(file), file, weights)
     return module.eval().requires_grad_(False)
@@ -68,11 +80,47 @@ def read_config(folder: str | Path, file: str = CONFIG) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: If the folder has no such file.
+        ValueError: If the file is not YAML of a mapping, or is too large or too deep.
     """
     path = Path(folder) / file
     if not path.is_file():
         raise FileNotFoundError(f"run must be a folder with a {file}, got {folder}")
-    return current(yaml.safe_load(path.read_text()))
+    text = read_bounded(path)
+    try:
+        found = bounded(_Loader(text).get_single_data(), path)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"configuration must be plain YAML, got {path}: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"configuration must be a mapping, got {type(found).__name__} in {path}")
+    return current(found)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML of plain types as OmegaConf reads it: ``1e-3`` is a number, a date is a string."""
+
+    yaml_implicit_resolvers: ClassVar[Any] = {
+        first: [(tag, rule) for tag, rule in rules if not tag.endswith((":timestamp", ":float"))]
+        for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Refuse keys ``<<``: merged mappings can grow without a bound.
+
+        Raises:
+            ConstructorError: If there is such a key.
+        """
+        if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):
+            raise yaml.constructor.ConstructorError(None, None, "keys << are not read")
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"[-+]?([0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)([eE][-+]?[0-9]+)?$"
+        r"|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"
+    ),
+    list("-+.0123456789"),
+)
 
 
 def restore(
@@ -126,34 +174,45 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
     return state
 
 
-def build(node: Any, recursive: bool = True) -> Any:
+def build(node: Any, place: str = "configuration") -> Any:
     """Build a resolved configuration, as Hydra's ``instantiate(node, _convert_="all")`` does.
 
     Modules load runs, and this layer must work without Hydra, so this function replaces Hydra's.
-    Containers are plain dictionaries and lists, so ``_convert_`` has no effect.
+    Containers are plain dictionaries and lists, so ``_convert_`` has no effect. The whole tree is
+    checked before the first call.
+
+    Args:
+        node: The configuration.
+        place: Name of the node, for errors.
 
     Raises:
         ImportError: If a ``_target_`` cannot be imported.
+        ValueError: If a ``_target_`` is neither listed nor trusted, see `trust.check`.
 
-    >>> build({"_target_": "fractions.Fraction", "_args_": [1, 2]})
-    Fraction(1, 2)
+    >>> build({"_target_": "flowkit.paths.Linear", "sigma": 0.5})
+    Linear(sigma_min=0.0, sigma=0.5)
     """
+    check(node, place)
+    return _built(node)
+
+
+def _built(node: Any, recursive: bool = True) -> Any:
+    """Build a checked configuration."""
+    if isinstance(node, str):
+        return substituted(node)
     if isinstance(node, list):
-        return [build(item, recursive) for item in node]
+        return [_built(item, recursive) for item in node]
     if not isinstance(node, dict):
         return node
     recursive = node.get("_recursive_", recursive)
     if "_target_" not in node:
-        return {key: build(value, recursive) for key, value in node.items()}
-    given = {key: value for key, value in node.items() if key not in _CONTROLS}
+        return {key: _built(value, recursive) for key, value in node.items()}
+    given = {key: value for key, value in node.items() if key not in CONTROLS}
     args = node.get("_args_", [])
     if recursive:
-        given, args = build(given), build(args)
-    target = _locate(node["_target_"])
+        given, args = _built(given), _built(args)
+    target = find(node["_target_"]) or _locate(node["_target_"])
     return partial(target, *args, **given) if node.get("_partial_") else target(*args, **given)
-
-
-_CONTROLS = {"_target_", "_args_", "_partial_", "_convert_", "_recursive_"}
 
 
 def _locate(name: str) -> Any:

@@ -1,7 +1,7 @@
 """Pictures of samples beside their conditions, saved during training."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning import LightningModule, Trainer
@@ -12,7 +12,7 @@ from flowkit.checks import check_at_least
 from flowkit.metrics.pictures import save_picture
 from flowkit.modules.flow import Guidance
 from flowkit.modules.latent import LatentFlowMatching
-from flowkit.sampling import ODESampler
+from flowkit.sampling import ODESampler, sample_seeds
 from flowkit.types import Batch
 
 
@@ -56,15 +56,34 @@ class ConditionGrid(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Save the picture before the first batch of a validation, on the first process."""
-        if batch_idx or trainer.sanity_checking or not trainer.is_global_zero:
+        """Draw before the first batch of a validation, and save the picture on the first process.
+
+        All processes draw for the conditions of the first process: a sharded network needs all of
+        them, and an adaptive solver must call it equally often.
+        """
+        if batch_idx or trainer.sanity_checking:
             return
-        if isinstance(pl_module, LatentFlowMatching) and pl_module.sample_shape is not None:
-            picture = condition_grid(
-                pl_module, batch, self.rows, self.samples, self.sampler, self.guidance
-            )
+        if not isinstance(pl_module, LatentFlowMatching) or pl_module.sample_shape is None:
+            return
+        shown = self._of_first_process(trainer, batch, pl_module.device)
+        picture = condition_grid(
+            pl_module, shown, self.rows, self.samples, self.sampler, self.guidance
+        )
+        if trainer.is_global_zero:
             file = self.folder / f"step-{trainer.global_step:06d}.png"
             save_picture(picture, file, self.samples + 2)
+
+    def _of_first_process(self, trainer: Trainer, batch: Batch, device: torch.device) -> Batch:
+        """Return the first rows of the batch of the first process, on all processes."""
+        cond = batch.get("cond")
+        shown: dict[str, Any] = {"x1": batch["x1"][: self.rows].cpu()}
+        if isinstance(cond, Tensor):
+            shown["cond"] = cond[: self.rows].cpu()
+        if "encoded_by" in batch:
+            shown["encoded_by"] = batch["encoded_by"]
+        shown = trainer.strategy.broadcast(shown)
+        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in shown.items()}
+        return cast(Batch, moved)
 
 
 @torch.no_grad()
@@ -76,6 +95,7 @@ def condition_grid(
     sampler: ODESampler | None = None,
     guidance: Guidance = None,
     seed: int = 0,
+    seeding: int = 2,
 ) -> Tensor:
     """Draw samples for the conditions of a batch, and return the images of the picture.
 
@@ -87,7 +107,8 @@ def condition_grid(
         samples: Samples of each image.
         sampler: The solver and its grid; None means the default of `FlowModule.sample`.
         guidance: Scale of classifier-free guidance, or a function that wraps the velocity.
-        seed: Seed of the holes. The samples have the seeds ``seed``, ``seed + 1``, ….
+        seed: Seed of the holes and the samples.
+        seeding: Version of the samples' seeds, see `flowkit.sampling.sample_seeds`.
 
     Returns:
         Images ``(rows · (2 + samples), C, H, W)`` on the CPU, row by row: the condition, the real
@@ -99,7 +120,7 @@ def condition_grid(
     real, cond = batch["x1"][:rows], batch.get("cond")
     if "encoded_by" in batch:
         real = module.autoencoder.decode(real)
-    seeds = range(seed, seed + len(real) * samples)
+    seeds = sample_seeds(seed, 0, len(real) * samples, seeding)
     if module.masks is not None:
         generator = torch.Generator(real.device).manual_seed(seed)
         mask = module.masks(len(real), (real.shape[-2], real.shape[-1]), generator, real.device)

@@ -17,7 +17,7 @@ from flowkit.autoencoders import (
 from flowkit.checks import check_at_least
 from flowkit.guidance import ClassifierFree, DropCond
 from flowkit.modules.resume import ADAMW, ExactResume, MakeOptimizer, MakeScheduler
-from flowkit.sampling import ODESampler, Solution, seeded_noise
+from flowkit.sampling import ODESampler, Solution, sample_seeds, seeded_noise
 from flowkit.types import Batch, Cond, to_device
 from flowkit.velocity import Velocity
 
@@ -28,9 +28,9 @@ class FlowModule(ExactResume, frozen=("autoencoder",)):
     """A velocity, its optimizer and sampling from it. A method adds `loss`.
 
     A resumed run continues exactly as an uninterrupted run does, see
-    `flowkit.modules.resume.ExactResume`.
-    Lightning's ``EMAWeightAveraging`` callback averages the weights. Checkpoints then hold the
-    averaged weights, and validation and the samples of validation use the averaged weights.
+    `flowkit.modules.resume.ExactResume`. The callback `AveragedWeights` averages the weights.
+    Checkpoints then hold the averaged weights, and validation and the samples of validation use
+    the averaged weights.
 
     Args:
         velocity: The network.
@@ -115,9 +115,12 @@ class FlowModule(ExactResume, frozen=("autoencoder",)):
             sampler: The solver; 25 Heun steps by default.
             cond: Conditions of the samples, ``(num_samples, *)``.
             seeds: One seed per sample. The seed fixes the noise of its sample in any batch. With
-                None, seeds are drawn.
+                None, seeds are drawn, all different.
             guidance: The scale of classifier-free guidance, or any function that wraps the
                 velocity.
+
+        Returns:
+            Data in the type of the network's weights.
 
         Raises:
             RuntimeError: If the module has seen no batch, so that the shape of a sample is unknown.
@@ -131,7 +134,7 @@ class FlowModule(ExactResume, frozen=("autoencoder",)):
                 "trained one or set module.sample_shape"
             )
         if seeds is None:
-            seeds = torch.randint(2**62, (num_samples,))
+            seeds = drawn_seeds(num_samples)
         cond = to_device(cond, self.device)
         sizes = {"seeds": len(seeds), **_sizes(cond)}
         for name, size in sizes.items():
@@ -151,15 +154,25 @@ class FlowModule(ExactResume, frozen=("autoencoder",)):
     ) -> Solution:
         """Carry given source samples ``x0 (B, *)`` along the flow, on the module's device.
 
-        The solve runs in ``eval`` mode and without gradients. The result is a state of the flow,
-        not decoded. Pictures, samples and evaluations all use this method. A method whose states
-        hold more than the data, for example labels, overrides ``solve``: its ``x0`` and its result
-        are then the data's part of a state.
+        The states have the type of the network's weights, for example bfloat16. The solve runs in
+        ``eval`` mode and without gradients. The result is a state of the flow, not decoded.
+        Pictures, samples and evaluations all use this method. A method whose states hold more than
+        the data, for example labels, overrides ``solve``: its ``x0`` and its result are then the
+        data's part of a state.
         """
         sampler = sampler or ODESampler(25, "heun")
         field, cond = self.guided(guidance), to_device(cond, self.device)
         with evaluating(self):
-            return sampler.solve(field, x0.to(self.device), cond, return_path=return_path)
+            return sampler.solve(field, self.as_state(x0), cond, return_path=return_path)
+
+    def as_state(self, x: Tensor) -> Tensor:
+        """Return states ``(B, *)`` on the device and in the type of the network's weights.
+
+        A velocity without weights, such as a closed form, takes states of any type.
+        """
+        weights = self.velocity.parameters() if isinstance(self.velocity, nn.Module) else ()
+        like = next((p for p in weights if p.is_floating_point()), x)
+        return x.to(self.device, like.dtype)
 
     def guided(self, guidance: Guidance) -> Velocity:
         """Return the module's velocity under guidance; see `sample`.
@@ -269,7 +282,12 @@ def seeds_of(seeds: Seeds, count: int) -> list[int]:
 
 def seeds_or_drawn(seeds: Seeds, count: int) -> list[int]:
     """Return one seed per sample; by default drawn from torch's global generator."""
-    return seeds_of(torch.randint(2**62, (count,)) if seeds is None else seeds, count)
+    return seeds_of(drawn_seeds(count) if seeds is None else seeds, count)
+
+
+def drawn_seeds(count: int) -> range:
+    """Return seeds of samples whose run's seed is drawn from torch's global generator."""
+    return sample_seeds(int(torch.randint(2**31, ())), 0, count)
 
 
 def known_shape(shape: tuple[int, ...] | None) -> tuple[int, ...]:

@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from flowkit import inpainting
 from flowkit.autoencoders import Autoencoder
-from flowkit.checks import check_at_least
+from flowkit.checks import check_at_least, check_choice
 from flowkit.couplings import Coupling, Independent
 from flowkit.guidance import DropCond
 from flowkit.losses import flow_matching_loss
@@ -49,6 +49,8 @@ class LatentFlowMatching(FlowModule):
         coupling: The pairs of noise and latents.
         times: The distribution of training times.
         masks: Draws the holes of inpainting; None for a flow without inpainting.
+        mask_resize: How a mask becomes one of latent cells, ``"max"`` or ``"nearest"``, see
+            `flowkit.inpainting.inpainting_cond`. A checkpoint keeps the way of its training.
         drop_cond: Drops conditions in training, for classifier-free guidance. With masks, the
             labels have the name ``label``.
         optimizer: Creates the optimizer from parameters.
@@ -69,12 +71,15 @@ class LatentFlowMatching(FlowModule):
         coupling: Coupling = Independent(),
         times: Times = Uniform(),
         masks: inpainting.RandomMasks | None = None,
+        mask_resize: str = "max",
         drop_cond: DropCond | None = None,
         optimizer: MakeOptimizer = ADAMW,
         lr_scheduler: MakeScheduler | None = None,
     ) -> None:
         super().__init__(velocity, autoencoder, drop_cond, optimizer, lr_scheduler)
+        check_choice(mask_resize, inpainting.RESIZES, "mask_resize")
         self.path, self.coupling, self.times, self.masks = path, coupling, times, masks
+        self.mask_resize = mask_resize
         self._told = False
 
     def loss(self, batch: Batch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
@@ -146,7 +151,7 @@ class LatentFlowMatching(FlowModule):
                 f"labels must be given with guidance, got labels None and guidance {guidance}"
             )
         images, mask = images.to(self.device), mask.to(self.device)
-        cond = inpainting.inpainting_cond(self.autoencoder, images, mask)
+        cond = self._cond(images, mask)
         null = None if self.drop_cond is None else self.drop_cond.null
         if labels is not None:
             cond["label"] = labels
@@ -159,6 +164,20 @@ class LatentFlowMatching(FlowModule):
             drawn = inpainting.paste_back(drawn, images, mask)
         return drawn.unflatten(0, (-1, num_samples))
 
+    def _cond(self, images: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        """Return the condition of inpainting for images with holes."""
+        return inpainting.inpainting_cond(self.autoencoder, images, mask, self.mask_resize)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Store also the way to resize masks, which the network has learnt."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["flowkit"]["mask_resize"] = self.mask_resize
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore the way to resize masks; earlier versions took the nearest pixel."""
+        super().on_load_checkpoint(checkpoint)
+        self.mask_resize = checkpoint["flowkit"].get("mask_resize", "nearest")
+
     def _hide(self, batch: Batch, generator: torch.Generator | None) -> Cond:
         """Draw holes for a batch of images, and return the condition of inpainting."""
         images = batch["x1"]
@@ -169,7 +188,7 @@ class LatentFlowMatching(FlowModule):
             )
         size = (images.shape[-2], images.shape[-1])
         mask = cast(inpainting.RandomMasks, self.masks)(len(images), size, generator, images.device)
-        cond = inpainting.inpainting_cond(self.autoencoder, images, mask)
+        cond = self._cond(images, mask)
         labels = batch.get("cond")
         return cond if labels is None else {**cond, "label": cast(Tensor, labels)}
 
@@ -207,7 +226,7 @@ def expected_losses(latents: Tensor) -> dict[str, float]:
     >>> [round(losses[name], 1) for name in ("std", "zero", "gaussian", "explained")]
     [1.0, 2.0, 1.6, 0.2]
     """
-    z = latents.detach().double()
+    z = latents.detach().cpu().double()  # some devices have no float64
     channels = z.transpose(0, 1).flatten(1) if z.ndim > 1 else z[None]
     zero = 1 + z.square().mean().item()
     gaussian = math.pi / 2 * channels.std(1, correction=0).mean().item()

@@ -2,7 +2,8 @@
 
 import hashlib
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
 
@@ -20,6 +21,23 @@ MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
 MakeScheduler = Callable[[Optimizer], LRScheduler]
 
 ADAMW = partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.0)
+
+
+@contextmanager
+def float32_by_default() -> Iterator[None]:
+    """Make float32 torch's default type.
+
+    Lightning makes the type of ``trainer.precision`` the default in training and validation. In
+    half precision, random numbers of that type take 256 or 2048 values only: too few for times,
+    for dropped conditions and for masks. Tensors in the type of the network do not depend on the
+    default.
+    """
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(default)
 
 
 class ExactResume(Frozen, LightningModule):
@@ -65,7 +83,8 @@ class ExactResume(Frozen, LightningModule):
         Raises:
             RuntimeError: If the loss is not finite.
         """
-        terms = self.loss(batch)
+        with float32_by_default():
+            terms = self.loss(batch)
         if not torch.isfinite(terms["loss"]):
             raise RuntimeError(self._not_finite(batch, batch_idx, terms["loss"]))
         if self.terms_are_seen:
@@ -78,7 +97,8 @@ class ExactResume(Frozen, LightningModule):
         # Each rank has its own data and therefore its own noise.
         seed = batch_idx * cast(Any, self.trainer).world_size + self.global_rank
         generator = torch.Generator(self.device).manual_seed(seed)
-        terms = self.loss(batch, generator)
+        with float32_by_default():
+            terms = self.loss(batch, generator)
         size = len(batch["x1"])
         self.log_dict(
             {f"val/{name}": value for name, value in terms.items()}, batch_size=size, sync_dist=True
@@ -129,6 +149,12 @@ class ExactResume(Frozen, LightningModule):
             if isinstance(value, Tensor) and not torch.isfinite(value).all():
                 rows = (~torch.isfinite(value)).flatten(1).any(1).nonzero().flatten().tolist()
                 return f"loss must be finite, {where}; {name} is not finite in its rows {rows[:10]}"
+        weights = next((p for p in self.parameters() if p.is_floating_point()), loss)
+        if weights.dtype == torch.float16:
+            return (
+                f"loss must be finite, {where}; the data are finite: weights in float16 overflow, "
+                "and Adam's eps of 1e-8 is 0 in float16; set trainer.precision=bf16-mixed"
+            )
         return (
             f"loss must be finite, {where}; the data are finite: lower the learning rate or clip "
             "gradients, and resume from the last checkpoint"

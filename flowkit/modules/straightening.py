@@ -1,7 +1,7 @@
 """Straightening: a student learns to reach the samples of a teacher in fewer steps."""
 
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -167,11 +167,13 @@ class Straightening(FlowModule, frozen=("teacher",)):
         if x0 is None:
             size = (len(batch["x1"]), *cast(tuple, teacher.sample_shape))
             x0 = torch.randn(size, device=self.device, generator=generator)
+        x0 = teacher.as_state(x0)
         velocity, grid = teacher.guided(self.guidance), 1 if self.grid is None else self.grid
         made = segments(velocity, x0, self.fine_steps, grid, batch.get("cond"))
         if self.grid is None:
             made = cast(Batch, {k: v for k, v in made.items() if k not in ("t0", "t1")})
-        return made
+        states = {end: self.as_state(cast(Any, made)[end]) for end in ("x0", "x1")}
+        return cast(Batch, made | states)
 
 
 def _at_start(

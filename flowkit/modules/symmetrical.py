@@ -1,7 +1,7 @@
 """Symmetrical flow matching: one network for generation, classification and segmentation."""
 
 from collections.abc import Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -192,7 +192,7 @@ class SymmetricalFlowMatching(FlowModule):
             TypeError: If ``cond`` is not a tensor.
             ValueError: If the codec has no such labels, or their number is wrong.
         """
-        sampler, x0 = sampler or ODESampler(25, "heun"), x0.to(self.device)
+        sampler, x0 = sampler or ODESampler(25, "heun"), self.as_state(x0)
         if isinstance(cond, Tensor) and len(cond) != len(x0):
             raise ValueError(f"cond must hold one label per sample, {len(x0)}, got {len(cond)}")
         options: dict[str, Any] = {"return_path": return_path, "callback": callback}
@@ -255,7 +255,7 @@ class SymmetricalFlowMatching(FlowModule):
         if sampler is not None:
             checks.check_whole(sampler.times)
         x1 = self._latents(images)
-        x0 = seeded_noise(x1.shape[1:], seeds_or_drawn(seeds, len(images)), self.device)
+        x0 = self.as_state(seeded_noise(x1.shape[1:], seeds_or_drawn(seeds, len(images))))
         keep = put_back(x0, x1, region.to(self.device))
         return self.autoencoder.decode(self.solve(x0, sampler, labels, guidance, callback=keep).x)
 
@@ -279,8 +279,8 @@ class SymmetricalFlowMatching(FlowModule):
         sampler = sampler or ODESampler(25, "heun")
         checks.check_whole(sampler.times)
         seeds = seeds_or_drawn(seeds, num_samples)
-        x = seeded_noise(known_shape(self.sample_shape), seeds, self.device)
-        y = label_noise(known_shape(self.label_shape), seeds, device=self.device)[:, 0]
+        x = self.as_state(seeded_noise(known_shape(self.sample_shape), seeds))
+        y = self.as_state(label_noise(known_shape(self.label_shape), seeds)[:, 0])
         with evaluating(self):
             x, y = self.joint.solve_pairs(sampler, x, y)
         return LabeledImages(self.autoencoder.decode(x), self.states.labels(y))
@@ -344,18 +344,18 @@ class SymmetricalFlowMatching(FlowModule):
     def solve_labels(self, images: Tensor, noise: Tensor, sampler: ODESampler) -> Solution:
         """Carry label noise ``(B, *label_shape)`` from time 1 to label states at time 0."""
         with evaluating(self):
-            return self.joint.solve_codes(sampler, self._latents(images), noise.to(self.device))
+            return self.joint.solve_codes(sampler, self._latents(images), self.as_state(noise))
 
     def _latents(self, images: Tensor) -> Tensor:
         """Return the states ``(B, *sample_shape)`` of given images."""
-        weights = torch.empty(0, device=self.device, dtype=cast(torch.dtype, self.dtype))
-        return self.states.known(images, known_shape(self.sample_shape), weights)
+        like = self.as_state(torch.empty(0))
+        return self.as_state(self.states.known(images, known_shape(self.sample_shape), like))
 
     def _condition(self, labels: Cond) -> tuple[Tensor, Tensor]:
         """Return states of labels (zero without a label), and True per sample without a label."""
         labels, shape = to_device(labels, self.device), known_shape(self.label_shape)
         y, hidden = self.states.condition(labels, shape, may_hide=self.label_dropout > 0)
-        return y.to(self.device), hidden.to(self.device)
+        return self.as_state(y), hidden.to(self.device)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store also the shape of a label's state."""

@@ -51,7 +51,8 @@ class PatchEmbed(nn.Module):
         width: Size of a token, a multiple of 4.
 
     Raises:
-        ValueError: If ``patch`` does not divide the sides, or ``width`` is not a multiple of 4.
+        ValueError: If ``patch`` is below 1 or does not divide the sides, or ``width`` is not a
+            positive multiple of 4.
     """
 
     positions: Tensor
@@ -59,10 +60,11 @@ class PatchEmbed(nn.Module):
     def __init__(self, shape: Sequence[int], patch: int, width: int) -> None:
         super().__init__()
         channels, height, columns = shape
+        check_at_least(patch, 1, "patch")
         if height % patch or columns % patch:
             raise ValueError(f"patch must divide the image size {height}x{columns}, got {patch}")
-        if width % 4:
-            raise ValueError(f"width must be a multiple of 4, got {width}")
+        if width < 4 or width % 4:
+            raise ValueError(f"width must be a positive multiple of 4, got {width}")
         self.patch = patch
         self.linear = nn.Linear(channels * patch**2, width)
         nn.init.xavier_uniform_(self.linear.weight)
@@ -94,7 +96,7 @@ class DiTBlock(nn.Module):
         cond_width: Size of ``c``; ``None`` means ``width``.
 
     Raises:
-        ValueError: If ``heads`` does not divide ``width``.
+        ValueError: If ``heads`` is below 1 or does not divide ``width``.
 
     Source: Peebles & Xie (2023), *Scalable Diffusion Models with Transformers*, section 3.
     """
@@ -103,6 +105,7 @@ class DiTBlock(nn.Module):
         self, width: int, heads: int, mlp_ratio: float = 4.0, cond_width: int | None = None
     ) -> None:
         super().__init__()
+        check_at_least(heads, 1, "heads")
         if width % heads:
             raise ValueError(f"heads must divide the width {width}, got {heads}")
         self.heads = heads
@@ -205,8 +208,7 @@ class DiT(nn.Module):
         super().__init__()
         if len(shape) != 3:
             raise ValueError(f"shape must be (C, H, W), got {tuple(shape)}")
-        for name, size in (("patch", patch), ("depth", depth), ("heads", heads)):
-            check_at_least(size, 1, name)
+        check_at_least(depth, 1, "depth")
         channels, height, columns = (int(n) for n in shape)
         self.shape, self.patch, self.num_times = (channels, height, columns), patch, num_times
         self.gradient_checkpointing = gradient_checkpointing

@@ -92,16 +92,30 @@ def sinusoid(t: Tensor, dim: int, scale: float = 1000.0) -> Tensor:
 
     Args:
         t: Times or positions ``(...)``.
-        dim: Size of the result, an even number.
+        dim: Size of the result, an even number of at least 2.
         scale: Factor of ``t``.
+
+    Raises:
+        ValueError: If ``dim`` is odd or below 2.
 
     >>> sinusoid(torch.tensor([0.0]), 4)
     tensor([[1., 1., 0., 0.]])
     """
+    check_even(dim, "dim")
     dtype = torch.promote_types(t.dtype, torch.float32)
     k = torch.arange(dim // 2, dtype=dtype, device=t.device)
     angles = scale * t.to(dtype)[..., None] * torch.exp(-math.log(10_000) * 2 * k / dim)
     return torch.cat([angles.cos(), angles.sin()], -1)
+
+
+def check_even(size: int, name: str) -> None:
+    """Require an even number of at least 2, for cosines and sines.
+
+    Raises:
+        ValueError: If the number is odd or below 2.
+    """
+    if size < 2 or size % 2:
+        raise ValueError(f"{name} must be an even number of at least 2, got {size}")
 
 
 class TimeLabelEmbedding(nn.Module):
@@ -116,10 +130,10 @@ class TimeLabelEmbedding(nn.Module):
             classes.
         num_times: Number of times per sample. With 1, ``t`` is ``(B,)``, otherwise
             ``(B, num_times)``.
-        frequencies: Size of the sinusoid of each time, an even number.
+        frequencies: Size of the sinusoid of each time, an even number of at least 2.
 
     Raises:
-        ValueError: If a number is below 1.
+        ValueError: If a number is below 1, or ``frequencies`` is odd.
     """
 
     def __init__(
@@ -130,7 +144,9 @@ class TimeLabelEmbedding(nn.Module):
         frequencies: int = 256,
     ) -> None:
         super().__init__()
+        check_at_least(width, 1, "width")
         check_at_least(num_times, 1, "num_times")
+        check_even(frequencies, "frequencies")
         self.num_classes, self.frequencies = num_classes, frequencies
         self.inputs = nn.Linear(num_times * frequencies, width)
         self.outputs = nn.Linear(width, width)

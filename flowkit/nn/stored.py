@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from torch import nn
 
-from flowkit.provenance import write_atomically
+from flowkit.provenance import parse_json, write_atomically
 
 
 class Stored(nn.Module):
@@ -55,6 +55,6 @@ class Stored(nn.Module):
             if config is None:
                 raise ValueError(f"file must be written by {cls.__name__}.save, got {file}")
             weights = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-        net = cls(**json.loads(config))
+        net = cls(**parse_json(config, file))
         net.load_state_dict(weights)
         return net.eval().requires_grad_(False)

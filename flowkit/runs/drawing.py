@@ -18,14 +18,14 @@ from flowkit.modules.flow import brings_start, labels_of
 from flowkit.runs.parts import Columns, Parts
 from flowkit.runs.run import Run
 from flowkit.runs.starts import given_source, noise_batches
-from flowkit.sampling import ODESampler
+from flowkit.sampling import ODESampler, sample_seeds
 from flowkit.types import Batch, Cond, take
 
 
 def start(
     run: Run, cfg: DictConfig, num_samples: int, x0: Tensor | None = None
 ) -> tuple[Sequence[Tensor], dict[str, Any]]:
-    """Cut source samples into batches: given samples, or noise of seeds ``cfg.seed, …``.
+    """Cut source samples into batches: given samples, or noise of ``cfg.seed``.
 
     Returns:
         The batches, of one size except for the last, and a record of their origin.
@@ -39,9 +39,10 @@ def start(
     shape, record = run.sample_shape, {"num_samples": num_samples, "batch_size": cfg.batch_size}
     if x0 is not None:
         return list(x0.split(cfg.batch_size)), {**record, "source": "test split", "seeds": None}
-    seeds = range(cfg.seed, cfg.seed + num_samples)
+    seeds = sample_seeds(cfg.seed, 0, num_samples, cfg.seeding)
     batches = noise_batches(shape, seeds, cfg.batch_size)
-    return batches, {**record, "source": "noise", "seeds": [seeds.start, seeds.stop]}
+    seeded = {"seeds": [seeds.start, seeds.stop], "seeding": cfg.seeding}
+    return batches, {**record, "source": "noise", **seeded}
 
 
 def like_test(run: Run, cfg: DictConfig) -> tuple[Sequence[Tensor], Cond, dict[str, Any], str]:

@@ -1,6 +1,5 @@
 """Models for the editing recipes: runs and diffusers pipelines with one interface."""
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from flowkit.adapters import DiffusersPipelineFlow
 from flowkit.autoencoders import mean_latents
-from flowkit.provenance import tensor_hash
+from flowkit.provenance import read_json, tensor_hash
 from flowkit.runs.run import Run
 from flowkit.sampling import ODESampler
 from flowkit.types import Cond
@@ -49,7 +48,7 @@ class RunFlow:
         Raises:
             ValueError: If the data of the run are not images.
         """
-        flow = cls(Run.load(cfg.run, cfg.weights, cfg.device))
+        flow = cls(Run.load(cfg.run, cfg.weights, cfg.device, trust=cfg.trust))
         if len(flow.image_shape) != 3:
             shape = flow.run.config["shape"]
             raise ValueError(f"run must be a run of images, got data of shape {shape}")
@@ -65,7 +64,7 @@ class RunFlow:
         """Return the condition of a class under guidance, or None for a run without classes.
 
         Args:
-            label: The class, or None for a run without classes.
+            label: Number or name of the class, or None for a run without classes.
             guidance: Scale of classifier-free guidance.
             name: Name of the option, for error messages.
             batch: Number of samples.
@@ -73,7 +72,7 @@ class RunFlow:
         Raises:
             ValueError: If the run has no such class, or does not allow the guidance scale.
         """
-        classes = self.run.num_classes
+        label, classes = self.run.class_number(label, name), self.run.num_classes
         if classes is None:
             if label is not None:
                 raise ValueError(f"{name} must be null for a run without classes, got {label}")
@@ -151,7 +150,7 @@ class PipelineFlow(DiffusersPipelineFlow):
                 f"pipeline must be a folder written by save_pretrained, got {cfg.pipeline}"
             )
         # diffusers needs the names of the encoders that the saved pipeline does not contain.
-        absent = {k: None for k, v in json.loads(index.read_text()).items() if v == [None, None]}
+        absent = {k: None for k, v in read_json(index).items() if v == [None, None]}
         pipeline = DiffusionPipeline.from_pretrained(
             cfg.pipeline, torch_dtype=getattr(torch, cfg.dtype), local_files_only=True, **absent
         )

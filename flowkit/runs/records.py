@@ -6,6 +6,9 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.resolvers import oc
+
 from flowkit.modules import FlowModule
 from flowkit.provenance import tensor_hash
 
@@ -29,6 +32,47 @@ def write_record(record: dict[str, Any], files: list[Path]) -> None:
             earlier.rename(earlier.with_stem(f"{earlier.stem}-{number}"))
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(text)
+
+
+def recorded(cfg: DictConfig) -> dict[str, Any]:
+    """Return a resolved configuration as a file may hold it.
+
+    Texts with variables of the environment, which may be secrets, keep their references
+    ``${oc.env:NAME}``. The option ``trust`` is left out: a file never trusts its own content.
+
+    >>> cfg = OmegaConf.create({"a": 1, "b": "${a}", "c": "${oc.env:HOME}/data", "trust": []})
+    >>> recorded(cfg)
+    {'a': 1, 'b': 1, 'c': '${oc.env:HOME}/data'}
+    """
+    resolved = OmegaConf.to_container(cfg, resolve=True)
+    OmegaConf.register_new_resolver("oc.env", _reference, replace=True)
+    try:
+        kept = OmegaConf.to_container(cfg, resolve=True)
+    finally:
+        OmegaConf.register_new_resolver("oc.env", oc.env, replace=True)
+    found = _with_references(resolved, kept)
+    return {key: value for key, value in found.items() if key != "trust"}
+
+
+def composed(cfg: DictConfig) -> str:
+    """Return a configuration with its references as YAML, without the option ``trust``."""
+    return OmegaConf.to_yaml(
+        OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "trust"])
+    )
+
+
+def _reference(*arguments: Any) -> str:
+    """Return the reference to a variable of the environment, in place of its value."""
+    return f"${{oc.env:{','.join(map(str, arguments))}}}"
+
+
+def _with_references(value: Any, kept: Any) -> Any:
+    """Return a value, with the texts of ``kept`` where these hold references."""
+    if isinstance(value, dict):
+        return {key: _with_references(item, kept[key]) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_with_references(*items) for items in zip(value, kept, strict=True)]
+    return kept if isinstance(value, str) and "${oc.env:" in str(kept) else value
 
 
 def _timeless(text: str) -> str:

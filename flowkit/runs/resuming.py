@@ -1,5 +1,6 @@
 """Resuming of a stopped run: its checkpoint and its configuration."""
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from flowkit.modules.checkpoints import (
     read_checkpoint,
     read_config,
 )
+from flowkit.modules.trust import check, trusting
 
 # Options of these groups may change when a run is resumed.
 CHANGEABLE = ("trainer.", "callback.", "logger.", "optimizer.", "lr_scheduler.")
@@ -53,12 +55,14 @@ def resumed(cfg: DictConfig, overrides: list[str]) -> DictConfig:
 
     Raises:
         FileNotFoundError: If the folder is not a run.
-        ValueError: If the run is a run of another recipe, or if an override is not of `CHANGEABLE`.
+        ValueError: If the run is a run of another recipe, if an override is not of `CHANGEABLE`, or
+            if the stored configuration names a class that is neither listed nor trusted, or a place
+            outside of the run folder to write to.
     """
     folder = Path(cfg.resume)
     if not (folder / UNRESOLVED).is_file():
         raise FileNotFoundError(f"resume must be a run folder with {UNRESOLVED}, got {folder}")
-    stored = OmegaConf.create(read_config(folder, UNRESOLVED))
+    stored = OmegaConf.create({**read_config(folder, UNRESOLVED), "trust": cfg.trust})
     if missing := set(cfg) - set(stored):
         raise ValueError(
             f"resume must be a run of the same recipe, got {folder} without the options "
@@ -76,4 +80,41 @@ def resumed(cfg: DictConfig, overrides: list[str]) -> DictConfig:
             )
         OmegaConf.update(stored, key, override.value(), force_add=override.is_add())
     stored.resume = stored.run_dir = str(folder)
+    with trusting(cfg.trust):  # after the overrides, which may remove a part
+        check(OmegaConf.to_container(stored), str(folder), resolved=False)
+    changed = [override.partition("=")[0].lstrip("+~") for override in overrides]
+    _check_places(stored, folder, changed)
     return stored
+
+
+# Arguments of Lightning's and flowkit's callbacks, loggers and trainer that say where to write.
+PLACES = {"default_root_dir", "dirpath", "folder", "log_dir", "save_dir"}
+PARTS = {"filename", "name", "sub_dir", "version"}  # of a path within such a place
+
+
+def _check_places(stored: DictConfig, folder: Path, changed: list[str]) -> None:
+    """Require that what a stored configuration writes lies in the run folder.
+
+    Raises:
+        ValueError: If a place that the user has not changed lies elsewhere.
+    """
+    root = folder.resolve()
+    parts = {part: stored.get(part) for part in ("callback", "logger", "trainer")}
+    for key, value in _texts(parts):
+        last = key.rpartition(".")[2]
+        if key in changed or last not in PLACES | PARTS:
+            continue
+        if not (Path(value) if last in PLACES else root / value).resolve().is_relative_to(root):
+            raise ValueError(
+                f"{key} must lie in the run folder {folder} when a run is resumed, got {value}; "
+                f"if you want this, give {key}={value}"
+            )
+
+
+def _texts(node: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the texts of a configuration with their keys."""
+    if isinstance(node, str):
+        yield key, node
+    elif isinstance(node, Mapping | DictConfig):
+        for name in node:
+            yield from _texts(node[name], f"{key}.{name}" if key else str(name))

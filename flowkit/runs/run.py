@@ -1,5 +1,6 @@
 """`Run`: a run folder with its module, data, guidance, sampler, starts and records."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +19,7 @@ from flowkit.modules import FlowModule, SymmetricalFlowMatching, load_run
 from flowkit.modules.checkpoints import read_config
 from flowkit.modules.flow import Guidance
 from flowkit.provenance import versions
+from flowkit.rules import did_you_mean
 from flowkit.runs.processes import say, usable_device
 from flowkit.runs.records import weights
 from flowkit.runs.splits import stored_data
@@ -41,12 +43,14 @@ class Run:
         config: The resolved configuration of the training.
         module: The module, in ``eval`` mode.
         guidance: A guidance scale, a wrapper of velocities, or None for no guidance.
+        trust: Names of classes that the configuration may name beside those that flowkit lists.
     """
 
     folder: Path
     config: dict[str, Any] = field(repr=False)
     module: FlowModule = field(repr=False)
     guidance: Guidance = None
+    trust: Sequence[str] = field(default=(), repr=False)
 
     @classmethod
     def load(
@@ -55,6 +59,7 @@ class Run:
         weights: str = "averaged",
         device: str | torch.device = "cpu",
         guidance: Guidance = None,
+        trust: Sequence[str] = (),
     ) -> "Run":
         """Load a run folder.
 
@@ -64,22 +69,24 @@ class Run:
             device: Device of the module.
             guidance: A scale or a wrapper of velocities. None takes the scale of the run's
                 configuration, 1 is no guidance.
+            trust: Dotted names of your own classes in the run; see `flowkit.modules.load_run`.
 
         Raises:
             FileNotFoundError: If the folder is not a run, or has no checkpoint yet.
-            ValueError: If this machine has no such device, if ``weights`` is another word, or if
-                the run's training does not allow the guidance scale.
+            ValueError: If this machine has no such device, if ``weights`` is another word, if the
+                run's training does not allow the guidance scale, or if the run names a class that
+                is neither listed nor trusted.
         """
         place, config = usable_device(device), read_config(folder)
-        module = load_run(folder, weights=weights).to(place)
+        module = load_run(folder, weights=weights, trust=trust).to(place)
         scale = config.get("guidance") if guidance is None else guidance
         module.guided(scale)  # refuses a wrong scale before the work
-        return cls(Path(folder), config, module, scale)
+        return cls(Path(folder), config, module, scale, trust)
 
     @cached_property
     def data(self) -> SplitData:
         """The run's data with test split. For latents and pairs: the images they were made of."""
-        return stored_data(self.config["data"])
+        return stored_data(self.config["data"], self.trust)
 
     @property
     def num_classes(self) -> int | None:
@@ -92,6 +99,23 @@ class Run:
         if self.num_classes is None:
             return None
         return self.data.class_names or [str(label) for label in range(self.num_classes)]
+
+    def class_number(self, label: Any, name: str = "labels") -> Any:
+        """Return the number of a class that may be given by its name; anything else as it is.
+
+        Raises:
+            ValueError: If the run has no class of this name.
+        """
+        if not isinstance(label, str):
+            return label
+        classes = self.classes or []
+        if label not in classes:
+            known = f"; classes are {', '.join(classes[:20])}" if classes else "; there are none"
+            raise ValueError(
+                f"{name} must be the number or name of a class of the run, got {label}"
+                f"{did_you_mean(label, classes, known)}"
+            )
+        return classes.index(label)
 
     @property
     def brings_starts(self) -> bool:
@@ -119,10 +143,10 @@ class Run:
             raise RuntimeError("run must have trained at least one step, got no sample shape")
         return self.module.sample_shape
 
-    def starts(self, seed: int) -> Starts:
+    def starts(self, seed: int, seeding: int = 2) -> Starts:
         """Return source samples by their number, and conditions; see `Starts`."""
         data = self.data if self.brings_starts else None
-        return Starts(self.sample_shape, self.num_classes, seed, self.device, data)
+        return Starts(self.sample_shape, self.num_classes, seed, self.device, data, seeding)
 
     def sampler(self, node: DictConfig) -> ODESampler:
         """Build a sampler. A grid file of another model, solver or guidance gives a warning."""
@@ -173,16 +197,19 @@ class Run:
 
     # --- blockwise runs -----------------------------------------------------------------------
 
-    def reuse_features(self, mode: str | None, tolerance: float | None, seed: int) -> None:
+    def reuse_features(
+        self, mode: str | None, tolerance: float | None, seed: int, seeding: int = 2
+    ) -> None:
         """Set the feature mode of a blockwise run, and print it.
 
         With a tolerance, the drift of reused features is measured and printed. The trunk then runs
-        again as soon as the predicted drift exceeds the tolerance.
+        again where this measurement predicts a drift above the tolerance.
 
         Args:
             mode: ``"full"``, ``"cached"`` or ``"fra"``; None keeps the mode of the run.
-            tolerance: Largest drift of reused features, at least 0; None sets no limit.
+            tolerance: Largest predicted drift of reused features, at least 0; None sets no limit.
             seed: Seed of the samples that measure the drift.
+            seeding: Version of their seeds, see `flowkit.sampling.sample_seeds`.
 
         Raises:
             ValueError: If a feature mode is given for a run without blocks or without the part
@@ -202,14 +229,14 @@ class Run:
                 "feature_mode=cached or fra of a blockwise run"
             )
         check_at_least(tolerance, 0, "tolerance")  # before the work
-        drift = self.feature_drift(seed)
-        flow.refresh_beyond(drift.rates(), tolerance)
+        drift = self.feature_drift(seed, seeding)
+        flow.refresh_beyond(drift.pairs, tolerance)
         say(f"drift of reused features, mean and maximum:\n{drift.table()}")
 
-    def feature_drift(self, seed: int) -> Drift:
+    def feature_drift(self, seed: int, seeding: int = 2) -> Drift:
         """Return the drift of features in 8 Euler steps per segment, over 128 samples."""
         flow: Any = self.module.velocity
-        x0, cond = self.starts(seed)(0, 128)
+        x0, cond = self.starts(seed, seeding)(0, 128)
         grid = grids.blockwise(flow.edges, 8)
         return feature_drift(flow, x0, grid, cond, velocity=self.velocity)
 

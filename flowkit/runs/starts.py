@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flowkit.data import SplitData
 from flowkit.modules.flow import labels_of
-from flowkit.sampling import seeded_noise
+from flowkit.sampling import sample_seeds, seeded_noise
 from flowkit.types import Batch, Cond, to_device
 
 FRESH = 1_000_000  # from this number on, no start is used to train or to choose
@@ -19,16 +19,17 @@ FRESH = 1_000_000  # from this number on, no start is used to train or to choose
 class Starts:
     """Source samples ``(count, *)`` and conditions, called as ``starts(first, count)``.
 
-    Without data, start ``k`` is the noise of seed ``seed + k`` with class ``k mod num_classes``.
+    Without data, start ``k`` is the noise of sample ``k`` with class ``k mod num_classes``.
     With data, starts are rows of the training split in turn; from number `FRESH` on they are rows
     of the test split.
 
     Args:
         shape: Shape of one state.
         num_classes: Number of classes of the run; None for a run without classes.
-        seed: Seed of the first noise.
+        seed: Seed of the noise.
         device: Device of the results.
         data: Data with source samples or conditions; with None, starts are noise and classes.
+        seeding: Version of the noise's seeds, see `flowkit.sampling.sample_seeds`.
 
     Attributes:
         are_noise: True if source samples are standard normal noise.
@@ -41,9 +42,10 @@ class Starts:
         seed: int,
         device: torch.device,
         data: SplitData | None = None,
+        seeding: int = 2,
     ) -> None:
         self.shape, self.num_classes, self.seed = shape, num_classes, seed
-        self.device, self.data = device, data
+        self.device, self.data, self.seeding = device, data, seeding
         self.are_noise = data is None or given_source(data.train[:1], data) is None
 
     def __call__(self, first: int, count: int) -> tuple[Tensor, Cond]:
@@ -57,7 +59,8 @@ class Starts:
             batch = split[[(number + k) % len(split) for k in range(count)]]
             x0, cond = given_source(batch, self.data), batch.get("cond")
         if x0 is None:
-            x0 = seeded_noise(self.shape, range(self.seed + first, self.seed + first + count))
+            seeds = sample_seeds(self.seed, first, count, self.seeding)
+            x0 = seeded_noise(self.shape, seeds)
         return x0.to(self.device), to_device(cond, self.device)
 
 

@@ -1,6 +1,6 @@
 """Samplers: ODE solvers on any grid, in both directions, with every evaluation counted."""
 
-from flowkit.sampling.ode import ODESampler, Solution, seeded_noise
+from flowkit.sampling.ode import ODESampler, Solution, sample_seeds, seeded_noise
 from flowkit.sampling.solvers import ADAPTIVE, FIXED
 
 __all__ = [
@@ -8,5 +8,6 @@ __all__ = [
     "FIXED",
     "ODESampler",
     "Solution",
+    "sample_seeds",
     "seeded_noise",
 ]

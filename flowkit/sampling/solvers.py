@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor
@@ -17,16 +17,33 @@ After = Callable[[int, float, Tensor], Tensor]
 """``after(step, t, x) -> x``, called at each time of the grid; the result replaces the state."""
 
 
+def widest_float(device: torch.device) -> torch.dtype:
+    """Return float64, or float32 for a device that has no float64 (such as Apple's MPS)."""
+    try:
+        return torch.empty(0, dtype=torch.float64, device=device).dtype
+    except (TypeError, RuntimeError):
+        return torch.float32
+
+
 class Field:
-    """The velocity of one solve as a function of a float time, counting its evaluations."""
+    """The velocity of one solve as a function of a float time, counting its evaluations.
+
+    Args:
+        bound: The velocity.
+        x: The solver's state, float32 or wider.
+        cond: The condition.
+        dtype: Type of the states that the velocity receives.
+    """
 
     __slots__ = ("bound", "cond", "in_place", "nfe", "t", "velocity")
 
-    def __init__(self, bound: BoundVelocity, x: Tensor, cond: Cond) -> None:
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        self.t = torch.empty(len(x), dtype=dtype, device=x.device)
+    def __init__(self, bound: BoundVelocity, x: Tensor, cond: Cond, dtype: torch.dtype) -> None:
+        self.t = torch.empty(len(x), dtype=x.dtype, device=x.device)
         # Called without the bound velocity around it: that call is a tenth of a tiny step.
         self.bound, self.velocity = bound, bound.velocity
+        if dtype != x.dtype:
+            velocity = bound.velocity
+            self.velocity = lambda x, t, cond=None: velocity(x.to(dtype), t, cond)
         self.cond, self.nfe, self.in_place = cond, 0, True
 
     def at(self, x: Tensor, t: float) -> Tensor:
@@ -52,7 +69,7 @@ class Field:
 
 
 Step = Callable[[Field, Tensor, float, float], Tensor]
-"""``step(field, x, t, h) -> x`` at time ``t + h``."""
+"""``step(field, x, t, end) -> x`` at time ``end``, before or after ``t``."""
 
 
 def with_edges(
@@ -81,9 +98,10 @@ def with_edges(
 
 # --- fixed steps -------------------------------------------------------------------------------
 #
-# A step is a function step(f, x, t, h) -> x from t to t + h. The state is updated in place unless
+# A step is a function step(f, x, t, end) -> x from t to end. The state is updated in place unless
 # gradients flow, and stages are added to it as they come, so that memory does not grow with the
-# number of steps and a velocity may reuse its output buffer.
+# number of steps and a velocity may reuse its output buffer. A stage at the end of a step takes the
+# time `end` itself: t + (end - t) may round to a time beyond it.
 
 
 def fixed(field: Field, x: Tensor, times: list[float], after: After | None, step: Step) -> Tensor:
@@ -92,7 +110,7 @@ def fixed(field: Field, x: Tensor, times: list[float], after: After | None, step
     for k, (t, end) in enumerate(pairwise(times), 1):
         if begin_step:
             begin_step(t, end)
-        x = step(field, x, t, end - t)
+        x = step(field, x, t, end)
         if after:
             x = after(k, end, x)
     return x
@@ -102,28 +120,30 @@ def _stage(x: Tensor, v: Tensor, h: float) -> Tensor:
     return x.add(v, alpha=h).to(x.dtype)
 
 
-def _euler(f: Field, x: Tensor, t: float, h: float) -> Tensor:
-    v = f.at(x, t)  # f.add written out: beside a tiny network a call is 2 % of a step
+def _euler(f: Field, x: Tensor, t: float, end: float) -> Tensor:
+    v, h = f.at(x, t), end - t  # f.add written out: beside a tiny network a call is 2 % of a step
     return x.add_(v, alpha=h) if f.in_place else _stage(x, v, h)
 
 
-def _midpoint(f: Field, x: Tensor, t: float, h: float) -> Tensor:
+def _midpoint(f: Field, x: Tensor, t: float, end: float) -> Tensor:
+    h = end - t
     return f.add(x, f.at(_stage(x, f.at(x, t), h / 2), t + h / 2), h)
 
 
-def _heun(f: Field, x: Tensor, t: float, h: float) -> Tensor:
-    v = f.at(x, t)
+def _heun(f: Field, x: Tensor, t: float, end: float) -> Tensor:
+    v, h = f.at(x, t), end - t
     predicted = _stage(x, v, h)
     x = f.add(x, v, h / 2)
-    return f.add(x, f.at(predicted, t + h), h / 2)
+    return f.add(x, f.at(predicted, end), h / 2)
 
 
-def _rk4(f: Field, x: Tensor, t: float, h: float) -> Tensor:
-    start, v = x.clone(), f.at(x, t)
-    for weight, reach in ((1 / 6, 1 / 2), (1 / 3, 1 / 2), (1 / 3, 1)):
+def _rk4(f: Field, x: Tensor, t: float, end: float) -> Tensor:
+    start, v, h = x.clone(), f.at(x, t), end - t
+    middle = t + h / 2
+    for weight, reach, time in ((1 / 6, 1 / 2, middle), (1 / 3, 1 / 2, middle), (1 / 3, 1, end)):
         stage = _stage(start, v, h * reach)
         x = f.add(x, v, h * weight)
-        v = f.at(stage, t + h * reach)
+        v = f.at(stage, time)
     return f.add(x, v, h / 6)
 
 
@@ -133,8 +153,8 @@ class _AB2:
     def __init__(self) -> None:
         self.last: tuple[Tensor, float] | None = None
 
-    def __call__(self, f: Field, x: Tensor, t: float, h: float) -> Tensor:
-        v = f.at(x, t).clone()
+    def __call__(self, f: Field, x: Tensor, t: float, end: float) -> Tensor:
+        v, h = f.at(x, t).clone(), end - t
         if self.last is None:
             self.last = v, h
             return f.add(x, f.at(_stage(x, v, h / 2), t + h / 2), h)
@@ -150,15 +170,16 @@ class Corrected:
         self.corrections = corrections
         self.carried: Tensor | None = None
 
-    def __call__(self, f: Field, x: Tensor, t: float, h: float) -> Tensor:
-        v = f.at(x, t) if self.carried is None else self.carried
+    def __call__(self, f: Field, x: Tensor, t: float, end: float) -> Tensor:
+        v, h = f.at(x, t) if self.carried is None else self.carried, end - t
         for _ in range(self.corrections):
-            v = f.at(_stage(x, v, h), t + h)
+            v = f.at(_stage(x, v, h), end)
         self.carried = v  # a buffer of the velocity perhaps, used before the next evaluation
         return f.add(x, v, h)
 
 
-FIXED = ("euler", "midpoint", "heun", "rk4", "ab2")
+ORDER = {"euler": 1, "midpoint": 2, "heun": 2, "rk4": 4, "ab2": 2}
+FIXED = tuple(ORDER)
 STEPS: dict[str, Callable[[], Step]] = {  # makers of the step function of one solve
     "euler": lambda: _euler,
     "midpoint": lambda: _midpoint,
@@ -173,26 +194,66 @@ ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun")
 
 
 def adaptive(field: Field, x: Tensor, times: Tensor, after: After | None, **options: Any) -> Tensor:
-    """Carry ``x (B, *)`` through the times by torchdiffeq, whose tolerances choose the steps."""
+    """Carry ``x (B, *)`` through the times by torchdiffeq, whose tolerances choose the steps.
+
+    Every step ends within the interval between two of the times, and so does every evaluation.
+    """
     from torchdiffeq import odeint
 
-    def f(t: Tensor, x: Tensor) -> Tensor:
-        # gradients flow through the sizes of the steps, so the time keeps its graph
-        v = field.velocity(x, t.to(field.t).expand_as(field.t), field.cond)
-        check_same_shape(v, x, ("velocity(x, t, cond)", "x"))
-        field.nfe += 1
-        return v
-
-    begin_step = field.begin_step
-    if not (after or begin_step):  # the times between have no use
-        times = times[[0, -1]]
-    for k, (t, end) in enumerate(pairwise(times), 1):
+    begin_step, dtype = field.begin_step, widest_float(x.device)
+    for k, (t, end) in enumerate(pairwise(times.tolist()), 1):
         if begin_step:
-            begin_step(t.item(), end.item())
-        interval = torch.stack([t, end]).to(x.device)
+            begin_step(t, end)
+        interval = torch.tensor([t, end], dtype=dtype, device=x.device)
+        velocity = _Between(field, t, end)
         # a step ends at `end`: left alone, torchdiffeq steps past it and interpolates
-        options["options"] = {"step_t": interval[1:]}
-        x = cast(Tensor, odeint(f, x, interval, **options))[-1]
+        options["options"] = {"step_t": interval[1:], "dtype": dtype}
+        try:
+            x = cast(Tensor, odeint(velocity, x, interval, **options))[-1]
+        except AssertionError as error:  # torchdiffeq's only way to say that a step fails
+            velocity.failed(error, options)
         if after:
-            x = after(k, end.item(), x)
+            x = after(k, end, x)
     return x
+
+
+class _Between:
+    """The velocity as torchdiffeq calls it, at times between the ends of a solve alone."""
+
+    def __init__(self, field: Field, t: float, end: float) -> None:
+        self.field, self.low, self.high = field, min(t, end), max(t, end)
+        self.before = field.nfe
+        self.last: tuple[Tensor, Tensor] | None = None  # time and result; None during a call
+
+    def __call__(self, t: Tensor, x: Tensor) -> Tensor:
+        field, self.last = self.field, None
+        # To choose its first step, torchdiffeq moves the state by a hundredth along the velocity,
+        # whatever the time that takes; and its times are rounded. Gradients flow through the sizes
+        # of the steps, so the time keeps its graph.
+        t = t.to(field.t).clamp(self.low, self.high)
+        v = field.velocity(x, t.expand_as(field.t), field.cond)
+        check_same_shape(v, x, ("velocity(x, t, cond)", "x"))
+        if field.nfe == self.before:  # the size of the first step depends on it
+            _check_velocity(t, v)
+        field.nfe += 1
+        self.last = t, v
+        return v.to(x.dtype, copy=True)  # torchdiffeq keeps it; the velocity may reuse it
+
+    def failed(self, error: AssertionError, tolerances: dict[str, Any]) -> NoReturn:
+        """Say why torchdiffeq cannot go on after the last evaluation."""
+        if self.last is None:  # an assertion of the velocity itself
+            raise error
+        t, v = self.last
+        _check_velocity(t, v)
+        raise ValueError(
+            f"rtol and atol must be within reach of a velocity in {str(v.dtype)[6:]}, got "
+            f"{tolerances['rtol']} and {tolerances['atol']}; steps become too small at "
+            f"t={t.item():.6g}"
+        ) from error
+
+
+def _check_velocity(t: Tensor, v: Tensor) -> None:
+    """Require a finite velocity ``v`` at the time ``t ()``."""
+    if not bool(torch.isfinite(v).all()):
+        found = "NaN" if bool(v.isnan().any()) else "infinity"
+        raise ValueError(f"velocity must be finite, got {found} at t={t.item():.6g}")

@@ -14,9 +14,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from flowkit.checks import check_same_shape, expand_like
+from flowkit.checks import at_least_float32, check_same_shape, check_samples, expand_like
 from flowkit.distributed import mean_over_ranks
 from flowkit.guidance import combine
+from flowkit.losses import check_mask
 from flowkit.paths import Linear, noise_like
 from flowkit.sampling import ODESampler, Solution
 from flowkit.types import Cond
@@ -113,10 +114,17 @@ class JointFlow:
                 no loss. With two times its time is ``s = 1``.
             generator: Draws noise, times and hidden labels.
 
+        Raises:
+            TypeError: If ``x1`` is not a tensor of floats, or ``mask`` not one of real numbers.
+            ValueError: If there is no sample, or shapes differ.
+
         Returns:
             The loss of the images and the loss of the labels. Each is a weighted mean over its own
             elements.
         """
+        check_samples(x1, "x1", floating=True)
+        if mask is not None:
+            check_mask(mask, x1)
         t, s = self._draw_times(len(x1), x1.device, boundary_share, generator)
         image = PATH.sample(noise_like(x1, generator) if x0 is None else x0, x1, t)
         label = PATH.sample(y0, noise_like(y0, generator), s)
@@ -164,22 +172,28 @@ class JointFlow:
         path = None if solution.path is None else solution.path[:, :, :channels]
         return solution._replace(x=solution.x[:, :channels], path=path)
 
-    def solve_codes(self, sampler: ODESampler, x1: Tensor, noise: Tensor) -> Solution:
+    def solve_codes(
+        self, sampler: ODESampler, x1: Tensor, noise: Tensor, *, return_path: bool = False
+    ) -> Solution:
         """Move label noise to the codes of images, from ``s = 1`` to 0.
 
         Args:
             sampler: Solver and grid; it is run backwards.
             x1: Images ``(B, C, *)``. With two times they stay as they are.
             noise: Noise ``(B, K)`` or ``(B, K, *)``.
+            return_path: Whether to keep the codes at all times of the grid, from 1 to 0.
 
         Returns:
-            The solution, whose state is the codes. Its path, if any, is that of the whole state.
+            The solution, with states and path of the codes only.
         """
         if self.two_times:
-            return sampler.invert(_code_velocity(self), noise, x1)
-        field = JointField(self, x1.shape[1], noise.ndim)
-        solution = sampler.invert(field, pack(x1, noise))
-        return solution._replace(x=unpack(solution.x, x1.shape[1], noise.ndim)[1])
+            return sampler.invert(_code_velocity(self), noise, x1, return_path=return_path)
+        channels, field = x1.shape[1], JointField(self, x1.shape[1], noise.ndim)
+        solution = sampler.invert(field, pack(x1, noise), return_path=return_path)
+        path = solution.path
+        if path is not None:
+            path = torch.stack([unpack(state, channels, noise.ndim)[1] for state in path])
+        return solution._replace(x=unpack(solution.x, channels, noise.ndim)[1], path=path)
 
     def solve_pairs(self, sampler: ODESampler, x0: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Move noise to images and their codes at once; for flows of two times.
@@ -245,9 +259,12 @@ class JointField:
     def __call__(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
         """Compute the velocity ``(B, C + K, *)`` of packed states ``x`` at times ``t (B,)``."""
         x, y = unpack(x, self.channels, self.code_ndim)
-        v_x, v_y = self._evaluate(x, y, t, 1 - t if self.across else t)
+        v_null = None
         if self.scale != 1:
             v_null, _ = self._evaluate(x, torch.zeros_like(y), t, torch.ones_like(t))
+            v_null = v_null.clone()  # a velocity may reuse its output buffer
+        v_x, v_y = self._evaluate(x, y, t, 1 - t if self.across else t)
+        if v_null is not None:
             v_x = combine(v_x, v_null, self.scale)
         if isinstance(cond, Tensor):
             v_y = v_y * expand_like(cond, v_y)
@@ -344,6 +361,7 @@ def _times(weight: Tensor | None, factor: Tensor) -> Tensor:
 
 def _mean_square(error: Tensor, weight: Tensor | None) -> Tensor:
     """Compute ``Σ w e² / Σ w`` of an error ``e`` and weights ``w``; None stands for ``w = 1``."""
+    error = error.to(at_least_float32(error.dtype))
     if weight is None:
         return error.square().mean()
     weight = weight.to(error.dtype).expand(error.shape)

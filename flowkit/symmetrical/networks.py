@@ -124,8 +124,9 @@ class NoisePath(nn.Module):
         """Compute the velocity of ``x (B, C + K, *)`` at times ``t``, ``(B,)`` or ``(B, 2)``."""
         times = t if t.ndim == 2 else torch.stack([t, t], 1)
         linear = (2 * times - 1) / (times**2 + (1 - times) ** 2)
-        gains = linear + 4 * times * (1 - times) * self.correction(4 * times - 2)
+        dtype = next(self.correction.parameters()).dtype
+        gains = linear + 4 * times * (1 - times) * self.correction((4 * times - 2).to(dtype))
         image, codes = x[:, : self.channels], x[:, self.channels :]
         of_image, of_codes = gains.unbind(1)
         path = [expand_like(of_image, image) * image, expand_like(of_codes, codes) * codes]
-        return self.net(x, t, cond) + torch.cat(path, 1)
+        return self.net(x, t, cond) + torch.cat(path, 1).to(x.dtype)

@@ -1,5 +1,7 @@
 """Networks of other conventions: exact predictions give the exact velocity, in diffusers' words."""
 
+import math
+
 import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
@@ -81,6 +83,26 @@ def test_half_precision_states_keep_their_dtype():
         assert velocity(x, t).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("t", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("path", [*PATHS, VP(0)], ids=range(len(PATHS) + 1))
+def test_a_prediction_gives_the_velocity_wherever_it_determines_it(path, t):
+    """At the ends as well, and with states and times in half precision."""
+    x, t = torch.randn(5, 2).half(), torch.full((5,), t).half()
+    a, b, da, db = (c.item() for c in path.coefficients(t[:1].double()))
+    expected = marginal_velocity(path, x.double(), t.double())
+    for adapt, predict, share in zip(
+        (from_noise_prediction, from_data_prediction), predictions(path), (a, b), strict=True
+    ):
+        velocity = adapt(lambda x, t, c, f=predict: f(x.double(), t.double()), path)
+        if share == 0 or not math.isfinite(da + db):
+            with pytest.raises(ValueError, match=f"t must be a time at which .* got {t[0]}"):
+                velocity(x, t)
+        else:
+            v = velocity(x, t)
+            assert v.dtype == torch.float16
+            torch.testing.assert_close(v.double(), expected, rtol=2**-11, atol=1e-5)
+
+
 def test_reversed_time_is_the_mirrored_flow():
     flow, seen = GaussianFlow(MEAN, STD), []
 
@@ -90,8 +112,10 @@ def test_reversed_time_is_the_mirrored_flow():
 
     velocity, x0 = from_reversed_time(network, 1000), torch.randn(5, 3).double()
     assert isinstance(velocity, Velocity)
-    torch.testing.assert_close(ODESampler(4)(velocity, x0, "c"), ODESampler(4)(flow, x0))
-    assert seen == [(time, "c") for time in (1000, 750, 500, 250)]
+    cond = torch.arange(5)
+    torch.testing.assert_close(ODESampler(4)(velocity, x0, cond), ODESampler(4)(flow, x0))
+    assert [time for time, _ in seen] == [1000, 750, 500, 250]
+    assert all(given is cond for _, given in seen)
 
 
 def test_reversed_time_takes_the_steps_of_diffusers():
@@ -113,7 +137,7 @@ def test_predicted_noise_of_a_diffusion_model_flows_where_ddim_steps():
     x = torch.randn(20, 3, dtype=torch.float64)
     scheduler = DDIMScheduler(1000, 1e-4, 0.02, "linear", clip_sample=False)
     scheduler.set_timesteps(1000)
-    ours = ODESampler(1000, "heun")(from_noise_prediction(noise, VP()), x)
+    ours = ODESampler(1000, "midpoint")(from_noise_prediction(noise, VP()), x)
     for step in scheduler.timesteps:
         t = torch.full((20,), 1 - (step.item() + 1) / 1000, dtype=torch.float64)
         x = scheduler.step(noise(x, t), step, x).prev_sample
@@ -145,6 +169,9 @@ def test_refusals():
         ):
             from_data_prediction(lambda x, t, c: x, path)(x, 1 - t)
     assert from_noise_prediction(lambda x, t, c: x, VP())(x, t).isfinite().all()
+    with pytest.raises(ValueError, match=r"predicted noise .* got 1.0; end the grid earlier"):
+        # b'(1) is unbounded, so that any error of a prediction is, too.
+        from_noise_prediction(lambda x, t, c: torch.full_like(x, 1e-3), VP())(x, 1 - t)
     for adapt in (from_noise_prediction, from_data_prediction):
         for path in (Linear(sigma=0.1), BrownianBridge(0.5)):
             with pytest.raises(ValueError, match=r"path must be a x1 \+ b x0 without added noise"):

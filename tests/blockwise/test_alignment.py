@@ -11,7 +11,7 @@ from flowkit.blockwise import (
     store_tokens,
     train_masked_encoder,
 )
-from flowkit.blockwise.alignment import Projector, resize_tokens
+from flowkit.blockwise.alignment import Projector, resize_tokens, token_sides
 from flowkit.nn.dit import patchify
 
 
@@ -34,19 +34,52 @@ def test_alignment_is_minus_the_mean_cosine():
 
 def test_the_published_projector():
     assert sum(p.numel() for p in Projector(1152, 768).parameters()) == 8_131_328
+    net, h = Projector(3, 2, width=5), torch.randn(4, 7, 3)
+    first, second, third = (layer for layer in net if isinstance(layer, torch.nn.Linear))
+    middle = second(first(h) * first(h).sigmoid())
+    torch.testing.assert_close(net(h), third(middle * middle.sigmoid()))
 
 
 def test_tokens_are_resized_as_a_grid():
     grid = torch.arange(16.0).reshape(1, 16, 1)
-    assert resize_tokens(grid, (4, 4)) is grid
-    assert resize_tokens(grid, (1, 1)).item() == pytest.approx(7.5)
-    constant = torch.full((2, 9, 3), 4.0)
-    torch.testing.assert_close(resize_tokens(constant, (2, 5)), torch.full((2, 10, 3), 4.0))
-    columns = torch.arange(4.0).repeat(4).reshape(1, 16, 1)
-    halves = resize_tokens(columns, (1, 2))[0, :, 0]
-    assert halves[0] < 1.5 < halves[1]
-    with pytest.raises(ValueError, match="tokens must form a square grid or a grid of 2x2, got 3"):
-        resize_tokens(torch.zeros(1, 3, 1), (2, 2))
+    assert resize_tokens(grid, (4, 4), (4, 4)) is grid
+    assert resize_tokens(grid, (4, 4), (1, 1)).item() == pytest.approx(7.5)
+    halves = resize_tokens(torch.arange(4.0).repeat(4).reshape(1, 16, 1), (4, 4), (1, 2))
+    left = (0.75 * 0 + 0.75 * 1 + 0.25 * 2) / 1.75  # a triangle of two columns' half width
+    torch.testing.assert_close(halves[0, :, 0], torch.tensor([left, 3 - left]))
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [((16, 16), (8, 32)), ((8, 32), (4, 16)), ((2, 8), (4, 4))]
+)
+def test_tokens_of_sides_that_differ_are_resized_along_both_axes(old, new):
+    """A ramp along rows or columns stays one, away from the border: also at equal numbers."""
+    for axis in (0, 1):
+        ramp = ((torch.arange(old[axis]) + 0.5) / old[axis]).unsqueeze(1 - axis).expand(old)
+        found = resize_tokens(ramp.reshape(1, -1, 1), old, new).reshape(new)
+        expected = ((torch.arange(new[axis]) + 0.5) / new[axis]).unsqueeze(1 - axis).expand(new)
+        inner = slice(new[axis] // 4, new[axis] - new[axis] // 4)
+        pick = (inner, slice(None)) if axis == 0 else (slice(None), inner)
+        torch.testing.assert_close(found[pick], expected[pick], rtol=0, atol=1e-6)
+
+
+def test_sides_of_tokens_are_known_and_not_guessed(tmp_path):
+    wide, square = torch.randn(3, 1, 4, 16), torch.randn(3, 1, 8, 8)
+    net = MaskedEncoder((1, 4, 16), patch=2, width=16, depth=1, heads=2).eval()
+    assert token_sides(net, wide, 16) == (2, 8)
+    plain = lambda x: patchify(x, 2)  # noqa: E731
+    assert token_sides(plain, square, 16) == (4, 4)
+    with pytest.raises(ValueError, match=r"must have the attribute sides.* 16 tokens of .*4, 16\)"):
+        token_sides(plain, wide, 16)
+    with pytest.raises(ValueError, match=r"must have the attribute sides.* got 8 tokens"):
+        token_sides(plain, square, 8)
+    with pytest.raises(ValueError, match=r"encoder.sides must hold 8 tokens, got 2x8"):
+        token_sides(net, wide, 8)
+    file = tmp_path / "tokens.safetensors"
+    store_tokens(file, [wide], net)
+    assert token_sides(StoredTokens(file), wide, 16) == (2, 8)
+    store_tokens(file, [square], plain)
+    assert StoredTokens(file).sides == (4, 4)
 
 
 def test_tokens_on_disk_are_found_by_content(tmp_path):
@@ -58,6 +91,10 @@ def test_tokens_on_disk_are_found_by_content(tmp_path):
     order = torch.tensor([5, 0, 6, 0])
     expected = torch.nn.functional.normalize(encoder(images[order]), dim=-1)
     torch.testing.assert_close(stored(images[order]), expected, rtol=0, atol=1e-3)
+    near = images[:1].clone()
+    near[..., 0, 0] += 1e-3
+    with pytest.raises(ValueError, match=r"images must have tokens in .* 1 unknown of 1"):
+        stored(near)
     with pytest.raises(ValueError, match=r"images must have tokens in .* 2 unknown of 3"):
         stored(torch.cat([images[:1], images[1:3].flip(-1)]))
     with pytest.raises(

@@ -62,6 +62,20 @@ def test_dear_steps_are_taken_less_often():
     assert dear[1] < even[1]
 
 
+def test_conditions_reach_the_reference():
+    class Scaled:
+        def velocity(self, x, t, cond, h):
+            return GaussianFlow(2.0, 0.1)(x, t) * cond[:, None]
+
+    f, x0 = Blockwise(None, [Scaled(), Scaled()], 2), torch.randn(16, 2).double()
+    cond, fine = torch.full((16,), 0.5).double(), grids.blockwise([0.0, 0.5, 1.0], 4)
+    costs = step_costs(f, x0, fine, cond)
+    prices = [(1.0, 1.0)] * 2
+    found = allocate_steps(f, x0, prices, 5.0, cond, fine_steps=4)
+    expected = allocate_steps(f, x0, prices, 5.0, fine_steps=4, costs=costs)
+    assert found.error == pytest.approx(expected.error)
+
+
 def test_every_segment_has_a_price():
     with pytest.raises(ValueError, match="prices must hold one pair per segment, 3, got 2"):
         allocate_steps(flow([0.0, 0.3, 0.5, 1.0]), torch.randn(8, 2), [(3.0, 1.0)] * 2, 60)

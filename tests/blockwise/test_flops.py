@@ -96,3 +96,30 @@ def test_flops_of_the_network_it_is_compared_with():
     flops = count_flops(net, x, t, cond)
     assert flops.linear / 1e9 == pytest.approx(228.78, rel=1e-3)
     assert flops.total / 1e9 == pytest.approx(237.24, rel=1e-3)
+
+
+TRUNK, STACK, RESIDUAL = (Flops(n, 0) for n in (6, 4, 1))
+ALL = {"trunk": TRUNK, "stacks.0": STACK, "feature_residual": RESIDUAL}
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: step_prices(ALL, 1), r"parts must hold stacks.1, got feature_residual, stacks.0,"),
+        (
+            lambda: step_prices({"trunk": TRUNK, "stacks.0": STACK}, 0),
+            "parts must hold feature_residual, got stacks.0, trunk",
+        ),
+        (lambda: step_prices(ALL, 0, "half"), "mode must be one of cached, fra, full, got 'half'"),
+        (lambda: predicted_gain({}, 2), "parts must hold trunk, got none"),
+        (
+            lambda: predicted_gain({"trunk": TRUNK, "feature_residual": RESIDUAL}, 2),
+            "parts must hold stacks.0, got",
+        ),
+        (lambda: predicted_gain(ALL, [2, 3]), "steps must hold one number per segment, 1, got 2"),
+        (lambda: predicted_gain(ALL, 0), "steps must be at least 1, got 0"),
+    ],
+)
+def test_prices_and_gains_name_what_is_wrong(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -22,6 +22,7 @@ from flowkit.nn import DiT
 from flowkit.sampling import ADAPTIVE, FIXED, ODESampler
 from tests.blockwise.small_flows import (
     FLOWS,
+    Line,
     line_flow,
     randomised,
     tiny_dit,
@@ -354,6 +355,8 @@ def test_bad_input_is_named():
     stacks = [ExactStack(), ExactStack()]
     with pytest.raises(ValueError, match=r"edges must increase from 0 to 1, got \[0.1, 0.5, 1.0\]"):
         Blockwise(None, stacks, [0.1, 0.5, 1.0])
+    with pytest.raises(ValueError, match=r"edges must increase from 0 to 1, got \[0.0, 0.5, 0.9\]"):
+        Blockwise(None, stacks, [0.0, 0.5, 0.9])
     with pytest.raises(ValueError, match="edges must increase strictly, got"):
         Blockwise(None, stacks, [0.0, 0.5, 0.5, 1.0])
     with pytest.raises(ValueError, match="stacks must hold one per segment, 3, got 2"):
@@ -369,8 +372,39 @@ def test_bad_input_is_named():
         bound.begin_step(0.4, 0.6)
     with pytest.raises(ValueError, match="stack_depth must be a number or one per segment, 3"):
         tiny_dit(stack_depth=[1, 2])
+    with pytest.raises(ValueError, match="stack_depth must be a number or one per segment, 3"):
+        tiny_dit(stack_depth=[1, 2, 1, 1])
     with pytest.raises(ValueError, match="width / heads must be a multiple of 4, got 12 / 2"):
         tiny_dit(width=12)
+
+
+def test_a_residual_sees_the_features_where_the_solve_enters_its_segment():
+    class Seeing(Line):
+        sees_start = True
+
+        def __call__(self, x, t, cond=None, start=None):
+            seen.append((round(t[0].item(), 3), start.clone()))
+            return super().__call__(x, t, cond)
+
+    line, seen = Seeing([0.0, 0.5, 1.0]), []
+    flow = Blockwise(line, [line] * 2, 2, line, "fra")
+    times = torch.tensor([0.2, 0.3, 0.5, 0.75], dtype=torch.float64)
+    ODESampler(times)(flow, torch.zeros(1, 2, dtype=torch.float64))
+    assert [t for t, _ in seen] == [0.2, 0.3]  # at .5 the features are the trunk's own
+    for _, start in seen:
+        torch.testing.assert_close(start, line.features(None, times[:1], None))
+
+
+def test_parts_of_segments_and_segments_of_steps_by_value():
+    flow = Blockwise(None, [ExactStack() for _ in range(3)], [0.0, 0.2, 0.7, 1.0])
+    t, segment = torch.tensor([0.1, 0.2, 0.45, 0.85]), torch.tensor([0, 1, 1, 2])
+    torch.testing.assert_close(flow.fraction(t, segment), torch.tensor([0.5, 0.0, 0.5, 0.5]))
+    assert flow.fraction(0.45, 1) == pytest.approx(0.5)
+    bound = flow.bind(None)
+    bound.begin_step(0.2 - 1e-7, 0.45)  # a time in float32 may lie before its edge
+    assert bound.segment == 1
+    bound.begin_step(0.45, 0.7 + 1e-7)
+    assert bound.segment == 1
 
 
 def test_nothing_is_warned_about_on_the_edges_own_grid():

@@ -1,5 +1,9 @@
 """The losses of blockwise flow matching, without Lightning."""
 
+import math
+from types import SimpleNamespace
+from typing import Any, cast
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,15 +15,17 @@ from flowkit.blockwise import (
     blockwise_loss,
     equal_burden,
     loss_by_time,
+    losses,
     residual_loss,
 )
-from flowkit.blockwise.losses import draw_segments, segment_mean
+from flowkit.blockwise.losses import SegmentDraw, draw_segments, segment_mean
 from flowkit.couplings import Gibbs, MinibatchOT
 from flowkit.exact import GaussianFlow
 from flowkit.guidance import DropCond
 from flowkit.losses import flow_matching_loss
 from flowkit.paths import VP, Cosine, Linear
 from flowkit.times import Beta, LogitNormal, Stratified
+from flowkit.types import Pairs
 
 
 def tiny(edges=6, **options):
@@ -37,6 +43,13 @@ class Exact:
         return GaussianFlow(2.0, 0.5)(x, t)
 
 
+class Zero:
+    """A field of zeros."""
+
+    def velocity(self, x, t, cond, h):
+        return torch.zeros_like(x)
+
+
 def test_segments_count_the_same_however_many_rows_they_have():
     """Losses 0 to 5 in 10 rows: 2.5 over segments, where the batch's mean is 2.1."""
     segment = torch.arange(10) % 6
@@ -45,6 +58,8 @@ def test_segments_count_the_same_however_many_rows_they_have():
     assert mean.mean.item() == 2.5
     assert mean.values.tolist() == [0, 1, 2, 3, 4, 5]
     assert segment_mean(torch.tensor([1.0, 3.0, 5.0]), torch.tensor([4, 4, 1])).mean.item() == 3.5
+    sums, counts = torch.tensor([6.0, 0.0, 3.0]), torch.tensor([2.0, 0.0, 1.0])
+    assert segment_mean(sums, torch.arange(3), counts).values.tolist() == [3, 0, 3]
 
 
 def test_the_loss_is_the_mean_over_segments_of_the_plain_loss():
@@ -121,6 +136,18 @@ def test_times_are_stratified_inside_each_segment(edges):
     assert draw.segment[:12].tolist() != sorted(draw.segment[:12].tolist())
 
 
+def test_rounding_of_times_does_not_reach_the_next_segment(monkeypatch):
+    """The largest draws of float32 round to the end of their slice."""
+    largest = torch.nextafter(torch.ones(()), torch.zeros(())).item()
+    monkeypatch.setattr(
+        losses.torch, "rand", lambda shape, *, dtype, **_: torch.full(shape, largest, dtype=dtype)
+    )
+    flow = tiny(3)
+    draw = draw_segments(flow, {"x1": torch.zeros(90, 2), "x0": torch.zeros(90, 2)})
+    assert torch.equal(flow.segment_of(draw.t), draw.segment)
+    assert draw.t.max() < 1
+
+
 @pytest.mark.parametrize("times", [LogitNormal(), Beta(3.0, 1.5)])
 def test_any_density_is_restricted_to_the_segments(times):
     flow = tiny([0.0, 0.4, 1.0])
@@ -143,6 +170,47 @@ def test_a_density_that_misses_a_segment_is_refused():
         draw_segments(tiny(4), {"x1": torch.randn(8, 2)}, times=late)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_losses_of_half_precision_are_those_of_float32(dtype):
+    """Squares of 300 are beyond float16; weights and counts of masks are not rounded to it."""
+    flow, x = Blockwise(None, [Zero(), Zero()], 2), torch.randn(2, 16, 64, 64)
+    x0, x1 = x[0].to(dtype), (300 * x[1]).to(dtype)
+    mask = (torch.rand(16, 64, 64) < 0.7).to(dtype)
+    for options in ({}, {"mask": mask}):
+        draw = draw_segments(flow, {"x0": x0, "x1": x1, **options})
+        draw = draw._replace(pairs=draw.pairs._replace(log_weight=torch.linspace(0, 12, 16)))
+        terms, _ = blockwise_loss(flow, draw)
+        wide = draw._replace(u=draw.u.double(), x_t=draw.x_t.double())
+        if options:
+            wide = wide._replace(mask=mask.double())
+        exact, _ = blockwise_loss(flow, wide)
+        assert terms["loss"].dtype == torch.float32
+        torch.testing.assert_close(terms["loss"].double(), exact["loss"], rtol=1e-5, atol=0)
+        assert terms["explained"].item() == 0
+
+
+def test_the_residuals_loss_of_half_precision_is_a_sum_in_float32():
+    """Features of size 1000, whose squares are beyond float16; a residual of 0 explains nothing."""
+    flow = cast(Any, SimpleNamespace())
+    flow.edges, flow.fraction = (0.0, 1.0), lambda t, segment: t
+    flow.features = lambda x, t, cond: 1000 * x
+    flow.residual = lambda x, t, cond, start: torch.zeros_like(x)
+    x0, x1, t = torch.zeros(4, 2).half(), torch.ones(4, 2).half(), torch.full((4,), 0.5)
+    zero = torch.zeros(4, dtype=torch.long)
+    draw = SegmentDraw(Pairs(x0, x1), (x1 / 2), t, x1, None, zero, None)
+    terms = residual_loss(flow, draw)
+    assert (terms["loss"].item(), terms["ratio"].item()) == (500**2, 1)
+
+
+def test_a_batch_of_padding_alone_has_no_loss():
+    batch = {"x1": torch.randn(6, 2), "mask": torch.zeros(6, 2)}
+    flow = tiny(2)
+    terms, _ = blockwise_loss(flow, draw_segments(flow, batch))
+    assert terms["loss"].item() == terms["explained"].item() == 0
+    terms["loss"].backward()
+    assert all(p.grad is None or (p.grad == 0).all() for p in flow.parameters())
+
+
 def test_pairs_conditions_masks_and_weights_enter_as_in_the_plain_loss():
     flow = BlockwiseMLP((2,), edges=2, width=8, num_classes=3)
     x0, x1 = torch.randn(2, 8, 2)
@@ -160,6 +228,12 @@ def test_pairs_conditions_masks_and_weights_enter_as_in_the_plain_loss():
     v = flow(draw.x_t, draw.t, draw.cond)
     rows = (v - draw.u)[:, 0].square()
     torch.testing.assert_close(masked["loss"], segment_mean(rows, draw.segment).mean)
+    # one value for all elements of a row counts as often as there are elements
+    rowwise = torch.rand(8, 1)
+    draw = draw_segments(flow, {**batch, "mask": rowwise})
+    full = draw._replace(mask=rowwise.expand(8, 2))
+    found, expected = (blockwise_loss(flow, d)[0]["loss"] for d in (draw, full))
+    torch.testing.assert_close(found, expected)
     # a row without any counted element counts for nothing, as in the plain loss
     one = BlockwiseMLP((2,), edges=1, width=8, num_classes=3)
     torch.nn.init.normal_(one.trunk.outputs.weight)
@@ -232,12 +306,31 @@ def test_an_untrained_residual_starts_at_the_cached_feature():
     assert residual_loss(flow, draw)["ratio"].item() == 1.0
 
 
+def test_weights_of_pairs_weigh_residuals():
+    flow = tiny(3, residual_depth=1)
+    draw = draw_segments(flow, {"x1": torch.randn(30, 2)})
+    weight = torch.zeros(30).where(draw.segment != 1, math.log(3))  # as if its loss were thrice
+    weighted = residual_loss(flow, draw._replace(pairs=draw.pairs._replace(log_weight=weight)))
+    plain = residual_loss(flow, draw)
+    torch.testing.assert_close(weighted["segment_1"], 3 * plain["segment_1"])
+    torch.testing.assert_close(weighted["segment_2"], plain["segment_2"])
+
+
 def test_residuals_may_be_compared_by_velocity():
     flow = tiny(3, residual_depth=1)
     draw = draw_segments(flow, {"x1": torch.randn(30, 2)})
     features, velocity = (residual_loss(flow, draw, compare=c) for c in ("features", "velocity"))
     assert features["ratio"] == velocity["ratio"]
-    assert features["loss"] != velocity["loss"]
+    s = draw.segment / 3
+    x_s = (1 - s[:, None]) * draw.pairs.x0 + s[:, None] * draw.pairs.x1
+    c = (3 * draw.t - draw.segment)[:, None]
+    estimate = flow.trunk.features(x_s, s) + c * flow.feature_residual(draw.x_t, draw.t)
+    v, exact = (
+        flow.velocity(draw.x_t, draw.t, None, h, draw.segment)
+        for h in (estimate, flow.trunk.features(draw.x_t, draw.t))
+    )
+    by_hand = segment_mean((v - exact).square().mean(1), draw.segment).mean
+    torch.testing.assert_close(velocity["loss"], by_hand, rtol=1e-4, atol=1e-7)
     same = tiny(3, residual_depth=1)
     same.trunk.outputs.weight.data.zero_()  # stacks that make nothing of their features
     assert residual_loss(same, draw, compare="velocity")["loss"] == 0

@@ -1,9 +1,12 @@
 """Networks of blocks: transformers and perceptrons."""
 
+import math
+
 import pytest
 import torch
 
 from flowkit import grids
+from flowkit.blockwise import BlockwiseDiT
 from flowkit.blockwise.dit import rotary, rotate
 from flowkit.sampling import ODESampler
 from tests.blockwise.small_flows import FLOWS, randomised, tiny_dit
@@ -66,6 +69,42 @@ def test_rotary_products_depend_on_relative_positions_alone():
         torch.testing.assert_close(product[1, 1, row + 1, column + 1], a, rtol=1e-4, atol=1e-4)
     assert (product[0, 0, 1, 0] - product[0, 0, 0, 1]).abs() > 1e-2
     torch.testing.assert_close(turned_q.norm(dim=1), q.norm().expand(20))
-    # the first pair of the first half turns by one radian a row
-    angle = torch.atan2(turned_q[5, 4], turned_q[5, 0]) - torch.atan2(q[4], q[0])
-    assert (angle % (2 * torch.pi)).item() == pytest.approx(1.0, abs=1e-4)
+
+
+@pytest.mark.parametrize("size", [4, 16, 64])
+def test_rotary_angles_are_those_of_base_10000(size):
+    """Rows turn the pairs ``(i, i + size/4)`` of the first half, columns those of the second."""
+    quarter, x = size // 4, torch.randn(size, dtype=torch.float64)
+    cos, sin = (table.double() for table in rotary((3, 7), size))
+    for row, column in ((0, 0), (2, 1), (1, 6)):
+        expected = x.clone()
+        for half, position in enumerate((row, column)):
+            for i in range(quarter):
+                a, b = 2 * quarter * half + i, 2 * quarter * half + i + quarter
+                turn = position * 10_000.0 ** (-i / quarter)
+                expected[a] = x[a] * math.cos(turn) - x[b] * math.sin(turn)
+                expected[b] = x[b] * math.cos(turn) + x[a] * math.sin(turn)
+        found = rotate(x, cos[7 * row + column], sin[7 * row + column])
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"patch": 0}, "patch must be at least 1, got 0"),
+        ({"patch": 3}, "patch must divide the image size 8x8, got 3"),
+        ({"heads": 0}, "heads must be at least 1, got 0"),
+        ({"heads": 3}, "heads must divide the width 32, got 3"),
+        ({"heads": 16}, "width / heads must be a multiple of 4, got 32 / 16"),
+        ({"width": 0}, "width must be at least 1, got 0"),
+        ({"stack_width": 0}, "width must be a positive multiple of 4, got 0"),
+        ({"rank": 0}, "rank must be at least 1, got 0"),
+        ({"trunk_depth": 0}, "trunk_depth must be at least 1, got 0"),
+        ({"stack_depth": [1, 0, 1]}, "stack_depth must be at least 1, got 0"),
+        ({"residual_depth": 0}, "residual_depth must be at least 1, got 0"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(option, message):
+    sizes = {"edges": 3, "width": 32, "heads": 2, "trunk_depth": 1, "stack_depth": 1}
+    with pytest.raises(ValueError, match=message):
+        BlockwiseDiT((1, 8, 8), **{**sizes, **option})

@@ -1,11 +1,13 @@
 """Grids by end-point error."""
 
-from itertools import combinations
+import math
+from itertools import combinations, product
 
 import pytest
 import torch
 
 from flowkit import boss, grids
+from flowkit.boss.endpoint import _program, _Search
 from flowkit.exact import GaussianFlow
 from flowkit.sampling import ODESampler
 from tests.boss.fields import F64, noise, ring
@@ -40,6 +42,41 @@ def test_the_end_point_grid_is_near_the_best_of_all(method):
     mine = boss.score_grids(flow, x0, {"mine": grid}, method=method, reference=reference)["mine"]
     assert mine <= sorted(scores.values())[1] + 1e-12  # the best but one, or the best
     assert mine < scores["(4, 8)"]
+
+
+def in_pieces(ends, values):
+    """A velocity of time alone, constant between the numbers of tenths ``ends``."""
+
+    def velocity(x, t, cond=None):
+        piece = sum((10 * t + 0.5 >= end).long() for end in ends)
+        return torch.tensor(values, dtype=x.dtype)[piece][:, None].expand(x.shape)
+
+    return velocity
+
+
+@pytest.mark.parametrize("path", [*combinations(range(1, 10), 1), *combinations(range(1, 10), 2)])
+def test_the_program_finds_the_path_without_error(path):
+    """A velocity that is constant along each step of one path: all other paths end elsewhere."""
+    knots = [0, *path, 10]
+    velocity, fine = in_pieces(path, [1.0, -math.pi, 20.9][: len(path) + 1]), grids.uniform(10)
+    x0, reference = torch.zeros(2, 1, dtype=F64), ODESampler(fine)
+    assert _program(velocity, x0, None, fine, "euler", reference, len(path) + 1) == knots
+    torch.testing.assert_close(boss.endpoint_grid(velocity, x0, fine, len(path) + 1), fine[knots])
+
+
+@pytest.mark.parametrize("start", [[0, 21, 22, 23, 24], [0, 6, 12, 18, 24]])
+def test_the_search_ends_where_no_move_helps(start):
+    """Of any time, the first and the last of the inner ones included."""
+    flow, x0, fine = GaussianFlow(2.0, 0.2), noise(64, 2, dtype=F64), grids.uniform(24)
+    target = ODESampler(fine)(flow, x0)
+    search = _Search(flow, x0, None, fine, "euler", target)
+    found = search.improve(start)
+    least = search.error(found)
+    assert least < search.error(start)
+    for i, move in product(range(1, 4), (-1, 1)):
+        trial = [*found[:i], found[i] + move, *found[i + 1 :]]
+        if found[i - 1] < trial[i] < found[i + 1]:
+            assert search.error(trial) >= least
 
 
 def test_steps_that_diverge_are_not_taken():

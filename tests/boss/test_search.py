@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from flowkit import boss, grids
-from flowkit.exact import GaussianFlow
+from flowkit.exact import GaussianFlow, MixtureFlow
 from flowkit.sampling import ODESampler
 from tests.boss.fields import F64, linear_in_time, noise, ring
 
@@ -20,7 +20,7 @@ def test_the_recommended_grid_against_uniform_on_fresh_noise(flow, limits):
     x0 = noise(1536, 2)
     costs = boss.step_costs(flow, x0[:1024], 100)
     for num_steps, limit in limits.items():
-        found = boss.optimize_grid(flow, x0, num_steps, costs=costs)
+        found = boss.optimize_grid(flow, x0, num_steps, costs=costs, extra_noises=512)
         fresh = boss.score_grids(
             flow, noise(4096, 2, seed=1), {"found": found.grid, "uniform": grids.uniform(num_steps)}
         )
@@ -66,16 +66,92 @@ class Counting:
 @pytest.mark.parametrize("method", ["euler", "heun"])
 def test_the_search_takes_the_rows_that_it_states(num_steps, method):
     x0 = noise(30, 2)
-    stated = boss.search_rows(30, num_steps, method=method, fine_steps=20)
+    stated = boss.search_rows(30, num_steps, method=method, fine_steps=20, extra_noises=7)
     field = Counting(ring(0.3))
     costs = boss.step_costs(field, x0[:20], 20, method=method)
     assert field.rows == stated["costs"]
     if method == "euler":
         assert stated["costs"] == 20 * 20
     field.rows = 0
-    boss.optimize_grid(field, x0, num_steps, method=method, fine_steps=20, costs=costs)
+    options = {"method": method, "fine_steps": 20, "costs": costs, "extra_noises": 7}
+    boss.optimize_grid(field, x0, num_steps, **options)
     assert field.rows <= stated["endpoint"] + stated["scores"]
     assert field.rows >= stated["scores"]
+    field.rows = 0
+    boss.endpoint_grid(field, x0[:20], 20, num_steps, method=method)
+    search = field.rows
+    field.rows = 0
+    boss.optimize_grid(field, x0, num_steps, **options)
+    assert field.rows == search + stated["scores"]
+    assert stated["scores"] == (10 + 7) * (20 + 3 * num_steps) * (1 if method == "euler" else 2)
+
+
+def scored_by_hand(flow, x0, found, extra, cond=None, fine=20):
+    """RMSE of all grids on the last third of ``x0`` and on further rows."""
+    rows = torch.cat([x0[len(x0) * 2 // 3 :], extra])
+    cond = None if cond is None else torch.cat([cond[len(x0) * 2 // 3 :], cond.repeat(9)])
+    cond = None if cond is None else cond[: len(rows)]
+    return boss.score_grids(flow, rows, found.grids, cond, reference=ODESampler(fine))
+
+
+@pytest.mark.parametrize("extra_noises", [0, 5, 12, 31])
+def test_scores_are_of_the_last_third_and_of_extra_noises(extra_noises):
+    """The noises have the shape of x0, and the conditions of its rows in turn."""
+
+    def flow(x, t, cond):
+        return GaussianFlow(2.0, 0.2)(x, t) * cond[:, None]
+
+    x0, cond = noise(12, 2, dtype=F64), torch.linspace(0.1, 1, 12, dtype=F64)
+    generator = torch.Generator().manual_seed(5)
+    options = {"fine_steps": 20, "extra_noises": extra_noises}
+    found = boss.optimize_grid(flow, x0, 3, cond, generator=generator, **options)
+    generator.manual_seed(5)
+    extra = [torch.randn(12, 2, generator=generator).double() for _ in range(3)]
+    expected = scored_by_hand(flow, x0, found, torch.cat(extra)[:extra_noises], cond)
+    assert found.scores == pytest.approx(expected, rel=1e-9)
+    # Without a generator: a fixed stream, which leaves the global generator alone
+    state = torch.get_rng_state()
+    first, second = (boss.optimize_grid(flow, x0, 3, cond, **options).scores for _ in range(2))
+    assert first == second
+    assert (first == found.scores) == (extra_noises == 0)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_other_starts_than_noise_are_judged_by_themselves():
+    """Starts of another distribution, and states on the way: none can be drawn."""
+    flow, ends = ring(0.3), torch.linspace(0.3, 1, 21, dtype=F64)
+    for x0, fine in ((noise(48, 2) + 1, 20), (noise(48, 2), ends)):
+        found = boss.optimize_grid(flow, x0, 3, fine_steps=fine)
+        expected = scored_by_hand(flow, x0, found, x0[:0], fine=fine)
+        assert found.scores == pytest.approx(expected, rel=1e-5)
+    x0 = noise(48, 2)
+    found = boss.optimize_grid(flow, x0, 3, fine_steps=20)
+    extra = boss.optimize_grid(flow, x0, 3, fine_steps=20, extra_noises=2048)
+    assert found.scores == extra.scores
+
+
+RARE = MixtureFlow(
+    torch.tensor([0.99, 0.01]), torch.tensor([[0.0, 0.0], [12.0, 0.0]]), torch.tensor([0.5, 0.3])
+)
+
+
+@pytest.mark.slow
+def test_rare_losses_do_not_make_a_grid_worse_than_uniform():
+    """A far mode of weight .01: most grids of 96 noises are worse, and few searches return one."""
+    flow, fresh, worse, better = RARE, noise(40_000, 2, seed=1), 0, 0
+    target = ODESampler(25)(flow, fresh)
+
+    def error(grid):
+        return (ODESampler(grid)(flow, fresh) - target).square().mean().sqrt().item()
+
+    uniform = error(grids.uniform(4))
+    for seed in range(30):
+        found = boss.optimize_grid(flow, noise(96, 2, seed=2 + seed), 4, fine_steps=25)
+        ratio = error(found.grid) / uniform
+        worse += ratio > 1.01
+        better += ratio < 0.99
+    assert worse <= 1
+    assert better >= 3
 
 
 def test_segments_are_the_chords_of_the_teacher():
@@ -166,6 +242,40 @@ BAD_COSTS[3, 7] = torch.nan
             lambda: boss.optimize_grid(ring(0.3), noise(5, 2), 3),
             "number of noises in x0 must be at",
         ),
+        (
+            lambda: boss.optimize_grid(ring(0.3), noise(8, 2), 3, extra_noises=-1),
+            "extra_noises must be at least 0, got -1",
+        ),
+        (
+            lambda: boss.optimize_grid(
+                ring(0.3), noise(8, 2), 3, fine_steps=torch.linspace(0.5, 1, 9), extra_noises=4
+            ),
+            "extra_noises must be 0 for a grid that starts at t = 0.5, got 4; its states are not",
+        ),
+        (
+            lambda: boss.bellman_interval(torch.zeros(4, 11, 11), 10, 2, level=1.0),
+            r"level must lie in \(0, 1\), got 1.0",
+        ),
+        (
+            lambda: boss.bellman_interval(torch.zeros(4, 11, 11), 10, 2, level=0.0),
+            r"level must lie in \(0, 1\), got 0.0",
+        ),
+        (
+            lambda: boss.bellman_interval(torch.zeros(4, 11, 11), 10, 2, resamples=39),
+            "resamples must be at least 40 for an interval of level 0.95, got 39",
+        ),
+        (
+            lambda: boss.converged_costs(
+                ring(0.3), lambda a, b: (noise(b, 2), None), 10, 2, limit=32
+            ),
+            "limit must be at least 64, got 32",
+        ),
+        (
+            lambda: boss.converged_costs(
+                ring(0.3), lambda a, b: (noise(b, 2), None), 10, 2, tolerance=0
+            ),
+            "tolerance must be positive and finite, got 0",
+        ),
         (lambda: boss.score_grids(ring(0.3), noise(5, 2), {}), "grids must hold at least one grid"),
         (
             lambda: boss.score_grids(
@@ -195,3 +305,7 @@ def test_bad_arguments_are_refused(call, message):
 def test_a_number_of_steps_is_an_integer():
     with pytest.raises(TypeError, match=r"num_steps must be an integer, got 4.0"):
         boss.bellman_grid(torch.zeros(11, 11), 10, 4.0)
+    with pytest.raises(TypeError, match=r"resamples must be an integer, got 60.0"):
+        boss.bellman_interval(torch.zeros(4, 11, 11), 10, 2, resamples=60.0)
+    with pytest.raises(TypeError, match=r"extra_noises must be an integer, got 9.0"):
+        boss.optimize_grid(ring(0.3), noise(8, 2), 3, extra_noises=9.0)

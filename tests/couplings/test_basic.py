@@ -12,12 +12,15 @@ from torch.testing import assert_close
 
 from flowkit.couplings import (
     Coupling,
+    Gibbs,
     Independent,
     MinibatchOT,
     Sinkhorn,
+    basic,
     cost_matrix,
+    suggest_epsilon,
 )
-from flowkit.couplings.transport import COSTS, entropic_plan, paired, points
+from flowkit.couplings.transport import COSTS, assign, entropic_plan, paired, points
 from tests.couplings.points import normals, seeded, seeds
 
 INF = float("inf")
@@ -175,6 +178,47 @@ def test_infinite_weight_on_several_labels_means_their_joint_class():
     assert origin != list(range(40))
 
 
+def test_labels_of_several_columns_are_one_class_per_row():
+    x0, x1 = normals(0, 40, 2)
+    label = torch.stack([torch.arange(40) % 2, torch.arange(40) // 20], 1)
+    origin = partner(x0, MinibatchOT(cond_weight=INF).pair(x0, x1, label).x0)
+    assert label[origin].equal(label)
+    assert len({tuple(row) for row in label.tolist()}) == 4
+
+
+@pytest.mark.parametrize("dim", [2, 50])
+def test_a_batch_far_from_the_origin_is_paired_exactly(dim):
+    """Products of coordinates of 3000 have an error of 100 in float32."""
+    x0, x1 = (3000 + x for x in normals(0, 40, dim))
+    cost = torch.cdist(x0.double(), x1.double()).square()
+    least = cost[linear_sum_assignment(cost)].sum().item()
+    found = total(MinibatchOT().pair(x0, x1).x0, x1)
+    assert found == pytest.approx(least, rel=1e-5)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_ranks_pair_their_joint_batch_or_their_own(monkeypatch, rank):
+    x0, x1 = normals(0, 30, 2)
+    label = torch.arange(30) % 2
+    mine = slice(10 * rank, 10 * rank + 10)
+    everyone = {10: {x[mine].sum().item(): x for x in (x0, x1, label)}}
+    monkeypatch.setattr(basic, "place", lambda: (rank, 3))
+    monkeypatch.setattr(basic, "gathered", lambda x: everyone[len(x)][x.sum().item()])
+    monkeypatch.setattr(basic, "own", lambda x, batch: x[batch * rank :][:batch])
+
+    def paired(x0, x1, label, **options):
+        return MinibatchOT(cond_weight=INF, **options).pair(x0, x1, label).x0
+
+    own = x0[mine], x1[mine], label[mine]
+    joint, within = paired(x0, x1, label)[mine], paired(*own)
+    assert not joint.equal(within)
+    assert paired(*own, across_ranks=True).equal(joint)
+    with torch.no_grad():  # validation pairs within a rank
+        assert paired(*own, across_ranks=True).equal(within)
+    sharp = Sinkhorn(1e-3, cond_weight=INF, max_iters=20_000)
+    assert sharp.pair(*own, generator=seeded(0)).x0.equal(within)
+
+
 def test_sinkhorn_runs_from_the_permutation_to_independence():
     x0, noise = torch.arange(24.0).reshape(12, 2), normals(0, 12, 2)[0]
     x1 = x0.flip(0) + 0.1 * noise
@@ -260,6 +304,57 @@ def test_bad_batches(coupling):
         coupling.pair(x, x, torch.arange(3))
     with pytest.raises(TypeError, match=r"cond\['a'\] must be a tensor, got list"):
         coupling.pair(x, x, {"a": [1, 2, 3, 4]})
+
+
+WRONG = [
+    (
+        torch.ones(4, 2, dtype=torch.cfloat),
+        TypeError,
+        "must be a tensor of real numbers, got torch",
+    ),
+    (torch.ones(4, 2, device="meta"), TypeError, "must hold data, got a tensor on the meta device"),
+    (torch.ones(0, 2), ValueError, r"must hold at least one sample, .* got shape \(0, 2\)"),
+    (torch.ones(()), ValueError, r"must hold at least one sample, .* got shape \(\)"),
+    ([[1.0]], TypeError, "must be a tensor of real numbers, got list"),
+]
+
+
+@pytest.mark.parametrize(("x", "error", "message"), WRONG)
+def test_bad_kinds_are_refused(x, error, message):
+    good = torch.ones(4, 2)
+    for coupling in (Independent(), MinibatchOT(), Sinkhorn(1.0), Gibbs(1.0), Gibbs(INF)):
+        with pytest.raises(error, match=f"x0 {message}"):
+            coupling.pair(x, good)
+        with pytest.raises(error, match=f"x1 {message}"):
+            coupling.pair(good, x)
+    for function in (cost_matrix, suggest_epsilon):
+        with pytest.raises(error, match=f"x0 {message}"):
+            function(x, good)
+        with pytest.raises(error, match=f"x1 {message}"):
+            function(good, x)
+
+
+def test_samples_that_would_broadcast_are_refused():
+    for coupling in (Independent(), MinibatchOT(), Sinkhorn(1.0), Gibbs(1.0)):
+        with pytest.raises(
+            ValueError, match=r"x0 must have the shape of x1, \(4, 2\), got \(4, 1\)"
+        ):
+            coupling.pair(torch.ones(4, 1), torch.ones(4, 2))
+
+
+def test_complex_conditions_are_refused():
+    x = torch.randn(4, 2)
+    with pytest.raises(TypeError, match=r"cond must hold real numbers, got torch.complex64"):
+        MinibatchOT(cond_weight=1.0).pair(x, x, torch.ones(4, dtype=torch.cfloat))
+
+
+def test_a_cost_of_half_precision_is_taken_as_it_is():
+    """A matrix product of a user's own cost returns bfloat16 under autocast."""
+    x0, x1 = normals(0, 32, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = MinibatchOT(lambda a, b: (a - b).abs().bfloat16().sum(-1)).pair(x0, x1)
+    least = cost_matrix(x0, x1, "cityblock")[assign(cost_matrix(x0, x1, "cityblock")), range(32)]
+    assert total(mixed.x0, x1, "cityblock") == pytest.approx(least.sum().item(), rel=0.01)
 
 
 def test_infinite_weight_needs_labels():

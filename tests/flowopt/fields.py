@@ -7,6 +7,7 @@ import torch
 from flowkit.exact import GaussianFlow, MixtureFlow
 from flowkit.sampling import ODESampler
 
+RIGHT, LEFT, MIDDLE = torch.tensor([2.0, -2.0, 0.0], dtype=torch.float64)  # for `steered`
 CENTERED = GaussianFlow(0.0, 0.5)
 MODES = MixtureFlow(torch.ones(2), torch.tensor([[-2.0], [2.0]]), torch.full((2,), 0.5))
 

@@ -14,7 +14,18 @@ from flowkit import grids
 from flowkit.flowopt import FlowOpt, step_bound
 from flowkit.guidance import ClassifierFree
 from flowkit.sampling import ODESampler
-from tests.flowopt.fields import CENTERED, MODES, Counted, bimodal, data, linear, slope, steered
+from tests.flowopt.fields import (
+    CENTERED,
+    LEFT,
+    MODES,
+    RIGHT,
+    Counted,
+    bimodal,
+    data,
+    linear,
+    slope,
+    steered,
+)
 
 SLOPES = {5: 0.3692307692, 10: 0.4307826049, 20: 0.4642475007}  # of Euler's map of N(0, .25)
 PUBLISHED = {
@@ -65,10 +76,10 @@ def test_step_sizes_about_the_bound_decay_and_grow():
 
 def test_the_iterates_are_those_of_the_formula():
     sampler, x1, eta = ODESampler(4), data(), 0.3
-    edit = FlowOpt(sampler, eta, 3, backtrack=False)(steered, x1, source=2.0, target=-2.0)
-    z = sampler.invert(steered, x1, 2.0, correct=True).x
+    edit = FlowOpt(sampler, eta, 3, backtrack=False)(steered, x1, source=RIGHT, target=LEFT)
+    z = sampler.invert(steered, x1, RIGHT, correct=True).x
     for k in range(4):
-        x = sampler(steered, z, -2.0)
+        x = sampler(steered, z, LEFT)
         torch.testing.assert_close(edit.trace[k], x)
         torch.testing.assert_close(edit.residuals[k], (x - x1).square().mean(1).sqrt())
         if k < 3:
@@ -80,12 +91,12 @@ def test_the_iterates_are_those_of_the_formula():
 def test_an_edit_comes_nearer_to_its_source_by_a_known_factor_and_ends_there():
     x1 = data(5, 2) * 0.5 + torch.tensor([2.0, 0.0]).double()
     sampler = ODESampler(10)
-    edit = FlowOpt(sampler, 0.25, 30, backtrack=False)(steered, x1, 2.0, -2.0)
+    edit = FlowOpt(sampler, 0.25, 30, backtrack=False)(steered, x1, RIGHT, LEFT)
     distance = (edit.trace - x1).norm(dim=-1)
     torch.testing.assert_close(distance[1:], distance[:-1] * (1 - 0.25 * slope(10)))
     assert 1 - 0.25 * slope(10) == pytest.approx(0.8923, abs=5e-5)
     assert (edit.trace[0][:, 0] < 0).all(), "the first iterate is of the target"
-    limit = FlowOpt(sampler, "auto", 60)(steered, x1, 2.0, -2.0)
+    limit = FlowOpt(sampler, "auto", 60)(steered, x1, RIGHT, LEFT)
     assert (limit.residuals[-1] < 1e-9).all()
     torch.testing.assert_close(limit.x, x1)
 
@@ -104,10 +115,10 @@ def test_an_edit_to_its_own_condition_is_the_inversion_bit_for_bit():
 @pytest.mark.parametrize("method", ["euler", "heun", "dopri5"])
 def test_without_iterations_it_inverts_and_regenerates(method):
     sampler, x1 = ODESampler(4, method), data()
-    edit = FlowOpt(sampler, num_iters=0)(steered, x1, 2.0, -2.0)
-    z = sampler.invert(steered, x1, 2.0, correct=method == "euler").x
+    edit = FlowOpt(sampler, num_iters=0)(steered, x1, RIGHT, LEFT)
+    z = sampler.invert(steered, x1, RIGHT, correct=method == "euler").x
     assert torch.equal(edit.z, z)
-    assert torch.equal(edit.x, sampler(steered, z, -2.0))
+    assert torch.equal(edit.x, sampler(steered, z, LEFT))
     assert torch.equal(edit.trace[0], edit.x)
 
 
@@ -132,6 +143,18 @@ def test_gradients_are_neither_needed_nor_recorded():
 
     assert not FlowOpt(ODESampler(2), 0.1, 2)(field, data()).x.requires_grad
     assert not any(seen)
+
+
+@pytest.mark.parametrize("backtrack", [True, False])
+def test_an_automatic_step_is_half_of_the_bound(backtrack):
+    """Of f(z) = 4 z: the bound is 1/2, with which nothing moves; half of it solves at once."""
+    field, sampler = linear(4 * torch.eye(3)), ODESampler(1)
+    edit = FlowOpt(sampler, num_iters=1, backtrack=backtrack)(field, data())
+    bound = step_bound(field, sampler, data()).bound
+    torch.testing.assert_close(bound, torch.full_like(bound, 0.5), rtol=1e-9, atol=0)
+    step = torch.full_like(bound, 0.25 * (1.2 if backtrack else 1))
+    torch.testing.assert_close(edit.step_size, step, rtol=1e-9, atol=0)
+    assert (edit.residuals[1] < 1e-8 * edit.residuals[0]).all()
 
 
 def test_automatic_steps_converge_at_any_scale():
@@ -256,7 +279,9 @@ def test_tolerance_ends_each_sample_at_its_own_iteration():
 
 def test_distance_ends_an_edit_on_its_way_back():
     x1 = data(5, 2) * 0.5 + torch.tensor([2.0, 0.0]).double()
-    edit = FlowOpt(ODESampler(10), 0.25, 60, backtrack=False, distance=1.0)(steered, x1, 2.0, -2.0)
+    edit = FlowOpt(ODESampler(10), 0.25, 60, backtrack=False, distance=1.0)(
+        steered, x1, RIGHT, LEFT
+    )
     rmse = (edit.x - x1).square().mean(1).sqrt()
     assert set(edit.status) == {"stopped"}
     assert ((rmse <= 1.0) & (rmse > 0.89)).all()
@@ -342,6 +367,59 @@ def test_an_exact_start_is_no_divergence():
     edit = FlowOpt(ODESampler(3), 0.5, 20, backtrack=False)(lambda x, t, c: 0 * x + 1, data())
     assert set(edit.status) <= {"iterations", "converged"}
     assert (edit.residuals < 1e-14).all()
+    rounding = torch.randn(2000, 1)
+    edit = FlowOpt(ODESampler(3), 1.9, 20, backtrack=False)(lambda x, t, c: 0 * x + 1, rounding)
+    first = edit.residuals[0]
+    assert ((edit.residuals.amax(0) > 10 * first) & (first > 0)).any()
+    assert set(edit.status) <= {"iterations", "converged"}
+
+
+def test_divergence_begins_at_ten_times_the_first_residual():
+    """Residuals grow by 1.5: the sixth is the first above ten."""
+    with pytest.warns(UserWarning, match="step_size must lie below"):
+        edit = FlowOpt(ODESampler(1), 1.25, 12, backtrack=False)(linear(2 * torch.eye(3)), data())
+    assert set(edit.status) == {"diverged"}
+    torch.testing.assert_close(edit.residuals[-1], 1.5**6 * edit.residuals[0])
+
+
+@pytest.mark.parametrize(("eta", "status"), [(0.005, "iterations"), (0.0002, "stopped")])
+def test_an_improvement_is_one_of_a_thousandth(eta, status):
+    """Residuals fall by 1 % and by 0.04 % an iteration."""
+    edit = FlowOpt(ODESampler(1), eta, 9, False, patience=1)(linear(2 * torch.eye(3)), data())
+    assert set(edit.status) == {status}
+
+
+def test_a_residual_that_stays_equal_is_accepted():
+    x1 = torch.tensor([[1.0, -2.0], [4.0, 3.0]]).double()
+    edit = FlowOpt(ODESampler(1), 1.0, 1)(linear(2 * torch.eye(2)), x1)
+    assert torch.equal(edit.residuals[0], edit.residuals[1])
+    assert (edit.step_size == 1.2).all()
+
+
+def test_an_exact_start_has_converged():
+    edit = FlowOpt(ODESampler(3), 0.5, 5)(lambda x, t, cond: 0 * x, data())
+    assert (set(edit.status), edit.nfe) == ({"converged"}, 4 + 3)
+
+
+def test_an_automatic_step_above_half_of_the_next_bound_is_lowered():
+    """f(z) = z + c for z > 0, and 1.6 z + c below; the second iterate lies below."""
+
+    def field(x, t, cond):
+        return 0.6 * x.clamp(max=0) + cond
+
+    x1, zero = torch.full((1, 1), 0.5).double(), torch.zeros(()).double()
+    edit = FlowOpt(ODESampler(1), num_iters=1, backtrack=False)(field, x1, zero, zero + 1)
+    torch.testing.assert_close(edit.step_size, torch.tensor([1 / 1.3]).double())  # from 0.5 to -0.5
+
+
+def test_a_sample_that_has_ended_needs_no_step():
+    def field(x, t, cond):
+        return (cond[:, None] - 1) * x  # f(z) = cond z, without a step for cond = -1
+
+    x1 = torch.tensor([[0.0, 0.0], [1.0, 2.0]]).double()
+    edit = FlowOpt(ODESampler(1), num_iters=3)(field, x1, torch.tensor([-1.0, 2.0]).double())
+    assert edit.status[0] == "converged"
+    assert edit.residuals[-1, 1] < 1e-8
 
 
 # --- half precision -----------------------------------------------------------------------------
@@ -371,16 +449,13 @@ def test_small_steps_do_not_stall():
     """The same updates in half precision vanish below half a unit in the last place."""
     x1 = torch.randn(400, 1).to(torch.bfloat16)
 
-    def field(x, t, cond=None):
-        return 0.0 * x
-
-    shift = 1.0
+    shift = torch.tensor(1.0)
 
     def conditional(x, t, cond):
-        return torch.full_like(x, cond)
+        return cond.to(x).expand_as(x)
 
     edit = FlowOpt(ODESampler(1), 0.0025, 2000, backtrack=False, keep=())(
-        conditional, x1, 0.0, shift
+        conditional, x1, torch.tensor(0.0), shift
     )
     assert edit.residuals[-1].square().mean().sqrt() < 0.01
     z = x1.clone()
@@ -425,8 +500,8 @@ def test_a_velocity_is_bound_for_every_solve(dtype):
         def begin_step(self, left, right):
             self.steps.append((left, right))
 
-    FlowOpt(ODESampler(3), 0.5, 2)(Caching(), data().to(dtype), "a", "b")
-    assert bound == ["a", "b", "b", "b"]
+    FlowOpt(ODESampler(3), 0.5, 2)(Caching(), data().to(dtype), RIGHT, LEFT)
+    assert [cond.item() for cond in bound] == [2, -2, -2, -2]
 
 
 # --- what is kept -------------------------------------------------------------------------------
@@ -491,6 +566,16 @@ def test_inputs_that_do_not_fit():
     flowopt, x1 = FlowOpt(ODESampler(2), 0.5, 1), data()
     with pytest.raises(TypeError, match=r"x1 must be a floating-point tensor, got torch\.int64"):
         flowopt(CENTERED, torch.zeros(2, 2).long())
+    with pytest.raises(TypeError, match=r"x1 must be a floating-point tensor, got torch\.uint8"):
+        flowopt(CENTERED, torch.zeros(2, 2, dtype=torch.uint8))
+    with pytest.raises(TypeError, match="x1 must be a floating-point tensor, got list"):
+        flowopt(CENTERED, [[0.0]])
+    with pytest.raises(ValueError, match=r"x1 must hold at least one .* got shape \(0, 3\)"):
+        flowopt(CENTERED, x1[:0])
+    with pytest.raises(TypeError, match=r"source must be a tensor, .* got int"):
+        flowopt(steered, x1, 3)
+    with pytest.raises(TypeError, match=r"target must be a tensor, .* got a mapping of int"):
+        flowopt(steered, x1, RIGHT, {"label": 3})
     with pytest.raises(ValueError, match="x1 must be finite, got 1 NaN"):
         flowopt(CENTERED, x1.where(x1 < x1.max(), torch.nan))
 

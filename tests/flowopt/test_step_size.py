@@ -41,6 +41,20 @@ def test_bound_and_cosine_of_a_rotation(degrees, dtype):
     torch.testing.assert_close(found.cosine, expected, rtol=0, atol=tol)
 
 
+@pytest.mark.parametrize("degrees", [0, 30, 60])
+@pytest.mark.parametrize("latents", [torch.float32, None])
+@pytest.mark.parametrize(("dtype", "tol"), [(torch.bfloat16, 0.03), (torch.float16, 0.008)])
+def test_the_bound_of_half_precision_results_is_that_of_exact_ones(degrees, latents, dtype, tol):
+    """Differences that suit float32 would drown in the rounding of the results."""
+    field = linear(rotation(degrees))
+    velocity = lambda x, t, cond=None: field(x.double(), t).to(dtype)  # noqa: E731
+    z = torch.randn(100, 2).to(latents or dtype)
+    found = step_bound(velocity, ODESampler(1), z)
+    expected = torch.full((100,), math.cos(math.radians(degrees)))
+    torch.testing.assert_close(found.bound, expected, rtol=0, atol=tol)
+    torch.testing.assert_close(found.cosine, expected, rtol=0, atol=tol)
+
+
 @pytest.mark.parametrize("degrees", [90, 120, 180])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_rotation_from_a_right_angle_on_is_refused(degrees, dtype):
@@ -52,6 +66,41 @@ def test_a_rotation_from_a_right_angle_on_is_refused(degrees, dtype):
             step_bound(velocity, ODESampler(1), torch.randn(3, 2, dtype=dtype))
         with pytest.raises(ValueError, match=r"cosine .* for samples \[0, 1, 2\]"):
             FlowOpt(ODESampler(1), num_iters=2)(velocity, torch.randn(3, 2, dtype=dtype))
+
+
+def test_every_sample_of_a_right_angle_is_refused():
+    field, z = linear(rotation(90)), torch.randn(200, 2)
+    velocity = lambda x, t, cond=None: field(x.double(), t).float()  # noqa: E731
+    for row in z[:, None]:
+        with pytest.raises(ValueError, match="must be positive"):
+            step_bound(velocity, ODESampler(1), row)
+
+
+def test_the_bound_is_the_least_of_all_rounds():
+    matrix = torch.tensor([[1.0, 1.6], [0.0, 1.0]]).double()
+    z = torch.randn(100, 2, dtype=torch.float64)
+
+    def found(rounds):
+        generator = torch.Generator().manual_seed(0)
+        return step_bound(linear(matrix), ODESampler(1), z, rounds=rounds, generator=generator)
+
+    directions = torch.randn(100, 2, generator=torch.Generator().manual_seed(0)).double()
+    bounds, cosines = [], []
+    for _ in range(3):
+        image = directions @ matrix.T
+        product = (directions * image).sum(1)
+        bounds.append(2 * product / image.square().sum(1) * 1.0)
+        cosines.append(product / directions.norm(dim=1) / image.norm(dim=1))
+        directions = image
+    bounds, cosines = torch.stack(bounds), torch.stack(cosines)
+    assert (bounds.argmin(0) < 2).any(), "the last is not always the least"
+    torch.testing.assert_close(found(3).bound, bounds.amin(0), rtol=1e-8, atol=0)
+    torch.testing.assert_close(found(3).cosine, cosines.amin(0), rtol=1e-8, atol=1e-8)
+
+
+def test_latents_of_zero_are_measured():
+    found = step_bound(linear(4 * torch.eye(3)), ODESampler(1), torch.zeros(2, 3).double())
+    torch.testing.assert_close(found.bound, torch.full((2,), 0.5).double())
 
 
 def test_a_constant_flow_has_no_step():
@@ -81,5 +130,12 @@ def test_a_measurement_counts_its_solves():
 def test_arguments_of_a_measurement_that_do_not_fit():
     with pytest.raises(ValueError, match="z must be finite"):
         step_bound(CENTERED, ODESampler(2), torch.full((1, 2), torch.nan))
+    for wrong, kind in ((torch.zeros(1, 2).long(), "torch.int64"), ([[0.0]], "list")):
+        with pytest.raises(TypeError, match=f"z must be a floating-point tensor, got {kind}"):
+            step_bound(CENTERED, ODESampler(2), wrong)
+    with pytest.raises(ValueError, match=r"z must hold at least one .* got shape \(0, 2\)"):
+        step_bound(CENTERED, ODESampler(2), torch.zeros(0, 2))
+    with pytest.raises(TypeError, match=r"cond must be a tensor, .* got int"):
+        step_bound(CENTERED, ODESampler(2), data(), 3)
     with pytest.raises(ValueError, match="rounds must be at least 1"):
         step_bound(CENTERED, ODESampler(2), data(), rounds=0)

@@ -17,14 +17,19 @@ from flowkit.metrics import (
     Pixels,
     PixelSVC,
     agreement,
+    as_saved,
     frechet_distance,
+    frechet_unbiased,
     image_metrics,
     inception,
+    kernel_distance,
     normalized_path_energy,
     point_metrics,
+    prdc_intervals,
     to_uint8,
     train_classifier,
     wasserstein2,
+    wilson,
 )
 from flowkit.provenance import tensor_hash
 
@@ -186,12 +191,8 @@ def test_image_metrics_rank_models(digits, classifier):
     assert perfect["frechet_distance"] == pytest.approx(floor, rel=0.2)
     assert min(noisy["frechet_distance"], missing["frechet_distance"]) > 2 * floor
     low, high = perfect["frechet_distance_unbiased_interval"]
-    assert low == 0
-    assert (
-        perfect["frechet_distance_unbiased"]
-        < high
-        < missing["frechet_distance_unbiased_interval"][0]
-    )
+    assert low < perfect["frechet_distance_unbiased"] < high
+    assert high < missing["frechet_distance_unbiased_interval"][0]
     assert missing["precision"] > 0.9
     assert missing["recall"] < 0.7 < perfect["recall"]
     assert missing["coverage"] < 0.6 < perfect["coverage"]
@@ -207,13 +208,41 @@ def test_image_metrics_is_a_record(digits, classifier, judge):
     assert record["num_samples"] == record["floor"]["num_samples"] == 200
     assert record["features"] == {"name": "digits", "hash": classifier.hash}
     assert record["reference"]["num_samples"] == 360
-    assert record["judge"]["test_accuracy"] >= 0.97
-    assert record["class_agreement"] >= 0.97
-    low, high = record["class_agreement_interval"]
-    assert 0.9 < low < record["class_agreement"] <= high <= 1
+    for share, interval, count in (
+        (record["class_agreement"], record["class_agreement_interval"], 200),
+        (record["judge"]["test_accuracy"], record["judge"]["test_accuracy_interval"], 360),
+    ):
+        assert share >= 0.97
+        assert interval == list(wilson(share, count))
     wrong = record_of(digits, classifier, train[:200], **options | {"labels": 9 - labels[:200]})
     assert wrong["class_agreement"] < 0.1
     assert "fid" not in json.dumps(record).lower()
+
+
+def test_image_metrics_jackknife_within_the_classes(digits, classifier):
+    """The training digits as samples: equal to the test digits, in fixed numbers per class."""
+    train, labels, test, test_labels = digits
+    record = record_of(digits, classifier, train, labels=labels, test_labels=test_labels)
+    assert record["stratified"] == {"samples": True, "reference": True}
+    assert record["floor"]["stratified"] == {"samples": False, "reference": True}
+    a, b = (classifier(as_saved(images)) for images in (train, test))
+    value, interval = frechet_unbiased(a, b, strata=(labels, test_labels))
+    assert record["frechet_distance_unbiased"] == value
+    assert record["frechet_distance_unbiased_interval"] == list(interval)
+    value, interval = kernel_distance(a, b, strata=(labels, test_labels))
+    assert (record["kernel_distance"], record["kernel_distance_interval"]) == (
+        value,
+        list(interval),
+    )
+    _, intervals = prdc_intervals(b, a, 5, strata=(test_labels, labels))
+    for name in ("precision", "recall", "density", "coverage"):
+        assert record[f"{name}_interval"] == list(intervals[name])
+    # A class of one image, and no classes: draws that count as independent.
+    labels = labels.clone()
+    labels[0] = 10
+    record = record_of(digits, classifier, train, labels=labels)
+    assert record["stratified"] == {"samples": False, "reference": False}
+    assert record["frechet_distance_unbiased"] == frechet_unbiased(a, b)[0]
 
 
 def test_image_metrics_measures_images_as_saved(digits):
@@ -232,6 +261,7 @@ def test_image_metrics_of_few_samples_claims_no_interval(digits, classifier):
     record = record_of(digits, classifier, train[:4])
     assert record["frechet_distance_unbiased"] is None
     assert record["frechet_distance_unbiased_interval"] is None
+    assert record["precision_interval"] is None
     assert record["neighbors"] == 3
     # More samples than training images: the floor says how many it has.
     many = image_metrics(train[:50], digits[2], train[:200], Pixels())

@@ -11,11 +11,7 @@ from hypothesis import strategies as st
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.fid import _compute_fid as torchmetrics_frechet
 
-from flowkit.metrics import (
-    frechet_distance,
-    frechet_from_moments,
-    frechet_unbiased,
-)
+from flowkit.metrics import frechet_distance, frechet_from_moments
 from tests.metrics.samples import F64, normal
 
 
@@ -130,7 +126,7 @@ def test_frechet_laws(seed, counts, dim, scale):
     rotation, shift = torch.linalg.qr(normal(dim, dim, seed=seed + 2)).Q, normal(dim, seed=seed + 3)
     value = frechet_distance(a, b)
     assert value >= 0
-    near = pytest.approx(value, rel=1e-6, abs=1e-6)
+    near = pytest.approx(value, rel=1e-8, abs=1e-8)
     assert frechet_distance(b, a) == near
     assert frechet_distance(a @ rotation + shift, b @ rotation + shift) == near
     assert frechet_distance(scale * a, scale * b) / scale**2 == near
@@ -138,34 +134,8 @@ def test_frechet_laws(seed, counts, dim, scale):
 
 def test_frechet_in_single_precision_is_computed_in_double():
     a = 1000 + normal(500, 4, dtype=torch.float32)
-    assert frechet_distance(a, a + 1) == pytest.approx(4, rel=1e-3)
+    assert frechet_distance(a, a + 1) == pytest.approx(4, rel=1e-5)
     assert frechet_distance(a, a + 1) == frechet_distance(a.double(), (a + 1).double())
-
-
-def test_frechet_unbiased_covers_the_truth_where_the_plain_estimate_does_not():
-    generator = torch.Generator().manual_seed(0)
-    for shift, scale in [(0.0, 1.0), (0.05, 1.05), (0.3, 1.2)]:
-        truth = 8 * (shift**2 + (scale - 1) ** 2)
-        covered, estimates, plain = 0, [], []
-        for seed in range(60):
-            a, b = normal(400, 8, seed=2 * seed), scale * normal(400, 8, seed=2 * seed + 1) + shift
-            value, (low, high) = frechet_unbiased(a, b, generator=generator)
-            covered += low <= truth <= high
-            estimates.append(value)
-            plain.append(frechet_distance(a, b))
-        error = np.std(estimates) / 60**0.5
-        assert covered >= 52  # P(< 52 | coverage .95) = 0.3 %
-        assert np.mean(estimates) == pytest.approx(truth, abs=4 * error)
-        assert np.mean(plain) > truth + 4 * error
-
-
-def test_frechet_unbiased_draws_its_groups():
-    a, b = normal(200, 3), normal(200, 3, seed=1)
-
-    def draw(seed):
-        return frechet_unbiased(a, b, generator=torch.Generator().manual_seed(seed))
-
-    assert draw(0) == draw(0) != draw(1)
 
 
 def test_frechet_errors():
@@ -178,7 +148,3 @@ def test_frechet_errors():
         frechet_distance(a, torch.where(a == a.max(), math.nan, a))
     with pytest.raises(ValueError, match=r"cov_b must have shape \(3, 3\), got \(2, 3\)"):
         frechet_from_moments(a[0], torch.eye(3), a[1], torch.eye(3)[:2])
-    with pytest.raises(ValueError, match=r"a must keep more samples than its 3 .* got 3 of 4"):
-        frechet_unbiased(a[:4], a, groups=4)
-    with pytest.raises(ValueError, match="confidence must lie strictly between 0 and 1, got 95"):
-        frechet_unbiased(a, a, groups=3, confidence=95)

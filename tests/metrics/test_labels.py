@@ -7,12 +7,13 @@ import pytest
 import torch
 from sklearn.metrics import accuracy_score, jaccard_score, roc_auc_score
 
+from flowkit.metrics import wilson
 from flowkit.metrics.labels import classification_metrics, segmentation_metrics
 
 
 def _random(n=500, k=4, seed=0):
     g = torch.Generator().manual_seed(seed)
-    p = (2 * torch.randn(n, k, generator=g)).softmax(1)
+    p = (2 * torch.randn(n, k, generator=g, dtype=torch.float64)).softmax(1)
     labels = torch.multinomial(p, 1, generator=g)[:, 0]
     return p, labels
 
@@ -24,7 +25,7 @@ def test_accuracy_and_auc_are_those_of_scikit_learn():
     expected = roc_auc_score(
         labels, p.double() / p.double().sum(1, keepdim=True), multi_class="ovr"
     )
-    assert record["auc"] == pytest.approx(expected, abs=1e-6)
+    assert record["auc"] == pytest.approx(expected, rel=1e-12)
     json.dumps(record)
 
 
@@ -43,20 +44,20 @@ def test_probabilities_that_are_true_are_calibrated_and_sharpened_ones_are_not()
 
 
 def test_calibration_error_by_hand():
-    p = torch.tensor([[0.75, 0.25]] * 4 + [[0.05, 0.95]] * 2)
+    p = torch.tensor([[0.75, 0.25]] * 4 + [[0.05, 0.95]] * 2, dtype=torch.float64)
     labels = torch.tensor([0, 0, 0, 1, 1, 0])
     record = classification_metrics(p, labels, bins=10)
-    assert record["calibration_error"] == pytest.approx((4 * 0 + 2 * 0.45) / 6, abs=1e-6)
+    assert record["calibration_error"] == pytest.approx((4 * 0 + 2 * 0.45) / 6, rel=1e-12)
     assert record["reliability"]["accuracy"] == pytest.approx([0.75, 0.5])
 
 
 def test_scores_and_bins_by_hand():
     """Four bins: confidences up to .5, and 1/2 itself, lie in the second."""
-    p = torch.tensor([[0.5, 0.5], [0.8, 0.2], [0.0, 1.0]])
+    p = torch.tensor([[0.5, 0.5], [0.8, 0.2], [0.0, 1.0]], dtype=torch.float64)
     record = classification_metrics(p, torch.tensor([0, 1, 1]), bins=4)
     nll = -(math.log(0.5) + math.log(0.2) + math.log(1.0)) / 3
-    assert record["negative_log_likelihood"] == pytest.approx(nll, abs=1e-6)
-    assert record["brier_score"] == pytest.approx((0.5 + 1.28 + 0) / 3, abs=1e-6)
+    assert record["negative_log_likelihood"] == pytest.approx(nll, rel=1e-12)
+    assert record["brier_score"] == pytest.approx((0.5 + 1.28 + 0) / 3, rel=1e-12)
     assert record["reliability"]["confidence"] == pytest.approx([0.5, 0.9])
     impossible = classification_metrics(p[2:], torch.tensor([0]))
     assert impossible["negative_log_likelihood"] == pytest.approx(-math.log(1e-6))
@@ -64,10 +65,10 @@ def test_scores_and_bins_by_hand():
 
 def test_the_calibration_error_is_that_of_the_reliability_beside_it():
     """Probabilities of exactly 1, which clipping makes, belong to the last bin."""
-    p = torch.tensor([[1.0, 0.0]] * 10 + [[0.97, 0.03]] * 10)
+    p = torch.tensor([[1.0, 0.0]] * 10 + [[0.97, 0.03]] * 10, dtype=torch.float64)
     labels = torch.tensor([0] * 9 + [1] + [0] * 8 + [1] * 2)
     record = classification_metrics(p, labels)
-    assert record["calibration_error"] == pytest.approx(0.985 - 0.85, abs=1e-6)
+    assert record["calibration_error"] == pytest.approx(0.985 - 0.85, rel=1e-12)
     assert len(record["reliability"]["share"]) == 1
 
 
@@ -83,10 +84,10 @@ def test_the_selective_curve_by_brute_force():
     p, labels = _random(200)
     record = classification_metrics(p, labels, coverages=8)["selective"]
     order = p.max(1).values.argsort(descending=True)
-    right = (p.argmax(1) == labels)[order].float()
+    right = (p.argmax(1) == labels)[order].double()
     assert record["accuracy"] == pytest.approx([right[: 25 * k].mean().item() for k in range(1, 9)])
     risks = [1 - right[:n].mean().item() for n in range(1, 201)]
-    assert record["area_under_risk"] == pytest.approx(sum(risks) / 200, abs=1e-6)
+    assert record["area_under_risk"] == pytest.approx(sum(risks) / 200, rel=1e-12)
     assert record["coverage"] == [k / 8 for k in range(1, 9)]
 
 
@@ -111,11 +112,11 @@ def test_iou_is_that_of_scikit_learn():
     masks = torch.where(torch.rand(5, 6, 7, generator=g) < 0.7, truth, torch.randint(4, (5, 6, 7)))
     record = segmentation_metrics(masks, truth, num_classes=6)
     a, b = masks.flatten(), truth.flatten()
-    assert record["mean_iou"] == pytest.approx(jaccard_score(b, a, average="macro"), abs=1e-6)
-    assert record["iou"][:4] == pytest.approx(list(jaccard_score(b, a, average=None)), abs=1e-6)
+    assert record["mean_iou"] == pytest.approx(jaccard_score(b, a, average="macro"), rel=1e-12)
+    assert record["iou"][:4] == pytest.approx(list(jaccard_score(b, a, average=None)), rel=1e-12)
     assert record["iou"][4:] == [None, None]
-    assert record["foreground_iou"] == pytest.approx(jaccard_score(b > 0, a > 0), abs=1e-6)
-    assert record["pixel_accuracy"] == pytest.approx((a == b).float().mean().item())
+    assert record["foreground_iou"] == pytest.approx(jaccard_score(b > 0, a > 0), rel=1e-12)
+    assert record["pixel_accuracy"] == pytest.approx((a == b).double().mean().item())
     json.dumps(record)
 
 
@@ -126,6 +127,44 @@ def test_ignored_pixels_do_not_count():
     assert (record["mean_iou"], record["foreground_iou"], record["num_pixels"]) == (1, 1, 4)
     with pytest.raises(ValueError, match=r"truth must hold labels in \[0, 2\], got values in"):
         segmentation_metrics(masks, truth, num_classes=3)
+
+
+def test_ties_count_half_in_the_area():
+    p = torch.tensor([[0.5, 0.5], [0.5, 0.5], [0.2, 0.8], [0.9, 0.1]], dtype=torch.float64)
+    # Pairs of class 1 (0.5, 0.8) with class 0 (0.5, 0.1): 1/2 + 1 + 1 + 1 of 4.
+    assert classification_metrics(p, torch.tensor([0, 1, 1, 0]))["auc"] == 3.5 / 4
+
+
+def test_intervals_of_labels_by_hand():
+    p, labels = _random(200)
+    record = classification_metrics(p, labels)
+    assert record["accuracy_interval"] == list(wilson(record["accuracy"], 200))
+    # The mean of a sum over images: its deviation is known.
+    losses = -p[torch.arange(200), labels].log()
+    spread = torch.cat([losses[labels == k] - losses[labels == k].mean() for k in range(4)])
+    low, high = record["negative_log_likelihood_interval"]
+    assert (low + high) / 2 == pytest.approx(losses.mean().item(), rel=1e-9)
+    std = spread.std().item() / 200**0.5
+    assert (high - low) / 2 == pytest.approx(2.009575 * std, rel=0.35)  # 3.5 / √100
+    for name in ("auc", "calibration_error", "brier_score"):
+        low, high = record[f"{name}_interval"]
+        assert low < record[name] < high
+    low, high = record["selective"]["area_under_risk_interval"]
+    assert low < record["selective"]["area_under_risk"] < high
+    few = classification_metrics(p[:7], labels[:7])
+    assert few["brier_score_interval"] is None
+    assert few["accuracy_interval"] is not None
+
+
+def test_an_image_is_one_case_of_a_mask():
+    """Whole images right or wrong: the pixels of an image do not count as independent."""
+    truth = torch.randint(2, (100, 5, 5), generator=torch.Generator().manual_seed(0))
+    wrong = (torch.arange(100) % 4 == 0).view(-1, 1, 1)
+    record = segmentation_metrics(torch.where(wrong, 1 - truth, truth), truth, 2)
+    low, high = record["pixel_accuracy_interval"]
+    assert record["pixel_accuracy"] == 0.75
+    assert (high - low) / 2 == pytest.approx(2.009575 * (0.75 * 0.25 / 100) ** 0.5, rel=0.35)
+    assert record["mean_iou_interval"][0] < record["mean_iou"] < record["mean_iou_interval"][1]
 
 
 def test_bad_input_is_refused():

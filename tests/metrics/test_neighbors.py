@@ -6,10 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from flowkit.metrics import (
-    kid,
-    prdc,
-)
+from flowkit.metrics import kid, prdc, prdc_intervals, wilson
+from flowkit.metrics.intervals import around, half_sampling, share_interval
 from tests.metrics.samples import normal
 
 
@@ -85,7 +83,7 @@ def test_coverage_of_equal_populations_has_its_known_mean():
     """The chance that none of k nearest among both sets is fake: 1 − 2⁻ᵏ for equal counts."""
     values = [prdc(normal(300, 2, seed=s), normal(300, 2, seed=s + 999), 3) for s in range(20)]
     assert np.mean([v.coverage for v in values]) == pytest.approx(1 - 2**-3, abs=0.015)
-    assert np.mean([v.density for v in values]) == pytest.approx(1, abs=0.05)
+    assert np.mean([v.density for v in values]) == pytest.approx(1, abs=0.036)
 
 
 def test_prdc_errors():
@@ -93,3 +91,24 @@ def test_prdc_errors():
         prdc(normal(9, 2), normal(5, 2))
     with pytest.raises(ValueError, match=r"fake must have shape \(M, F\) beside real"):
         prdc(normal(9, 2), normal(9, 3))
+
+
+def test_intervals_come_from_halves_of_each_class():
+    """The saturated precision has the width of Wilson's interval of all fake samples."""
+    classes = [torch.arange(90) % 3, torch.arange(60) % 2]
+    real = normal(90, 2) + 4 * classes[0][:, None]
+    fake = 0.3 * normal(60, 2, seed=1) + 4 * classes[1][:, None]
+    found, intervals = prdc_intervals(real, fake, 4, strata=(classes[0], classes[1]))
+    assert found == prdc(real, fake, 4)
+    stds = half_sampling(
+        lambda rows, fakes: torch.tensor(prdc(real[rows], fake[fakes], 4)), classes
+    )
+    assert found.precision == 1
+    assert intervals["precision"] == wilson(1.0, 60)
+    for k, name in ((1, "recall"), (3, "coverage")):
+        expected = share_interval(found[k], stds[k].item(), 90)
+        assert intervals[name] == pytest.approx(expected, rel=1e-12)
+    assert intervals["density"] == around(found.density, stds[2].item(), (0, math.inf))
+    assert intervals["recall"] != prdc_intervals(real, fake, 4)[1]["recall"]
+    with pytest.raises(ValueError, match=r"k must lie in \[1, 15\], got 16"):
+        prdc_intervals(real, fake, 16)

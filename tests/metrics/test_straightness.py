@@ -66,10 +66,10 @@ def test_path_energy_of_a_circle_converges_from_below():
         path = torch.stack([angle.cos(), angle.sin()], -1)[:, None]
         return path_energy(path, steps)
 
-    gaps = [math.pi**2 / 4 - energy(steps) for steps in (10, 20, 40)]
-    assert min(gaps) > 0
-    assert gaps[0] / gaps[1] == pytest.approx(4, rel=1e-2)
-    assert gaps[1] / gaps[2] == pytest.approx(4, rel=1e-2)
+    for steps in (1, 10, 40):  # chords of length 2 sin(π / 4n)
+        exact = (2 * steps * math.sin(math.pi / (4 * steps))) ** 2
+        assert energy(steps) == pytest.approx(exact, rel=1e-12)
+        assert exact < math.pi**2 / 4
     quarter_circle, w2 = math.pi**2 / 4, 2**0.5
     assert normalized_path_energy(quarter_circle, w2) == pytest.approx(math.pi**2 / 8 - 1)
 

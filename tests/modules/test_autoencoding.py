@@ -24,8 +24,9 @@ def seeded(seed=0):
 
 
 def test_loss_is_error_and_divergence_per_pixel():
-    vae, x = network(), torch.rand(5, 1, 8, 8) * 2 - 1
-    terms = Autoencoding(vae, kl_weight=0.01).loss({"x1": x}, seeded())
+    """The divergence of an image by its 64 pixels, and not by its 16 latents."""
+    vae, x = network(multipliers=(1, 1, 1)), torch.rand(5, 1, 8, 8) * 2 - 1
+    terms = Autoencoding(vae, kl_weight=0.5).loss({"x1": x}, seeded())
     law = vae.encode(x).latent_dist
     z = law.mean + law.std * torch.randn(law.mean.shape, generator=seeded())
     l1 = (vae.decode(z).sample - x).abs().mean()
@@ -34,7 +35,25 @@ def test_loss_is_error_and_divergence_per_pixel():
     kl = divergence.flatten(1).sum(1).mean()
     torch.testing.assert_close(terms["l1"], l1)
     torch.testing.assert_close(terms["kl"], kl)
-    torch.testing.assert_close(terms["loss"], l1 + 0.01 * kl / 64)
+    assert law.mean[0].numel() == 16
+    assert kl > 1e-2
+    torch.testing.assert_close(terms["loss"], l1 + 0.5 * kl / 64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_losses_of_half_precision_are_sums_in_float32(dtype):
+    """A divergence of 1e5 nats per image is beyond float16."""
+    vae, x = network(), torch.rand(5, 1, 8, 8) * 2 - 1
+    with torch.no_grad():
+        vae.quant_conv.bias[:4] = 60.0
+    trunk = nn.Sequential(nn.Conv2d(1, 4, 3))
+    module = Autoencoding(vae, perceptual=FeatureError(trunk), perceptual_weight=0.3)
+    exact = module.loss({"x1": x}, seeded())
+    found = module.to(dtype).loss({"x1": x.to(dtype)}, seeded())
+    assert exact["kl"] > 1e5
+    for name, value in found.items():
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value, exact[name], rtol=0.05, atol=0)
 
 
 def test_images_of_any_size_are_compared_where_they_are():

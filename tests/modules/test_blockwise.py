@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from flowkit import grids
 from flowkit.blockwise import Blockwise, BlockwiseDiT, BlockwiseMLP, copies
+from flowkit.blockwise.alignment import resize_tokens
 from flowkit.guidance import DropCond
 from flowkit.modules import BlockwiseFlowMatching, ConditionalFlowMatching
 from flowkit.nn import ResidualMLP
@@ -126,6 +127,28 @@ def test_an_encoder_is_made_when_it_is_first_needed():
     assert made == [1]
     with pytest.raises(ValueError, match="encoder_width must be given for an encoder"):
         BlockwiseFlowMatching(tiny_dit(), lambda x: x)
+
+
+def test_tokens_of_wide_images_meet_the_features_of_their_place():
+    """4x4 tokens of a 4x16 image, of which the trunk has 2x8: both are 16, and differ in place."""
+
+    class Squares:
+        sides = (4, 4)
+
+        def __call__(self, images):
+            return tokens
+
+    tokens = torch.randn(2, 16, 8)
+    flow = BlockwiseDiT((1, 4, 16), 2, 2, 16, 2, 1, 1)
+    module = BlockwiseFlowMatching(flow, Squares(), encoder_width=8)
+    module.projector = nn.Identity()
+    images = torch.zeros(2, 1, 4, 16)
+    right = resize_tokens(tokens, (4, 4), (2, 8))
+    assert module._alignment(right, images).item() == pytest.approx(-1)
+    assert module._alignment(tokens, images).item() > -0.9
+    module.encoder = lambda images: tokens
+    with pytest.raises(ValueError, match=r"must have the attribute sides.* 16 tokens of .*4, 16"):
+        module._alignment(right, images)
 
 
 def test_perceptrons_align_one_token():

@@ -1,5 +1,6 @@
 """Pictures and progress while training."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -7,7 +8,13 @@ import torch
 from lightning import Trainer
 from torch.utils.data import DataLoader
 
-from flowkit.modules import ConditionalFlowMatching, SampleGrid, callbacks
+from flowkit.modules import (
+    AveragedWeights,
+    ConditionalFlowMatching,
+    LastCheckpoint,
+    SampleGrid,
+    callbacks,
+)
 from flowkit.modules.callbacks import StepProgress
 from flowkit.modules.flow import brings_start
 from flowkit.nn import ResidualMLP
@@ -77,7 +84,78 @@ def test_pictures_take_conditions_that_are_no_labels_from_the_data(drawn):
     assert brings_start({"x1": X1, "cond": masks}, SimpleNamespace(num_classes=2))
 
 
-@pytest.mark.filterwarnings("ignore:.*:UserWarning", "ignore:.*LeafSpec.*:FutureWarning")
+class Steady(ConditionalFlowMatching):
+    """A training whose weight is the number of steps, ``1, 2, 3, …``, and so is a counter."""
+
+    def __init__(self):
+        super().__init__(torch.nn.Linear(1, 1), optimizer=partial(torch.optim.SGD, lr=1.0))
+        self.velocity.weight.data.zero_()
+        self.register_buffer("steps", torch.tensor(0))
+
+    def loss(self, batch, generator=None):
+        self.steps += 1
+        return {"loss": -self.velocity.weight.sum()}
+
+
+def steady(folder, steps, resume=None, every=1):
+    """Return the checkpoint after a number of steps with averaged weights."""
+    kept = LastCheckpoint(folder / str(steps), every_n_steps=1000)
+    trainer = Trainer(
+        max_steps=steps,
+        accelerator="cpu",
+        logger=False,
+        callbacks=[AveragedWeights(0.8, every), kept],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+    )
+    batches = DataLoader([{"x1": torch.zeros(1)}] * 60, None)
+    trainer.fit(Steady(), batches, ckpt_path=resume, weights_only=True)
+    return torch.load(folder / f"{steps}/last.ckpt", weights_only=True)
+
+
+def averaged(steps, every=1):
+    """The average by the definition, of the weights 1, 1 + every, …."""
+    counted = range(1, steps + 1, every)
+    value = float(counted[0])
+    for n, weight in enumerate(counted[1:], start=1):
+        decay = min(0.8, (1 + n) / (10 + n))
+        value = decay * value + (1 - decay) * weight
+    return value
+
+
+QUIET = pytest.mark.filterwarnings("ignore:.*:UserWarning", "ignore:.*LeafSpec.*:FutureWarning")
+
+
+@QUIET
+@pytest.mark.parametrize("every", [1, 3])
+def test_the_decay_of_averaged_weights_warms_up(tmp_path, every):
+    """At 6 steps the decay still rises, at 60 it is the largest one (from step 35 on)."""
+    assert averaged(2) == pytest.approx(2 / 11 * 1 + 9 / 11 * 2)
+    for steps in (2, 6, 60):
+        state = steady(tmp_path, steps, every=every)
+        found = state["state_dict"]["velocity.weight"].item()
+        assert found == pytest.approx(averaged(steps, every), rel=1e-5)
+        assert state["current_model_state"]["velocity.weight"] == steps
+        assert state["state_dict"]["steps"] == max(range(1, steps + 1, every))
+
+
+@QUIET
+def test_a_resumed_average_goes_on_with_its_warm_up(tmp_path):
+    steady(tmp_path, 7)
+    state = steady(tmp_path, 20, tmp_path / "7/last.ckpt")
+    assert state["averaging_state"]["n_averaged"] == 20
+    assert state["state_dict"]["velocity.weight"].item() == pytest.approx(averaged(20), rel=1e-5)
+
+
+def test_averages_out_of_range_are_refused():
+    with pytest.raises(ValueError, match=r"decay must lie in \[0, 1\], got 1.5"):
+        AveragedWeights(1.5)
+    with pytest.raises(ValueError, match="update_every_n_steps must be at least 1, got 0"):
+        AveragedWeights(update_every_n_steps=0)
+
+
+@QUIET
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_resumed_bar_starts_where_the_training_stands(tmp_path, accumulate):
     def fit(steps, **options):

@@ -18,6 +18,7 @@ from flowkit.guidance import DropCond
 from flowkit.losses import flow_matching_loss
 from flowkit.modules import ConditionalFlowMatching, load_run
 from flowkit.modules.checkpoints import build
+from flowkit.modules.trust import trusting
 from flowkit.nn import MLP, DiT, ResidualMLP
 from flowkit.sampling import ODESampler
 
@@ -144,15 +145,17 @@ def test_build_agrees_with_hydra():
         "_args_": [[["a", {"_target_": "fractions.Fraction", "_args_": [1, 3]}]]],
         "b": {"c": [1, {"_target_": "datetime.timedelta", "days": 2}]},
     }
-    assert build(node) == instantiate(OmegaConf.create(node), _convert_="all")
-    half = build({"_target_": "fractions.Fraction", "_partial_": True, "denominator": 2})
+    with trusting(["collections.OrderedDict", "fractions.Fraction", "datetime.timedelta"]):
+        assert build(node) == instantiate(OmegaConf.create(node), _convert_="all")
+        half = build({"_target_": "fractions.Fraction", "_partial_": True, "denominator": 2})
     assert half(1) == 0.5
 
 
 @pytest.mark.parametrize("name", ["no_such_module.Thing", "fractions.NoSuchClass"])
 def test_a_class_that_is_not_here_is_named_with_what_to_do(name):
     place = name.split(".")[0]
-    with pytest.raises(ImportError, match=f"got '{name}'; run in the folder that holds {place},"):
+    message = f"got '{name}'; run in the folder that holds {place},"
+    with trusting(name), pytest.raises(ImportError, match=message):
         build({"_target_": name})
 
 

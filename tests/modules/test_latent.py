@@ -357,6 +357,34 @@ def test_inpainting_through_an_autoencoder():
     assert not torch.equal(filled[:, 0], filled[:, 1])
 
 
+def test_masks_of_cells_are_made_in_the_way_of_the_training():
+    """Also after loading: checkpoints of earlier versions do not tell the way, it was the pixel."""
+    mask = torch.zeros(1, 1, 8, 8)
+    mask[..., 2:6, 3:6] = 1  # cells of 2x2 pixels: the first column of cells begins inside
+    touched = [[-1] * 4, [-1, 1, 1, -1], [-1, 1, 1, -1], [-1] * 4]
+    nearest = [[-1] * 4, [-1, -1, 1, -1], [-1, -1, 1, -1], [-1] * 4]
+    autoencoder = small_autoencoder()
+    draw = lambda *_: mask  # noqa: E731
+    for resize, expected in (("max", touched), ("nearest", nearest)):
+        module = LatentFlowMatching(FromCondition(), autoencoder, masks=draw, mask_resize=resize)
+        stored = {"state_dict": module.state_dict()}
+        module.loss({"x1": images(1)}, _seeded())
+        assert module.velocity.cond["mask"].tolist() == [[expected]]
+        module.inpaint(images(1), mask, 1, ODESampler(1), seeds=[0])
+        assert module.velocity.cond["mask"].tolist() == [[expected]]
+        module.on_save_checkpoint(stored)
+        other = LatentFlowMatching(FromCondition(), autoencoder, masks=draw)
+        assert other.mask_resize == "max"
+        other.on_load_checkpoint(stored)
+        assert other.mask_resize == resize
+    del stored["flowkit"]["mask_resize"]
+    other = LatentFlowMatching(FromCondition(), autoencoder, masks=draw)
+    other.on_load_checkpoint(stored)
+    assert other.mask_resize == "nearest"
+    with pytest.raises(ValueError, match="mask_resize must be one of max, nearest, got 'mean'"):
+        LatentFlowMatching(FromCondition(), autoencoder, mask_resize="mean")
+
+
 def test_masks_and_caches_that_do_not_fit_are_refused():
     module = inpainter()
     with pytest.raises(ValueError, match=r"mask must have shape \(2, 1, 8, 8\), got \(2, 1, 4, 4"):

@@ -59,6 +59,22 @@ def test_xl_has_the_published_count_but_for_variance_channels_and_stored_positio
     assert closed_form_parameters(28, 1152, 2, 4, 1000) == 675_129_632 - 16 * 1153 - 256 * 1152
 
 
+def test_heads_of_the_published_sizes():
+    """Heads of 64 numbers, and of 72 in the largest size; the number of weights does not tell."""
+    with torch.device("meta"):
+        for name, heads in {"S": 6, "B": 12, "L": 16, "XL": 16}.items():
+            net = DiT.from_name(f"DiT-{name}/8", (4, 32, 32))
+            assert [block.heads for block in net.blocks] == [heads] * len(net.blocks)
+
+
+def test_the_output_is_the_written_formula():
+    output = stirred(PatchOutput(8, 4)).double()
+    h, c = torch.randn(2, 5, 8).double(), torch.randn(2, 1, 8).double()
+    shift, scale = output.modulation(c).chunk(2, -1)
+    expected = output.linear(F.layer_norm(h, (8,), eps=1e-6) * (1 + scale) + shift)
+    torch.testing.assert_close(output(h, c), expected)
+
+
 def test_starts_at_zero_with_identity_blocks():
     net = small(num_classes=4)
     x, t, label = inputs()
@@ -224,11 +240,15 @@ def test_input_errors():
 
 
 def test_constructor_errors():
+    with pytest.raises(ValueError, match="width must be a positive multiple of 4, got 0"):
+        PatchEmbed(SHAPE, 2, 0)
+    with pytest.raises(ValueError, match="patch must divide the image size 8x9, got 2"):
+        PatchEmbed((3, 8, 9), 2, 32)
     with pytest.raises(ValueError, match="patch must divide the image size 28x28, got 8"):
         DiT.from_name("DiT-S/8", (1, 28, 28))
     with pytest.raises(ValueError, match="heads must divide the width 32, got 5"):
         DiT(SHAPE, width=32, heads=5)
-    with pytest.raises(ValueError, match="width must be a multiple of 4, got 30"):
+    with pytest.raises(ValueError, match="width must be a positive multiple of 4, got 30"):
         DiT(SHAPE, width=30, heads=5)
     with pytest.raises(ValueError, match=r"shape must be \(C, H, W\), got \(2,\)"):
         DiT((2,))

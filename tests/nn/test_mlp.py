@@ -3,7 +3,7 @@ import torch
 
 from flowkit.exact import GaussianFlow
 from flowkit.nn import MLP, ResidualMLP
-from flowkit.nn.embed import sinusoid
+from flowkit.nn.embed import TimeLabelEmbedding, modulation, sinusoid
 
 IMAGE = (1, 8, 8)
 
@@ -130,6 +130,39 @@ def test_sinusoid_is_float32_under_half_precision():
     expected = torch.cat([(300 * w).cos() for w in (torch.tensor([1.0]), torch.tensor([0.01]))])
     torch.testing.assert_close(sinusoid(t, 4)[0, :2], expected)
     assert sinusoid(t.bfloat16(), 4).dtype == torch.float32
+
+
+@pytest.mark.parametrize(("dim", "scale"), [(2, 1000.0), (6, 1000.0), (8, 1.0)])
+def test_sinusoid_by_its_formula(dim, scale):
+    t = torch.tensor([0.0, 0.3, 1.0], dtype=torch.float64)
+    angles = scale * t[:, None] * 10_000.0 ** (-2 * torch.arange(dim // 2).double() / dim)
+    found = sinusoid(t, dim) if scale == 1000 else sinusoid(t, dim, scale)
+    torch.testing.assert_close(found, torch.cat([angles.cos(), angles.sin()], 1))
+
+
+def test_embedding_of_times_and_label_by_its_formula():
+    torch.manual_seed(0)
+    net = TimeLabelEmbedding(400, num_classes=9, num_times=2, frequencies=6)
+    assert net.labels.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    t, labels = torch.rand(4, 2), torch.tensor([3, 9, 0, 1], dtype=torch.int32)
+    waves = torch.cat([sinusoid(t[:, 0], 6), sinusoid(t[:, 1], 6)], 1)
+    hidden = net.inputs(waves)
+    expected = net.outputs(hidden * hidden.sigmoid()) + net.labels.weight[labels.long()]
+    torch.testing.assert_close(net(t, labels), expected)
+    layer, c = modulation(5, 3, 2), torch.randn(4, 5)
+    assert not layer(c).any()
+    layer[-1].weight.data.normal_()
+    torch.testing.assert_close(layer(c), layer[-1](c * c.sigmoid()))
+
+
+def test_sinusoids_of_an_odd_size_are_refused():
+    for dim in (3, 0, -2):
+        with pytest.raises(ValueError, match=f"dim must be an even number of .* got {dim}"):
+            sinusoid(torch.rand(2), dim)
+    with pytest.raises(ValueError, match=r"frequencies must be an even number of .*, got 255"):
+        TimeLabelEmbedding(8, frequencies=255)
+    with pytest.raises(ValueError, match="width must be at least 1, got 0"):
+        TimeLabelEmbedding(0)
 
 
 @pytest.mark.parametrize("kind", [MLP, ResidualMLP])

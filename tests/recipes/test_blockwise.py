@@ -234,11 +234,11 @@ def test_samples_say_their_feature_mode_and_what_they_took(folder, stage1, stage
     sampling = evaluate(cfg)["sampling"]
     assert sampling["feature_mode"] == "cached"
     assert sampling["calls"] == found["cached"]["calls"]
-    assert sampling["reach"] is None
+    assert sampling["tolerance"] is None
     # no drift is tolerated: as full features
     cfg.tolerance, cfg.out = 0, str(folder / "refreshed")
     sampling = evaluate(cfg)["sampling"]
-    assert sampling["reach"] == (0.0, 0.0, 0.0)
+    assert sampling["tolerance"] == 0
     assert sampling["calls"] == found["full"]["calls"]
     cfg.tolerance = "little"
     with pytest.raises(TypeError, match="tolerance must be a number, got 'little'"):

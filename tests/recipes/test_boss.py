@@ -28,6 +28,7 @@ SEARCH = [
     "start=16",
     "limit=32",
     "search_noises=24",
+    "extra_noises=40",
     "fresh_noises=20",
     "num_samples=20",
     "adaptive=[0.1]",
@@ -58,6 +59,8 @@ def test_the_grid_is_saved_with_its_provenance(searched, tiny_run):
     assert set(stored["scores"]) == {"uniform", "bellman", "endpoint"}
     assert (stored["method"], stored["condition"]) == ("euler", "all in turn")
     assert stored["num_noises"]["costs"] in (16, 32)
+    assert stored["num_noises"]["extra"] == 40
+    assert stored["test"]["level"] == 0.05
     low, high = stored["bellman"]["value_interval"]
     assert 0 < low <= high
     assert (out / "table.md").read_text().count("\n") == 2 + 6 + 1
@@ -114,7 +117,7 @@ def test_the_rows_are_announced(tiny_run, configure, tmp_path, capsys):
     said = capsys.readouterr().out
     assert said.startswith("network rows, at most:\n  costs (12 x 16 to 32 noises)")
     stated = [int(line.split()[-1].replace(",", "")) for line in said.splitlines()[1:5]]
-    each = [library.search_rows(24, budget, fine_steps=12) for budget in (2, 3)]
+    each = [library.search_rows(24, budget, fine_steps=12, extra_noises=40) for budget in (2, 3)]
     assert stated == [
         12 * 32,
         sum(e["endpoint"] for e in each),
@@ -171,6 +174,7 @@ def test_source_samples_of_the_data_are_searched_with(source_run, configure, tmp
     made = {r["grid"]: r["error"] for r in record["comparison"] if r["steps"] == 3}
     assert made == pytest.approx(expected, rel=1e-4)
     assert record["condition"] == "none"
+    assert record["num_noises"]["extra"] == 0  # source samples of data cannot be drawn
 
 
 @pytest.mark.parametrize("option", ["num_steps=13", "budgets=[2,13]"])
@@ -239,6 +243,19 @@ def test_half_finished_pairs_are_gone_on_with(tiny_run, configure, tmp_path):
     assert (tmp_path / "p" / "pairs-00000.safetensors").stat().st_mtime_ns == kept
     with pytest.raises(ValueError, match=r"hold the same pairs, got .* with another guidance"):
         pairs(configure("pairs", *make, "guidance=3"))
+
+
+def test_pairs_of_another_rule_of_seeds_are_not_gone_on_with(tiny_run, configure, tmp_path):
+    make = [f"run={tiny_run}", f"out={tmp_path}/p", *PAIRS]
+    pairs(configure("pairs", *make, "seed=1", "seeding=1"))
+    file = tmp_path / "p" / "pairs.json"
+    record = json.loads(file.read_text())
+    assert record["provenance"].pop("seeding") == 1
+    assert record["provenance"]["seeds"] == [1, 51]
+    file.write_text(json.dumps(record))  # as it was before there were two rules
+    with pytest.raises(ValueError, match=r"hold the same pairs, got .* with another seeds"):
+        pairs(configure("pairs", *make, "seed=1"))
+    pairs(configure("pairs", *make, "seed=1", "seeding=1"))
 
 
 def test_pairs_have_no_test_split(tiny_run, configure, tmp_path):

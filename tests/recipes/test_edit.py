@@ -135,7 +135,7 @@ def test_the_default_folder_names_the_edit(tiny_run, digit, configure, tmp_path)
         ),
         (["pipeline=p", "source=3"], "run or pipeline must be given, but not both"),
         (["source=12"], r"source must be a class in \[0, 9\], got 12"),
-        (["source=cat"], r"source must be a class in \[0, 9\], got cat"),
+        (["source=cat"], "source must be the number or name of a class of the run, got cat; class"),
         (["source=null"], r"source must be a class in \[0, 9\], got None"),
         (["source=3", "target=10"], r"target must be a class in \[0, 9\], got 10"),
         (["source=3", "image=missing.png"], "image must be a picture file, got missing.png"),

@@ -425,7 +425,7 @@ def test_checkpoints_and_seeds_do_not_know_the_number_of_processes(
 
     drawn = [f"run={both}", "labels=[1]", "sampler.grid=3"]
     whole = sample(configure("sample", *drawn, f"out={tmp_path}/a", "num_samples=6"))
-    _flowkit("sample", *drawn, f"out={tmp_path}/b", "num_samples=3", "seed=3")
+    _flowkit("sample", *drawn, f"out={tmp_path}/b", "num_samples=3", "seed=3", "seeding=1")
     other = torch.load(tmp_path / "b" / "samples.pt", weights_only=True)["samples"]
     torch.testing.assert_close(other, whole[3:])
 

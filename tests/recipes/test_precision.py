@@ -10,6 +10,7 @@ from flowkit.flowopt import FlowOpt
 from flowkit.modules import load_run
 from flowkit.nn import DiT, ResidualMLP, unet2d
 from flowkit.nn.dit import DiTBlock
+from flowkit.recipes.evaluate import evaluate
 from flowkit.recipes.train import train
 from flowkit.sampling import ODESampler
 from tests.recipes.conftest import TINY
@@ -134,3 +135,23 @@ def test_a_compiled_network_trains_as_it_is(configure, tmp_path):
     for name, value in a.items():
         assert_close(b[name], value, rtol=1e-3, atol=1e-4)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+
+
+@pytest.mark.parametrize("data", ["digits", pytest.param("toy", marks=pytest.mark.slow)])
+def test_a_run_in_half_precision_is_drawn_and_evaluated(configure, tmp_path, data):
+    """Pictures in training, samples and metrics are those of a run in float32, up to round-off."""
+    options, name = {
+        "digits": (["metric=pixels", "num_samples=100"], "frechet_distance"),
+        "toy": (["num_samples=300"], "w2"),
+    }[data]
+    parts = [] if data == "digits" else ["data=toy", "model=mlp"]
+    metrics = {}
+    for precision in ("32-true", "bf16-true", "64-true"):
+        folder = tmp_path / precision
+        losses = run(configure, folder, *parts, f"trainer.precision={precision}")
+        assert losses.isfinite().all()
+        assert (folder / "samples" / "step-000020.png").is_file()
+        metrics[precision] = evaluate(configure("evaluate", f"run={folder}", *options))["metrics"]
+    exact = metrics["32-true"][name]
+    assert metrics["bf16-true"][name] == pytest.approx(exact, rel=0.05)
+    assert metrics["64-true"][name] == pytest.approx(exact, rel=0.1)  # other noise in training

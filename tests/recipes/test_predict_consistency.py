@@ -1,6 +1,7 @@
 """Labels of images and images of labels, by tiny symmetrical runs."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -129,10 +130,13 @@ def test_a_folder_of_images_and_masks_is_learnt_and_predicted(configure, tmp_pat
 
 def test_what_is_printed_says_of_how_many_images(class_run, configure, tmp_path, capsys):
     record = predict(configure("predict", f"run={class_run}", f"out={tmp_path}"))
-    printed = dict(line.rsplit("  ", 1) for line in capsys.readouterr().out.splitlines())
-    printed = {name.strip(): value.strip() for name, value in printed.items()}
+    lines = capsys.readouterr().out.splitlines()
+    printed = {name.strip(): value.strip() for name, value in (x.split("  ", 1) for x in lines)}
+    metrics = record["metrics"]
     assert printed["images"] == "180"
-    assert float(printed["accuracy"]) == pytest.approx(record["metrics"]["accuracy"], abs=1e-4)
+    value, low, high = map(float, re.findall(r"[\d.]+", printed["accuracy"]))
+    assert value == pytest.approx(metrics["accuracy"], abs=1e-4)
+    assert [low, high] == pytest.approx(metrics["accuracy_interval"], abs=1e-4)
 
 
 def test_labels_of_other_classes_are_not_compared(class_run, configure, tmp_path, capsys):

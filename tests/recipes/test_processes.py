@@ -10,20 +10,28 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from lightning import LightningDataModule, Trainer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import FileStore, destroy_process_group, init_process_group
 from torch.multiprocessing import start_processes
 from torch.testing import assert_close
 from torch.utils.data import DataLoader
 
+from flowkit.autoencoders import Identity
 from flowkit.couplings import MinibatchOT, Sinkhorn
 from flowkit.distributed import place
 from flowkit.losses import flow_matching_loss
-from flowkit.modules import ConditionalFlowMatching, FullySharded
+from flowkit.modules import (
+    ConditionalFlowMatching,
+    ConditionGrid,
+    FullySharded,
+    LatentFlowMatching,
+    condition_grid,
+)
 from flowkit.modules.sharding import even_validation, shard_if_asked
 from flowkit.nn import DiT, ResidualMLP
 from flowkit.recipes.evaluate import evaluate
 from flowkit.recipes.sample import sample
+from flowkit.sampling import ODESampler
 from tests.conftest import CONF
 
 BATCH, STEPS = 12, 6
@@ -139,6 +147,55 @@ def recipes(run, folder) -> dict:
     return found
 
 
+class Maps(nn.Module):
+    """A network that is conditioned by maps: the larger a map, the faster it moves."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = networks()["fsdp"]
+
+    def forward(self, x, t, cond=None):
+        v = self.net(x + cond[:, None] - 1, t, torch.zeros(len(x), dtype=torch.long))
+        return cond.amax() * v
+
+
+def picture(folder) -> Tensor:
+    """The picture of conditions of a sharded network, by an adaptive solver. Rows differ."""
+    rank, world = place()
+    generator, drawn = torch.Generator().manual_seed(rank), []
+    batch = {"x1": torch.randn(2 + rank, 1, 4, 4, generator=generator)}
+    maps = torch.randint(3, (2 + rank, 4, 4), generator=generator)
+    batch["cond"] = (1 + 30 * rank) * maps  # larger ones need more steps
+
+    class Kept(ConditionGrid):
+        def on_validation_batch_start(self, trainer, pl_module, *args):
+            original = condition_grid.save_picture
+            condition_grid.save_picture = lambda images, *_: drawn.append(images)
+            try:
+                super().on_validation_batch_start(trainer, pl_module, *args)
+            finally:
+                condition_grid.save_picture = original
+
+    module = LatentFlowMatching(Maps(), Identity())
+    module.sample_shape = (1, 4, 4)
+    sampler = ODESampler(1, "dopri5", rtol=1e-3, atol=1e-3)
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=world,
+        strategy="auto" if world == 1 else FullySharded(),
+        logger=False,
+        callbacks=[Kept(folder, sampler, rows=2, samples=2)],
+        enable_progress_bar=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        default_root_dir=folder,
+    )
+    shard_if_asked(module, trainer)
+    trainer.validate(module, DataLoader([batch], batch_size=None), verbose=False)
+    return torch.stack(drawn) if drawn else torch.empty(0)
+
+
 def everything(folder, run) -> dict:
     nets = networks()
     strategies = ("auto", "auto") if place()[1] == 1 else ("ddp", FullySharded())
@@ -147,6 +204,7 @@ def everything(folder, run) -> dict:
             kind: fit(kind, net, how, folder)
             for (kind, net), how in zip(nets.items(), strategies, strict=True)
         },
+        "picture": picture(folder),
         "gradients": gradients(),
         "pairs": pairings(),
         "recipes": recipes(run, folder),
@@ -208,6 +266,14 @@ def test_training_and_validation_are_those_of_the_joint_batch(found, kind):
     for name, value in alone["fits"][kind].items():
         for rank in ranks:
             assert_close(rank["fits"][kind][name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_all_ranks_draw_the_picture_of_conditions_of_the_first(found):
+    """Drawn by the first rank alone, the sharded network would wait for the other without end."""
+    (first, second), alone, _ = found
+    assert second["picture"].numel() == 0
+    assert first["picture"].shape == (1, 8, 1, 4, 4)
+    assert_close(first["picture"], alone["picture"], rtol=1e-4, atol=1e-5)
 
 
 def test_transport_is_of_each_rank_or_of_the_joint_batch(found):

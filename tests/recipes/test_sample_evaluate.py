@@ -22,7 +22,7 @@ from flowkit.runs import Run, features_for
 from flowkit.runs.drawing import draw_parts, proportional_rows
 from flowkit.runs.parts import Parts
 from flowkit.runs.starts import choose_labels
-from flowkit.sampling import ODESampler
+from flowkit.sampling import ODESampler, sample_seeds
 from tests.recipes.conftest import TINY
 
 EVALUATE = ["num_samples=40", "sampler.grid=2", "metric=pixels"]
@@ -147,10 +147,11 @@ def test_a_stopped_drawing_goes_on_where_it_was(tiny_run, configure, tmp_path, m
         assert again["metrics"] == whole["metrics"]
     assert not parts.exists()
 
-    # Other options begin anew.
-    made[2:] = [0]
-    run(configure(recipe, *options, "seed=1"))
-    assert made == [8, 8, 0, *[8] * 5]
+    # Other options begin anew, also another rule of seeds.
+    for other in ("seed=1", "seeding=1"):
+        made[2:] = [0]
+        run(configure(recipe, *options, other))
+        assert made == [8, 8, 0, *[8] * 5]
 
 
 def test_several_processes_need_a_kind_of_device(tiny_run, configure):
@@ -183,10 +184,11 @@ def test_earlier_results_are_kept_beside_the_newest(tiny_run, configure, tmp_pat
         stored = sorted(tmp_path.glob("samples*.json"))
         return {f.stem: json.loads(f.read_text())["sampling"]["seeds"][0] for f in stored}
 
-    assert run("seed=1") == {"samples": 1}
-    assert run("seed=1") == {"samples": 1}
-    assert run("seed=2") == {"samples": 2, "samples-1": 1}
-    assert run("seed=3") == {"samples": 3, "samples-1": 1, "samples-2": 2}
+    one, two = (sample_seeds(seed, 0, 1).start for seed in (1, 2))
+    assert run("seed=1") == {"samples": one}
+    assert run("seed=1") == {"samples": one}
+    assert run("seed=2") == {"samples": two, "samples-1": one}
+    assert run("seed=3", "seeding=1") == {"samples": 3, "samples-1": one, "samples-2": two}
     for kind in ("png", "pt"):
         assert len(list(tmp_path.glob(f"samples*.{kind}"))) == 3
     first, last = (torch.load(tmp_path / f"samples{n}.pt") for n in ("-1", ""))
@@ -239,7 +241,8 @@ def test_a_perfect_model_of_unequal_classes_meets_the_floor(configure, tmp_path,
         "flowkit.recipes.evaluate.draw_parts",
         lambda run, x0, cond, sampler, finish, parts: (finish(_shades(cond)), {}),
     )
-    options = [f"run={tmp_path}", *EVALUATE, "num_samples=100"]
+    own = "trust=[tests.recipes.test_sample_evaluate.Skewed]"
+    options = [f"run={tmp_path}", *EVALUATE, "num_samples=100", own]
     metrics = evaluate(configure("evaluate", *options))["metrics"]
     assert metrics["frechet_distance"] < 2 * metrics["floor"]["frechet_distance"] < 0.1
     assert metrics["class_agreement"] == 1

@@ -2,6 +2,7 @@
 
 import gc
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from scipy import stats
 
 from flowkit import grids
 from flowkit.exact import GaussianFlow, MixtureFlow
+from flowkit.likelihood import log_likelihood
 from flowkit.sampling import ADAPTIVE, FIXED, ODESampler, seeded_noise
 
 ORDER = {"euler": 1, "midpoint": 2, "heun": 2, "ab2": 2, "rk4": 4}
@@ -94,7 +96,7 @@ def test_observed_order(method, kind, direction):
         .item()
         for n in (coarse, 2 * coarse)
     ]
-    assert math.log2(errors[0] / errors[1]) == pytest.approx(ORDER[method], abs=0.35)
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(ORDER[method], abs=0.1)
 
 
 @pytest.mark.parametrize("kind", ["random", "alternating"])
@@ -111,8 +113,8 @@ def test_ab2_is_second_order_on_irregular_grids(kind):
 
     x = noise(3)
     exact = FLOW.solution(x)
-    errors = [(ODESampler(grid(n), "ab2")(FLOW, x) - exact).abs().max() for n in (80, 160, 320)]
-    assert math.log2(errors[1] / errors[2]) == pytest.approx(2, abs=0.3)
+    errors = [(ODESampler(grid(n), "ab2")(FLOW, x) - exact).abs().max() for n in (160, 320)]
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(2, abs=0.05)
 
 
 @pytest.mark.parametrize("method", ADAPTIVE)
@@ -123,15 +125,6 @@ def test_adaptive_methods_reach_their_tolerance(method):
         assert (sampler(FLOW, x) - FLOW.solution(x)).abs().max() < 30 * tol
         back = sampler.invert(FLOW, FLOW.solution(x)).x
         assert (back - x).abs().max() < 100 * tol
-
-
-@pytest.mark.parametrize("direction", ["solve", "invert"])
-@pytest.mark.parametrize("method", ADAPTIVE)
-def test_adaptive_methods_stay_within_the_grid(method, direction):
-    field = Recorder()
-    getattr(ODESampler([0.3, 1.0], method), direction)(field, noise())
-    assert min(field.floats) >= 0.3
-    assert max(field.floats) <= 1
 
 
 @pytest.mark.parametrize(("n", "std"), [(1, 0), (2, 0.2), (4, 0.3405), (8, 0.4148)])
@@ -241,16 +234,6 @@ def test_stages_lie_where_the_method_says(method, nodes):
     assert field.floats == pytest.approx(expected, abs=1e-7)
 
 
-@pytest.mark.parametrize("method", FIXED)
-def test_times_never_leave_the_unit_interval(method):
-    for n in (3, 7, 10, 49):
-        field = Recorder()
-        ODESampler(n, method)(field, noise())
-        ODESampler(n, method).invert(field, noise())
-        assert min(field.floats) >= 0
-        assert max(field.floats) <= 1
-
-
 def test_time_is_kept_in_float64_beside_float32_states():
     field = Recorder()
     ODESampler(1000)(field, torch.zeros(1, 1))
@@ -258,16 +241,17 @@ def test_time_is_kept_in_float64_beside_float32_states():
     assert torch.equal(torch.stack(field.times), exact.float())
 
 
-@pytest.mark.parametrize("method", [*FIXED, "corrected"])
-def test_half_precision_states_stay_so_and_meet_float32_times(method):
-    field = Recorder(lambda x, t, cond: t[:, None] - x.float())
-    x = torch.ones(2, 3, dtype=torch.bfloat16)
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("method", [*FIXED, "dopri5", "corrected"])
+def test_a_velocity_of_a_wider_type_leaves_the_state_its_own(method, grad):
+    weight = torch.tensor(0.5, dtype=torch.float64, requires_grad=grad)
+    field = Recorder(lambda x, t, cond: -weight * x.double())
+    x = torch.ones(2, 3)
     if method == "corrected":
         solution = ODESampler(4).invert(field, x, correct=True)
     else:
         solution = ODESampler(4, method).solve(field, x)
-    assert {t.dtype for t in field.times} == {torch.float32}
-    assert {x.dtype for x in field.x} == {solution.x.dtype} == {torch.bfloat16}
+    assert {state.dtype for state in field.x} == {solution.x.dtype} == {torch.float32}
 
 
 def test_float64_states_meet_float64_times():
@@ -558,9 +542,43 @@ def test_bad_arguments_are_refused(make, message):
         make()
 
 
-def test_integer_states_are_refused():
-    with pytest.raises(TypeError, match="x must be a floating-point tensor, got torch"):
-        ODESampler(4)(FLOW, torch.zeros(2, 2, dtype=torch.long))
+@pytest.mark.parametrize("solve", ["solve", "invert", "log_likelihood"])
+@pytest.mark.parametrize(
+    ("x", "error", "message"),
+    [
+        (
+            torch.zeros(2, 2, dtype=torch.long),
+            TypeError,
+            "be a floating-point tensor, got torch.int6",
+        ),
+        (torch.zeros(2, 2).cfloat(), TypeError, "be a floating-point tensor, got torch.complex64"),
+        (torch.zeros(2, 2).numpy(), TypeError, "be a floating-point tensor, got ndarray"),
+        ([[0.0, 1.0]], TypeError, "be a floating-point tensor, got list"),
+        (torch.zeros(2, 2, device="meta"), TypeError, "hold data, got a tensor on the meta dev"),
+        (torch.zeros(0, 2), ValueError, r"hold at least one sample, .* got shape \(0, 2\)"),
+        (torch.zeros(()), ValueError, r"hold at least one sample, .* got shape \(\)"),
+        (torch.tensor([[1.0, math.nan]]), ValueError, "be finite, got 1 NaN or infinite of 2"),
+        (torch.tensor([[1.0, math.inf]]), ValueError, "be finite, got 1 NaN or infinite of 2"),
+    ],
+)
+def test_states_that_are_none_are_refused(x, error, message, solve):
+    calls, sampler = Recorder(), ODESampler(4)
+    solve = getattr(sampler, solve, partial(log_likelihood, sampler))
+    with pytest.raises(error, match=f"x1? must {message}"):
+        solve(calls, x)
+    assert not calls.times
+
+
+@pytest.mark.parametrize("grid", ["8", 8.5, None, True, ["a"], [[0.0], [0.5, 1.0]], 1j, [0, 1j]])
+def test_grids_of_a_wrong_kind_are_refused(grid):
+    with pytest.raises(TypeError, match="grid must be a number of steps or a tensor of times, got"):
+        ODESampler(grid)
+
+
+@pytest.mark.parametrize("correct", [1.5, "yes", None])
+def test_a_number_of_corrections_is_whole(correct):
+    with pytest.raises(TypeError, match="correct must be a whole number of corrections, got"):
+        ODESampler(4).invert(FLOW, noise(), correct=correct)
 
 
 def test_misspelt_keywords_are_refused():

@@ -164,6 +164,29 @@ def test_hidden_labels_are_zeros_without_loss(two_times):
     assert image_loss.item() == pytest.approx(2, abs=0.2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_losses_of_half_precision_are_sums_in_float32(dtype):
+    """Squares of 300 are beyond float16, and so is a count of 80 000."""
+    x1, y0 = torch.full((2, 1, 200, 200), 300.0, dtype=dtype), torch.zeros(2, 1, 200, 200).to(dtype)
+    flow = JointFlow(lambda state, t: torch.zeros_like(state), two_times=False)
+    mask = torch.ones(2, 1, 200, 200, dtype=dtype)
+    for options in ({}, {"mask": mask}):
+        loss, _ = flow.loss(x1, y0, x0=torch.zeros_like(x1), **options)
+        assert loss.item() == pytest.approx(300**2, rel=1e-5)
+    assert flow.loss(x1, y0, mask=torch.zeros_like(mask))[0].item() == 0
+
+
+def test_bad_batches_are_refused():
+    flow = JointFlow(lambda state, t: torch.zeros_like(state), two_times=False)
+    x1, y0 = torch.zeros(2, 1, 2, 2), torch.zeros(2, 3)
+    with pytest.raises(TypeError, match=r"x1 must be a floating-point tensor, got torch.int64"):
+        flow.loss(x1.long(), y0)
+    with pytest.raises(
+        ValueError, match=r"mask must have the 4 dimensions of x1, .* got shape \(2"
+    ):
+        flow.loss(x1, y0, mask=torch.ones(2))
+
+
 def test_losses_are_weighted_means_over_what_counts():
     x1, y0 = torch.zeros(6, 1, 2, 2), torch.zeros(6, 3, 2, 2)
 
@@ -339,6 +362,21 @@ def test_every_grid_ends_exactly_and_calls_are_counted(steps):
     x, y = JointFlow(network).solve_pairs(ODESampler(steps), x, y)
     assert seen[0] == [0.0, 1.0]
     torch.testing.assert_close(torch.cat([x, y], 1), torch.tensor([[1.0, -1.0]] * 3))
+
+
+@pytest.mark.parametrize("two_times", [False, True])
+def test_the_path_of_codes_is_that_of_the_codes_alone(two_times):
+    """At velocity 1 codes go from their noise at 1 to noise − 1 at 0, for classes and for masks."""
+    flow, x1 = (
+        JointFlow(lambda state, t: torch.ones_like(state), two_times),
+        torch.zeros(2, 1, 3, 3),
+    )
+    for noise in (torch.randn(2, 4), torch.randn(2, 4, 3, 3)):
+        solution = flow.solve_codes(ODESampler(4), x1, noise, return_path=True)
+        gone = torch.arange(5).reshape(5, *(1,) * noise.ndim) / 4
+        torch.testing.assert_close(solution.path, noise - gone)
+        assert torch.equal(solution.path[-1], solution.x)
+        assert flow.solve_codes(ODESampler(4), x1, noise).path is None
 
 
 def test_there_and_back_returns_to_the_start():

@@ -1,0 +1,88 @@
+"""Errors of the command line, as one line for the user."""
+
+import os
+import re
+import sys
+import traceback
+from contextlib import ContextDecorator
+from pathlib import Path
+from types import TracebackType
+
+from flowkit import recipes
+from flowkit.rules import did_you_mean, no_such_option
+
+OURS = (Path(__file__).parent, Path(recipes.__path__[0]))
+WRONG = 2  # exit status of a wrong command line, as in argparse
+
+
+class ErrorInALine(ContextDecorator):
+    """End with ``error: ...`` and status 2 if a check of flowkit or a configuration fails.
+
+    Any other error is a bug and keeps its traceback. With the environment variable
+    ``HYDRA_FULL_ERROR=1`` all errors keep their traceback.
+    """
+
+    def __init__(self) -> None:
+        self.wanted = os.environ.get("HYDRA_FULL_ERROR") != "1"
+
+    def __enter__(self) -> None:
+        """Begin to watch for errors."""
+
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Replace an error of a check by one line."""
+        if self.wanted and isinstance(error, Exception) and (line := line_of(error)):
+            print(f"error: {line}", file=sys.stderr)
+            raise SystemExit(WRONG)
+
+
+def line_of(error: BaseException) -> str | None:
+    """Return the message of a check of flowkit, of Hydra or of the system; None for a bug."""
+    if is_hydras(error):
+        cause = error.__cause__  # an error of flowkit, if Hydra was building a class of flowkit
+        own = line_of(cause) if cause and not is_hydras(cause) else None
+        return own or _plain(error)
+    origin = traceback.extract_tb(error.__traceback__)[-1]
+    raised_here = any(folder in Path(origin.filename).parents for folder in OURS)
+    if raised_here and (origin.line or "").startswith("raise "):
+        return str(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename} must be usable, got {error.strerror}"
+    return None
+
+
+def _plain(error: BaseException) -> str:
+    """Return the message of Hydra or OmegaConf as one line."""
+    text = str(error)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    place = next((line[10:].strip() for line in lines if line.startswith("full_key:")), "")
+    if missing := re.match(r".*Missing mandatory value: (\S+)", text, re.DOTALL):
+        return f"{missing[1]} must be given, as {missing[1]}=..."
+    if choice := re.match(r"(?:In '.*?': )?Could not find '(.+)/(.+?)'", text):
+        group, name = choice.groups()
+        listed = re.search(r"Available options in '.*?':(.*?)(?=\nConfig|$)", text, re.DOTALL)
+        choices = listed[1].split() if listed else []
+        return (
+            f"{group} must be one of {', '.join(choices)}, got {name}{did_you_mean(name, choices)}"
+        )
+    if unknown := re.match(r"Could not override '(.+?)'\.", text):
+        return no_such_option(unknown[1], [])
+    if target := re.match(r"Error locating target '(.*?)'", text):
+        reason = str(error.__cause__ or "").partition("\n")[0]
+        return f"{place}._target_ must be a class, got {target[1]}: {reason}".lstrip(".")
+    if built := re.match(r"Error in call to target '(.*?)'", text):
+        reason = " ".join(str(error.__cause__ or lines[1:2]).split())
+        return f"{place or built[1]} must have fitting values, got: {reason}"
+    if sweep := re.match(r"Ambiguous value for argument '(.*?)=(.*)'", text):
+        key, value = sweep.groups()
+        return f"{key} must be one value, got {value}; a list is [{value}], or add --multirun"
+    if (override := getattr(error, "override", None)) is not None:  # it has no grammar
+        reason = lines[1] if lines[0].startswith("Error parsing") else lines[0]
+        return f"options must be name=value, got {override}: {reason}"
+    return " ".join(line for line in lines if not re.match(r"(object|reference)_type=", line))
+
+
+def is_hydras(error: BaseException) -> bool:
+    """Return True for an error of Hydra or OmegaConf."""
+    return type(error).__module__.partition(".")[0] in ("hydra", "omegaconf")

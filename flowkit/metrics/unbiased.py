@@ -1,0 +1,204 @@
+"""Fréchet distance without bias: the distance for infinitely many samples, with its interval."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from flowkit.metrics.frechet import (
+    Gaussian,
+    as_features,
+    covariance_root,
+    gaussian_distance,
+    gram,
+)
+from flowkit.metrics.intervals import Interval, Strata, as_strata, jackknife
+
+
+def frechet_unbiased(
+    a: Tensor, b: Tensor, *, strata: Strata | None = None, confidence: float = 0.95
+) -> tuple[float, Interval]:
+    r"""Squared Fréchet distance of two populations, without bias, and its confidence interval.
+
+    `frechet_distance` of ``N`` samples is too large by about ``F² / N``. The jackknife leaves out
+    one sample at a time and removes this bias. The estimate may be negative if the populations are
+    equal. The interval is for the distance of the populations, so it may lie entirely below
+    ``frechet_distance(a, b)``. See `flowkit.metrics.intervals.jackknife` for both.
+
+    With fixed numbers of samples per class, as in a stratified test split, the proportions of the
+    classes do not vary at random, and the bias is smaller. So give the classes as ``strata``: then
+    the other samples of its class take over the weight of a sample that is left out. The
+    populations are the classes in the proportions of the samples. For independent draws use None.
+
+    The cost is one decomposition of ``F × F`` per class and set, not per sample. With
+    ``η = n_h / (N (n_h − 1))``, a sample ``z`` centered on its set and ``d`` centered on its class,
+    leaving it out changes the covariance by ``η (P_h − z zᵀ) − η² d dᵀ``, where ``P_h`` is the mean
+    of ``z zᵀ`` in the class. The last two terms have rank 2. For ``M = R_bᵀ Σ_a R_b`` the trace
+    follows from ``tr M^{1/2} = 1/π ∫₀^∞ log det(1 + M / s²) ds``.
+
+    For unequal numbers of samples the jackknife leaves a part of order ``F³ (1/N − 1/M)²``. It is
+    computed from the Marchenko–Pastur law of covariances of Gaussian samples.
+
+    At a nominal coverage of 95 % the interval contained the true distance in 92.5 to 98 % of 400
+    draws each, for mixtures of 5 and 10 Gaussians with 4 to 32 features and 200 to 1000 samples,
+    independent, stratified or half-stratified, equal or different. With less than 3 samples per
+    feature (64 features, 128 or 180 against 1000 samples) it was 89 to 97 %.
+
+    Sources: Jones 1974, *Jackknife estimation of functions of stratum means*; Silverstein & Bai
+    1995, *On the empirical distribution of eigenvalues of a class of large dimensional random
+    matrices*, for the law. The combination is ours.
+
+    Args:
+        a: Features ``(N, F)``, ``N >= 2 F``.
+        b: Features ``(M, F)``, ``M >= 2 F``.
+        strata: Classes ``(N,)`` of ``a`` and ``(M,)`` of ``b``. The number of samples of each class
+            is fixed, and at least 2. None stands for independent draws, of one set or of both.
+        confidence: Nominal coverage in (0, 1).
+
+    Returns:
+        The estimate and the interval, which always contains the estimate.
+
+    Raises:
+        TypeError: If classes are not integers.
+        ValueError: If ``confidence`` is out of range, a shape is wrong, a value is not finite,
+            there are fewer than ``2 F`` samples, or a class has only one sample.
+
+    >>> g = torch.Generator().manual_seed(0)
+    >>> labels = torch.arange(500) % 5
+    >>> a, b = torch.randn(2, 500, 8, generator=g) + labels[:, None]
+    >>> value, (low, high) = frechet_unbiased(a, b, strata=(labels, labels))
+    >>> low < 0 < high, high < 0.1
+    (True, True)
+    """
+    a, b = as_features(a, b)
+    numbers = [
+        as_strata(labels, len(x), name)
+        for name, x, labels in zip("ab", (a, b), strata or (None, None), strict=True)
+    ]
+    for name, x in (("a", a), ("b", b)):
+        if not enough(x):
+            raise ValueError(
+                f"{name} must have at least 2 samples per feature, got {len(x)} samples of "
+                f"{x.shape[1]} features"
+            )
+    (centered_a, fit_a), (centered_b, fit_b) = _fit(a), _fit(b)
+    root_a, root_b = _root(fit_a), _root(fit_b)
+    gap = fit_a.mean - fit_b.mean
+    changes = [
+        _changes(centered_a, numbers[0], gap, root_b),
+        _changes(centered_b, numbers[1], -gap, root_a),
+    ]
+    rest = _rest(root_a, root_b, len(a), len(b))
+    return jackknife(gaussian_distance(fit_a, fit_b), changes, numbers, confidence, rest)
+
+
+def enough(x: Tensor) -> bool:
+    """Say whether features ``x (N, F)`` are enough samples for `frechet_unbiased`."""
+    return len(x) >= max(2 * x.shape[1], 2)
+
+
+def _fit(x: Tensor) -> tuple[Tensor, Gaussian]:
+    """Return centered features ``(N, F)``, and the Gaussian with the covariance divided by N."""
+    mean = x.mean(0)
+    centered = x - mean
+    return centered, Gaussian(mean, gram(centered.T) / len(x))
+
+
+def _root(fit: Gaussian) -> Tensor:
+    """Return a root of the covariance with at least one column."""
+    root = covariance_root(fit)
+    return root if root.shape[1] else root.new_zeros(len(root), 1)
+
+
+def _changes(x: Tensor, strata: Tensor, gap: Tensor, root: Tensor) -> Tensor:
+    """Return the changes ``(N,)`` of the distance if a sample is left out.
+
+    Args:
+        x: Centered features ``(N, F)`` of a set.
+        strata: Numbers of their strata.
+        gap: Mean of the set minus mean of the other set.
+        root: Root ``R`` of the covariance of the other set.
+    """
+    count, rotated = len(x), x @ root
+    product = gram(rotated.T) / count  # the matrix M
+    squares = torch.linalg.eigvalsh(product)
+    lowest = len(squares) * torch.finfo(squares.dtype).eps * squares[-1]
+    trace = squares[squares > lowest].sqrt().sum()
+    changes = x.new_empty(count)
+    for h in range(int(strata.max()) + 1):
+        rows = strata == h
+        own, size = x[rows], int(rows.sum())
+        weight = size / (count * (size - 1))
+        moved = own - own.mean(0)  # the mean of the set moves by −weight · moved
+        of_mean = weight * (weight * moved.square().sum(1) - 2 * moved @ gap)
+        norms = own.square().sum(1)
+        of_cov = weight * (norms.mean() - norms) - weight**2 * moved.square().sum(1)
+        without = product + weight / size * gram(rotated[rows].T)
+        of_root = _traces_without(without, rotated[rows], weight, lowest) - trace
+        changes[rows] = of_mean + of_cov - 2 * of_root
+    return changes
+
+
+def _traces_without(cov: Tensor, z: Tensor, weight: float, lowest: Tensor) -> Tensor:
+    """Return ``tr (C − η z zᵀ − η² d dᵀ)^{1/2}`` for each row of ``z (n, F)``; ``d = z − mean z``.
+
+    The integral of ``log(1 − q)`` is computed as that of ``log(1 − q) + q``, which decreases fast,
+    plus a closed form.
+    """
+    squares, basis = torch.linalg.eigh(cov)
+    kept = squares > lowest  # a direction without spread has no part in the trace
+    squares, z = squares[kept], z @ basis[:, kept]
+    if not len(squares):
+        return z.new_zeros(len(z))
+    d = weight * (z - z.mean(0))
+    z = weight**0.5 * z
+    nodes, steps = _nodes(squares)
+    inverse = 1 / (nodes**2 + squares[:, None])
+    zz, zd, dd = (z * z) @ inverse, (z * d) @ inverse, (d * d) @ inverse
+    # The determinant is 0 if the others do not span the space; round-off makes it negative.
+    determinant = ((1 - zz) * (1 - dd) - zd.square()).clamp_min(1e-30)
+    roots = squares.sqrt()
+    linear = (z.square() + d.square()) @ (0.5 / roots)
+    return roots.sum() - linear + (determinant.log() + zz + dd) @ steps
+
+
+def _nodes(squares: Tensor) -> tuple[Tensor, Tensor]:
+    """Return nodes ``s`` and weights of ``1/π ∫₀^∞ f(s) ds``.
+
+    ``f`` has poles at ``± i √squares``, is flat at 0 and decreases as ``s⁻⁴`` or faster. The
+    trapezoidal rule in ``log s`` with step ``h`` has the relative error ``exp(−π² / h)``.
+    """
+    step = 0.4
+    ends = 0.5 * math.log(squares[0]) - 20, 0.5 * math.log(squares[-1]) + 8
+    nodes = torch.arange(*ends, step, dtype=squares.dtype).exp()
+    return nodes, nodes * step / math.pi
+
+
+def _rest(root_a: Tensor, root_b: Tensor, num_a: int, num_b: int) -> float:
+    r"""Return the bias that the jackknife leaves at unequal numbers of samples.
+
+    The bias depends on the numbers through ``ν = 1 / |1/N − 1/M|``, up to the linear part that the
+    jackknife removes. For ``ν`` Gaussian samples, with eigenvalues ``m`` of ``M``,
+
+    ``E log det(s² + M̂) = Σ log(s² + (1 − u) m) − ν (log(1 − u) + u)``,
+
+    where ``u`` makes the right-hand side stationary. Of a bias ``β(ν)`` the jackknife leaves
+    ``β + ν β'``. The stationary ``u`` has no part in the derivative, so
+    ``Σ log(1 − u m / (s² + m)) − 2 ν (log(1 − u) + u)`` is integrated.
+    """
+    if num_a == num_b:
+        return 0.0
+    number = 1 / abs(1 / num_a - 1 / num_b)
+    squares = torch.linalg.svdvals(root_a.T @ root_b).square().flip(0)
+    squares = squares[squares > len(squares) * torch.finfo(squares.dtype).eps * squares[-1]]
+    if not len(squares):
+        return 0.0
+    nodes, steps = _nodes(squares)
+    nodes = nodes[:, None]
+    u = torch.zeros_like(nodes)
+    for _ in range(100):
+        ratio = (squares / (nodes**2 + (1 - u) * squares)).sum(1, keepdim=True) / number
+        u = ratio / (1 + ratio)
+    left = torch.log1p(-u * squares / (nodes**2 + squares)).sum(1)
+    left -= 2 * number * (torch.log1p(-u) + u)[:, 0]
+    return -2 * (left @ steps).item()

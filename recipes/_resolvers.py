@@ -1,0 +1,16 @@
+"""Functions that the files of the configuration refer to."""
+
+import math
+from pathlib import Path
+
+from omegaconf import ListConfig, OmegaConf
+
+RESOLVERS = {
+    # A resumed run keeps its own folder; Hydra would make a new folder.
+    "run_folder": lambda old, new: old if old is not None and Path(old).is_dir() else new,
+    # Shapes of networks within other networks, see flowkit.symmetrical.networks.
+    "flat": lambda image, state: ListConfig([math.prod(image) + state[0] - image[0]]),
+    "one_more_channel": lambda state: ListConfig([state[0] + 1, *state[1:]]),
+}
+for name, resolver in RESOLVERS.items():
+    OmegaConf.register_new_resolver(name, resolver, replace=True)
