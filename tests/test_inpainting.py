@@ -94,12 +94,12 @@ def test_the_distance_to_a_line_is_that_of_its_nearest_point():
 
 
 def test_strokes_are_as_wide_as_stated_on_wide_images_too():
-    """Widths are shares of the smaller side: the holes of 32x32 and 32x96 pixels are as large."""
+    """Widths are shares of the smaller side. On a wide image, the edges cut off a little less."""
     square, wide = (
         RandomMasks("strokes", 1)(1500, size, seeded()).flatten(1).sum(1).mean()
         for size in ((32, 32), (32, 96))
     )
-    assert wide.item() == pytest.approx(square.item(), rel=0.25)
+    assert 1.15 < wide / square < 1.25
 
 
 def test_mixed_masks_are_half_boxes():
