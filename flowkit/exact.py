@@ -48,27 +48,29 @@ class GaussianFlow:
 
     def __call__(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
         """Return the velocity ``(B, *)`` at ``x (B, *)`` and ``t (B,)``; ``cond`` has no effect."""
-        mean, std = self._parameters(x)
+        wide = _wide(x)
+        mean, std = self._parameters(wide)
         s = expand_like(t, x).to(mean.dtype)
         slope = (s * std**2 - (1 - s)) / ((1 - s) ** 2 + s**2 * std**2)
-        return (mean + slope * (_wide(x) - s * mean)).to(x.dtype)
+        return (mean + slope * (wide - s * mean)).to(x.dtype)
 
     def solution(self, x0: Tensor) -> Tensor:
         """Return the exact state ``mean + std x0 (B, *)`` at ``t = 1``, for the start ``x0``."""
-        mean, std = self._parameters(x0)
-        return (mean + std * _wide(x0)).to(x0.dtype)
+        wide = _wide(x0)
+        mean, std = self._parameters(wide)
+        return (mean + std * wide).to(x0.dtype)
 
     def log_prob(self, x1: Tensor) -> Tensor:
         """Return the log density ``(B,)`` of data ``x1 (B, *)``, in nats."""
-        x1, (mean, std) = _wide(x1), self._parameters(x1)
+        x1 = _wide(x1)
+        mean, std = self._parameters(x1)
         log_density = -0.5 * (((x1 - mean) / std) ** 2 + math.log(2 * math.pi)) - std.log()
         return log_density.flatten(1).sum(1)
 
     def _parameters(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mean and standard deviation for ``x``, on its device."""
-        like = _wide(x)
+        """Return mean and standard deviation in the type and on the device of ``x``."""
         mean, std = (
-            torch.as_tensor(p, dtype=like.dtype, device=like.device) for p in (self.mean, self.std)
+            torch.as_tensor(p, dtype=x.dtype, device=x.device) for p in (self.mean, self.std)
         )
         return mean, std
 

@@ -57,7 +57,8 @@ def log_likelihood(
     trace differ between twins by off-diagonal elements alone, and ``Σ_{i≠j} A_ij² = E ‖difference‖²
     / (4 π)``, where ``π`` is the probability that a twin tells two coordinates apart. For a
     symmetric ``A`` this gives the variance without bias; the velocities of Gaussian sources have
-    symmetric Jacobians. For any other ``A`` it is a bound.
+    symmetric Jacobians. For any other ``A`` it is a bound. With few probes the error of one sample
+    is itself a rough estimate, which may be 0 by chance for an ``A`` of low rank.
 
     *Error of the integration.* The sampler's solve is compared with solves of half and of a
     quarter of its steps (adaptive methods: 10 and 100 times its tolerances), with the same probes.

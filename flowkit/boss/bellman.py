@@ -117,6 +117,7 @@ def bellman_interval(
 
     Args:
         costs: ``(groups, n, n)`` with at least 2 groups, see `step_costs`; use 16 groups or more.
+            With 2 or 3 the upper end may be infinite.
         fine_grid: Times ``(n,)`` of the costs, or the number ``n − 1`` of uniform steps.
         num_steps: Steps of the grid, from 1 to ``n − 1``.
         level: Probability that an interval holds its true value, in (0, 1).

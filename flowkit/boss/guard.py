@@ -23,8 +23,10 @@ def is_gain(gains: Tensor, level: float, generator: torch.Generator) -> bool:
     Source: Efron and Tibshirani, *An Introduction to the Bootstrap*, 1993, chapter 16.
     """
     mean, error = gains.mean(), gains.std()
-    if mean <= 0 or error == 0:
-        return bool(mean > 0)
+    if not mean > 0:  # also if the solves of some samples are not finite
+        return False
+    if error == 0:
+        return True
     beyond, count, device = 0, len(gains), generator.device
     for _ in range(RESAMPLES):
         rows = torch.randint(count, (count,), generator=generator, device=device)

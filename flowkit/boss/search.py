@@ -19,7 +19,7 @@ from flowkit.boss.costs import SLOPES, anchors, check_num_steps, chunks, round_o
 from flowkit.boss.endpoint import PROGRAM_NOISES, SEARCH_WALKS, endpoint_grid
 from flowkit.boss.guard import LEVEL, is_gain, is_noise
 from flowkit.boss.precision import precise
-from flowkit.checks import as_grid, check_at_least, check_choice
+from flowkit.checks import as_grid, check_at_least, check_choice, check_finite
 from flowkit.sampling import ODESampler
 from flowkit.types import Batch, Cond, take
 from flowkit.velocity import Velocity
@@ -105,6 +105,7 @@ def _end_errors(
             )
     velocity, x0 = precise(velocity, x0)
     target = reference(velocity, x0, cond)
+    check_finite(target, "the solution on the reference grid")
     errors = {
         name: (sampler(velocity, x0, cond) - target).double().square().flatten(1).mean(1).cpu()
         for name, sampler in samplers.items()

@@ -24,6 +24,8 @@ from flowkit.metrics.unbiased import enough, frechet_unbiased
 from flowkit.provenance import tensor_hash
 from flowkit.sampling import Solution
 
+MOST_WORK = 1e12  # decompositions of covariances, one a class, times features cubed: minutes
+
 
 def image_metrics(
     real_train: Tensor,
@@ -47,8 +49,9 @@ def image_metrics(
 
     ``frechet_distance`` is the usual estimate, biased upwards at this number of samples.
     ``frechet_distance_unbiased`` estimates the distance for infinitely many samples, see
-    `frechet_unbiased`; it is ``None`` if there are fewer than two samples per feature. The other
-    values are those of `kernel_distance` and `prdc`.
+    `frechet_unbiased`; it is ``None`` if there are fewer than two samples per feature, or if there
+    are so many classes and features that it would take more than some minutes. The other values are
+    those of `kernel_distance` and `prdc`.
 
     The ``…_interval`` of a value has a nominal coverage of 95 %. ``stratified`` says for which sets
     the numbers of samples of the classes count as fixed: those with given classes, if no class has
@@ -141,7 +144,8 @@ def point_metrics(
         ``path_energy_below_w2_squared``.
 
     Raises:
-        ValueError: If a path is given without its grid, or shapes differ.
+        ValueError: If a path is given without its grid, shapes differ, or there are fewer than 2
+            points or trajectories.
 
     >>> x0 = torch.tensor([[0.0], [1.0]])
     >>> record = point_metrics(x0 + 2, x0 + 2, torch.stack([x0, x0 + 2]), 1)
@@ -159,6 +163,7 @@ def point_metrics(
     if grid is None:
         raise ValueError("grid must be given with a path, got None")
     energies = path_energies(path, grid)
+    check_at_least(len(energies), 2, "the number of trajectories of path")
     energy, count = energies.mean().item(), len(energies)
     states = path if isinstance(path, Tensor) else cast(Tensor, path.path)
     found = transport(states[0], real)
@@ -203,7 +208,8 @@ def _compare(
         "frechet_distance_unbiased": None,
         "frechet_distance_unbiased_interval": None,
     }
-    if enough(a) and enough(b):
+    classes = max((len(labels.unique()) for labels in strata if labels is not None), default=1)
+    if enough(a) and enough(b) and classes * a.shape[1] ** 3 <= MOST_WORK:
         record |= _named("frechet_distance_unbiased", *frechet_unbiased(a, b, strata=strata))
     record |= _named("kernel_distance", *kernel_distance(a, b, strata=strata))
     neighbors = min(5, count - 1)

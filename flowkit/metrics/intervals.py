@@ -100,6 +100,22 @@ def as_strata(labels: Tensor | None, count: int, name: str) -> Tensor:
     return strata
 
 
+def both_strata(strata: Strata | None, sets: dict[str, Tensor]) -> list[Tensor]:
+    """Number the strata of two named sets, see `as_strata`.
+
+    Raises:
+        TypeError: If ``strata`` is not a pair, or holds labels that are not integers.
+        ValueError: As for `as_strata`.
+    """
+    if strata is not None and (not isinstance(strata, Sequence) or len(strata) != 2):
+        raise TypeError(
+            f"strata must be the labels of both sets, got {type(strata).__name__}; None in place "
+            "of labels is for independent draws"
+        )
+    pairs = zip(sets.items(), strata or (None, None), strict=True)
+    return [as_strata(labels, len(x), name) for (name, x), labels in pairs]
+
+
 def jackknife(
     value: float,
     changes: Sequence[Tensor],
@@ -159,6 +175,7 @@ def half_sampling(
     strata: Sequence[Tensor],
     draws: int = 50,
     largest: int = 2000,
+    fewest: int = 1,
 ) -> Tensor:
     """Standard deviations of metrics over draws of the data, from random halves of the samples.
 
@@ -175,7 +192,8 @@ def half_sampling(
         measure: Maps rows of each set to the metrics ``(V,)``.
         strata: For each set the numbers ``(N,)`` of the strata, see `as_strata`.
         draws: Number of halves.
-        largest: Largest number of samples in a half.
+        largest: Largest number of samples in a half, where ``fewest`` allows it.
+        fewest: Fewest samples in a half of any set; at most half of the smallest set.
 
     Returns:
         Standard deviations ``(V,)``.
@@ -186,7 +204,8 @@ def half_sampling(
     True
     """
     generator = torch.Generator().manual_seed(0)
-    skip = max(2, -(-max(len(labels) for labels in strata) // largest))
+    counts = [len(labels) for labels in strata]
+    skip = max(2, min(-(-max(counts) // largest), min(counts) // fewest))
 
     def some(labels: Tensor) -> Tensor:
         keys = labels + 0.5 * torch.rand(len(labels), generator=generator, dtype=torch.float64)

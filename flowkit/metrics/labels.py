@@ -223,7 +223,7 @@ def _pixel_counts(
         together ``(B, 2)``.
     """
     shape = (len(masks), num_classes, num_classes)
-    first = torch.arange(len(masks)).view(-1, *(1,) * (masks.ndim - 1))
+    first = torch.arange(len(masks), device=masks.device).view(-1, *(1,) * (masks.ndim - 1))
     cells = ((first * num_classes + truth) * num_classes + masks)[counted]
     table = cells.bincount(minlength=len(masks) * num_classes**2).view(shape).double()
     overlaps = table.diagonal(dim1=1, dim2=2)
@@ -266,7 +266,7 @@ def _selective(confidence: Tensor, right: Tensor, coverages: int) -> dict[str, A
     sums = torch.zeros_like(levels).index_add_(0, group, right)
     fair = sums / torch.zeros_like(levels).index_add_(0, group, torch.ones_like(right))
     ordered = fair[group][confidence.argsort(descending=True)]
-    running = ordered.cumsum(0) / torch.arange(1, len(ordered) + 1)
+    running = ordered.cumsum(0) / torch.arange(1, len(ordered) + 1, device=ordered.device)
     counts = [-(-len(ordered) * k // coverages) for k in range(1, coverages + 1)]
     return {
         "coverage": [count / len(ordered) for count in counts],

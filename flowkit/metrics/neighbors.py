@@ -13,7 +13,7 @@ from flowkit.metrics.intervals import (
     Interval,
     Strata,
     around,
-    as_strata,
+    both_strata,
     half_sampling,
     jackknife,
     share_interval,
@@ -126,13 +126,9 @@ def prdc_intervals(
     """
     found = prdc(real, fake, k)
     check_between(k, 1, min(len(real), len(fake)) // 4, "k")
-    labels = strata or (None, None)
-    numbers = [
-        as_strata(labels[0], len(real), "real"),
-        as_strata(labels[1], len(fake), "fake"),
-    ]
+    numbers = both_strata(strata, {"real": real, "fake": fake})
     half = partial(_some_prdc, real, fake, k)
-    stds = PRDC(*half_sampling(half, numbers).tolist())
+    stds = PRDC(*half_sampling(half, numbers, fewest=2 * k).tolist())
     intervals = {"density": around(found.density, stds.density, (0.0, inf), confidence)}
     for name, count in (("precision", len(fake)), ("recall", len(real)), ("coverage", len(real))):
         share, std = getattr(found, name), getattr(stds, name)
@@ -245,17 +241,16 @@ def kernel_distance(
     True
     """
     a, b = as_features(a, b)
-    labels = strata or (None, None)
-    numbers = [as_strata(y, len(x), n) for n, x, y in zip("ab", (a, b), labels, strict=True)]
-    between = [_mean_kernel(a, b), _mean_kernel(b, a)]
+    numbers = both_strata(strata, {"a": a, "b": b})
+    between = _mean_kernel(a, b)
     squared, changes = -2 * between[0].mean(), []
     for x, stratum, across in zip((a, b), numbers, between, strict=True):
-        sizes, own = stratum.bincount().double(), x.new_empty(len(x))
-        for h in range(len(sizes)):
-            own[stratum == h] = _mean_kernel(x[stratum == h], x[stratum == h])
+        sizes, within = stratum.bincount().double(), _mean_kernel(x, x)[0]
+        own = within.clone()  # the mean kernel with the own class
+        for h in range(len(sizes) if len(sizes) > 1 else 0):
+            own[stratum == h] = _mean_kernel(x[stratum == h], x[stratum == h])[0]
         # The squared norm of a sample in the space of the kernel, centered on its class.
         norms = (x.square().mean(1) + 1) ** 3 - 2 * own + _means(own, stratum)[stratum]
-        within = _mean_kernel(x, x)
         slope = 2 * (within - across)
         slope -= _means(slope, stratum)[stratum]
         weight = (sizes / (len(x) * (sizes - 1)))[stratum]
@@ -269,7 +264,11 @@ def _means(values: Tensor, strata: Tensor) -> Tensor:
     return values.new_zeros(int(strata.max()) + 1).index_add_(0, strata, values) / strata.bincount()
 
 
-def _mean_kernel(a: Tensor, b: Tensor) -> Tensor:
-    """Return the mean kernel ``(N,)`` of each ``a (N, F)`` with all ``b (M, F)``."""
-    rows = [(part @ b.T / b.shape[1] + 1) ** 3 for part in a.split(1000)]
-    return torch.cat([part.mean(1) for part in rows])
+def _mean_kernel(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean kernels of each ``a (N, F)`` with all ``b (M, F)``, and the reverse."""
+    of_a, of_b = [], b.new_zeros(len(b))
+    for part in a.split(1000):
+        kernel = (part @ b.T / b.shape[1] + 1) ** 3
+        of_a.append(kernel.mean(1))
+        of_b += kernel.sum(0) / len(a)
+    return torch.cat(of_a), of_b

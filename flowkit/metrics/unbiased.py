@@ -12,7 +12,7 @@ from flowkit.metrics.frechet import (
     gaussian_distance,
     gram,
 )
-from flowkit.metrics.intervals import Interval, Strata, as_strata, jackknife
+from flowkit.metrics.intervals import Interval, Strata, both_strata, jackknife
 
 
 def frechet_unbiased(
@@ -37,7 +37,10 @@ def frechet_unbiased(
     follows from ``tr M^{1/2} = 1/π ∫₀^∞ log det(1 + M / s²) ds``.
 
     For unequal numbers of samples the jackknife leaves a part of order ``F³ (1/N − 1/M)²``. It is
-    computed from the Marchenko–Pastur law of covariances of Gaussian samples.
+    computed from the Marchenko–Pastur law of covariances of Gaussian samples. With a set ten times
+    as large as the other, 128 and 256 features and 2 to 4 samples per feature, a fifth to two
+    fifths of this correction were missing. So the interval is wider by half of it on each side.
+    With equal numbers of samples it is 0.
 
     At a nominal coverage of 95 % the interval contained the true distance in 92.5 to 98 % of 400
     draws each, for mixtures of 5 and 10 Gaussians with 4 to 32 features and 200 to 1000 samples,
@@ -71,10 +74,7 @@ def frechet_unbiased(
     (True, True)
     """
     a, b = as_features(a, b)
-    numbers = [
-        as_strata(labels, len(x), name)
-        for name, x, labels in zip("ab", (a, b), strata or (None, None), strict=True)
-    ]
+    numbers = both_strata(strata, {"a": a, "b": b})
     for name, x in (("a", a), ("b", b)):
         if not enough(x):
             raise ValueError(
@@ -89,7 +89,10 @@ def frechet_unbiased(
         _changes(centered_b, numbers[1], -gap, root_a),
     ]
     rest = _rest(root_a, root_b, len(a), len(b))
-    return jackknife(gaussian_distance(fit_a, fit_b), changes, numbers, confidence, rest)
+    value, (low, high) = jackknife(
+        gaussian_distance(fit_a, fit_b), changes, numbers, confidence, rest
+    )
+    return value, Interval(low - abs(rest) / 2, high + abs(rest) / 2)
 
 
 def enough(x: Tensor) -> bool:

@@ -43,6 +43,7 @@ def test_rare_losses_count_for_more_than_in_a_t_test():
 def test_what_is_no_gain():
     assert not certain(torch.zeros(50, dtype=F64))
     assert not certain(torch.full((50,), -1.0, dtype=F64))
+    assert not certain(torch.tensor([torch.nan, 1.0, 2.0], dtype=F64))
     assert not certain(-1 - noise(50, dtype=F64).abs())
     assert certain(torch.full((50,), 1e-9, dtype=F64))
     assert not certain(torch.tensor([1.0, 1.1], dtype=F64))  # two samples prove nothing

@@ -309,3 +309,12 @@ def test_a_number_of_steps_is_an_integer():
         boss.bellman_interval(torch.zeros(4, 11, 11), 10, 2, resamples=60.0)
     with pytest.raises(TypeError, match=r"extra_noises must be an integer, got 9.0"):
         boss.optimize_grid(ring(0.3), noise(8, 2), 3, extra_noises=9.0)
+
+
+def test_a_velocity_that_is_not_finite_is_refused():
+    def breaks(x, t, cond=None):
+        return torch.where(x.abs() > limit, torch.nan, -x)
+
+    for limit, message in ((1, "velocity must be finite"), (3.2, "the solution .* must be finite")):
+        with pytest.raises(ValueError, match=message):
+            boss.optimize_grid(breaks, noise(60, 2).clamp(-3, 3), 3, fine_steps=20)

@@ -60,6 +60,19 @@ def test_halves_give_the_deviation_of_a_mean(largest, skip):
     assert set(sizes) == {600 // skip}
 
 
+def test_a_small_set_beside_a_large_one_keeps_its_neighbors():
+    found, intervals = prdc_intervals(normal(10_000, 2), normal(24, 2, seed=1), 5)
+    assert intervals["recall"].low <= found.recall <= intervals["recall"].high
+    sizes = set()
+    half_sampling(
+        lambda *rows: torch.tensor([sizes.add(tuple(map(len, rows))) or 0.0]),
+        [torch.zeros(n).long() for n in (5000, 100)],
+        largest=500,
+        fewest=20,
+    )
+    assert sizes == {(1000, 20)}
+
+
 def test_the_interval_of_w2_has_the_deviation_of_a_translation():
     """Far apart W2² varies as 2 ‖shift‖ (mean b − mean a), and single points as their distance."""
     a, b = normal(300, 2), normal(300, 2, seed=1)

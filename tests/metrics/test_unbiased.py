@@ -86,7 +86,7 @@ def test_fixed_numbers_per_class_need_strata():
     assert np.mean(plain) < -20 * error
 
 
-def test_unequal_numbers_leave_no_bias():
+def test_unequal_numbers_leave_less_than_a_deviation():
     """64 features: without the law of Marchenko and Pastur the mean is 1.4 deviations below 0."""
     generator = torch.Generator().manual_seed(0)
     values = []
@@ -144,6 +144,17 @@ def test_the_same_samples_have_a_finite_interval():
     assert low < value < 0 < high < 3
 
 
+def test_more_samples_in_one_set_widen_the_interval():
+    """Equal laws of 128 features, 256 and 2560 samples: half of the correction on each side."""
+    generator = torch.Generator().manual_seed(5)
+    covered = 0
+    for _ in range(12):
+        a, b = torch.randn(2816, 128, generator=generator).double().split([256, 2560])
+        _, (low, high) = frechet_unbiased(a, b)
+        covered += low <= 0 <= high
+    assert covered >= 10
+
+
 def test_unbiased_errors():
     a = normal(10, 3)
     with pytest.raises(ValueError, match="b must have at least 2 samples per feature, got 5 sam"):
@@ -160,6 +171,9 @@ def test_unbiased_errors():
             unbiased(a, a, strata=(alone[:9], None))
         with pytest.raises(TypeError, match="strata of a must hold integer labels"):
             unbiased(a, a, strata=(alone / 2, None))
+        for wrong in (alone, (alone,)):
+            with pytest.raises(TypeError, match="strata must be the labels of both sets, got"):
+                unbiased(a, a, strata=wrong)
 
 
 @pytest.mark.slow
