@@ -312,9 +312,9 @@ def test_a_number_of_steps_is_an_integer():
 
 
 def test_a_velocity_that_is_not_finite_is_refused():
-    def breaks(x, t, cond=None):
-        return torch.where(x.abs() > limit, torch.nan, -x)
+    def breaks(limit):
+        return lambda x, t, cond=None: torch.where(x.abs() > limit, torch.nan, -x)
 
     for limit, message in ((1, "velocity must be finite"), (3.2, "the solution .* must be finite")):
         with pytest.raises(ValueError, match=message):
-            boss.optimize_grid(breaks, noise(60, 2).clamp(-3, 3), 3, fine_steps=20)
+            boss.optimize_grid(breaks(limit), noise(60, 2).clamp(-3, 3), 3, fine_steps=20)
