@@ -223,8 +223,12 @@ def _check_composed(recipe: str, own: str | None, overrides: list[str]) -> Path 
         values: Any = OmegaConf.to_container(cfg)
         values.pop("hydra")
         check(recipe, values)
+        name = None
         with suppress(Exception):  # a reference that only the run itself can follow
-            folder = Path(cfg.hydra.run.dir)
+            name = cfg.hydra.run.dir
+        if name == "":
+            raise ValueError("hydra.run.dir must be a folder, got an empty text")
+        folder = None if name is None else Path(name)
     for key, path in (("out", values.get("out")), ("hydra.run.dir", folder)):
         if path and "${" not in str(path):
             check_writable(Path(path), key)
@@ -242,6 +246,8 @@ def _composed(recipe: str, overrides: list[str]) -> Any:
         if unknown := re.match(r"Could not override '(.+?)'", str(error)):
             full = re.search(r"full_key: (\S+)", str(error.__cause__))
             key = full[1] if full else unknown[1]
+            if f"~{key}" in overrides:
+                raise ValueError(f"{key} must stay, got ~{key}") from error
             if rules_of(recipe).get(("", key.rpartition(".")[0]), "").startswith("{"):
                 raise ValueError(f"{key} must be added with a plus sign, as +{key}=...") from error
             rest = [o for o in overrides if o.lstrip("+~").partition("=")[0] != unknown[1]]
@@ -339,8 +345,8 @@ def no_empty_folder(folder: Path | None) -> Iterator[None]:
         name = OmegaConf.select(config, "hydra.runtime.output_dir", throw_on_missing=False)
         if made and name is not None:
             made[0] = Path(name)
-        with suppress(OSError):  # it is not empty
-            for path in made:
+        for path in made:
+            with suppress(OSError):  # it is not empty, or was not made
                 path.rmdir()
 
 

@@ -175,9 +175,10 @@ def inpainting_cond(
     check_choice(resize, RESIZES, "resize")
     hidden = torch.where(mask > 0, 0.0, images)
     masked = mean_latents(autoencoder, hidden)
+    mask = mask.to(images.dtype)
     if isinstance(autoencoder, KLAutoencoder):
         mask = autoencoder.pad(mask)
-    cells, mask = (masked.shape[-2], masked.shape[-1]), mask.to(images.dtype)
+    cells = (masked.shape[-2], masked.shape[-1])
     if resize == "max":
         small = F.adaptive_max_pool2d(mask, cells)
     else:

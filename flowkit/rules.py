@@ -334,10 +334,11 @@ def _fix(rule: str, value: Any) -> str:
         words = [one for one in kinds if one not in WORDS and re.fullmatch(r"[\w-]+", one)]
         return did_you_mean(value, words)
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        if any(one[0] == "[" and fits(one, [value]) for one in kinds):
+        if isinstance(value, float) and value.is_integer() and fits(rule, int(value)):
+            return f"; write {int(value)}"
+        alone = any(re.search(r"\b(int|float)\b", one) and one[0] != "[" for one in kinds)
+        if not alone and any(one[0] == "[" and fits(one, [value]) for one in kinds):
             return f"; write [{value}]"
         if "path" in kinds:
             return f"; write ./{value}"
-        if isinstance(value, float) and value.is_integer() and fits(rule, int(value)):
-            return f"; write {int(value)}"
     return ""

@@ -21,7 +21,7 @@ from omegaconf import DictConfig, open_dict
 
 from flowkit.blockwise import equal_burden, loss_by_time
 from flowkit.modules import FlowModule, load_run
-from flowkit.modules.checkpoints import read_config
+from flowkit.modules.checkpoints import read_network
 from flowkit.modules.trust import check, trusting
 from flowkit.recipes.train import train
 from flowkit.runs.splits import prepared
@@ -31,7 +31,7 @@ KEPT = ("data", "path", "coupling", "autoencoder", "guidance")  # taken from the
 
 def blockwise(cfg: DictConfig) -> FlowModule:
     """Train as configured, from the run's weights."""
-    stored = read_config(cfg.run)
+    stored = read_network(cfg.run)
     with trusting(cfg.trust):
         check({name: stored.get(name) for name in (*KEPT, "module")}, f"{cfg.run}")
     with open_dict(cfg):

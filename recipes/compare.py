@@ -26,6 +26,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from tqdm import tqdm
 
 from flowkit.checks import check_at_least
+from flowkit.modules.trust import trusting
 from flowkit.provenance import read_json
 from flowkit.recipes.evaluate import evaluate
 from flowkit.recipes.train import train
@@ -55,7 +56,8 @@ def compare(cfg: DictConfig) -> list[Row]:
         bar.set_postfix_str(f"{problem}, {coupling}, seed {seed}")
         overrides = [*cfg.overrides, *cfg.problems[problem], *cfg.couplings[coupling]]
         folder = out / file_name(problem) / file_name(coupling) / f"seed-{seed}"
-        numbers = run_cell(folder, [*overrides, f"seed={seed}"], list(cfg.evaluate))
+        with trusting(cfg.trust):
+            numbers = run_cell(folder, [*overrides, f"seed={seed}"], list(cfg.evaluate))
         rows.append({"problem": problem, "coupling": coupling, "seed": seed, **numbers})
         # Written after every cell, so that a long table can be read while it grows.
         write_table(rows, out, cfg.metrics)

@@ -30,7 +30,7 @@ from flowkit.modules.checkpoints import (
     CONFIG,
     UNRESOLVED,
     newest_checkpoint,
-    read_config,
+    read_network,
     restore,
 )
 from flowkit.modules.flow import brings_start
@@ -88,7 +88,7 @@ def _train(cfg: DictConfig) -> FlowModule:
         trainer.fit(module, data, ckpt_path=checkpoint, weights_only=checkpoint and True)
     except Exception:
         if fresh and trainer.is_global_zero and trainer.global_step == 0:
-            shutil.rmtree(folder, ignore_errors=True)  # a training that could not start
+            _empty(folder)  # a training that could not start
         raise
     say(f"run       {folder}")
     return module
@@ -101,9 +101,9 @@ def _follow_start(cfg: DictConfig) -> None:
     """
     student = cfg.module._target_.endswith(".Straightening")
     if student and (start := cfg.module.get("start")) is not None:
-        taught = read_config(start)["module"]
+        taught = read_network(start)["module"]
         check(taught, f"module of {start}")
-        cfg.model, cfg.autoencoder = taught["velocity"], taught["autoencoder"]
+        cfg.model, cfg.autoencoder = taught["velocity"], taught.get("autoencoder", cfg.autoencoder)
 
 
 def _module(cfg: DictConfig, data: Any) -> FlowModule:
@@ -189,6 +189,12 @@ def _write(folder: Path, files: dict[str, str]) -> None:
         raise ValueError(
             f"hydra.run.dir must be a writable folder, got {folder}: {error}"
         ) from error
+
+
+def _empty(folder: Path) -> None:
+    """Remove the content of a folder."""
+    for path in folder.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _parts(group: DictConfig | None) -> list:

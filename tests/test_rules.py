@@ -90,6 +90,13 @@ def test_messages_say_what_to_write(option, value, said):
         check("sample", {option: value})
 
 
+@pytest.mark.parametrize(("value", "fix"), [(0, ""), (4.0, "; write 4"), (-1.5, "")])
+def test_a_number_that_may_stand_alone_is_not_put_in_a_list(value, fix):
+    grid = {"_target_": "flowkit.sampling.ODESampler", "grid": value}
+    with pytest.raises(ValueError, match=rf"sampler.grid must be int >= 1 .*, got {value}{fix}$"):
+        check("sample", {"sampler": grid})
+
+
 def test_options_that_do_not_exist_are_refused_unless_others_refer_to_them():
     with pytest.raises(ValueError, match=r"^option must exist, got sede; did you mean seed\?$"):
         check("sample", {"sede": 3})

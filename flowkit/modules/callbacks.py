@@ -9,7 +9,8 @@ from typing import Any, cast
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint, TQDMProgressBar, WeightAveraging
-from torch import Tensor
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from flowkit.checks import check_at_least, check_between
 from flowkit.distributed import batches_seen
@@ -18,6 +19,35 @@ from flowkit.modules.flow import FlowModule, Guidance, brings_start
 from flowkit.provenance import write_atomically
 from flowkit.sampling import ODESampler, seeded_noise
 from flowkit.types import take
+
+
+class _WarmAverage(AveragedModel):
+    """Average of `AveragedWeights`, in float32 at least beside weights in half precision."""
+
+    def __init__(self, model: nn.Module, device: Any, decay: float) -> None:
+        super().__init__(model, device, use_buffers=True)
+        self.decay = decay
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        """Update the average in place."""
+        n = int(self.n_averaged)
+        weight = 1 - min(self.decay, (1 + n) / (10 + n)) if n else 1.0
+        pairs = [
+            (average, value.detach().to(average))
+            for mine, its in (
+                (self.module.parameters(), model.parameters()),
+                (self.module.buffers(), model.buffers()),
+            )
+            for average, value in zip(mine, its, strict=True)
+        ]
+        floats = [pair for pair in pairs if pair[0].is_floating_point() or pair[0].is_complex()]
+        for average, value in pairs:
+            if not (average.is_floating_point() or average.is_complex()):
+                average.copy_(value)
+        averages, values = (list(side) for side in zip(*floats, strict=True))
+        torch._foreach_lerp_(averages, values, weight)
+        self.n_averaged += 1
 
 
 class AveragedWeights(WeightAveraging):
@@ -53,23 +83,18 @@ class AveragedWeights(WeightAveraging):
     ) -> None:
         check_between(decay, 0, 1, "decay")
         check_at_least(update_every_n_steps, 1, "update_every_n_steps")
-        super().__init__(device, multi_avg_fn=self._update)
+        super().__init__(device)
         self.decay, self.update_every_n_steps = decay, update_every_n_steps
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Take an average that starts as the module, with the warm-up."""
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            self._average_model = _WarmAverage(pl_module, self._device, self.decay)
 
     def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
         """Return whether to update the average after an optimizer step, numbered from 0."""
         return step_idx is not None and step_idx % self.update_every_n_steps == 0
-
-    @torch.no_grad()
-    def _update(self, averages: list[Tensor], weights: list[Tensor], count: Tensor) -> None:
-        """Update the average in place; ``count`` is ``n``, at least 1."""
-        n = int(count)
-        decay = min(self.decay, (1 + n) / (10 + n))
-        if averages[0].is_floating_point() or averages[0].is_complex():
-            wide = [w.to(a.dtype) for w, a in zip(weights, averages, strict=True)]
-            torch._foreach_lerp_(averages, wide, 1 - decay)
-        else:
-            torch._foreach_copy_(averages, weights)
 
 
 class SampleGrid(Callback):

@@ -5,6 +5,7 @@ Every stored configuration is read by `read_config`, which translates names of e
 """
 
 import importlib
+import inspect
 import re
 from collections.abc import Sequence
 from functools import partial
@@ -56,13 +57,32 @@ def load_run(
     check_choice(weights, ("averaged", "raw"), "weights")
     folder = Path(folder)
     config = read_config(folder)
-    if "module" not in config:
-        raise ValueError(f"run must be a run of `flowkit train` with a flow, got {folder}")
     with trusting(trust):
-        module = build(config["module"], "module")
+        module = build(_module_of(config, folder), "module")
     file = folder / CHECKPOINT if checkpoint is None else Path(checkpoint)
     restore(module, read_checkpoint(file), file, weights)
     return module.eval().requires_grad_(False)
+
+
+def _module_of(config: dict[str, Any], folder: str | Path) -> dict[str, Any]:
+    """Return the configuration of the module, which runs of other recipes do not have."""
+    module = config.get("module")
+    if not isinstance(module, dict):
+        raise ValueError(f"run must be a run of `flowkit train` with a flow, got {folder}")
+    return module
+
+
+def read_network(folder: str | Path) -> dict[str, Any]:
+    """Read the configuration of a run whose network another training starts from.
+
+    Raises:
+        FileNotFoundError: If the folder is not a run.
+        ValueError: If the run does not train a flow, or its module names no network.
+    """
+    config = read_config(folder)
+    if not isinstance(_module_of(config, folder).get("velocity"), dict):
+        raise ValueError(f"run must have a network as module.velocity, got none in {folder}")
+    return config
 
 
 def newest_checkpoint(folder: str | Path) -> Path | None:
@@ -89,15 +109,27 @@ def read_config(folder: str | Path, file: str = CONFIG) -> dict[str, Any]:
     try:
         found = bounded(_Loader(text).get_single_data(), path)
     except (yaml.YAMLError, RecursionError) as error:
-        raise ValueError(f"configuration must be plain YAML, got {path}: {error}") from error
+        words = " ".join(str(error).split())  # one line
+        raise ValueError(f"configuration must be plain YAML, got {path}: {words}") from error
     if not isinstance(found, dict):
         raise ValueError(f"configuration must be a mapping, got {type(found).__name__} in {path}")
     return current(found)
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML of plain types as OmegaConf reads it: ``1e-3`` is a number, a date is a string."""
+PLAIN = ("null", "bool", "int", "float", "str", "seq", "map")
 
+
+class _Loader(yaml.SafeLoader):
+    """YAML of plain types as OmegaConf reads it: ``1e-3`` is a number, a date is a string.
+
+    Without tags: ``!!pairs`` and its like make tuples and sets, which could hide a node.
+    """
+
+    yaml_constructors: ClassVar[Any] = {
+        tag: construct
+        for tag, construct in yaml.SafeLoader.yaml_constructors.items()
+        if tag is None or tag.rpartition(":")[2] in PLAIN
+    }
     yaml_implicit_resolvers: ClassVar[Any] = {
         first: [(tag, rule) for tag, rule in rules if not tag.endswith((":timestamp", ":float"))]
         for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
@@ -212,7 +244,18 @@ def _built(node: Any, recursive: bool = True) -> Any:
     if recursive:
         given, args = _built(given), _built(args)
     target = find(node["_target_"]) or _locate(node["_target_"])
-    return partial(target, *args, **given) if node.get("_partial_") else target(*args, **given)
+    made = partial(target, *args, **given)
+    if node.get("_partial_"):
+        return made
+    try:
+        inspect.signature(target).bind(*args, **given)
+    except TypeError as error:
+        raise TypeError(
+            f"configuration of {node['_target_']} must fit its arguments, got {error}"
+        ) from error
+    except ValueError:  # a builtin without a signature
+        pass
+    return made()
 
 
 def _locate(name: str) -> Any:

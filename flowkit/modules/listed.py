@@ -23,14 +23,14 @@ CLASSES: dict[str, type] = {
     "flowkit.sampling": object,
     "flowkit.symmetrical": object,
     "flowkit.times": object,
-    "lightning.pytorch.callbacks": object,
     "torch.nn": nn.Module,
     "torch.optim": object,
     "torch.optim.lr_scheduler": object,
 }
 
-# Other names. Left out are loggers that send to other machines with the user's credentials, and
-# networks that read other networks by a path or from the hub.
+# Other names. Left out are loggers that send to other machines with the user's credentials,
+# callbacks that write or delete files at places that a checkpoint names, and networks that read
+# other networks by a path or from the hub.
 NAMES: dict[str, tuple[str, ...]] = {
     "diffusers": (
         "AsymmetricAutoencoderKL",
@@ -72,6 +72,21 @@ NAMES: dict[str, tuple[str, ...]] = {
     "functools": ("partial",),
     "lightning": ("Trainer",),
     "lightning.pytorch": ("Trainer",),
+    "lightning.pytorch.callbacks": (
+        "DeviceStatsMonitor",
+        "EMAWeightAveraging",
+        "EarlyStopping",
+        "GradientAccumulationScheduler",
+        "LearningRateMonitor",
+        "ModelSummary",
+        "RichModelSummary",
+        "RichProgressBar",
+        "StochasticWeightAveraging",
+        "TQDMProgressBar",
+        "ThroughputMonitor",
+        "Timer",
+        "WeightAveraging",
+    ),
     "lightning.pytorch.loggers": ("CSVLogger", "TensorBoardLogger"),
     "transformers": (
         "CLIPTextConfig",
@@ -101,7 +116,7 @@ ARGUMENTS = {
 }
 
 # Arguments of networks of transformers that choose code of the hub.
-REFUSED = ("attn_implementation", "_attn_implementation", "quantization_config")
+REFUSED = ("attn_implementation", "_attn_implementation", "attribute_map", "quantization_config")
 
 
 def find(name: str) -> Any:

@@ -74,7 +74,7 @@ def check(node: Any, place: str, resolved: bool = True) -> None:
     """Require that a stored configuration names only what is listed or trusted.
 
     Args:
-        node: Dictionaries, lists and values, as read from a file.
+        node: Dictionaries, lists, texts, numbers and None, as read from a file.
         place: Name of the node, for the error.
         resolved: False for a configuration with references to its nodes.
 
@@ -125,6 +125,8 @@ def _untrusted(node: Any, place: str, resolved: bool, known: frozenset[str]) -> 
         for key, value in node.items():
             if key != "_target_":
                 yield from _untrusted(value, f"{place}.{key}", resolved, known)
+    elif not isinstance(node, str | int | float | None):
+        yield place, type(node).__name__, None  # nothing else is looked into
 
 
 def _unlisted(node: dict[Any, Any], target: str, place: str) -> Iterator[Untrusted]:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from flowkit.modules.checkpoints import (
     UNRESOLVED,
@@ -35,9 +35,10 @@ def unfinished(checkpoint: Path, max_steps: int) -> dict[str, Any]:
     """Read a checkpoint whose step is below ``max_steps``; a negative ``max_steps`` is no limit.
 
     Raises:
-        ValueError: If no step is left.
+        ValueError: If no step is left, or if a callback would go on with files outside of the run.
     """
     state = read_checkpoint(checkpoint)
+    _check_states(state.get("callbacks", {}), checkpoint)
     step = state["global_step"]
     if 0 <= max_steps <= step:
         raise ValueError(
@@ -45,6 +46,26 @@ def unfinished(checkpoint: Path, max_steps: int) -> dict[str, Any]:
             f"is at step {step}: raise trainer.max_steps to resume"
         )
     return state
+
+
+def _check_states(states: Mapping[str, Any], checkpoint: Path) -> None:
+    """Require that paths in the states of callbacks lie in the run folder.
+
+    Lightning's ``ModelCheckpoint`` deletes the files that its state names.
+
+    Raises:
+        ValueError: If a path lies elsewhere.
+    """
+    root = checkpoint.resolve().parent
+    root = root.parent if root.name == "checkpoints" else root
+    for name, state in states.items():
+        for key, text in _texts(state):
+            path = set(text) & {"/", "\\"}
+            if path and ("://" in text or not Path(text).resolve().is_relative_to(root)):
+                raise ValueError(
+                    f"{name} in {checkpoint} must go on with files in {root}, got {key} = {text}; "
+                    "leave out the callback, or start a new run"
+                )
 
 
 def resumed(cfg: DictConfig, overrides: list[str]) -> DictConfig:
@@ -71,7 +92,7 @@ def resumed(cfg: DictConfig, overrides: list[str]) -> DictConfig:
     OmegaConf.set_struct(stored, True)
     for override in OverridesParser.create().parse_overrides(overrides):
         key = override.key_or_group
-        if key == "resume" or key.startswith("hydra."):
+        if key in ("resume", "trust") or key.startswith("hydra."):
             continue
         if not key.startswith(CHANGEABLE) or key.endswith("._target_") or override.is_delete():
             raise ValueError(
@@ -99,9 +120,17 @@ def _check_places(stored: DictConfig, folder: Path, changed: list[str]) -> None:
         ValueError: If a place that the user has not changed lies elsewhere.
     """
     root = folder.resolve()
+    for file in folder.rglob("*"):
+        if file.is_symlink() and file.is_file() and not file.resolve().is_relative_to(root):
+            raise ValueError(
+                f"files of a resumed run must lie in its folder, got the link {file}; replace it "
+                "by the file itself"
+            )
     parts = {part: stored.get(part) for part in ("callback", "logger", "trainer")}
     for key, value in _texts(parts):
         last = key.rpartition(".")[2]
+        if "._args_" in key:
+            raise ValueError(f"{key.partition('._args_')[0]} must name its arguments, got {value}")
         if key in changed or last not in PLACES | PARTS:
             continue
         if not (Path(value) if last in PLACES else root / value).resolve().is_relative_to(root):
@@ -112,9 +141,14 @@ def _check_places(stored: DictConfig, folder: Path, changed: list[str]) -> None:
 
 
 def _texts(node: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Yield the texts of a configuration with their keys."""
+    """Yield the texts of a configuration with their keys; keys count as texts, too."""
     if isinstance(node, str):
         yield key, node
     elif isinstance(node, Mapping | DictConfig):
         for name in node:
+            if isinstance(name, str):
+                yield key, name
             yield from _texts(node[name], f"{key}.{name}" if key else str(name))
+    elif isinstance(node, list | ListConfig):
+        for item in node:
+            yield from _texts(item, key)

@@ -97,7 +97,7 @@ class Steady(ConditionalFlowMatching):
         return {"loss": -self.velocity.weight.sum()}
 
 
-def steady(folder, steps, resume=None, every=1):
+def steady(folder, steps, resume=None, every=1, **options):
     """Return the checkpoint after a number of steps with averaged weights."""
     kept = LastCheckpoint(folder / str(steps), every_n_steps=1000)
     trainer = Trainer(
@@ -108,6 +108,7 @@ def steady(folder, steps, resume=None, every=1):
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=folder,
+        **options,
     )
     batches = DataLoader([{"x1": torch.zeros(1)}] * 60, None)
     trainer.fit(Steady(), batches, ckpt_path=resume, weights_only=True)
@@ -146,6 +147,16 @@ def test_a_resumed_average_goes_on_with_its_warm_up(tmp_path):
     state = steady(tmp_path, 20, tmp_path / "7/last.ckpt")
     assert state["averaging_state"]["n_averaged"] == 20
     assert state["state_dict"]["velocity.weight"].item() == pytest.approx(averaged(20), rel=1e-5)
+
+
+@QUIET
+@pytest.mark.parametrize("precision", ["16-true", "bf16-true"])
+def test_averages_of_half_precision_are_kept_in_float32(tmp_path, precision):
+    """Steps of a fifth of the distance are below the round-off of bfloat16 from step 40 on."""
+    state = steady(tmp_path, 60, precision=precision)
+    found = state["state_dict"]["velocity.weight"]
+    assert found.dtype == torch.float32
+    assert found.item() == pytest.approx(averaged(60), rel=1e-5)
 
 
 def test_averages_out_of_range_are_refused():

@@ -128,6 +128,7 @@ def test_the_defaults_of_all_recipes_are_accepted(configs):
         ["modle=dit"],
         ["~seed"],
         ["~data"],
+        ["hydra.run.dir="],
         ["seed=1,2"],
         ["--multirun", "seed=0,-1"],
         ["-m", "data=digits,digit"],

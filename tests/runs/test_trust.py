@@ -26,7 +26,7 @@ from flowkit.recipes.blockwise import blockwise
 from flowkit.recipes.train import train
 from flowkit.runs import Run
 from flowkit.runs.records import recorded
-from flowkit.runs.resuming import resumed
+from flowkit.runs.resuming import resumed, unfinished
 from flowkit.runs.splits import stored_data
 from tests.conftest import CONF
 
@@ -41,6 +41,14 @@ SYSTEM = {"_target_": "os.system", **TOUCH}
 ATTACKS = {
     "os": (SYSTEM, "os.system"),
     "posix": ({"_target_": "posix.system", **TOUCH}, "posix.system"),
+    "another name of an argument": (
+        {
+            "_target_": "transformers.ViTConfig",
+            "attribute_map": {"zz": "_attn_implementation"},
+            "zz": "owner/kernels",
+        },
+        "attribute_map",
+    ),
     "open": (OPENS, "builtins.open"),
     "through our paths": ({"_target_": "flowkit.paths.torch.os.system", **TOUCH}, "torch.os"),
     "through torch": ({"_target_": "torch.os.system", **TOUCH}, "torch.os.system"),
@@ -231,6 +239,111 @@ def test_a_resumed_run_writes_to_its_folder_alone(configure, key, value):
     ):
         resumed(configure("train", "resume=run"), [])
     assert resumed(configure("train", "resume=run"), [f"{key}={'mine'}"])
+
+
+def _stored(change, file="unresolved.yaml"):
+    """A copy of an earlier run whose file of the configuration is changed."""
+    folder = Path(shutil.copytree(EARLIER / "conditional", "run"))
+    config = yaml.safe_load((folder / file).read_text())
+    change(config)
+    (folder / file).write_text(yaml.safe_dump(config))
+    return folder
+
+
+BUILT = (
+    "!!pairs [x: {_target_: flowkit.modules.checkpoints._built, _recursive_: false,"
+    " node: {_target_: os.system, _args_: [touch canary]}}]"
+)
+
+
+@pytest.mark.parametrize("tag", [BUILT, BUILT.replace("!!pairs", "!!omap"), "!!set {a, b}"])
+def test_tags_hide_no_node(configure, tag):
+    """Of tuples and sets a walk of lists and mappings sees nothing."""
+    folder = Path(shutil.copytree(EARLIER / "conditional", "run"))
+    text = (folder / "config.yaml").read_text()
+    assert "\n  velocity:\n" in text
+    text = text.replace("\n  velocity:\n", f"\n  velocity:\n    extra: {tag}\n")
+    (folder / "config.yaml").write_text(text)
+    one_line = r"^configuration must be plain YAML, got run/config.yaml: .*$"
+    for command in (
+        lambda: load_run(folder),
+        lambda: blockwise(configure("blockwise", "run=run", "run_dir=new")),
+        lambda: train(configure("train", "module=straightening", "module.start=run")),
+    ):
+        with pytest.raises(ValueError, match=one_line):
+            command()
+    assert not CANARY.exists()
+    for hidden in ((("x", SYSTEM),), {1}, b"x"):
+        with pytest.raises(ValueError, match=rf"a\.b: {type(hidden).__name__}; remove it"):
+            check({"b": hidden}, "a")
+
+
+@pytest.mark.parametrize("name", ["ModelCheckpoint", "OnExceptionCheckpoint", "SpikeDetection"])
+def test_callbacks_that_write_and_delete_elsewhere_need_trust(configure, name):
+    target = f"lightning.pytorch.callbacks.{name}"
+    _stored(lambda config: config["callback"].update(mine={"_target_": target}))
+    with pytest.raises(ValueError, match=rf"run\.callback\.mine\._target_: {target}"):
+        resumed(configure("train", "resume=run"), [])
+    override = f"trust=[{target}]"
+    assert resumed(configure("train", "resume=run", override), ["resume=run", override])
+
+
+@pytest.mark.parametrize(
+    ("state", "refused"),
+    [
+        ({"best_model_path": "local://victim"}, True),
+        ({"best_k_models": {"/etc/passwd": 0.1}}, True),
+        ({"kept": ["../victim/a.ckpt"]}, True),
+        ({"best_model_path": "run/checkpoints/best.ckpt", "monitor": "val"}, False),
+        ({"best_model_path": "", "step": 3}, False),
+    ],
+)
+def test_states_of_callbacks_name_files_of_the_run_alone(state, refused):
+    folder = Path(shutil.copytree(EARLIER / "conditional", "run"))
+    file = folder / "checkpoints" / "last.ckpt"
+    content = torch.load(file, weights_only=True)
+    content["callbacks"] = {"ModelCheckpoint{'monitor': 'a/b'}": state}
+    torch.save(content, file)
+    if refused:
+        with pytest.raises(ValueError, match=r"ModelCheckpoint.* must go on with files in .*run, "):
+            unfinished(file, -1)
+    else:
+        assert unfinished(file, -1)["callbacks"]
+
+
+def test_places_of_a_resumed_run_are_no_links_and_have_names(configure):
+    def positional(config):
+        config["logger"]["csv"] = {
+            "_target_": "lightning.pytorch.loggers.CSVLogger",
+            "_args_": ["/tmp/elsewhere"],
+        }
+
+    folder = _stored(positional)
+    with pytest.raises(ValueError, match=r"logger.csv must name its arguments, got /tmp/elsewhere"):
+        resumed(configure("train", "resume=run"), [])
+    shutil.rmtree(folder)
+    _stored(lambda config: None)
+    Path("victim.txt").write_text("mine")
+    (folder / "metrics.json").symlink_to(Path("victim.txt").absolute())
+    with pytest.raises(ValueError, match="must lie in its folder, got the link run/metrics"):
+        resumed(configure("train", "resume=run"), [])
+
+
+def test_a_start_without_a_network_is_refused(configure):
+    folder = _stored(lambda config: config["module"].pop("velocity"), "config.yaml")
+    start = ["module=straightening", "module.start=run", "run_dir=new"]
+    with pytest.raises(ValueError, match=r"run must have a network as module\.velocity, got"):
+        train(configure("train", *start))
+    (folder / "config.yaml").write_text("data: {}\n")
+    with pytest.raises(ValueError, match="run must be a run of `flowkit train` with a flow, got"):
+        blockwise(configure("blockwise", "run=run", "run_dir=new"))
+
+
+def test_arguments_that_do_not_fit_name_their_node():
+    with pytest.raises(
+        TypeError, match=r"of flowkit.paths.Linear must fit its arguments, got .*no"
+    ):
+        build({"_target_": "flowkit.paths.Linear", "no": 1})
 
 
 @pytest.mark.parametrize("part", ["velocity", "autoencoder"])
