@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from matplotlib.colors import same_color
 
 from flowkit.couplings import Gibbs, suggest_epsilon
 from flowkit.couplings.epsilon import variance_components
@@ -87,7 +88,7 @@ def test_plot_marks_the_choice():
         assert list(line.get_xdata()) == choice.epsilons.tolist()
         assert list(line.get_ydata()) == curve.tolist()
         assert mark.get_xdata() == [choice.epsilon, choice.epsilon]
-        assert mark.get_color() != line.get_color()
+        assert not same_color(mark.get_color(), line.get_color())
         assert (axes.get_xlabel(), axes.get_ylabel()) == ("ε", name)
         assert (axes.get_xscale(), axes.get_ylim()[0]) == ("log", 0)
 
