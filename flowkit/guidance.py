@@ -177,7 +177,7 @@ class ClassifierFree:
     def __call__(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
         """Guided velocity ``(B, *)``; ``cond`` must be given."""
         check_floating(x, "x")
-        return self.bind(cond)(x, t, cond)
+        return self.bind(cond)(x, t)
 
     def bind(self, cond: Cond, grid: Tensor | None = None) -> "_Guided":
         """Prepare for one solve, counting network rows."""

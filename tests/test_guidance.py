@@ -243,6 +243,15 @@ def test_guidance_binds_once_for_each_condition(interval):
     assert solution.rows == plain.rows == positive.rows + negative.rows
 
 
+def test_autoguidance_binds_both_fields_to_the_condition_and_the_grid():
+    x, _, cond = state(6)
+    strong, weak, sampler = Caching(), Caching(), ODESampler(4)
+    sampler.solve(Autoguidance(strong, weak, 2.0), x, cond)
+    for (bound,) in (strong.bound, weak.bound):
+        assert torch.equal(bound.cond, cond)
+        assert torch.equal(bound.grid, sampler.times)
+
+
 class Edged:
     """Two_classes, with steps that no edge may divide."""
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from flowkit.couplings import Independent, MinibatchOT
+from flowkit.couplings import Independent, MinibatchOT, Sinkhorn
 from flowkit.exact import GaussianFlow
 from flowkit.guidance import DropCond
 from flowkit.losses import flow_matching_loss
@@ -82,8 +82,13 @@ def test_velocity_is_compared_with_the_paths(path):
 
 def test_given_pairs_need_no_noise():
     x0, x1 = torch.randn(2, 64, 3).unbind()
-    result = flow_matching_loss(lambda x, t, c: x1 - x0, {"x0": x0, "x1": x1})
+    result = flow_matching_loss(
+        lambda x, t, c: x1 - x0,
+        {"x0": x0, "x1": x1},
+        observe=lambda pairs: {"gap": pairs.x1 - pairs.x0},
+    )
     assert result["loss"].item() == pytest.approx(0, abs=1e-12)
+    assert torch.equal(result["gap"], x1 - x0)
 
 
 def test_coupled_pairs_are_used():
@@ -102,10 +107,22 @@ def test_masked_elements_do_not_count():
     x0, x1 = torch.randn(2, 8, 4).unbind()
     mask = (torch.arange(4) < torch.tensor([1, 2, 3, 4] * 2)[:, None]).float()
     x1_padded = torch.where(mask.bool(), x1, 1e6)
-    ours = flow_matching_loss(zero, {"x0": x0, "x1": x1_padded, "mask": mask})["loss"]
+    result = flow_matching_loss(zero, {"x0": x0, "x1": x1_padded, "mask": mask})
+    ours = result["loss"]
     torch.testing.assert_close(ours, (x1 - x0)[mask.bool()].square().mean())
+    assert result["explained"].item() == 0
     boolean = flow_matching_loss(zero, {"x0": x0, "x1": x1_padded, "mask": mask.bool()})["loss"]
     assert torch.equal(ours, boolean)
+
+
+def test_a_mask_is_counted_over_all_ranks_while_gradients_are_enabled(monkeypatch):
+    """As if another rank counted 9 elements: here 3 with squares of 4, so 12 / mean(3, 9)."""
+    monkeypatch.setattr("flowkit.losses.mean_over_ranks", lambda count: (count + 9) / 2)
+    x0, mask = torch.zeros(2, 4), torch.tensor([[1.0, 0, 0, 0], [1, 1, 0, 0]])
+    batch = {"x0": x0, "x1": x0 + 2, "mask": mask}
+    assert flow_matching_loss(zero, batch)["loss"].item() == 2
+    with torch.no_grad():
+        assert flow_matching_loss(zero, batch)["loss"].item() == 4
 
 
 def test_mask_is_broadcast_over_channels():
@@ -377,7 +394,7 @@ def test_bad_batches_are_refused(make, message):
         (
             {"mask": torch.ones(4, 2, dtype=torch.cfloat)},
             TypeError,
-            "mask must be a tensor of real",
+            "mask must be a tensor of real numbers, got torch.complex64",
         ),
         ({"mask": [[1.0]]}, TypeError, "mask must be a tensor of real numbers, got list"),
     ],
@@ -445,10 +462,12 @@ def test_draws_come_from_one_stream_in_turn():
         return torch.zeros_like(x)
 
     drop = DropCond(0.5, null=99)
-    batch = {"x1": x1, "cond": cond}
-    flow_matching_loss(field, batch, drop_cond=drop, times=Stratified(), generator=generator(5))
+    batch, coupling = {"x1": x1, "cond": cond}, Sinkhorn(1.0, cond_weight=0.0)
+    options = {"coupling": coupling, "drop_cond": drop, "times": Stratified()}
+    flow_matching_loss(field, batch, **options, generator=generator(5))
     stream = generator(5)
     x0 = torch.randn(50, 2, generator=stream)
+    x0 = coupling.pair(x0, x1, cond, stream).x0
     t = Stratified()(50, None, stream)
     assert torch.equal(seen["t"], t)
     assert torch.equal(seen["x"], Linear().sample(x0, x1, t).x_t)

@@ -17,6 +17,7 @@ PATHS = [
     Cosine(),
     VP(),
     VP(beta_min=0.5, beta_max=8.0),
+    VP(beta_min=0.0, beta_max=8.0),
     QUADRATIC,
 ]
 
@@ -344,6 +345,7 @@ def test_bad_kinds_are_refused(path, x, error, message):
         (lambda: Linear(sigma_min=1.0), r"sigma_min must lie in \[0, 1\), got 1.0"),
         (lambda: Linear(sigma=-0.1), "sigma must be at least 0, got -0.1"),
         (lambda: VP(beta_min=3, beta_max=2), r"beta_min must lie in \[0, beta_max\)"),
+        (lambda: VP(beta_min=2, beta_max=2), r"beta_min must lie in \[0, beta_max\)"),
         (lambda: BrownianBridge(-1), "sigma must be at least 0, got -1"),
         (lambda: Affine(lambda t: 1 - t, lambda t: t), "a must be 0 at t = 0, got 1.0"),
         (lambda: Affine(lambda t: t, lambda t: 1 - t / 2), "b must be 0 at t = 1, got 0.5"),
@@ -352,6 +354,12 @@ def test_bad_kinds_are_refused(path, x, error, message):
 def test_bad_paths_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_an_end_may_differ_by_a_thousandth():
+    """As a number of float64; in float32 this number is larger."""
+    path = Affine(lambda t: t, lambda t: (1 - t).clamp_min(1e-3))
+    assert path.coefficients(torch.ones(1, dtype=torch.float64)).b.item() == 1e-3
 
 
 def test_misspelt_keyword_is_refused():

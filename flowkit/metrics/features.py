@@ -190,7 +190,7 @@ def train_classifier(
         channels, height, side = images.shape[1:]
         net = ConvClassifier((channels, height, side), num_classes, num_features, width, name)
     net.to(images.device).train()
-    optimizer = torch.optim.AdamW(net.parameters(), lr=learning_rate)
+    optimizer = torch.optim.AdamW(net.parameters())  # the cycle sets its learning rate
     steps = epochs * (len(images) // batch_size)
     cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps + 1)
     generator = torch.Generator().manual_seed(seed)

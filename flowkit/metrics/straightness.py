@@ -135,7 +135,7 @@ def transport(a: Tensor, b: Tensor) -> Transport:
     squared, log = ot.emd2([], [], cost, numItermax=100_000_000, log=True)
     if log["warning"] is not None:
         raise RuntimeError(f"the transport plan must be optimal, got {log['warning']}")
-    potentials = (torch.as_tensor(log[name], dtype=torch.float64) for name in "uv")
+    potentials = (torch.as_tensor(log[name]) for name in "uv")
     return Transport(max(float(squared), 0.0), *potentials)
 
 

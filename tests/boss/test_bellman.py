@@ -11,6 +11,7 @@ from scipy.stats import t as student
 
 from flowkit import boss, grids
 from flowkit.exact import GaussianFlow
+from flowkit.sampling import ODESampler
 from tests.boss.fields import F64, linear_in_time, noise, ring
 
 
@@ -195,3 +196,46 @@ def test_noises_grow_until_the_grid_is_steady():
         linear_in_time, lambda first, count: (torch.zeros(count, 1), None), 20, 4
     )
     assert len(costs) == 16
+
+
+def test_noises_grow_until_the_times_are_sure():
+    """Two steps in five: 2 + 3 or 3 + 2, as the noise has it, so one of three knots moves by .1."""
+    cond = noise(128, dtype=F64)
+    fine = torch.linspace(0.5, 1, 6, dtype=F64)  # of length .5: the mean width is .0667 of it
+
+    def tilted(x, t, cond):
+        return (t + 0.2 * cond * (t - 0.75) ** 2)[:, None]
+
+    def draw(first, count):
+        return torch.zeros(count, 1, dtype=F64), cond[first : first + count]
+
+    for tolerance, count in ((0.068, 64), (0.065, 128)):
+        generator = torch.Generator().manual_seed(0)
+        costs, _ = boss.converged_costs(
+            tilted, draw, fine, 2, tolerance=tolerance, limit=128, generator=generator
+        )
+        assert 4 * len(costs) == count
+    # Without costs the value is certain.
+    constant = lambda x, t, cond: torch.ones_like(x)  # noqa: E731
+    assert len(boss.converged_costs(constant, draw, fine, 2, limit=128)[0]) == 16
+
+
+def test_costs_until_steady_are_those_of_the_options():
+    x0, cond = noise(64, 2, dtype=F64), noise(64, seed=1, dtype=F64)
+
+    def growing(x, t, cond):
+        return cond[:, None] * x * (1 + t[:, None])
+
+    options = {"method": "midpoint", "reference": ODESampler(16, "heun")}
+    costs, found = boss.converged_costs(
+        growing,
+        lambda first, count: (x0, cond),
+        8,
+        3,
+        limit=64,
+        generator=torch.Generator().manual_seed(5),
+        **options,
+    )
+    assert torch.equal(costs, boss.step_costs(growing, x0, 8, cond, groups=16, **options))
+    again = boss.bellman_interval(costs, 8, 3, generator=torch.Generator().manual_seed(5))
+    assert found.value_interval == again.value_interval

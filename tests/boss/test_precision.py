@@ -114,5 +114,7 @@ def test_the_precision_is_that_of_the_values():
     assert velocity.eps > 0  # nothing is known before the first output
     ODESampler(2)(velocity, x)
     assert velocity.eps == 0
+    velocity, x = precise(lambda x, t, cond: cond * x, x0)
+    assert torch.equal(velocity(x, t, torch.tensor(3.0)), 3 * x)
     velocity, x = precise(ring(0.3), x0.double())
     assert velocity(x, t.double()).dtype == torch.float64

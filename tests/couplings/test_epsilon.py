@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from matplotlib.colors import same_color
 
 from flowkit.couplings import Gibbs, suggest_epsilon
 from flowkit.couplings.epsilon import variance_components
@@ -79,10 +80,17 @@ def test_elbow_follows_the_scale_of_the_samples():
 
 def test_plot_marks_the_choice():
     choice = suggest_epsilon(*normals(100, 2))
-    for axes in choice.plot().axes:
+    left, right = choice.plot().axes
+    assert left.get_position().y0 == right.get_position().y0
+    curves = {"ESS / N": choice.ess, "relative variance of the tilt": choice.tilt_variance}
+    for axes, (name, curve) in zip((left, right), curves.items(), strict=True):
         line, mark = axes.lines
         assert list(line.get_xdata()) == choice.epsilons.tolist()
+        assert list(line.get_ydata()) == curve.tolist()
         assert mark.get_xdata() == [choice.epsilon, choice.epsilon]
+        assert not same_color(mark.get_color(), line.get_color())
+        assert (axes.get_xlabel(), axes.get_ylabel()) == ("ε", name)
+        assert (axes.get_xscale(), axes.get_ylim()[0]) == ("log", 0)
 
 
 @pytest.mark.parametrize(

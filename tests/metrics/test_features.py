@@ -60,7 +60,10 @@ def test_classifier_reads_held_out_digits(digits, classifier):
 def test_features_are_the_penultimate_layer_in_any_batch(digits, classifier):
     images = digits[0][:700]  # more than one internal batch
     features = classifier(images)
-    assert torch.equal(classifier.head(features), classifier.logits(images))
+    weight, bias = list(classifier.head.parameters())
+    logits = features * features.sigmoid() @ weight.T + bias  # SiLU, then a linear layer
+    torch.testing.assert_close(classifier.logits(images), logits, rtol=1e-4, atol=1e-4)
+    assert classifier.logits(images).shape == (700, 10)
     assert torch.allclose(classifier(images[613:614]), features[613:614], atol=1e-5)
     assert features.var(0).min() > 1e-3  # no dead dimension
     assert not features.requires_grad
@@ -73,6 +76,19 @@ def test_training_repeats_and_leaves_the_global_generator_alone(digits):
     assert torch.equal(torch.get_rng_state(), before)
     assert nets[0].hash == nets[1].hash != nets[2].hash
     assert not nets[0].training
+
+
+def test_layers_and_certainty_by_hand():
+    """Labels that are certain: of two classes, smoothing by .1 leaves a probability of .95."""
+    labels = torch.arange(32) % 2
+    images = (labels[:, None, None, None] - 0.5).expand(-1, 1, 4, 4)
+    options = {"epochs": 100, "learning_rate": 0.02, "num_features": 5, "width": 4}
+    net = train_classifier(images, labels, 2, **options)
+    certain = net.probabilities(images)[range(32), labels]
+    torch.testing.assert_close(certain, torch.full((32,), 0.95), rtol=0, atol=0.01)
+    convolutions = 9 * 1 * 4 + 9 * 4 * 8  # without biases: batch norm has them
+    norms, linear = 2 * (4 + 8), (8 + 1) * 5 + (5 + 1) * 2
+    assert sum(p.numel() for p in net.parameters()) == convolutions + norms + linear
 
 
 def test_classifier_survives_saving(digits, classifier, tmp_path):

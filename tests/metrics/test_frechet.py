@@ -148,3 +148,5 @@ def test_frechet_errors():
         frechet_distance(a, torch.where(a == a.max(), math.nan, a))
     with pytest.raises(ValueError, match=r"cov_b must have shape \(3, 3\), got \(2, 3\)"):
         frechet_from_moments(a[0], torch.eye(3), a[1], torch.eye(3)[:2])
+    with pytest.raises(ValueError, match="cov_a must be finite, got 9 NaN"):
+        frechet_from_moments(a[0], torch.full((3, 3), math.nan), a[1], torch.eye(3))

@@ -34,6 +34,22 @@ def test_structure_is_seen():
     assert gaussianity(torch.ones(1, 3, 4)).autocorrelation.item() == pytest.approx(1)
 
 
+def test_values_by_hand():
+    found = gaussianity(torch.tensor([[1.0, 2.0, 3.0]]))
+    assert found.norm.item() == pytest.approx((14 / 3) ** 0.5)
+    spread = 2 / 27
+    chi2 = ((14 / 3) ** (1 / 3) - 1 + spread) / spread**0.5
+    assert found.chi2.item() == pytest.approx(chi2)
+    assert found.autocorrelation.item() == pytest.approx((2 + 6) / 2 / (14 / 3))
+    # Sequences have neighbors along their length; videos along height and width.
+    sequence = gaussianity(torch.tensor([[[1.0, 2.0], [3.0, -1.0]]]))
+    assert sequence.autocorrelation.item() == pytest.approx((2 - 3) / 2 / (15 / 4))
+    video = torch.tensor([[1.0, 2.0], [3.0, 4.0]]) * torch.tensor([1.0, -1.0])[:, None, None]
+    both = (2 + 12) / 2 + (3 + 8) / 2  # along the width and along the height
+    found = gaussianity(video[None, None]).autocorrelation.item()
+    assert found == pytest.approx(both / 2 / (30 / 4))
+
+
 def test_a_sample_needs_neighbors():
     with pytest.raises(ValueError, match="sides of z must be at least 2, got 1"):
         gaussianity(torch.randn(3, 1))

@@ -7,6 +7,7 @@ import torch
 from flowkit.metrics import point_metrics, prdc, prdc_intervals, wasserstein2_interval, wilson
 from flowkit.metrics.intervals import around, half_sampling, share_interval
 from flowkit.metrics.labels import classification_metrics, segmentation_metrics
+from flowkit.sampling import Solution
 from tests.metrics.samples import F64, Mixture, normal
 
 
@@ -61,7 +62,7 @@ def test_halves_give_the_deviation_of_a_mean(largest, skip):
 
 
 def test_a_small_set_beside_a_large_one_keeps_its_neighbors():
-    found, intervals = prdc_intervals(normal(10_000, 2), normal(24, 2, seed=1), 5)
+    found, intervals = prdc_intervals(normal(4001, 2), normal(8, 2, seed=1), 2)
     assert intervals["recall"].low <= found.recall <= intervals["recall"].high
     sizes = set()
     half_sampling(
@@ -83,6 +84,10 @@ def test_the_interval_of_w2_has_the_deviation_of_a_translation():
     assert low < value < high
     ninety = wasserstein2_interval(a, b + shift, confidence=0.9)[1]
     assert (ninety.high - ninety.low) / (high - low) == pytest.approx(1.644854 / 1.959964, rel=1e-3)
+    # Two small sets of the same kind: W2² is .02, and its potentials are 0 and .04.
+    value, (low, high) = wasserstein2_interval(torch.tensor([[0.0], [0.2]]), torch.zeros(3, 1))
+    assert (value**2, low) == pytest.approx((0.02, 0))
+    assert high**2 == pytest.approx(0.02 + 1.959964 * 0.02, rel=1e-6)
     with pytest.raises(ValueError, match="the number of points must be at least 2, got 1"):
         wasserstein2_interval(a[:1], b)
 
@@ -110,6 +115,23 @@ def test_intervals_of_the_path_energy():
     assert straight["normalized_path_energy_interval"][0] == 0
     assert record["w2_squared_interval"] == pytest.approx([end**2 for end in record["w2_interval"]])
     assert record["transport_w2_interval"][0] < record["transport_w2"]
+
+
+def test_intervals_of_a_short_path_by_hand():
+    """From one source to the points 1 and 2: W2² = 2.5, and the potentials are 0 and 1, 4."""
+    energies = torch.tensor([0.25, 0.5, 0.75], dtype=F64)[:, None]
+    path = torch.stack([torch.zeros_like(energies), energies.sqrt()])
+    real = torch.tensor([[1.0], [2.0]], dtype=F64)
+    record = point_metrics(real, path[1], Solution(path[1], 1, 3, path), 1)
+    assert record["transport_w2_squared"] == pytest.approx(2.5)
+    assert record["normalized_path_energy"] == pytest.approx(0.8)
+    student = 4.3026527  # t₂, for three trajectories
+    reach = student * (0.0625 / 3) ** 0.5
+    assert record["path_energy_interval"] == pytest.approx([0, 0.5 + reach], rel=1e-6)
+    # The ratio is .2, and its interval above −1 has the ends −1 and −.8 + reach < 0.
+    reach = student * (0.0625 / 3 + 0.2**2 * 4.5 / 2) ** 0.5 / 2.5
+    interval = record["normalized_path_energy_interval"]
+    assert interval == pytest.approx([0.8 - reach, 1], rel=1e-6)
 
 
 @pytest.mark.slow

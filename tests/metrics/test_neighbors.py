@@ -44,6 +44,8 @@ def test_kid_draws_and_errors():
         kid(a, b)
     with pytest.raises(ValueError, match=r"b must have shape \(M, F\) beside a \(30, 4\), got"):
         kid(a, b[:, 1:], 5, 10)
+    with pytest.raises(ValueError, match=r"b must have shape \(M, F\) .* got \(40, 4, 1\)"):
+        kid(a, b[..., None], 5, 10)
 
 
 def brute_prdc(real, fake, k):

@@ -15,13 +15,21 @@ from tests.metrics.samples import F64
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_grid_holds_every_image_in_order(channels, tmp_path):
     images = torch.rand(5, channels, 4, 6) * 2 - 1
-    file = save_picture(images, tmp_path / "new" / "grid.png", columns=3, zoom=2)
+    file = save_picture(images, tmp_path / "new" / "more" / "grid.png", columns=3, zoom=2)
     pixels = np.asarray(Image.open(file)).reshape(2 * (8 + 2) + 2, 3 * (12 + 2) + 2, channels)
     for k, image in enumerate(to_uint8(images)):
         top, left = 2 + k // 3 * 10, 2 + k % 3 * 14
         shown = pixels[top : top + 8 : 2, left : left + 12 : 2]
         assert np.array_equal(shown, image.permute(1, 2, 0).numpy())
     assert (pixels[12:, 30:] == 255).all()  # the place of a sixth
+
+
+@pytest.mark.parametrize(("width", "scale"), [(4, 8), (13, 4), (32, 2), (40, 1), (65, 1)])
+def test_images_are_enlarged_to_at_most_64_pixels_a_side(width, scale, tmp_path):
+    file = save_picture(torch.zeros(11, 1, 3, width), tmp_path / "grid.png")
+    size = 10 * (width * scale + 2) + 2, 2 * (3 * scale + 2) + 2
+    with Image.open(file) as picture:
+        assert picture.size == size  # ten in a row, with gaps of 2 pixels
 
 
 def test_points_are_drawn_where_they_are(tmp_path):
@@ -39,10 +47,11 @@ def test_points_are_drawn_where_they_are(tmp_path):
 def test_other_samples_have_a_picture_too(tmp_path):
     line = np.asarray(Image.open(save_picture(torch.rand(50, 1), tmp_path / "line.png")))
     assert (line.min(axis=2) < 200).mean() > 0.1  # the bars
-    images = torch.rand(2, 5, 4, 4) * 2 - 1
-    five = save_picture(images, tmp_path / "five.png")
-    mean = save_picture(images.mean(1, keepdim=True), tmp_path / "mean.png")
-    assert five.read_bytes() == mean.read_bytes()
+    for channels in (2, 5):
+        images = torch.rand(2, channels, 4, 4) * 2 - 1
+        shown = save_picture(images, tmp_path / "channels.png")
+        mean = save_picture(images.mean(1, keepdim=True), tmp_path / "mean.png")
+        assert shown.read_bytes() == mean.read_bytes()
 
 
 def test_bytes_and_images_undo_each_other():

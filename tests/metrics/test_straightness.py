@@ -43,6 +43,9 @@ def test_wasserstein_errors():
     message = r"b must hold points \(M, \*\) of the shape of a \(4, 2\), got \(4, 3\)"
     with pytest.raises(ValueError, match=message):
         wasserstein2(normal(4, 2), normal(4, 3))
+    for a, b in ((normal(0, 2), normal(4, 2)), (normal(4, 2), normal(0, 2))):
+        with pytest.raises(ValueError, match=r"b must hold points .* got \(\d, 2\)"):
+            wasserstein2(a, b)
     with pytest.raises(ValueError, match="a must be finite"):
         wasserstein2(torch.full((2, 2), math.inf), normal(2, 2))
 
@@ -54,6 +57,8 @@ def test_path_energy_of_straight_lines_is_their_squared_length():
     exact = (x1 - x0).square().sum((1, 2)).mean().item()
     assert path_energy(path, grid) == pytest.approx(exact, rel=1e-12)
     assert normalized_path_energy(exact, w2=exact**0.5) == pytest.approx(0, abs=1e-12)
+    # Samples of one number: 1² and 3².
+    assert path_energy(torch.tensor([[0.0, 1.0], [1.0, 4.0]]), 1) == 5
     # On part of the time axis the same way costs more.
     assert path_energy(path[[0, -1]], [0.25, 0.75]) == pytest.approx(2 * exact, rel=1e-12)
 
