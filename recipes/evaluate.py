@@ -30,9 +30,9 @@ from flowkit.metrics import (
 )
 from flowkit.metrics.pictures import as_saved, save_picture
 from flowkit.modules.flow import labels_of
+from flowkit.provenance import cache_folder
 from flowkit.runs import Run
 from flowkit.runs.drawing import block_cost, draw_parts, like_test, start
-from flowkit.runs.features import cache_folder
 from flowkit.runs.parts import Columns, Parts, hash_of
 from flowkit.runs.processes import launch
 from flowkit.runs.records import write_record

@@ -34,10 +34,9 @@ from flowkit.metrics import (
     wasserstein2,
 )
 from flowkit.modules.flow import labels_of
-from flowkit.provenance import read_json, versions
+from flowkit.provenance import cache_folder, read_json, versions
 from flowkit.runs import Run
 from flowkit.runs.drawing import draw_parts, like_test
-from flowkit.runs.features import cache_folder
 from flowkit.runs.parts import Columns, Parts, hash_of
 from flowkit.runs.processes import launch
 from flowkit.runs.report_plots import Row, plot, plot_guidance
