@@ -93,6 +93,7 @@ class SplitData(LightningDataModule):
             ``setup``, part of the summary.
         files: SHA-256 and split of each file by its name, for data of single files; set by
             ``setup``.
+        changes: What differs from the record of a run, if the user accepts it; else None.
         known: The record of these data in a run. Files and classes keep the splits and the numbers
             that they have in the record. None without a record.
         x0_is_noise: True if the source samples ``x0`` of the splits are standard normal noise. Then
@@ -122,6 +123,7 @@ class SplitData(LightningDataModule):
     notes: Sequence[str] = ()
     files: Mapping[str, tuple[str, str | None]] = MappingProxyType({})
     known: Mapping[str, Any] | None = None
+    changes: str | None = None
 
     def __init__(
         self,
@@ -218,6 +220,10 @@ class SplitData(LightningDataModule):
             found += ", no classes" + ("" if cond is None else " but other conditions")
         found += ", source samples" if "x0" in first else ""
         return "; ".join([f"{type(self).__name__}: {found}", *self.notes])
+
+    def sizes(self) -> dict[str, int]:
+        """Return the number of samples of each split."""
+        return {name: len(split) for name, split in self._splits.items()}
 
     def fingerprint(self, name: str) -> str:
         """Return the SHA-256 of the content of a split."""
