@@ -51,7 +51,7 @@ def autoencoder(cfg: DictConfig) -> KLAutoencoder:
     _refuse_overwriting(folder, checkpoint)
     seed_everything(cfg.seed, workers=True, verbose=False)
     origin = None if checkpoint is None else folder_of(checkpoint)
-    data = opened(lambda: instantiate(cfg.data), record_of(origin), cfg.data_changed)
+    data = opened(instantiate(cfg.data), record_of(origin), cfg.data_changed)
     count_in_steps(cfg, data)
     cfg.shape, cfg.num_classes = list(data.shape), data.num_classes
     vae, perceptual = instantiate(cfg.vae), instantiate(cfg.perceptual)

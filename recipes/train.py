@@ -62,7 +62,7 @@ def _train(cfg: DictConfig) -> FlowModule:
     _refuse_overwriting(folder, checkpoint)
     seed_everything(cfg.seed, workers=True, verbose=False)
     origin = cfg.get("run") if checkpoint is None else folder_of(checkpoint)
-    data = opened(lambda: instantiate(cfg.data), record_of(origin), cfg.data_changed)
+    data = opened(instantiate(cfg.data), record_of(origin), cfg.data_changed)
     say(f"data      {data.summary()}")
     count_in_steps(cfg, data)
     module = _module(cfg, data)

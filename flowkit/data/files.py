@@ -44,14 +44,21 @@ class _Left:
                 f"{_count(self.hidden, 'hidden file or folder', 'hidden files or folders')} skipped"
             )
         if count := self.other.total():
-            kinds = ", ".join(f"{n:,} {suffix}" for suffix, n in self.other.most_common(5))
-            more = ", …" if len(self.other) > 5 else ""
-            notes.append(
-                f"{_count(count, 'file', 'files')} of other types not read ({kinds}{more})"
-            )
+            kinds = count_of_kinds(self.other)
+            notes.append(f"{_count(count, 'file', 'files')} of other types not read ({kinds})")
         if self.loops:
             notes.append(f"{_count(self.loops, 'link', 'links')} to a folder above not followed")
         return notes
+
+
+def count_of_kinds(kinds: Mapping[str, int]) -> str:
+    """Return the five most frequent kinds with their numbers.
+
+    >>> count_of_kinds({".csv": 1, ".txt": 30})
+    '30 .txt, 1 .csv'
+    """
+    ranked = sorted(kinds.items(), key=lambda item: (-item[1], item[0]))
+    return ", ".join(f"{n:,} {kind}" for kind, n in ranked[:5]) + (", …" if len(ranked) > 5 else "")
 
 
 def is_hidden(name: str) -> bool:
@@ -209,6 +216,7 @@ def split_files(
     fractions: Mapping[str, float],
     seed: int,
     known: Mapping[str, Any] | None,
+    prefix: str = "",
 ) -> dict[str, Tensor]:
     """Divide files into splits: by their folders, by a record, and others by `content_splits`.
 
@@ -219,18 +227,21 @@ def split_files(
         fractions: The share of val and test.
         seed: The seed of the splits.
         known: A record of these data, see `flowkit.data.SplitData.record`. A file keeps the split
-            that its content has in the record.
+            that it, or its content, has in the record.
+        prefix: What the record has before the names.
     """
     given = given or {}
     missing = {name: share for name, share in fractions.items() if name not in given.values()}
+    files = known["files"] if known else {}
     earlier = {}
     for split in ("test", "val", "train"):  # a copy of a training file counts as trained
-        files = known["files"].values() if known else []
-        earlier |= {content: split for content, own in files if own == split}
+        earlier |= {content: split for content, own in files.values() if own == split}
+    earlier |= {f"{name} {content}": split for name, (content, split) in files.items()}
     placed = []
     for name, content in zip(names, hashes, strict=True):
         own = given.get(name.split("/")[0])
-        placed.append(earlier.get(content, None if own == "train" and missing else own))
+        own = earlier.get(content, None if own == "train" and missing else own)
+        placed.append(earlier.get(f"{prefix}{name} {content}", own))
     keys = [f"{name} {content}" for name, content in zip(names, hashes, strict=True)]
     return content_splits(keys, missing, seed, placed)
 
@@ -262,7 +273,7 @@ def content_splits(
 
     >>> splits = content_splits([f"{k}.png" for k in range(1000)], {"val": 0.1, "test": 0.2}, 0)
     >>> {name: len(part) for name, part in splits.items()}
-    {'train': 703, 'val': 93, 'test': 204}
+    {'train': 696, 'val': 106, 'test': 198}
     """
     if not (all(f > 0 for f in fractions.values()) and sum(fractions.values()) < 1):
         raise ValueError(

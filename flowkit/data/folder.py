@@ -197,7 +197,7 @@ class Folder(SplitData):
     >>> data = Folder(root, image_size=8, channels=1, val_fraction=0.1, test_fraction=0.1)
     >>> data.setup()
     >>> data.summary()
-    'Folder: 13 train, 3 val, 4 test samples of shape (1, 8, 8), 2 classes (dark, light)'
+    'Folder: 17 train, 1 val, 2 test samples of shape (1, 8, 8), 2 classes (dark, light)'
     """
 
     def __init__(
@@ -233,7 +233,7 @@ class Folder(SplitData):
         verify([self.root / name for name in names])
         hashes = file_hashes(self.root, names)
         labels = self._labels(names, hashes, given)
-        if self.split_by == "order":
+        if self.split_by == "order" and self.known is None:
             fractions = list(self.fractions.values())
             places = partition(len(names), fractions, self.split_seed, labels)
             parts = dict(zip(SPLITS, places, strict=True))
@@ -287,9 +287,10 @@ class Folder(SplitData):
 def _numbered(
     folders: Sequence[str], classes: Sequence[str], hashes: Sequence[str], known: Mapping[str, Any]
 ) -> tuple[list[str], dict[str, int]]:
-    """Return the names of a record's classes with new ones, and the number of each class folder.
+    """Return the classes by number, with those of a record first, and the number of each folder.
 
-    A folder of another name has the number of the class of most of its files in the record.
+    A folder that the record does not know is the class of most of its files in the record, under
+    its new name, or else a new class.
     """
     names = list(known["classes"] or [])
     of_content = {
@@ -298,12 +299,14 @@ def _numbered(
         for part in file.split("/")[:-1]
         if part in names
     }
-    numbers = {}
+    numbers = {folder: names.index(folder) for folder in folders if folder in names}
     for folder in folders:
         own = (of_content.get(h) for name, h in zip(classes, hashes, strict=True) if name == folder)
-        votes = Counter(name for name in own if name is not None)
-        name = folder if folder in names or not votes else votes.most_common(1)[0][0]
-        if name not in names:
-            names.append(name)
-        numbers[folder] = names.index(name)
+        votes = Counter(name for name in own if name is not None and name not in folders)
+        if folder not in numbers and votes:
+            numbers[folder] = list(known["classes"]).index(votes.most_common(1)[0][0])
+            names[numbers[folder]] = folder
+        elif folder not in numbers:
+            numbers[folder] = len(names)
+            names.append(folder)
     return names, numbers

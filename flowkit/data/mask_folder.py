@@ -204,12 +204,13 @@ class MaskFolder(SplitData):
         verify((masks / name for name in labels), masks=True)
         _check_sizes([images / name for name in names], [masks / name for name in labels])
         hashes, contents = file_hashes(images, names), file_hashes(masks, labels)
-        if self.split_by == "order":
+        if self.split_by == "order" and self.known is None:
             fractions = list(self.fractions.values())
             places = partition(len(names), fractions, self.split_seed)
             parts = dict(zip(SPLITS, places, strict=True))
         else:
-            parts = split_files(names, hashes, given, self.fractions, self.split_seed, self.known)
+            shares, seed = self.fractions, self.split_seed
+            parts = split_files(names, hashes, given, shares, seed, self.known, "images/")
         splits, self.files = {}, {}
         for split, part in parts.items():
             rows = part.tolist()

@@ -20,7 +20,7 @@ from flowkit.checks import check_at_least
 from flowkit.couplings import Coupling
 from flowkit.data.arrays import Index, positions
 from flowkit.data.broken import probe
-from flowkit.data.files import SUFFIXES, file_hashes, first_ten, is_hidden
+from flowkit.data.files import SUFFIXES, count_of_kinds, file_hashes, first_ten, is_hidden
 from flowkit.data.folder import check_image_format, decoded
 from flowkit.data.splits import SPLITS, SplitData, partition
 from flowkit.data.stream import keyed_generator
@@ -249,8 +249,8 @@ def read_index(
         )
     names = ("shard", "offset", "size", "label")[: 3 if None in labels else 4]
     columns = {name: torch.tensor([s[k] for s in samples]) for k, name in enumerate(names)}
-    kinds = ", ".join(f"{n:,} {kind}" for kind, n in other.most_common(5))
-    notes = [f"{other.total():,} members of other types not read ({kinds})"] if other else []
+    count, kinds = other.total(), count_of_kinds(other)
+    notes = [f"{count:,} members of other types not read ({kinds})"] if other else []
     metadata = {"files": digest, "notes": "\n".join(notes)}
     with suppress(OSError, SafetensorError):
         write_atomically(index, partial(save_file, columns, metadata=metadata))

@@ -5,7 +5,7 @@ they were made of.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -87,15 +87,16 @@ def copy_data_record(source: Path, folder: Path) -> None:
 
 
 def opened(
-    make: Callable[[], SplitData], record: Record | None, changed: str, stage: str | None = None
+    data: SplitData, record: Record | None, changed: str, stage: str | None = None
 ) -> SplitData:
     """Return data with loaded splits, which are those of a record.
 
+    Files and classes keep the splits and the numbers that they have in the record.
+
     Args:
-        make: Builds the data module.
+        data: The data module.
         record: The record of the data; None takes all data.
-        changed: ``"refuse"`` or ``"accept"``; accepted data keep the splits and the numbers of the
-            classes of the record.
+        changed: ``"refuse"`` or ``"accept"`` data that differ from the record.
         stage: The splits to load, see `prepared`.
 
     Raises:
@@ -103,26 +104,24 @@ def opened(
             more classes.
     """
     check_choice(changed, ("refuse", "accept"), "data_changed")
-    data = prepared(make(), stage)
-    told = [] if record is None else changes(record, data.record())
-    if record is None or not told:
+    if record is not None:
+        data.known = record
+    prepared(data, stage)
+    now = None if record is None else data.record()
+    if record is None or now is None or not (told := "; ".join(changes(record, now))):
         return data
-    text = "; ".join(told)
     if changed == "refuse":
         raise ValueError(
-            f"data must be those of the run's training, got {text}; if this is right: "
+            f"data must be those of the run's training, got {told}; if this is right: "
             "data_changed=accept"
         )
-    say(f"data      changed since the training: {text}")
-    data = make()
-    data.known = record
-    prepared(data, stage)
+    say(f"data      changed since the training: {told}")
     if (data.num_classes or 0) > (record["num_classes"] or 0):
         raise ValueError(
             f"data must have no other classes than the run, {_classes(record)}, got "
-            f"{_classes(data.record())}; take the others away, or train anew"
+            f"{_classes(now)}; take the others away, or train anew"
         )
-    data.changes = text
+    data.changes = told
     return data
 
 

@@ -1,7 +1,6 @@
 """Data modules of configurations, with their splits loaded."""
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +45,8 @@ def stored_data(
     moved = root is not None and any((Path(root) / name).is_file() for name in (INDEX, PAIRS))
     here = root if moved or not made else None
     with trusting(trust):
-        make = partial(build, located(node, record, here), place)
-        data = opened(make, record, changed, "test")
+        found = build(located(node, record, here), place)
+        data = opened(found, record, changed, "test")
     source = getattr(data, "source", None)
     if not isinstance(source, dict):
         return data
