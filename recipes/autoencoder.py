@@ -34,10 +34,11 @@ from flowkit.modules.callbacks import StepProgress, StopOnInterrupt
 from flowkit.modules.checkpoints import CHECKPOINT, CONFIG, UNRESOLVED
 from flowkit.provenance import versions
 from flowkit.runs.epochs import count_in_steps
-from flowkit.runs.known_data import opened, record_of, write_data_record
+from flowkit.runs.known_data import record_of, write_data_record
 from flowkit.runs.processes import quiet, usable_device
 from flowkit.runs.records import composed, recorded
 from flowkit.runs.resuming import find_checkpoint, folder_of, resumed, unfinished
+from flowkit.runs.splits import opened
 
 
 def autoencoder(cfg: DictConfig) -> KLAutoencoder:

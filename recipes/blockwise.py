@@ -24,8 +24,8 @@ from flowkit.modules import FlowModule, load_run
 from flowkit.modules.checkpoints import read_config
 from flowkit.modules.trust import check, trusting
 from flowkit.recipes.train import train
-from flowkit.runs.known_data import prepared, read_data_record
-from flowkit.runs.splits import as_trained, located
+from flowkit.runs.known_data import read_data_record
+from flowkit.runs.splits import as_trained, located, prepared
 
 KEPT = ("data", "path", "coupling", "autoencoder", "guidance")  # taken from the run
 

@@ -18,7 +18,7 @@ from flowkit.autoencoders import Autoencoder, KLAutoencoder
 from flowkit.checks import check_at_least
 from flowkit.couplings import EpsilonChoice, cost_matrix, suggest_epsilon
 from flowkit.couplings.epsilon import variance_components
-from flowkit.runs.known_data import prepared
+from flowkit.runs.splits import prepared
 
 
 def epsilon(cfg: DictConfig) -> EpsilonChoice:

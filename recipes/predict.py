@@ -25,9 +25,10 @@ from flowkit.metrics.labels import classification_metrics, segmentation_metrics
 from flowkit.metrics.pictures import colored, save_picture
 from flowkit.modules import SymmetricalFlowMatching
 from flowkit.runs import Run
-from flowkit.runs.known_data import place_of, prepared
+from flowkit.runs.known_data import place_of
 from flowkit.runs.records import write_record
 from flowkit.runs.run import symmetrical
+from flowkit.runs.splits import prepared
 from flowkit.sampling import ODESampler, sample_seeds
 
 

@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 from flowkit.blockwise import MaskedEncoder, store_tokens, train_masked_encoder
 from flowkit.data import SplitData
-from flowkit.runs.known_data import prepared
 from flowkit.runs.processes import usable_device
+from flowkit.runs.splits import prepared
 
 
 def tokens(cfg: DictConfig) -> Path:

@@ -37,10 +37,11 @@ from flowkit.modules.flow import brings_start
 from flowkit.modules.sharding import even_validation, shard_if_asked
 from flowkit.modules.trust import check, trusting
 from flowkit.runs.epochs import count_in_steps
-from flowkit.runs.known_data import opened, record_of, write_data_record
+from flowkit.runs.known_data import record_of, write_data_record
 from flowkit.runs.processes import quiet, say
 from flowkit.runs.records import composed, recorded
 from flowkit.runs.resuming import find_checkpoint, folder_of, resumed, unfinished
+from flowkit.runs.splits import opened
 from flowkit.symmetrical import LabelStates
 from flowkit.symmetrical.inputs import check_labeled
 

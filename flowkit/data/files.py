@@ -281,17 +281,17 @@ def content_splits(
             f"{list(fractions.values())}"
         )
     draws = [_draw(seed, key) for key in keys]
-    owner = [None] * len(keys) if placed is None else list(placed)
+    owner = list(placed or [None] * len(keys))
     free = sorted((k for k, split in enumerate(owner) if split is None), key=draws.__getitem__)
-    low = 0.0
-    for name in reversed(fractions):  # the test split does not depend on the other fractions
+    low, order = 0.0, list(fractions)[::-1]
+    for name in order:  # the test split does not depend on the other fractions
         high = low + fractions[name]
         for k in free:
             if low <= draws[k] < high:
                 owner[k] = name
         low = high
     rest = [k for k in free if owner[k] is None]
-    for name in reversed(fractions):
+    for name in order:
         if name not in owner and len(rest) > 1:
             owner[rest.pop(0)] = name
     parts = {

@@ -7,26 +7,24 @@ they were made of.
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from omegaconf import DictConfig
 
-from flowkit.checks import check_choice
 from flowkit.data import SplitData
 from flowkit.provenance import read_json, write_atomically
 from flowkit.runs.processes import say
 
 RECORD = "data.json"
-SMALL = 50  # images of a test split
-FIELDS = (
-    ("kind", str),
-    ("root", str | None),
-    ("classes", list | None),
-    ("num_classes", int | None),
-    ("preprocessing", dict),
-    ("splits", dict),
-    ("files", dict),
-)
+FIELDS = {
+    "kind": (str, "a text"),
+    "root": (str | None, "a path or null"),
+    "classes": (list | None, "a list or null"),
+    "num_classes": (int | None, "a number or null"),
+    "preprocessing": (dict, "a mapping"),
+    "splits": (dict, "a mapping"),
+    "files": (dict, "a mapping"),
+}
 Record = Mapping[str, Any]
 
 
@@ -61,10 +59,11 @@ def read_data_record(folder: str | Path) -> Record | None:
     if not file.is_file():
         return None
     record = read_json(file)
-    for name, kind in FIELDS:
-        if not isinstance(record, dict) or not isinstance(record.get(name, ...), kind):
-            kinds = " or ".join(k.__name__ for k in get_args(kind) or (kind,))
-            raise ValueError(f"{name} in {file} must be a {kinds.replace('NoneType', 'null')}")
+    if not isinstance(record, dict):
+        raise ValueError(f"{file} must be a mapping, got {type(record).__name__}")
+    for name, (kind, words) in FIELDS.items():
+        if name not in record or not isinstance(record[name], kind):
+            raise ValueError(f"{name} in {file} must be {words}, got {record.get(name)!r}")
     files = record["files"].values()
     if not all(isinstance(entry, list) and len(entry) == 2 for entry in files):
         raise ValueError(f"files in {file} must each have a hash and a split")
@@ -86,63 +85,6 @@ def copy_data_record(source: Path, folder: Path) -> None:
         write_atomically(folder / RECORD, lambda file: file.write_text(text))
 
 
-def opened(
-    data: SplitData, record: Record | None, changed: str, stage: str | None = None
-) -> SplitData:
-    """Return data with loaded splits, which are those of a record.
-
-    Files and classes keep the splits and the numbers that they have in the record.
-
-    Args:
-        data: The data module.
-        record: The record of the data; None takes all data.
-        changed: ``"refuse"`` or ``"accept"`` data that differ from the record.
-        stage: The splits to load, see `prepared`.
-
-    Raises:
-        ValueError: If the data differ from the record and that is not accepted, or if they have
-            more classes.
-    """
-    check_choice(changed, ("refuse", "accept"), "data_changed")
-    if record is not None:
-        data.known = record
-    prepared(data, stage)
-    now = None if record is None else data.record()
-    if record is None or now is None or not (told := "; ".join(changes(record, now))):
-        return data
-    if changed == "refuse":
-        raise ValueError(
-            f"data must be those of the run's training, got {told}; if this is right: "
-            "data_changed=accept"
-        )
-    say(f"data      changed since the training: {told}")
-    if (data.num_classes or 0) > (record["num_classes"] or 0):
-        raise ValueError(
-            f"data must have no other classes than the run, {_classes(record)}, got "
-            f"{_classes(now)}; take the others away, or train anew"
-        )
-    data.changes = told
-    return data
-
-
-def prepared(data: SplitData, stage: str | None = None) -> SplitData:
-    """Return the data module with loaded splits: the splits of a stage, or all.
-
-    Raises:
-        TypeError: If it is no data module of flowkit.
-    """
-    if not isinstance(data, SplitData):
-        raise TypeError(
-            f"data must be a subclass of flowkit.data.SplitData, got {type(data).__name__}; derive "
-            "a class from it, with a method load that returns splits such as flowkit.data.Arrays"
-        )
-    data.prepare_data()
-    data.setup(stage)
-    if (count := data.sizes().get("test", SMALL)) < SMALL:
-        say(f"data      the test split has only {count} samples; measures against it are uncertain")
-    return data
-
-
 def changes(then: Record, now: Record) -> list[str]:
     """Return what differs between two records, a text for each kind of difference.
 
@@ -155,7 +97,7 @@ def changes(then: Record, now: Record) -> list[str]:
     if then["kind"] != now["kind"]:
         told.append(f"{now['kind']} instead of {then['kind']}")
     if (then["classes"], then["num_classes"]) != (now["classes"], now["num_classes"]):
-        told.append(f"classes {_classes(now)} instead of {_classes(then)}")
+        told.append(f"classes {classes_of(now)} instead of {classes_of(then)}")
     for name, value in then["preprocessing"].items():
         if (other := now["preprocessing"].get(name)) != value:
             told.append(f"{name} {other} instead of {value}")
@@ -198,7 +140,7 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
 
 
-def _classes(record: Record) -> str:
+def classes_of(record: Record) -> str:
     """Return the classes of a record in words."""
     names = record["classes"]
     if names is None:

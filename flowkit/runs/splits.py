@@ -4,14 +4,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from flowkit.checks import check_choice
 from flowkit.data import SplitData
 from flowkit.data.cache import INDEX
 from flowkit.data.pairs import RECORD as PAIRS
 from flowkit.modules.checkpoints import build
 from flowkit.modules.earlier import current
 from flowkit.modules.trust import trusting
-from flowkit.runs.known_data import Record, opened, record_of
+from flowkit.runs.known_data import Record, changes, classes_of, record_of
+from flowkit.runs.processes import say
 
+SMALL = 50  # images of a test split
 BY_CONTENT = ("flowkit.data.Folder", "flowkit.data.MaskFolder")
 
 
@@ -92,3 +95,60 @@ def located(
     elif kept and node[key] and not Path(str(node[key])).is_absolute() and Path(kept).is_dir():
         node[key] = kept
     return node
+
+
+def opened(
+    data: SplitData, record: Record | None, changed: str, stage: str | None = None
+) -> SplitData:
+    """Return data with loaded splits, which are those of a record.
+
+    Files and classes keep the splits and the numbers that they have in the record.
+
+    Args:
+        data: The data module.
+        record: The record of the data; None takes all data.
+        changed: ``"refuse"`` or ``"accept"`` data that differ from the record.
+        stage: The splits to load, see `prepared`.
+
+    Raises:
+        ValueError: If the data differ from the record and that is not accepted, or if they have
+            more classes.
+    """
+    check_choice(changed, ("refuse", "accept"), "data_changed")
+    if record is not None:
+        data.known = record
+    prepared(data, stage)
+    now = None if record is None else data.record()
+    if record is None or now is None or not (told := "; ".join(changes(record, now))):
+        return data
+    if changed == "refuse":
+        raise ValueError(
+            f"data must be those of the run's training, got {told}; if this is right: "
+            "data_changed=accept"
+        )
+    say(f"data      changed since the training: {told}")
+    if (data.num_classes or 0) > (record["num_classes"] or 0):
+        raise ValueError(
+            f"data must have no other classes than the run, {classes_of(record)}, got "
+            f"{classes_of(now)}; take the others away, or train anew"
+        )
+    data.changes = told
+    return data
+
+
+def prepared(data: SplitData, stage: str | None = None) -> SplitData:
+    """Return the data module with loaded splits: the splits of a stage, or all.
+
+    Raises:
+        TypeError: If it is no data module of flowkit.
+    """
+    if not isinstance(data, SplitData):
+        raise TypeError(
+            f"data must be a subclass of flowkit.data.SplitData, got {type(data).__name__}; derive "
+            "a class from it, with a method load that returns splits such as flowkit.data.Arrays"
+        )
+    data.prepare_data()
+    data.setup(stage)
+    if (count := data.sizes().get("test", SMALL)) < SMALL:
+        say(f"data      the test split has only {count} samples; measures against it are uncertain")
+    return data
