@@ -29,7 +29,7 @@ SETTLED = 2 * 10**9  # ns; a later change of a file has another time of change
 
 @dataclass
 class _Left:
-    """What a search leaves out."""
+    """Counts of all that a search leaves out."""
 
     hidden: int = 0
     loops: int = 0
