@@ -102,6 +102,11 @@ def located(place: str | Path, name: str) -> tuple[str, bool]:
     raise FileNotFoundError(f"{name} must be a folder or hub:owner/name, got {text}; {fix}")
 
 
+def cache_folder() -> Path:
+    """Return the user's folder for what can be computed again: classifiers, features, hashes."""
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "flowkit"
+
+
 def beside(root: Path, name: Any) -> Path:
     """Return a file of a folder, whose name comes from another file of this folder.
 

@@ -34,10 +34,11 @@ from flowkit.modules.callbacks import StepProgress, StopOnInterrupt
 from flowkit.modules.checkpoints import CHECKPOINT, CONFIG, UNRESOLVED
 from flowkit.provenance import versions
 from flowkit.runs.epochs import count_in_steps
+from flowkit.runs.known_data import record_of, write_data_record
 from flowkit.runs.processes import quiet, usable_device
 from flowkit.runs.records import composed, recorded
-from flowkit.runs.resuming import find_checkpoint, resumed, unfinished
-from flowkit.runs.splits import prepared
+from flowkit.runs.resuming import find_checkpoint, folder_of, resumed, unfinished
+from flowkit.runs.splits import opened
 
 
 def autoencoder(cfg: DictConfig) -> KLAutoencoder:
@@ -50,7 +51,8 @@ def autoencoder(cfg: DictConfig) -> KLAutoencoder:
         unfinished(checkpoint, cfg.trainer.max_steps)
     _refuse_overwriting(folder, checkpoint)
     seed_everything(cfg.seed, workers=True, verbose=False)
-    data = prepared(instantiate(cfg.data))
+    origin = None if checkpoint is None else folder_of(checkpoint)
+    data = opened(instantiate(cfg.data), record_of(origin), cfg.data_changed)
     count_in_steps(cfg, data)
     cfg.shape, cfg.num_classes = list(data.shape), data.num_classes
     vae, perceptual = instantiate(cfg.vae), instantiate(cfg.perceptual)
@@ -65,6 +67,7 @@ def autoencoder(cfg: DictConfig) -> KLAutoencoder:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).write_text(OmegaConf.to_yaml(recorded(cfg)))
     (folder / UNRESOLVED).write_text(unresolved)
+    write_data_record(folder, data, recorded(cfg)["data"])
     parameters = sum(p.numel() for p in vae.parameters())
     print(f"model     {type(vae).__name__}, {parameters:,} parameters, images {data.shape}")
     _fit(cfg, module, data, folder, checkpoint)

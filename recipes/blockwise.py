@@ -24,7 +24,8 @@ from flowkit.modules import FlowModule, load_run
 from flowkit.modules.checkpoints import read_network
 from flowkit.modules.trust import check, trusting
 from flowkit.recipes.train import train
-from flowkit.runs.splits import prepared
+from flowkit.runs.known_data import read_data_record
+from flowkit.runs.splits import as_trained, located, prepared
 
 KEPT = ("data", "path", "coupling", "autoencoder", "guidance")  # taken from the run
 
@@ -32,6 +33,8 @@ KEPT = ("data", "path", "coupling", "autoencoder", "guidance")  # taken from the
 def blockwise(cfg: DictConfig) -> FlowModule:
     """Train as configured, from the run's weights."""
     stored = read_network(cfg.run)
+    record = read_data_record(cfg.run)
+    stored["data"] = located(as_trained(stored["data"], record), record, None)
     with trusting(cfg.trust):
         check({name: stored.get(name) for name in (*KEPT, "module")}, f"{cfg.run}")
     with open_dict(cfg):

@@ -35,6 +35,7 @@ from flowkit.provenance import versions
 from flowkit.runs import Run
 from flowkit.runs.drawing import draw, like_test
 from flowkit.runs.grid_plots import Row, plot, table_of
+from flowkit.runs.known_data import place_of
 from flowkit.runs.starts import FRESH, Starts
 from flowkit.sampling import ODESampler
 from flowkit.types import Cond
@@ -51,7 +52,7 @@ def boss(cfg: DictConfig) -> dict[str, Any]:
     Returns:
         The provenance of the grid with all scores.
     """
-    run = Run.load(cfg.run, cfg.weights, cfg.device, cfg.guidance, cfg.trust)
+    run = Run.load(cfg.run, cfg.weights, cfg.device, cfg.guidance, cfg.trust, **place_of(cfg))
     out = Path(cfg.out) if cfg.out else run.folder / "boss"
     velocity, starts = run.velocity, run.starts(cfg.seed, cfg.seeding)
     budgets = sorted({*cfg.budgets, cfg.num_steps})

@@ -28,6 +28,7 @@ from flowkit.metrics.pictures import colored, save_picture
 from flowkit.modules import SymmetricalFlowMatching
 from flowkit.runs import Run
 from flowkit.runs.drawing import draw
+from flowkit.runs.known_data import place_of
 from flowkit.runs.records import write_record
 from flowkit.runs.run import symmetrical
 from flowkit.runs.starts import choose_labels, noise_batches
@@ -40,7 +41,7 @@ def consistency(cfg: DictConfig) -> dict[str, Any]:
     """Measure as configured; write ``consistency.json`` and pictures."""
     check_at_least(cfg.num_samples, 1, "num_samples")
     check_at_least(cfg.batch_size, 1, "batch_size")
-    run = Run.load(cfg.run, cfg.weights, cfg.device, cfg.guidance, cfg.trust)
+    run = Run.load(cfg.run, cfg.weights, cfg.device, cfg.guidance, cfg.trust, **place_of(cfg))
     out = Path(cfg.out) if cfg.out else run.folder / "consistency"
     module, data, sampler = symmetrical(run), run.data, run.sampler(cfg.sampler)
     test = data.test[: cfg.num_samples]

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from flowkit.autoencoders import KLAutoencoder
 from flowkit.data.cache import SPLITS, write_cache
+from flowkit.runs.known_data import write_data_record
 from flowkit.runs.processes import usable_device
 from flowkit.runs.records import recorded
 from flowkit.runs.splits import prepared
@@ -42,6 +43,7 @@ def encode(cfg: DictConfig) -> dict[str, Any]:
         index = write_cache(
             data, autoencoder, cfg.out, cfg.shard_size, cfg.batch_size, source, bar.update
         )
+    write_data_record(Path(cfg.out), data, source)
     counts = {
         name: sum(shard["rows"] for shard in split["shards"])
         for name, split in index["splits"].items()

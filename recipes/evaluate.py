@@ -30,9 +30,10 @@ from flowkit.metrics import (
 )
 from flowkit.metrics.pictures import as_saved, save_picture
 from flowkit.modules.flow import labels_of
+from flowkit.provenance import cache_folder
 from flowkit.runs import Run
 from flowkit.runs.drawing import block_cost, draw_parts, like_test, start
-from flowkit.runs.features import cache_folder
+from flowkit.runs.known_data import place_of
 from flowkit.runs.parts import Columns, Parts, hash_of
 from flowkit.runs.processes import launch
 from flowkit.runs.records import write_record
@@ -57,7 +58,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         The record; it is empty on all processes but the first.
     """
     fabric = launch(cfg)
-    run = Run.load(cfg.run, cfg.weights, fabric.device, cfg.guidance, cfg.trust)
+    run = Run.load(cfg.run, cfg.weights, fabric.device, cfg.guidance, cfg.trust, **place_of(cfg))
     run.reuse_features(cfg.feature_mode, cfg.tolerance, cfg.seed, cfg.seeding)
     sampler, out = run.sampler(cfg.sampler), Path(cfg.out or cfg.run)
     if len(run.data.shape) == 3:

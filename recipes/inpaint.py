@@ -18,6 +18,7 @@ from flowkit.metrics.pictures import save_picture
 from flowkit.modules import LatentFlowMatching
 from flowkit.modules.flow import Guidance, labels_of
 from flowkit.runs import Run
+from flowkit.runs.known_data import place_of
 from flowkit.runs.records import write_record
 from flowkit.sampling import ODESampler, sample_seeds
 
@@ -27,7 +28,9 @@ def inpaint(cfg: DictConfig) -> Tensor:
     check_at_least(cfg.num_images, 1, "num_images")
     labeled = cfg.labels or cfg.guidance is not None
     # Without labels guidance has no effect, so the scale of the run is not used.
-    run = Run.load(cfg.run, cfg.weights, cfg.device, cfg.guidance if labeled else 1, cfg.trust)
+    run = Run.load(
+        cfg.run, cfg.weights, cfg.device, cfg.guidance if labeled else 1, cfg.trust, **place_of(cfg)
+    )
     module = run.module
     if not isinstance(module, LatentFlowMatching) or module.masks is None:
         raise TypeError(

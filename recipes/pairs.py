@@ -26,6 +26,7 @@ from flowkit.boss import segments
 from flowkit.data.pairs import FORMAT, FORMAT_VERSION, RECORD, to_columns
 from flowkit.provenance import read_json, versions, write_atomically
 from flowkit.runs import Run
+from flowkit.runs.known_data import copy_data_record, place_of
 from flowkit.sampling import sample_seeds
 from flowkit.types import Cond
 from flowkit.velocity import Velocity
@@ -38,7 +39,10 @@ def pairs(cfg: DictConfig) -> Path:
     """
     from safetensors.torch import save_file
 
-    run, out = Run.load(cfg.run, cfg.weights, cfg.device, cfg.guidance, cfg.trust), Path(cfg.out)
+    run, out = (
+        Run.load(cfg.run, cfg.weights, cfg.device, cfg.guidance, cfg.trust, **place_of(cfg)),
+        Path(cfg.out),
+    )
     velocity, made_with = run.velocity, run.made_with("euler")
     starts = run.starts(cfg.seed, cfg.seeding)
     wanted = read_grids(cfg.grid, made_with)
@@ -50,6 +54,7 @@ def pairs(cfg: DictConfig) -> Path:
         "source": run.config["data"],
     }
     _begin(out, record, wanted)
+    copy_data_record(run.folder, out)
     bar = tqdm(total=cfg.num_noises, desc="noises", disable=None)
     for k, name in enumerate(record["shards"]):
         start = k * cfg.shard_size

@@ -44,6 +44,7 @@ from flowkit.modules import FlowModule
 from flowkit.provenance import versions
 from flowkit.runs import Run
 from flowkit.runs.drawing import draw, start
+from flowkit.runs.known_data import place_of
 from flowkit.runs.pareto_plots import Row, plot, short, write_table
 from flowkit.runs.records import file_name
 from flowkit.runs.starts import choose_labels
@@ -79,7 +80,9 @@ def pareto(cfg: DictConfig) -> list[Row]:
     measure, rows, timed = None, [], []
     for name, runs in groups.items():
         for folder in runs:
-            run = Run.load(folder, cfg.weights, cfg.device, cfg.guidance, cfg.trust)
+            run = Run.load(
+                folder, cfg.weights, cfg.device, cfg.guidance, cfg.trust, **place_of(cfg)
+            )
             measure = measure or Measure(cfg, run.data)  # the data of the first run
             held_out = measure.held_out_loss(run.module)
             for point in points(cfg, name, run):

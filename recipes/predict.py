@@ -25,6 +25,7 @@ from flowkit.metrics.labels import classification_metrics, segmentation_metrics
 from flowkit.metrics.pictures import colored, save_picture
 from flowkit.modules import SymmetricalFlowMatching
 from flowkit.runs import Run
+from flowkit.runs.known_data import place_of
 from flowkit.runs.records import write_record
 from flowkit.runs.run import symmetrical
 from flowkit.runs.splits import prepared
@@ -41,12 +42,12 @@ def predict(cfg: DictConfig) -> dict[str, Any]:
     classes, or ``labels (N, H, W)`` and ``confidence (N, H, W)`` of masks.
     """
     check_at_least(cfg.batch_size, 1, "batch_size")
-    run = Run.load(cfg.run, cfg.weights, cfg.device, 1, cfg.trust)
+    run = Run.load(cfg.run, cfg.weights, cfg.device, 1, cfg.trust, **place_of(cfg))
     out = Path(cfg.out) if cfg.out else run.folder / "predicted"
     module, sampler = symmetrical(run), run.sampler(cfg.sampler)
-    data = run.data if cfg.data is None else prepared(instantiate(cfg.data), "test")
+    data = _data(cfg, run)
     found, cost = label(module, data.split(cfg.split), sampler, cfg)
-    metrics = _measure(module, found, _comparable(found.pop("truth", None), data, module))
+    metrics = _measure(module, found, _comparable(found.pop("truth", None), data, run))
     seeds = sample_seeds(cfg.seed, 0, len(found["labels"]), cfg.seeding)
     sampling = {
         **run.describe(sampler),
@@ -80,6 +81,14 @@ def predict(cfg: DictConfig) -> dict[str, Any]:
         print(f"picture   {files[2]}")
     print(f"labels    {files[1]}\nnumbers   {files[0]}")
     return record
+
+
+def _data(cfg: DictConfig, run: Run) -> SplitData:
+    """Return the data to label: those of the configuration, or those of the run."""
+    if "_target_" not in cfg.data:
+        return run.data
+    node = {name: value for name, value in cfg.data.items() if (name, value) != ("root", None)}
+    return prepared(instantiate(node), "test")
 
 
 def label(
@@ -118,20 +127,26 @@ def label(
     return found, cost
 
 
-def _comparable(
-    truth: Tensor | None, data: SplitData, module: SymmetricalFlowMatching
-) -> Tensor | None:
-    """Return the labels of the data, or None if the run has another number of classes."""
+def _comparable(truth: Tensor | None, data: SplitData, run: Run) -> Tensor | None:
+    """Return the labels of the data, or None if the run has other classes."""
+    module = symmetrical(run)
     if truth is None:
         return None
     known = module.codec.num_classes
     counted = module.codec.counted(truth)
     largest = int((truth if counted is None else truth[counted]).amax()) if truth.numel() else 0
     classes = data.num_classes or max(known, 1 + largest)  # masks have no given number
-    if classes == known:
-        return truth
-    print(f"labels of the data are not compared: {classes} classes, but {known} in the run")
-    return None
+    if classes != known:
+        print(f"labels of the data are not compared: {classes} classes, but {known} in the run")
+        return None
+    names, own = data.class_names, run.classes
+    if names is not None and own is not None and names != own:
+        print(
+            f"labels of the data are not compared: classes {', '.join(names[:10])}, but "
+            f"{', '.join(own[:10])} in the run"
+        )
+        return None
+    return truth
 
 
 def _measure(

@@ -34,10 +34,10 @@ from flowkit.metrics import (
     wasserstein2,
 )
 from flowkit.modules.flow import labels_of
-from flowkit.provenance import read_json, versions
+from flowkit.provenance import cache_folder, read_json, versions
 from flowkit.runs import Run
 from flowkit.runs.drawing import draw_parts, like_test
-from flowkit.runs.features import cache_folder
+from flowkit.runs.known_data import place_of
 from flowkit.runs.parts import Columns, Parts, hash_of
 from flowkit.runs.processes import launch
 from flowkit.runs.report_plots import Row, plot, plot_guidance
@@ -79,7 +79,7 @@ def report(cfg: DictConfig) -> list[Row]:
     scales = list(cfg.guidance) if OmegaConf.is_list(cfg.guidance) else [cfg.guidance]
     if not scales or (None in scales and len(scales) > 1):
         raise ValueError(f"guidance must be null, a number or a list of numbers, got {scales}")
-    first = Run.load(cfg.run, cfg.weights, fabric.device, scales[0], cfg.trust)
+    first = Run.load(cfg.run, cfg.weights, fabric.device, scales[0], cfg.trust, **place_of(cfg))
     runs = [first, *(replace(first, guidance=scale) for scale in scales[1:])]
     for run in runs:
         run.module.guided(run.guidance)  # refuses a scale that the run's training does not allow

@@ -22,6 +22,7 @@ from torch import Tensor
 from flowkit.metrics.pictures import save_picture
 from flowkit.runs import Run
 from flowkit.runs.drawing import draw_parts, start
+from flowkit.runs.known_data import place_of
 from flowkit.runs.parts import Parts, hash_of
 from flowkit.runs.processes import launch
 from flowkit.runs.records import write_record
@@ -35,7 +36,7 @@ def sample(cfg: DictConfig) -> Tensor:
         The samples; the tensor is empty on all processes but the first.
     """
     fabric = launch(cfg)
-    run = Run.load(cfg.run, cfg.weights, fabric.device, cfg.guidance, cfg.trust)
+    run = Run.load(cfg.run, cfg.weights, fabric.device, cfg.guidance, cfg.trust, **place_of(cfg))
     run.reuse_features(cfg.feature_mode, cfg.tolerance, cfg.seed, cfg.seeding)
     sampler = run.sampler(cfg.sampler)
     labels = cfg.labels

@@ -20,13 +20,14 @@ from flowkit.modules import LatentFlowMatching
 from flowkit.modules.condition_grid import condition_grid
 from flowkit.runs import Run
 from flowkit.runs.drawing import draw, start
+from flowkit.runs.known_data import place_of
 from flowkit.runs.records import write_record
 
 
 def semantic(cfg: DictConfig) -> dict[str, Any]:
     """Draw as configured; write ``semantic.json`` and a picture: map, image, samples."""
     check_at_least(cfg.num_images, 1, "num_images")
-    run = Run.load(cfg.run, cfg.weights, cfg.device, cfg.guidance, cfg.trust)
+    run = Run.load(cfg.run, cfg.weights, cfg.device, cfg.guidance, cfg.trust, **place_of(cfg))
     module, data = run.module, run.data
     if not isinstance(data, Masks) or not isinstance(module, LatentFlowMatching):
         raise TypeError(

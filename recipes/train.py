@@ -37,10 +37,11 @@ from flowkit.modules.flow import brings_start
 from flowkit.modules.sharding import even_validation, shard_if_asked
 from flowkit.modules.trust import check, trusting
 from flowkit.runs.epochs import count_in_steps
+from flowkit.runs.known_data import record_of, write_data_record
 from flowkit.runs.processes import quiet, say
 from flowkit.runs.records import composed, recorded
-from flowkit.runs.resuming import find_checkpoint, resumed, unfinished
-from flowkit.runs.splits import prepared
+from flowkit.runs.resuming import find_checkpoint, folder_of, resumed, unfinished
+from flowkit.runs.splits import opened
 from flowkit.symmetrical import LabelStates
 from flowkit.symmetrical.inputs import check_labeled
 
@@ -55,13 +56,14 @@ def _train(cfg: DictConfig) -> FlowModule:
     """Train as configured, with the trust of the user."""
     quiet()
     _follow_start(cfg)
-    unresolved = composed(cfg)  # now, since building parts resolves their references
     folder = Path(cfg.run_dir)
+    unresolved = composed(cfg)  # now, since building parts resolves their references
     checkpoint = _requeued(folder) if cfg.resume is None else find_checkpoint(Path(cfg.resume))
     state = None if checkpoint is None else unfinished(checkpoint, cfg.trainer.max_steps)
     _refuse_overwriting(folder, checkpoint)
     seed_everything(cfg.seed, workers=True, verbose=False)
-    data = prepared(instantiate(cfg.data))
+    origin = cfg.get("run") if checkpoint is None else folder_of(checkpoint)
+    data = opened(instantiate(cfg.data), record_of(origin), cfg.data_changed)
     say(f"data      {data.summary()}")
     count_in_steps(cfg, data)
     module = _module(cfg, data)
@@ -84,6 +86,7 @@ def _train(cfg: DictConfig) -> FlowModule:
     fresh = not folder.exists() or not any(folder.iterdir())
     if trainer.is_global_zero:
         _write(folder, {CONFIG: OmegaConf.to_yaml(recorded(cfg)), UNRESOLVED: unresolved})
+        write_data_record(folder, data, recorded(cfg)["data"])
     try:
         trainer.fit(module, data, ckpt_path=checkpoint, weights_only=checkpoint and True)
     except Exception:

@@ -24,13 +24,12 @@ from torch.utils.data import DataLoader
 from flowkit.autoencoders import KLAutoencoder, identity
 from flowkit.checks import check_at_least, check_finite, check_labels
 from flowkit.data.arrays import Index, Split, positions
-from flowkit.data.splits import SplitData
+from flowkit.data.splits import SPLITS, SplitData
 from flowkit.data.stream import InOrder
 from flowkit.provenance import beside, read_json, write_atomically
 from flowkit.types import Batch, Cond
 
 INDEX = "index.json"
-SPLITS = ("train", "val", "test")
 Columns = dict[str, Tensor]
 
 

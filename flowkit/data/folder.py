@@ -1,6 +1,7 @@
 """Image files in a folder, with one sub-folder per class or without classes."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -10,19 +11,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from flowkit.checks import check_at_least
+from flowkit.checks import check_at_least, check_choice
 from flowkit.couplings import Coupling
 from flowkit.data.arrays import Index, positions
-from flowkit.data.splits import SplitData, partition
+from flowkit.data.broken import FORMATS, BrokenFiles, check_mode, probe, unreadable, verify, why
+from flowkit.data.files import (
+    file_hashes,
+    find_images,
+    folder_splits,
+    folders_of,
+    said,
+    split_files,
+)
+from flowkit.data.splits import SPLITS, SplitData, partition
 from flowkit.metrics.pictures import from_uint8
 from flowkit.types import Batch
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-# What Pillow may read, whatever the name of a file says: for PostScript it would start a program.
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
-SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 
 
 def square(image: "Image", size: int, channels: int = 3) -> Tensor:
@@ -51,8 +57,7 @@ def square(image: "Image", size: int, channels: int = 3) -> Tensor:
     import numpy as np
     from PIL import Image, ImageOps
 
-    if image.mode.startswith(("I", "F")):
-        raise ValueError(f"image must have 8 bits per channel, got mode {image.mode}")
+    check_mode(image)
     image = ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB")
     image = ImageOps.fit(image, (size, size), method=Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(image).reshape(size, size, channels)).permute(2, 0, 1)
@@ -69,67 +74,6 @@ def check_image_format(image_size: int, channels: int) -> None:
         raise ValueError(f"channels must be 1 (gray) or 3 (RGB), got {channels}")
 
 
-def raise_broken(broken: Sequence[str]) -> None:
-    """Raise an error that names the first ten broken files, if there are broken files.
-
-    Args:
-        broken: Name and error of each broken file.
-
-    Raises:
-        ValueError: If ``broken`` is not empty.
-    """
-    if broken:
-        shown = "; ".join(broken[:10]) + ("; …" if len(broken) > 10 else "")
-        raise ValueError(
-            f"image files must be readable, got {len(broken)} broken: {shown}; "
-            "remove or replace them"
-        )
-
-
-def image_files(root: Path) -> list[str]:
-    """List the image files of a folder and of its sub-folders at any depth.
-
-    Hidden files are left out.
-
-    Returns:
-        The names relative to the folder, sorted.
-
-    Raises:
-        FileNotFoundError: If the folder does not exist.
-        ValueError: If the folder holds no images.
-    """
-    if not root.is_dir():
-        raise FileNotFoundError(f"root must be a folder, got {root}")
-    names = sorted(
-        file.relative_to(root).as_posix()
-        for file in root.rglob("*")
-        if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")
-    )
-    if not names:
-        raise ValueError(
-            f"root must hold images ({', '.join(sorted(SUFFIXES))}), got no image in {root}"
-        )
-    return names
-
-
-def verify(files: Iterable[Path]) -> None:
-    """Check the headers of image files.
-
-    Raises:
-        ValueError: If a file is not a readable image. The error names the first ten such files.
-    """
-    from PIL import Image
-
-    broken = []
-    for file in files:
-        try:
-            with Image.open(file, formats=FORMATS) as image:
-                image.verify()
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            broken.append(f"{file} ({error})")
-    raise_broken(broken)
-
-
 def decoded(files: Iterable[tuple[str, Callable[[], Any]]], size: int, channels: int) -> Tensor:
     """Decode image files into one batch of square images, see `square`.
 
@@ -143,7 +87,7 @@ def decoded(files: Iterable[tuple[str, Callable[[], Any]]], size: int, channels:
         The images ``(N, channels, size, size)`` in [-1, 1].
 
     Raises:
-        ValueError: If a file cannot be decoded. The error names the first ten such files.
+        BrokenFiles: If a file cannot be decoded.
     """
     from PIL import Image
 
@@ -152,9 +96,10 @@ def decoded(files: Iterable[tuple[str, Callable[[], Any]]], size: int, channels:
         try:
             with Image.open(content(), formats=FORMATS) as image:
                 images.append(square(image, size, channels))
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            broken.append(f"{name} ({error})")
-    raise_broken(broken)
+        except unreadable() as error:
+            broken.append(f"{name} ({why(error)})")
+    if broken:
+        raise BrokenFiles(broken)
     return from_uint8(torch.stack(images)) if images else torch.empty(0, channels, size, size)
 
 
@@ -165,6 +110,7 @@ class Files:
     Args:
         root: The folder of the files.
         names: The files, relative to ``root``.
+        hashes: The SHA-256 of the content of each file.
         labels: Integer classes ``(N,)``, or None.
         image_size: Side of the square images in pixels.
         channels: 1 (gray) or 3 (RGB).
@@ -172,6 +118,7 @@ class Files:
 
     root: Path
     names: Sequence[str]
+    hashes: Sequence[str]
     labels: Tensor | None
     image_size: int
     channels: int = 3
@@ -184,7 +131,7 @@ class Files:
         """Decode the files at the positions of an index into one batch.
 
         Raises:
-            ValueError: If a file cannot be decoded. The error names the first ten such files.
+            BrokenFiles: If a file cannot be decoded.
         """
         rows = positions(index, len(self))
         files = [self.root / self.names[int(row)] for row in rows]
@@ -193,12 +140,11 @@ class Files:
         return Batch(x1=x1) if self.labels is None else Batch(x1=x1, cond=self.labels[rows])
 
     def fingerprint(self) -> str:
-        """Return the SHA-256 of the format and of the name, size and label of each file."""
+        """Return the SHA-256 of the format and of the name, content and label of each file."""
         digest = hashlib.sha256(f"{self.image_size} {self.channels}\n".encode())
         labels = [None] * len(self) if self.labels is None else self.labels.tolist()
-        for name, label in zip(self.names, labels, strict=True):
-            size = (self.root / name).stat().st_size
-            digest.update(f"{name} {size} {label}\n".encode())
+        for name, content, label in zip(self.names, self.hashes, labels, strict=True):
+            digest.update(f"{name} {content} {label}\n".encode())
         return digest.hexdigest()
 
 
@@ -210,15 +156,26 @@ class Folder(SplitData):
     have sub-folders of their own. The workers of the loader decode the files; `square` crops and
     resamples them.
 
+    The split of a file follows from a hash of its name and content, see
+    `flowkit.data.files.content_splits`. So new files move no file to another split. If the
+    sub-folders have the names ``train`` and ``val`` or ``test``, they are the splits, and the
+    classes are their sub-folders; a split without a folder is taken from ``train``.
+
+    Hidden files and folders are left out, and links are followed, see
+    `flowkit.data.files.find_images`. The summary says what was not read.
+
     Args:
         root: The folder.
         image_size: Side of the square images in pixels.
         channels: 1 (gray) or 3 (RGB).
         batch_size: Samples per process and training step.
         flip: Mirror training images left to right with probability one half.
-        val_fraction: The share of the validation split, stratified by class.
-        test_fraction: The share of the test split, stratified by class.
+        val_fraction: The share of the validation split.
+        test_fraction: The share of the test split.
+        split_by: ``"content"`` as described above, or ``"order"``: evenly spaced places in the
+            shuffled order of all files, as before version 0.2.
         split_seed: The seed of the splits.
+        verify: Decode all files on ``setup``, not only some of each split.
         seed: The seed of the training stream.
         num_workers: Processes that prepare batches in advance; 0 means the main process.
         coupling: Pairs data with noise in the workers of the loader; see `SplitData`.
@@ -226,9 +183,9 @@ class Folder(SplitData):
     Raises:
         ValueError: If ``image_size`` or ``channels`` is out of range. On ``setup``, if there are no
             images, a class is empty, images lie beside the class folders, or a file is not an
-            image. ``setup`` checks the headers of all files; damage behind a header appears when
-            the file is decoded.
-        FileNotFoundError: On ``setup``, if the folder does not exist.
+            image. ``setup`` checks the headers of all files and decodes some; other damage behind
+            a header appears when the file is decoded, or with ``verify``.
+        FileNotFoundError: On ``setup``, if the folder does not exist, or a link leads nowhere.
 
     >>> import tempfile
     >>> from PIL import Image
@@ -240,7 +197,7 @@ class Folder(SplitData):
     >>> data = Folder(root, image_size=8, channels=1, val_fraction=0.1, test_fraction=0.1)
     >>> data.setup()
     >>> data.summary()
-    'Folder: 16 train, 2 val, 2 test samples of shape (1, 8, 8), 2 classes (dark, light)'
+    'Folder: 17 train, 1 val, 2 test samples of shape (1, 8, 8), 2 classes (dark, light)'
     """
 
     def __init__(
@@ -252,7 +209,9 @@ class Folder(SplitData):
         flip: bool = False,
         val_fraction: float = 0.05,
         test_fraction: float = 0.05,
+        split_by: str = "content",
         split_seed: int = 0,
+        verify: bool = False,
         seed: int = 0,
         num_workers: int = 0,
         coupling: Coupling | None = None,
@@ -263,43 +222,91 @@ class Folder(SplitData):
         check_image_format(image_size, channels)
         self.root = Path(root)
         self.image_size, self.channels = image_size, channels
-        self.fractions = (val_fraction, test_fraction)
-        self.split_seed = split_seed
+        check_choice(split_by, ("content", "order"), "split_by")
+        self.fractions = {"val": val_fraction, "test": test_fraction}
+        self.split_by, self.split_seed, self.verify = split_by, split_seed, verify
 
     def load(self) -> Mapping[str, Files]:
-        """Find the files, check their headers, and divide them into splits."""
-        names, labels = self._find()
+        """Find the files, check them, and divide them into splits."""
+        names, notes = find_images(self.root)
+        given = folder_splits(self.root, names) if self.split_by == "content" else None
         verify([self.root / name for name in names])
-        parts = partition(len(names), self.fractions, self.split_seed, labels)
-        return {
-            name: Files(
+        hashes = file_hashes(self.root, names)
+        labels = self._labels(names, hashes, given)
+        if self.split_by == "order" and self.known is None:
+            fractions = list(self.fractions.values())
+            places = partition(len(names), fractions, self.split_seed, labels)
+            parts = dict(zip(SPLITS, places, strict=True))
+        else:
+            parts = split_files(names, hashes, given, self.fractions, self.split_seed, self.known)
+        splits = {
+            split: Files(
                 self.root,
                 [names[i] for i in part],
+                [hashes[i] for i in part],
                 None if labels is None else labels[part],
                 self.image_size,
                 self.channels,
             )
-            for name, part in zip(("train", "val", "test"), parts, strict=True)
+            for split, part in parts.items()
         }
+        probe(splits, self.verify)
+        self.files = {
+            name: (content, split)
+            for split, files in splits.items()
+            for name, content in zip(files.names, files.hashes, strict=True)
+        }
+        self.notes = [*said(given), *notes]
+        return splits
 
-    def _find(self) -> tuple[list[str], Tensor | None]:
-        """Find the files and their classes, None without class folders; set the class names."""
-        names = image_files(self.root)
-        folders = sorted(
-            entry.name
-            for entry in self.root.iterdir()
-            if entry.is_dir() and not entry.name.startswith(".")
-        )
+    def _labels(
+        self, names: Sequence[str], hashes: Sequence[str], given: Mapping[str, str] | None
+    ) -> Tensor | None:
+        """Return the classes of the files, None without class folders; set the class names."""
+        depth = 0 if given is None else 1
+        tops = [self.root / name for name in given] if given else [self.root]
+        folders = sorted({name for top in tops for name in folders_of(top)})
         if not folders:
-            return names, None
-        classes = [name.partition("/")[0] for name in names]
-        empty = sorted(set(folders) - set(classes))
-        if empty:
+            return None
+        classes = [(*name.split("/"), "")[depth] for name in names]
+        if empty := sorted(set(folders) - set(classes)):
             raise ValueError(f"class folders must hold images, got no image in {', '.join(empty)}")
         if loose := sorted(set(classes) - set(folders)):
             raise ValueError(
                 f"images must lie in class folders or all in {self.root} itself, got "
                 f"{', '.join(loose[:10])} beside {', '.join(folders[:10])}"
             )
+        if self.known:
+            folders, numbers = _numbered(folders, classes, hashes, self.known)
+        else:
+            numbers = {name: number for number, name in enumerate(folders)}
         self.num_classes, self.class_names = len(folders), folders
-        return names, torch.tensor([folders.index(name) for name in classes])
+        return torch.tensor([numbers[name] for name in classes])
+
+
+def _numbered(
+    folders: Sequence[str], classes: Sequence[str], hashes: Sequence[str], known: Mapping[str, Any]
+) -> tuple[list[str], dict[str, int]]:
+    """Return the classes by number, with those of a record first, and the number of each folder.
+
+    A folder that the record does not know is the class of most of its files in the record, under
+    its new name, or else a new class.
+    """
+    names = list(known["classes"] or [])
+    of_content = {
+        content: part
+        for file, (content, _) in known["files"].items()
+        for part in file.split("/")[:-1]
+        if part in names
+    }
+    numbers = {folder: names.index(folder) for folder in folders if folder in names}
+    for folder in folders:
+        own = (of_content.get(h) for name, h in zip(classes, hashes, strict=True) if name == folder)
+        votes = Counter(name for name in own if name is not None and name not in folders)
+        if folder not in numbers and votes:
+            numbers[folder] = list(known["classes"]).index(votes.most_common(1)[0][0])
+            names[numbers[folder]] = folder
+        elif folder not in numbers:
+            numbers[folder] = len(names)
+            names.append(folder)
+    return names, numbers

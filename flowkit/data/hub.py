@@ -14,6 +14,7 @@ from torch import Tensor
 from flowkit.checks import check_choice, check_labels
 from flowkit.couplings import Coupling
 from flowkit.data.arrays import Index, positions
+from flowkit.data.broken import probe
 from flowkit.data.folder import check_image_format, decoded
 from flowkit.data.splits import SplitData, partition
 from flowkit.provenance import located
@@ -89,6 +90,7 @@ class Hub(SplitData):
             class.
         test_fraction: The share of a test split that is taken from ``train``, stratified by class.
         split_seed: The seed of the splits.
+        verify: Decode all images on ``setup``, not only some of each split.
         seed: The seed of the training stream.
         num_workers: Processes that prepare batches in advance; 0 means the main process.
         coupling: Pairs data with noise in the workers of the loader; see `SplitData`.
@@ -114,6 +116,7 @@ class Hub(SplitData):
         val_fraction: float = 0.05,
         test_fraction: float = 0.05,
         split_seed: int = 0,
+        verify: bool = False,
         seed: int = 0,
         num_workers: int = 0,
         coupling: Coupling | None = None,
@@ -126,7 +129,7 @@ class Hub(SplitData):
         self.image_column, self.label_column = image_column, label_column
         self.image_size, self.channels = image_size, channels
         self.fractions = {"validation": val_fraction, "test": test_fraction}
-        self.split_seed = split_seed
+        self.split_seed, self.verify = split_seed, verify
 
     def load(self) -> Mapping[str, Rows]:
         """Load the data set, and take missing parts from ``train``."""
@@ -146,10 +149,12 @@ class Hub(SplitData):
             for part, cut in zip(("train", *missing), cuts, strict=True):
                 parts[part] = train.select(cut.tolist())
                 labels[part] = None if known is None else known[cut]
-        return {
+        splits = {
             name: Rows(parts[part], self.image_column, labels[part], self.image_size, self.channels)
             for name, part in (("train", "train"), ("val", "validation"), ("test", "test"))
         }
+        probe(splits, self.verify)
+        return splits
 
     def _read(self) -> dict[str, Any]:
         """Read the parts of the data set, and check their columns."""

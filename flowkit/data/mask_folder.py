@@ -1,6 +1,7 @@
 """Image files in one folder, and their mask files in another folder."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -8,9 +9,19 @@ from pathlib import Path, PurePath
 import torch
 from torch import Tensor
 
+from flowkit.checks import check_choice
 from flowkit.data.arrays import Index, positions
-from flowkit.data.folder import FORMATS, Files, check_image_format, image_files, verify
-from flowkit.data.splits import SplitData, partition
+from flowkit.data.broken import FORMATS, BrokenFiles, probe, unreadable, verify, why
+from flowkit.data.files import (
+    file_hashes,
+    find_images,
+    first_ten,
+    folder_splits,
+    said,
+    split_files,
+)
+from flowkit.data.folder import Files, check_image_format
+from flowkit.data.splits import SPLITS, SplitData, partition
 from flowkit.types import Batch
 
 LOSSLESS = frozenset({".bmp", ".gif", ".png", ".tif", ".tiff"})
@@ -65,11 +76,13 @@ class MaskedFiles:
     Args:
         images: The image files.
         masks: The mask file of each image, in the same order.
+        hashes: The SHA-256 of the content of each mask file.
         colors: The colors of the labels, see `read_mask`.
     """
 
     images: Files
     masks: Sequence[Path]
+    hashes: Sequence[str]
     colors: Colors | None = None
 
     def __len__(self) -> int:
@@ -80,28 +93,25 @@ class MaskedFiles:
         """Decode the images and masks at the positions of an index into one batch.
 
         Raises:
-            ValueError: If a file cannot be decoded or holds another color. The error names the
-                first ten such files.
+            BrokenFiles: If a file cannot be decoded or holds another color.
         """
         rows = positions(index, len(self))
         masks, broken, size = [], [], self.images.image_size
         for row in rows.tolist():
             try:
                 masks.append(read_mask(self.masks[row], size, self.colors))
-            except (OSError, SyntaxError, ValueError) as error:
-                broken.append(f"{self.masks[row]} ({error})")
+            except unreadable() as error:
+                broken.append(f"{self.masks[row]} ({why(error)})")
         if broken:
-            raise ValueError(
-                f"masks must be readable labels, got {len(broken)} broken: {_first(broken)}"
-            )
+            raise BrokenFiles(broken, "masks must be readable labels")
         cond = torch.stack(masks) if masks else torch.empty(0, size, size, dtype=torch.long)
         return Batch(x1=self.images[rows]["x1"], cond=cond)
 
     def fingerprint(self) -> str:
-        """Return a SHA-256 of the images' fingerprint, the masks' names and sizes, and colors."""
+        """Return a SHA-256 of the images' fingerprint, the masks' names and content, and colors."""
         digest = hashlib.sha256(f"{self.images.fingerprint()} {self.colors}\n".encode())
-        for mask in self.masks:
-            digest.update(f"{mask.name} {mask.stat().st_size}\n".encode())
+        for mask, content in zip(self.masks, self.hashes, strict=True):
+            digest.update(f"{mask.name} {content}\n".encode())
         return digest.hexdigest()
 
 
@@ -114,6 +124,9 @@ class MaskFolder(SplitData):
     `flowkit.data.folder.square` crops and resamples the images, `read_mask` the masks. If a
     training image is mirrored, its mask is mirrored too.
 
+    Files are found and divided into splits as in `flowkit.data.Folder`, by the name and the content
+    of the images; folders ``images/train``, ``images/val`` and ``images/test`` are splits.
+
     Args:
         root: The folder with the folders ``images`` and ``masks``.
         image_size: Side of the square images in pixels.
@@ -124,7 +137,9 @@ class MaskFolder(SplitData):
         flip: Mirror training images left to right with probability one half.
         val_fraction: The share of the validation split.
         test_fraction: The share of the test split.
+        split_by: ``"content"``, or ``"order"`` as before version 0.2; see `flowkit.data.Folder`.
         split_seed: The seed of the splits.
+        verify: Decode all files on ``setup``, not only some of each split.
         seed: The seed of the training stream.
         num_workers: Processes that prepare batches in advance; 0 means the main process.
 
@@ -157,7 +172,9 @@ class MaskFolder(SplitData):
         flip: bool = False,
         val_fraction: float = 0.05,
         test_fraction: float = 0.05,
+        split_by: str = "content",
         split_seed: int = 0,
+        verify: bool = False,
         seed: int = 0,
         num_workers: int = 0,
     ) -> None:
@@ -165,7 +182,9 @@ class MaskFolder(SplitData):
         check_image_format(image_size, channels)
         self.root, self.image_size, self.channels = Path(root), image_size, channels
         self.colors = None if colors is None else [list(color) for color in colors]
-        self.fractions, self.split_seed = (val_fraction, test_fraction), split_seed
+        check_choice(split_by, ("content", "order"), "split_by")
+        self.fractions = {"val": val_fraction, "test": test_fraction}
+        self.split_by, self.split_seed, self.verify = split_by, split_seed, verify
         if self.colors is not None:
             _check_colors(self.colors)
 
@@ -177,37 +196,66 @@ class MaskFolder(SplitData):
                 "root must be a folder with the folders images and masks, got no "
                 f"{' and no '.join(missing)} in {self.root}"
             )
-        names = image_files(images)
-        files = _masks_of(names, masks)
-        verify([*(images / name for name in names), *files])
-        _check_sizes([images / name for name in names], files)
-        parts = partition(len(names), self.fractions, self.split_seed)
-        return {
-            name: MaskedFiles(
-                Files(images, [names[i] for i in part], None, self.image_size, self.channels),
-                [files[i] for i in part],
-                self.colors,
-            )
-            for name, part in zip(("train", "val", "test"), parts, strict=True)
-        }
+        names, notes = find_images(images)
+        given = folder_splits(images, names) if self.split_by == "content" else None
+        _check_stems(names)
+        labels = _masks_of(names, masks)
+        verify(images / name for name in names)
+        verify((masks / name for name in labels), masks=True)
+        _check_sizes([images / name for name in names], [masks / name for name in labels])
+        hashes, contents = file_hashes(images, names), file_hashes(masks, labels)
+        if self.split_by == "order" and self.known is None:
+            fractions = list(self.fractions.values())
+            places = partition(len(names), fractions, self.split_seed)
+            parts = dict(zip(SPLITS, places, strict=True))
+        else:
+            shares, seed = self.fractions, self.split_seed
+            parts = split_files(names, hashes, given, shares, seed, self.known, "images/")
+        splits, self.files = {}, {}
+        for split, part in parts.items():
+            rows = part.tolist()
+            own, of_names = [hashes[i] for i in rows], [names[i] for i in rows]
+            files = Files(images, of_names, own, None, self.image_size, self.channels)
+            paths = [masks / labels[i] for i in rows]
+            splits[split] = MaskedFiles(files, paths, [contents[i] for i in rows], self.colors)
+            for i in rows:
+                self.files[f"images/{names[i]}"] = (hashes[i], split)
+                self.files[f"masks/{labels[i]}"] = (contents[i], None)
+        probe(splits, self.verify)
+        self.notes = [*said(given), *notes]
+        return splits
 
 
-def _masks_of(names: Sequence[str], folder: Path) -> list[Path]:
+def _check_stems(names: Sequence[str]) -> None:
+    """Require that no two images have the same name apart from the suffix: they have one mask.
+
+    Raises:
+        ValueError: If there are such images.
+    """
+    count = Counter(str(PurePath(name).with_suffix("")) for name in names)
+    if double := [name for name in names if count[str(PurePath(name).with_suffix(""))] > 1]:
+        raise ValueError(
+            "images must differ in more than the suffix, since masks are found by the name without "
+            f"it, got {len(double)} that do not: {first_ten(double)}"
+        )
+
+
+def _masks_of(names: Sequence[str], folder: Path) -> list[str]:
     """Return the mask file of each image: the file of the same name without the suffix."""
     found: dict[str, list[str]] = {}
-    for mask in image_files(folder):
+    for mask in find_images(folder)[0]:
         found.setdefault(str(PurePath(mask).with_suffix("")), []).append(mask)
     files, wrong = [], []
     for name in names:
         masks = found.get(str(PurePath(name).with_suffix("")), [])
         if len(masks) == 1 and PurePath(masks[0]).suffix.lower() in LOSSLESS:
-            files.append(folder / masks[0])
+            files.append(masks[0])
         else:
             wrong.append(f"{name} ({', '.join(masks) or 'no mask'})")
     if wrong:
         raise ValueError(
             f"each image must have one mask of the same name in {folder}, stored without loss "
-            f"({', '.join(sorted(LOSSLESS))}), got {len(wrong)} without: {_first(wrong)}"
+            f"({', '.join(sorted(LOSSLESS))}), got {len(wrong)} without: {first_ten(wrong)}"
         )
     return files
 
@@ -217,7 +265,7 @@ def _check_sizes(images: Sequence[Path], masks: Sequence[Path]) -> None:
     sizes = zip(masks, map(_size, images), map(_size, masks), strict=True)
     if other := [f"{mask} ({b} beside {a})" for mask, a, b in sizes if a != b]:
         raise ValueError(
-            f"masks must have the size of their images, got {len(other)} wrong: {_first(other)}"
+            f"masks must have the size of their images, got {len(other)} wrong: {first_ten(other)}"
         )
 
 
@@ -237,8 +285,3 @@ def _check_colors(colors: Colors) -> None:
         raise ValueError(
             f"colors must be two or more RGB triples in 0...255, all different, got {colors}"
         )
-
-
-def _first(texts: Sequence[str]) -> str:
-    """Join the first ten texts."""
-    return "; ".join(texts[:10]) + ("; …" if len(texts) > 10 else "")

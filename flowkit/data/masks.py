@@ -7,7 +7,7 @@ from typing import Any, cast
 from torch import Tensor
 
 from flowkit.data.arrays import Index
-from flowkit.data.splits import SplitData
+from flowkit.data.splits import SPLITS, SplitData
 from flowkit.data.stream import Stream
 from flowkit.types import Batch
 
@@ -97,6 +97,7 @@ class Masks(SplitData):
             flip=images.flip,
         )
         self.images, self.rule = images, ForegroundRule(threshold, classes)
+        self.root = getattr(images, "root", None)
 
     def prepare_data(self) -> None:
         """Fetch the images."""
@@ -104,12 +105,11 @@ class Masks(SplitData):
 
     def load(self) -> Mapping[str, Any]:
         """Read the images."""
+        self.images.known = self.known
         self.images.setup()
-        return {name: _Masked(self.images.split(name), self.rule) for name in _SPLITS}
+        self.notes, self.files = self.images.notes, self.images.files
+        return {name: _Masked(self.images.split(name), self.rule) for name in SPLITS}
 
     def stream(self, rank: int = 0, world_size: int = 1) -> Stream:
         """Return the training batches of one rank, indexed by step."""
         return cast(Stream, _Masked(self.images.stream(rank, world_size), self.rule))
-
-
-_SPLITS = ("train", "val", "test")

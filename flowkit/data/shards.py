@@ -3,11 +3,12 @@
 import hashlib
 import io
 import tarfile
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, BinaryIO, cast
 
 import torch
@@ -18,8 +19,10 @@ from torch import Tensor
 from flowkit.checks import check_at_least
 from flowkit.couplings import Coupling
 from flowkit.data.arrays import Index, positions
-from flowkit.data.folder import SUFFIXES, check_image_format, decoded
-from flowkit.data.splits import SplitData, partition
+from flowkit.data.broken import probe
+from flowkit.data.files import SUFFIXES, count_of_kinds, file_hashes, first_ten, is_hidden
+from flowkit.data.folder import check_image_format, decoded
+from flowkit.data.splits import SPLITS, SplitData, partition
 from flowkit.data.stream import keyed_generator
 from flowkit.provenance import write_atomically
 from flowkit.types import Batch
@@ -36,6 +39,7 @@ class Tars:
 
     Args:
         files: The tar files.
+        hashes: The SHA-256 of the content of each tar file.
         columns: Tensors ``(N,)`` of all samples: ``shard`` (number of the tar file), ``offset``
             (first byte of the image in the file), ``size`` (bytes of the image), and with labels
             ``label``.
@@ -46,6 +50,7 @@ class Tars:
     """
 
     files: Sequence[Path]
+    hashes: Sequence[str]
     columns: Mapping[str, Tensor]
     rows: Tensor
     image_size: int
@@ -100,10 +105,10 @@ class Tars:
         return shuffled[group[shuffled].argsort(stable=True)]
 
     def fingerprint(self) -> str:
-        """Return a SHA-256 of the format, the names and sizes of the files, and the samples."""
+        """Return a SHA-256 of the format, the names and content of the files, and the samples."""
         digest = hashlib.sha256(f"{self.image_size} {self.channels}\n".encode())
-        for file in self.files:
-            digest.update(f"{file.name} {file.stat().st_size}\n".encode())
+        for file, content in zip(self.files, self.hashes, strict=True):
+            digest.update(f"{file.name} {content}\n".encode())
         digest.update(self.rows.numpy().tobytes())
         for name in sorted(self.columns):
             digest.update(self.columns[name][self.rows].numpy().tobytes())
@@ -132,13 +137,15 @@ class Shards(SplitData):
         val_fraction: The share of the validation split, stratified by class.
         test_fraction: The share of the test split, stratified by class.
         split_seed: The seed of the splits.
+        verify: Decode all images on ``setup``, not only some of each split.
         seed: The seed of the training stream.
         num_workers: Processes that prepare batches in advance; 0 means the main process.
         coupling: Pairs data with noise in the workers of the loader; see `SplitData`.
 
     Raises:
         ValueError: If a number is out of range. On ``setup``, if there are no tar files, a tar file
-            cannot be read, a sample has no image, or only some samples have labels.
+            cannot be read, a sample has no image or several, only some samples have labels, or an
+            image cannot be decoded.
         FileNotFoundError: On ``setup``, if the folder does not exist.
 
     >>> import tempfile
@@ -165,6 +172,7 @@ class Shards(SplitData):
         val_fraction: float = 0.01,
         test_fraction: float = 0.01,
         split_seed: int = 0,
+        verify: bool = False,
         seed: int = 0,
         num_workers: int = 0,
         coupling: Coupling | None = None,
@@ -175,7 +183,7 @@ class Shards(SplitData):
         check_image_format(image_size, channels)
         check_at_least(mix, 1, "mix")
         self.root, self.image_size, self.channels = Path(root), image_size, channels
-        self.mix, self.split_seed = mix, split_seed
+        self.mix, self.split_seed, self.verify = mix, split_seed, verify
         self.fractions = (val_fraction, test_fraction)
 
     def load(self) -> Mapping[str, Tars]:
@@ -185,18 +193,25 @@ class Shards(SplitData):
         files = sorted(self.root.glob("*.tar"))
         if not files:
             raise ValueError(f"root must hold tar files, got no tar file in {self.root}")
-        columns = read_index(self.root, files)
+        hashes = file_hashes(self.root, [file.name for file in files])
+        columns, self.notes = read_index(self.root, files, hashes)
         labels = columns.get("label")
         if labels is not None:
             self.num_classes = int(labels.max()) + 1
         parts = partition(len(columns["shard"]), self.fractions, self.split_seed, labels)
-        return {
-            name: Tars(files, columns, part.sort().values, self.image_size, self.channels, self.mix)
-            for name, part in zip(("train", "val", "test"), parts, strict=True)
+        form = (self.image_size, self.channels, self.mix)
+        splits = {
+            name: Tars(files, hashes, columns, part.sort().values, *form)
+            for name, part in zip(SPLITS, parts, strict=True)
         }
+        probe(splits, self.verify)
+        self.files = {file.name: (h, None) for file, h in zip(files, hashes, strict=True)}
+        return splits
 
 
-def read_index(root: Path, files: Sequence[Path]) -> dict[str, Tensor]:
+def read_index(
+    root: Path, files: Sequence[Path], hashes: Sequence[str]
+) -> tuple[dict[str, Tensor], list[str]]:
     """Return the positions of all samples in the tar files of a folder.
 
     The positions are read from ``index.safetensors`` if the file fits the tar files. Otherwise the
@@ -205,25 +220,27 @@ def read_index(root: Path, files: Sequence[Path]) -> dict[str, Tensor]:
     Args:
         root: The folder.
         files: The tar files.
+        hashes: The SHA-256 of the content of each tar file.
 
     Returns:
-        ``shard``, ``offset``, ``size`` and with labels ``label`` ``(N,)``, see `Tars`.
+        ``shard``, ``offset``, ``size`` and with labels ``label`` ``(N,)``, see `Tars`, and notes on
+        members that were not read.
 
     Raises:
-        ValueError: If a tar file cannot be read, a sample has no image, or only some samples have
-            labels.
+        ValueError: If a tar file cannot be read, a sample has no image or several, or only some
+            samples have labels.
     """
-    # The modification time is included: a new file can have the size of the old one.
-    states = [(file.name, file.stat()) for file in files]
-    found = "\n".join(f"{name} {state.st_size} {state.st_mtime_ns}" for name, state in states)
+    found = "\n".join(f"{file.name} {h}" for file, h in zip(files, hashes, strict=True))
     digest, index = hashlib.sha256(found.encode()).hexdigest(), root / INDEX
     with suppress(FileNotFoundError, SafetensorError), safe_open(index, framework="pt") as stored:
-        if (stored.metadata() or {}).get("files") == digest:
+        tag = stored.metadata() or {}
+        if tag.get("files") == digest:
             columns = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
             if int(columns["shard"].min()) < 0 or int(columns["shard"].max()) >= len(files):
                 raise ValueError(f"shard in {index} must number a tar file, got another number")
-            return columns
-    samples = [(n, *sample) for n, file in enumerate(files) for sample in _samples(file)]
+            return columns, tag["notes"].splitlines()
+    other: Counter[str] = Counter()
+    samples = [(n, *sample) for n, file in enumerate(files) for sample in _samples(file, other)]
     labels = [sample[3] for sample in samples]
     if None in labels and any(label is not None for label in labels):
         first = files[samples[labels.index(None)][0]]
@@ -232,15 +249,20 @@ def read_index(root: Path, files: Sequence[Path]) -> dict[str, Tensor]:
         )
     names = ("shard", "offset", "size", "label")[: 3 if None in labels else 4]
     columns = {name: torch.tensor([s[k] for s in samples]) for k, name in enumerate(names)}
+    count, kinds = other.total(), count_of_kinds(other)
+    notes = [f"{count:,} members of other types not read ({kinds})"] if other else []
+    metadata = {"files": digest, "notes": "\n".join(notes)}
     with suppress(OSError, SafetensorError):
-        write_atomically(index, partial(save_file, columns, metadata={"files": digest}))
-    return columns
+        write_atomically(index, partial(save_file, columns, metadata=metadata))
+    return columns, notes
 
 
-def _samples(file: Path) -> list[tuple[int, int, int | None]]:
-    """Return offset, size and label (or None) of each image in a tar file."""
+def _samples(file: Path, other: Counter[str]) -> list[tuple[int, int, int | None]]:
+    """Return offset, size and label (or None) of each image in a tar file; count other members."""
     images: dict[str, tuple[int, int]] = {}
     labels: dict[str, int] = {}
+    dotted: dict[str, list[str]] = {}  # names like a.b.png, whose sample is a
+    double: list[str] = []
     try:
         with (
             file.open("rb") as opened,
@@ -249,17 +271,33 @@ def _samples(file: Path) -> list[tuple[int, int, int | None]]:
             for member in tar:
                 if not member.isreg() or member.issparse():
                     continue  # a sparse file can state any size
-                folder, _, name = member.name.rpartition("/")
+                *folders, name = [part for part in member.name.split("/") if part != "."]
                 key, _, kind = name.partition(".")
-                key = f"{folder}/{key}"
-                if f".{kind.lower()}" in SUFFIXES:
+                key, kind = "/".join([*folders, key]), f".{kind.lower()}"
+                if any(map(is_hidden, [*folders, name])):
+                    other["hidden"] += 1
+                elif kind in SUFFIXES:
                     _check_size(member.size)
+                    double += [member.name] if key in images else []
                     images[key] = (member.offset_data, member.size)
-                elif kind == "cls" and (content := tar.extractfile(member)) is not None:
+                elif kind == ".cls" and (content := tar.extractfile(member)) is not None:
+                    double += [member.name] if key in labels else []
                     labels[key] = int(content.read(32))
                     check_at_least(labels[key], 0, "label")
+                elif PurePath(name).suffix.lower() in SUFFIXES:
+                    dotted.setdefault(key, []).append(member.name)
+                else:
+                    other[kind] += 1
     except (tarfile.TarError, ValueError, OSError) as error:
         raise ValueError(f"shards must be tar files with labels, got {file}: {error}") from error
+    for key in dotted.keys() & images.keys():  # further pictures of a sample, for example masks
+        other["further images"] += len(dotted.pop(key))
+    if wrong := [name for names in dotted.values() for name in names] + double:
+        raise ValueError(
+            "names of members must be <sample>.<type>, each once and with one image a sample, and "
+            f"without another dot in <sample>, got {len(wrong)} others in {file}: "
+            f"{first_ten(wrong)}; rename them"
+        )
     if lonely := sorted(set(labels) - set(images)):
         raise ValueError(f"samples must have an image, got no image for {lonely[0]} in {file}")
     if not images:

@@ -2,6 +2,8 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -15,6 +17,9 @@ from flowkit.data.arrays import Split
 from flowkit.data.stream import InOrder, Steps, Stream, keyed_generator
 from flowkit.distributed import batches_seen
 from flowkit.types import Batch
+
+SPLITS = ("train", "val", "test")
+LISTED = 500_000  # files; a record of more files holds their number and fingerprints only
 
 
 def partition(
@@ -84,6 +89,13 @@ class SplitData(LightningDataModule):
     Attributes:
         num_classes: The number of classes, or None for data without classes; set by ``setup``.
         class_names: The names of the classes, or None if they have no names.
+        notes: What the reader of files has to say, for example on files that it left out; set by
+            ``setup``, part of the summary.
+        files: SHA-256 and split of each file by its name, for data of single files; set by
+            ``setup``.
+        changes: What differs from the record of a run, if the user accepts it; else None.
+        known: The record of these data in a run. Files and classes keep the splits and the numbers
+            that they have in the record. None without a record.
         x0_is_noise: True if the source samples ``x0`` of the splits are standard normal noise. Then
             a model can sample from new noise instead.
 
@@ -108,6 +120,10 @@ class SplitData(LightningDataModule):
     num_classes: int | None = None
     class_names: list[str] | None = None
     x0_is_noise: bool = False
+    notes: Sequence[str] = ()
+    files: Mapping[str, tuple[str, str | None]] = MappingProxyType({})
+    known: Mapping[str, Any] | None = None
+    changes: str | None = None
 
     def __init__(
         self,
@@ -156,7 +172,7 @@ class SplitData(LightningDataModule):
             RuntimeError: If ``setup`` was not called.
             ValueError: If ``name`` is not train, val or test.
         """
-        check_choice(name, ("train", "val", "test"), "split")
+        check_choice(name, SPLITS, "split")
         if not self._splits:
             raise RuntimeError(
                 f"{type(self).__name__} must be set up before use, got no data; call setup() first"
@@ -192,7 +208,7 @@ class SplitData(LightningDataModule):
         >>> data.summary()
         'Digits: 1,437 train, 180 val, 180 test samples of shape (1, 8, 8), 10 classes (0, 1, 2, …)'
         """
-        counts = ", ".join(f"{len(self.split(name)):,} {name}" for name in ("train", "val", "test"))
+        counts = ", ".join(f"{len(self.split(name)):,} {name}" for name in SPLITS)
         found, first = f"{counts} samples of shape {self.shape}", self.val[:1]
         cond, names = first.get("cond"), self.class_names or []
         if self.num_classes:
@@ -202,11 +218,43 @@ class SplitData(LightningDataModule):
             found += ", masks"
         else:
             found += ", no classes" + ("" if cond is None else " but other conditions")
-        return f"{type(self).__name__}: {found}" + (", source samples" if "x0" in first else "")
+        found += ", source samples" if "x0" in first else ""
+        return "; ".join([f"{type(self).__name__}: {found}", *self.notes])
+
+    def sizes(self) -> dict[str, int]:
+        """Return the number of samples of each split."""
+        return {name: len(split) for name, split in self._splits.items()}
 
     def fingerprint(self, name: str) -> str:
         """Return the SHA-256 of the content of a split."""
         return self.split(name).fingerprint()
+
+    def record(self) -> dict[str, Any]:
+        """Return what a run keeps about its data, as JSON values.
+
+        Returns:
+            ``kind``, ``root``, ``classes``, ``num_classes``, ``preprocessing``, the number of
+            samples and the fingerprint of each of the ``splits``, and SHA-256 and split of all
+            ``files``; without files, or with too many of them, ``files`` is empty.
+        """
+        root = getattr(self, "root", None) or getattr(self, "path", None)
+        settings = ("image_size", "channels", "colors")
+        return {
+            "kind": type(self).__name__,
+            "root": str(Path(root).resolve()) if root and Path(root).is_dir() else None,
+            "classes": self.class_names,
+            "num_classes": self.num_classes,
+            "preprocessing": {k: getattr(self, k) for k in settings if hasattr(self, k)},
+            "splits": {
+                name: {"samples": len(split), "fingerprint": split.fingerprint()}
+                for name, split in self._splits.items()
+            },
+            "files": {
+                name: list(entry)
+                for name, entry in sorted(self.files.items())
+                if len(self.files) <= LISTED
+            },
+        }
 
     def stream(self, rank: int = 0, world_size: int = 1) -> Stream:
         """Return the training batches of one rank, indexed by step."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from flowkit.adapters import DiffusersPipelineFlow
 from flowkit.autoencoders import mean_latents
 from flowkit.provenance import read_json, tensor_hash
+from flowkit.runs.known_data import place_of
 from flowkit.runs.run import Run
 from flowkit.sampling import ODESampler
 from flowkit.types import Cond
@@ -48,7 +49,7 @@ class RunFlow:
         Raises:
             ValueError: If the data of the run are not images.
         """
-        flow = cls(Run.load(cfg.run, cfg.weights, cfg.device, trust=cfg.trust))
+        flow = cls(Run.load(cfg.run, cfg.weights, cfg.device, trust=cfg.trust, **place_of(cfg)))
         if len(flow.image_shape) != 3:
             shape = flow.run.config["shape"]
             raise ValueError(f"run must be a run of images, got data of shape {shape}")

@@ -1,8 +1,6 @@
 """Feature networks for the options in ``conf/metric`` and ``conf/perceptual``."""
 
-import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import cast
 
 from torch import Tensor
@@ -17,6 +15,7 @@ from flowkit.metrics import (
 )
 from flowkit.modules.autoencoding import FeatureError
 from flowkit.modules.flow import labels_of
+from flowkit.provenance import cache_folder
 from flowkit.runs.processes import say
 
 
@@ -54,11 +53,6 @@ def classifier_features(data: SplitData, seed: int) -> ConvClassifier:
     cache.mkdir(parents=True, exist_ok=True)
     net.save(file)
     return net
-
-
-def cache_folder() -> Path:
-    """Return the folder for classifiers and for features of real images."""
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "flowkit"
 
 
 def pixel_features(data: SplitData) -> Pixels:

@@ -2,21 +2,24 @@
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from flowkit.modules.checkpoints import (
+    CONFIG,
     UNRESOLVED,
     newest_checkpoint,
     read_checkpoint,
     read_config,
 )
 from flowkit.modules.trust import check, trusting
+from flowkit.runs.known_data import read_data_record
+from flowkit.runs.splits import as_trained, located
 
 # Options of these groups may change when a run is resumed.
-CHANGEABLE = ("trainer.", "callback.", "logger.", "optimizer.", "lr_scheduler.")
+CHANGEABLE = ("trainer.", "callback.", "logger.", "optimizer.", "lr_scheduler.", "data.root")
 
 
 def find_checkpoint(resume: Path) -> Path:
@@ -29,6 +32,11 @@ def find_checkpoint(resume: Path) -> Path:
     if file is None or not file.is_file():
         raise FileNotFoundError(f"resume must be a run folder or a checkpoint, got {resume}")
     return file
+
+
+def folder_of(checkpoint: Path) -> Path:
+    """Return the run folder of a checkpoint, or the folder that the checkpoint lies in."""
+    return next((f for f in checkpoint.parents[:2] if (f / CONFIG).is_file()), checkpoint.parent)
 
 
 def unfinished(checkpoint: Path, max_steps: int) -> dict[str, Any]:
@@ -83,21 +91,26 @@ def resumed(cfg: DictConfig, overrides: list[str]) -> DictConfig:
     folder = Path(cfg.resume)
     if not (folder / UNRESOLVED).is_file():
         raise FileNotFoundError(f"resume must be a run folder with {UNRESOLVED}, got {folder}")
-    stored = OmegaConf.create({**read_config(folder, UNRESOLVED), "trust": cfg.trust})
+    now = {"trust": cfg.trust, "data_changed": cfg.data_changed}  # never those of an earlier call
+    stored = OmegaConf.create({**read_config(folder, UNRESOLVED), **now})
     if missing := set(cfg) - set(stored):
         raise ValueError(
             f"resume must be a run of the same recipe, got {folder} without the options "
             f"{', '.join(sorted(missing))}"
         )
+    record = read_data_record(folder)
+    node = OmegaConf.to_container(stored.data)
+    stored.data = located(as_trained(cast(dict, node), record), record, None)
     OmegaConf.set_struct(stored, True)
     for override in OverridesParser.create().parse_overrides(overrides):
         key = override.key_or_group
-        if key in ("resume", "trust") or key.startswith("hydra."):
+        if key in ("resume", "trust", "data_changed") or key.startswith("hydra."):
             continue
         if not key.startswith(CHANGEABLE) or key.endswith("._target_") or override.is_delete():
             raise ValueError(
                 f"{key} must stay as it is when a run is resumed, got {override.input_line}; "
-                f"only values of {', '.join(f'{part}*' for part in CHANGEABLE)} may change"
+                "only values of trainer.*, callback.*, logger.*, optimizer.*, lr_scheduler.* and "
+                "data.root may change"
             )
         OmegaConf.update(stored, key, override.value(), force_add=override.is_add())
     stored.resume = stored.run_dir = str(folder)

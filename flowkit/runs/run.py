@@ -20,6 +20,7 @@ from flowkit.modules.checkpoints import read_config
 from flowkit.modules.flow import Guidance
 from flowkit.provenance import versions
 from flowkit.rules import did_you_mean
+from flowkit.runs.known_data import read_data_record
 from flowkit.runs.processes import say, usable_device
 from flowkit.runs.records import weights
 from flowkit.runs.splits import stored_data
@@ -44,6 +45,8 @@ class Run:
         module: The module, in ``eval`` mode.
         guidance: A guidance scale, a wrapper of velocities, or None for no guidance.
         trust: Names of classes that the configuration may name beside those that flowkit lists.
+        data_root: New place of the data, if they have moved.
+        data_changed: ``"refuse"`` or ``"accept"`` data that are not those of the training.
     """
 
     folder: Path
@@ -51,6 +54,8 @@ class Run:
     module: FlowModule = field(repr=False)
     guidance: Guidance = None
     trust: Sequence[str] = field(default=(), repr=False)
+    data_root: str | Path | None = None
+    data_changed: str = "refuse"
 
     @classmethod
     def load(
@@ -60,6 +65,8 @@ class Run:
         device: str | torch.device = "cpu",
         guidance: Guidance = None,
         trust: Sequence[str] = (),
+        data_root: str | Path | None = None,
+        data_changed: str = "refuse",
     ) -> "Run":
         """Load a run folder.
 
@@ -70,6 +77,8 @@ class Run:
             guidance: A scale or a wrapper of velocities. None takes the scale of the run's
                 configuration, 1 is no guidance.
             trust: Dotted names of your own classes in the run; see `flowkit.modules.load_run`.
+            data_root: New place of the data, if they have moved.
+            data_changed: ``"refuse"`` or ``"accept"`` data that are not those of the training.
 
         Raises:
             FileNotFoundError: If the folder is not a run, or has no checkpoint yet.
@@ -81,12 +90,25 @@ class Run:
         module = load_run(folder, weights=weights, trust=trust).to(place)
         scale = config.get("guidance") if guidance is None else guidance
         module.guided(scale)  # refuses a wrong scale before the work
-        return cls(Path(folder), config, module, scale, trust)
+        return cls(Path(folder), config, module, scale, trust, data_root, data_changed)
 
     @cached_property
     def data(self) -> SplitData:
-        """The run's data with test split. For latents and pairs: the images they were made of."""
-        return stored_data(self.config["data"], self.trust)
+        """The run's data with test split. For latents and pairs: the images they were made of.
+
+        Raises:
+            ValueError: If the data are not those of the training, or have other classes.
+        """
+        found = stored_data(
+            self.config["data"], self.trust, self.folder, self.data_root, self.data_changed
+        )
+        count = found.num_classes
+        if self.num_classes is not None and count is not None and count != self.num_classes:
+            raise ValueError(
+                f"data must have the {self.num_classes} classes of the run, got {count}: "
+                f"{', '.join(map(str, found.class_names or range(count)))}"
+            )
+        return found
 
     @property
     def num_classes(self) -> int | None:
@@ -98,7 +120,9 @@ class Run:
         """Names of the classes, numbers where the data have no names; None without classes."""
         if self.num_classes is None:
             return None
-        return self.data.class_names or [str(label) for label in range(self.num_classes)]
+        record = read_data_record(self.folder)
+        names = self.data.class_names if record is None else record["classes"]
+        return names or [str(label) for label in range(self.num_classes)]
 
     def class_number(self, label: Any, name: str = "labels") -> Any:
         """Return the number of a class that may be given by its name; anything else as it is.
@@ -193,6 +217,8 @@ class Run:
         if "metrics" in parts and "data" not in parts:
             data = self.data
             record["data"] = {"name": type(data).__name__, "test": data.fingerprint("test")}
+            if data.changes is not None:
+                record["data"]["changes"] = data.changes
         return {**record, "versions": versions()}
 
     # --- blockwise runs -----------------------------------------------------------------------

@@ -1,12 +1,139 @@
 """Data modules of configurations, with their splits loaded."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from flowkit.checks import check_choice
 from flowkit.data import SplitData
+from flowkit.data.cache import INDEX
+from flowkit.data.pairs import RECORD as PAIRS
 from flowkit.modules.checkpoints import build
 from flowkit.modules.earlier import current
 from flowkit.modules.trust import trusting
+from flowkit.runs.known_data import Record, changes, classes_of, record_of
+from flowkit.runs.processes import say
+
+SMALL = 50  # images of a test split
+BY_CONTENT = ("flowkit.data.Folder", "flowkit.data.MaskFolder")
+
+
+def stored_data(
+    node: dict[str, Any],
+    trust: Sequence[str] = (),
+    folder: str | Path = ".",
+    root: str | Path | None = None,
+    changed: str = "refuse",
+    place: str = "data",
+) -> SplitData:
+    """Load the data of a stored configuration, with their test split.
+
+    For cached latents and for pairs, the result is the data they were made of.
+
+    Args:
+        node: The configuration.
+        trust: Names of classes that it may name beside those that flowkit lists.
+        folder: The folder of the configuration, which may hold a record of the data.
+        root: The place of the data, if they have moved.
+        changed: ``"refuse"`` or ``"accept"`` data that differ from the record.
+        place: Name of the configuration, for errors.
+
+    Raises:
+        ValueError: If the configuration names a class that is neither listed nor trusted, or the
+            data differ from the record.
+    """
+    record = record_of(folder)
+    node = as_trained(current(node), record)
+    made = node.get("_target_") in ("flowkit.data.Latents", "flowkit.data.Pairs")
+    moved = root is not None and any((Path(root) / name).is_file() for name in (INDEX, PAIRS))
+    here = root if moved or not made else None
+    with trusting(trust):
+        found = build(located(node, record, here), place)
+        data = opened(found, record, changed, "test")
+    source = getattr(data, "source", None)
+    if not isinstance(source, dict):
+        return data
+    cache, rest = getattr(data, "root", folder), None if moved else root
+    return stored_data(source, trust, cache, rest, changed, f"source in {cache}")
+
+
+def as_trained(node: dict[str, Any], record: Record | None) -> dict[str, Any]:
+    """Return the configuration of data with the splits of its training.
+
+    Before version 0.2, splits of files depended on the order of all files, and there was no record.
+    """
+    if record is not None:
+        return node
+    if node.get("_target_") in BY_CONTENT:
+        return {"split_by": "order", **node}
+    inner = node.get("images")
+    return {**node, "images": as_trained(inner, None)} if isinstance(inner, dict) else node
+
+
+def located(
+    node: Mapping[str, Any], record: Record | None, root: str | Path | None
+) -> dict[str, Any]:
+    """Return the configuration of data with their place.
+
+    The place is ``root``. Without it, a relative path of the configuration is the one that the
+    record remembers, if it exists.
+
+    Raises:
+        ValueError: If ``root`` is given for data without a folder.
+    """
+    node = dict(node)
+    if isinstance(node.get("images"), Mapping):
+        return {**node, "images": located(node["images"], record, root)}
+    key = next((name for name in ("root", "path") if name in node), None)
+    if key is None:
+        if root is not None:
+            raise ValueError(f"data.root must be null for data without a folder, got {root}")
+        return node
+    kept = None if record is None else record["root"]
+    if root is not None:
+        node[key] = str(root)
+    elif kept and node[key] and not Path(str(node[key])).is_absolute() and Path(kept).is_dir():
+        node[key] = kept
+    return node
+
+
+def opened(
+    data: SplitData, record: Record | None, changed: str, stage: str | None = None
+) -> SplitData:
+    """Return data with loaded splits, which are those of a record.
+
+    Files and classes keep the splits and the numbers that they have in the record.
+
+    Args:
+        data: The data module.
+        record: The record of the data; None takes all data.
+        changed: ``"refuse"`` or ``"accept"`` data that differ from the record.
+        stage: The splits to load, see `prepared`.
+
+    Raises:
+        ValueError: If the data differ from the record and that is not accepted, or if they have
+            more classes.
+    """
+    check_choice(changed, ("refuse", "accept"), "data_changed")
+    if record is not None:
+        data.known = record
+    prepared(data, stage)
+    now = None if record is None else data.record()
+    if record is None or now is None or not (told := "; ".join(changes(record, now))):
+        return data
+    if changed == "refuse":
+        raise ValueError(
+            f"data must be those of the run's training, got {told}; if this is right: "
+            "data_changed=accept"
+        )
+    say(f"data      changed since the training: {told}")
+    if (data.num_classes or 0) > (record["num_classes"] or 0):
+        raise ValueError(
+            f"data must have no other classes than the run, {classes_of(record)}, got "
+            f"{classes_of(now)}; take the others away, or train anew"
+        )
+    data.changes = told
+    return data
 
 
 def prepared(data: SplitData, stage: str | None = None) -> SplitData:
@@ -22,25 +149,6 @@ def prepared(data: SplitData, stage: str | None = None) -> SplitData:
         )
     data.prepare_data()
     data.setup(stage)
+    if (count := data.sizes().get("test", SMALL)) < SMALL:
+        say(f"data      the test split has only {count} samples; measures against it are uncertain")
     return data
-
-
-def stored_data(node: dict[str, Any], trust: Sequence[str] = (), place: str = "data") -> SplitData:
-    """Load the data of a stored configuration, with their test split.
-
-    For cached latents and for pairs, the result is the data they were made of.
-
-    Args:
-        node: The configuration.
-        trust: Names of classes that it may name beside those that flowkit lists.
-        place: Name of the configuration, for errors.
-
-    Raises:
-        ValueError: If the configuration names a class that is neither listed nor trusted.
-    """
-    with trusting(trust):
-        data = prepared(build(current(node), place), "test")
-    source = getattr(data, "source", None)
-    if not isinstance(source, dict):
-        return data
-    return stored_data(source, trust, f"source in {getattr(data, 'root', place)}")

@@ -70,9 +70,8 @@ def test_postscript_in_a_data_set_of_the_hub_starts_no_program(tmp_path, program
     rows = datasets.Dataset.from_dict({"image": [{"bytes": EPS, "path": None}] * 8}, features)
     rows.save_to_disk(tmp_path / "set")
     data = Hub(tmp_path / "set", 8, label_column=None, val_fraction=0.2, test_fraction=0.2)
-    data.setup()
     with pytest.raises(ValueError, match=r"row \d \(cannot identify"):
-        data.test[:1]
+        data.setup()
     assert programs == []
 
 

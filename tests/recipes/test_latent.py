@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from safetensors import safe_open
 from flowkit.autoencoders import KLAutoencoder
 from flowkit.metrics.pictures import save_picture
 from flowkit.modules import load_run
+from flowkit.modules.checkpoints import read_config
 from flowkit.recipes.autoencoder import autoencoder
 from flowkit.recipes.encode import encode
 from flowkit.recipes.evaluate import evaluate
@@ -26,6 +28,7 @@ from flowkit.recipes.report import report
 from flowkit.recipes.sample import sample
 from flowkit.recipes.semantic import semantic
 from flowkit.recipes.train import train
+from flowkit.runs.splits import stored_data
 from tests.conftest import CONF
 
 QUIET = [
@@ -398,6 +401,21 @@ def test_maps_can_be_cached(network, configure, tmp_path):
         configure("semantic", f"run={tmp_path}/run", "num_images=20", "sampler.grid=2")
     )
     assert record["data"]["name"] == "Digits"
+
+
+def test_the_images_of_latents_are_those_that_were_encoded(run, cache, tmp_path):
+    """The record beside the cache is compared when an evaluation opens the images."""
+    assert type(stored_data(read_config(run)["data"], folder=run)).__name__ == "Digits"
+    copy = tmp_path / "cache"
+    shutil.copytree(cache, copy)
+    record = json.loads((copy / "data.json").read_text())
+    assert (record["kind"], record["classes"]) == ("Digits", [str(k) for k in range(10)])
+    record["splits"]["test"]["fingerprint"] = "0" * 64
+    (copy / "data.json").write_text(json.dumps(record))
+    node = {"_target_": "flowkit.data.Latents", "root": str(copy)}
+    with pytest.raises(ValueError, match="got other content of test; if this is right"):
+        stored_data(node)
+    assert stored_data(node, changed="accept").changes == "other content of test"
 
 
 def test_maps_are_asked_for_where_there_are_none(run, configure):
