@@ -7,9 +7,9 @@ from types import ModuleType
 
 import pytest
 import torch
-from sklearn.svm import SVC
 from safetensors.torch import save_file
 from sklearn.datasets import load_digits
+from sklearn.svm import SVC
 
 from flowkit.metrics import (
     ConvClassifier,
