@@ -124,7 +124,7 @@ def assign(cost: Tensor) -> Tensor:
         matrix = _reduced(cost, int(math.log2(len(cost))) - 4, num_iters)
     else:
         matrix = cost.detach().cpu().numpy()
-        matrix = np.subtract(matrix, matrix.min(0, initial=np.inf), dtype=np.float64)
+        matrix = np.subtract(matrix, matrix.min(0), dtype=np.float64)
     _, columns = linear_sum_assignment(matrix)
     return torch.from_numpy(columns.argsort()).to(cost.device)  # rows of columns
 

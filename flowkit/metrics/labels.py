@@ -251,7 +251,7 @@ def _check(probabilities: Tensor, labels: Tensor) -> None:
 
 def _reliability(confidence: Tensor, right: Tensor, bins: int) -> dict[str, list[float]]:
     """Return mean confidence, accuracy and share of images for each bin with images."""
-    index = (confidence * bins).ceil().clamp(1, bins).long() - 1
+    index = (confidence * bins).ceil().clamp(max=bins).long() - 1
     rows = [index == b for b in range(bins) if bool((index == b).any())]
     return {
         "confidence": [confidence[row].mean().item() for row in rows],

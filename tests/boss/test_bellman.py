@@ -125,12 +125,12 @@ def test_the_interval_is_that_of_its_definition(scale, level):
     spread = torch.rand(9, 6, 6, generator=torch.Generator().manual_seed(3), dtype=F64)
     costs = random_costs(6, 0) + (scale * spread if scale < 8 else 8 * spread**8)
     generator = torch.Generator().manual_seed(1)
-    found = boss.bellman_interval(costs, fine, 3, level=level, resamples=120, generator=generator)
-    value, interval = by_hand(costs, fine, 3, level, 120, seed=1)
+    found = boss.bellman_interval(costs, fine, 3, level=level, resamples=118, generator=generator)
+    value, interval = by_hand(costs, fine, 3, level, 118, seed=1)
     assert found.value == pytest.approx(value, rel=1e-12)
     assert found.value_interval == pytest.approx(interval, rel=1e-9)
     assert torch.equal(found.grid, boss.bellman_grid(costs.mean(0), fine, 3))
-    draws = torch.randint(9, (120, 9), generator=torch.Generator().manual_seed(1))
+    draws = torch.randint(9, (118, 9), generator=torch.Generator().manual_seed(1))
     moved = torch.stack([boss.bellman_grid(costs[draw].mean(0), fine, 3) for draw in draws])
     ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=F64)
     torch.testing.assert_close(found.knots_interval, moved.quantile(ends, dim=0))
@@ -160,6 +160,27 @@ def test_intervals_cover_the_least_cost(flow, num_steps, truth_from, least):
         low, high = boss.bellman_interval(some, fine, num_steps, generator=generator).value_interval
         covered += low <= truth <= high
     assert least <= covered / repeats < 0.995
+
+
+@pytest.mark.parametrize("level", [0.95, 0.5])
+def test_the_interval_of_a_time_is_of_quantiles_of_the_resampled_times(level):
+    """Costs without a common part, so that the times move."""
+    costs = torch.rand(9, 9, 9, generator=torch.Generator().manual_seed(3), dtype=F64)
+    generator = torch.Generator().manual_seed(1)
+    found = boss.bellman_interval(costs, 8, 3, level=level, resamples=60, generator=generator)
+    draws = torch.randint(9, (60, 9), generator=torch.Generator().manual_seed(1))
+    moved = torch.stack([boss.bellman_grid(costs[draw].mean(0), 8, 3) for draw in draws])
+    for row, share in zip(found.knots_interval, ((1 - level) / 2, (1 + level) / 2), strict=True):
+        torch.testing.assert_close(row, moved.quantile(share, dim=0))
+
+
+def test_two_groups_that_differ_leave_the_upper_end_open():
+    """A bootstrap sample of one group alone has no spread: its t value is infinite."""
+    costs = torch.rand(2, 6, 6, generator=torch.Generator().manual_seed(3), dtype=F64)
+    found = boss.bellman_interval(costs, 5, 3, level=0.8, resamples=40)
+    assert found.value_interval[1] == math.inf
+    boss.bellman_interval(costs, 5, 3, level=0.5, resamples=4)  # the fewest: 2 / (1 - level)
+    assert -math.inf < found.value_interval[0] < found.value
 
 
 def test_without_spread_the_interval_is_a_point():

@@ -59,20 +59,20 @@ def test_costs_of_second_order_steps(method):
     torch.testing.assert_close(costs, direct_costs(flow, fine, states, method))
 
 
-def test_costs_of_a_guided_field_see_its_conditions():
+@pytest.mark.parametrize("method", ["euler", "midpoint"])
+def test_costs_of_a_guided_field_see_its_conditions(method):
     def net(x, t, cond):
         return cond[:, None] * x
 
     guided = ClassifierFree(net, 2.0, 0.0)
     x0, cond = noise(10, 3, dtype=F64), torch.linspace(-1, 1, 10, dtype=F64)
     fine = grids.uniform(6)
-    states = ODESampler(fine).solve(guided, x0, cond, return_path=True).path
-    costs = boss.step_costs(guided, x0, fine, cond, chunk_size=3)
-    torch.testing.assert_close(costs, direct_costs(guided, fine, states, cond=cond))
+    states = ODESampler(fine, method).solve(guided, x0, cond, return_path=True).path
+    costs = boss.step_costs(guided, x0, fine, cond, method=method, chunk_size=3)
+    torch.testing.assert_close(costs, direct_costs(guided, fine, states, method, cond))
     named = ClassifierFree(lambda x, t, cond: net(x, t, cond["a"]), 2.0, {"a": 0.0})
-    torch.testing.assert_close(
-        boss.step_costs(named, x0, fine, {"a": cond}, chunk_size=3), costs, rtol=1e-12, atol=1e-14
-    )
+    of_named = boss.step_costs(named, x0, fine, {"a": cond}, method=method, chunk_size=3)
+    torch.testing.assert_close(of_named, costs, rtol=1e-12, atol=1e-14)
 
 
 def test_costs_by_groups_average_to_the_whole():

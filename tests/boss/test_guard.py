@@ -71,3 +71,24 @@ def test_what_passes_for_noise(shape):
     ring = x / x.flatten(1).norm(dim=1).reshape(-1, *(1,) * (x.ndim - 1))
     assert not is_noise(ring * x[0].numel() ** 0.5)  # right mean square, but all of one size
     assert not is_noise(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("errors", [-5.02, -4.98, 4.98, 5.02])
+@pytest.mark.parametrize("moment", ["mean", "energy", "variance of the energy"])
+def test_noise_is_within_five_standard_errors(moment, errors):
+    """Opposite rows of two sizes, so that all three values are known exactly.
+
+    Standard errors of normal noise are 1/√(N d) of the mean, √(2 d/N) of the mean of ``‖x‖²``, and
+    √((κ − 1)/N) times the variance of it, with its kurtosis κ = 3 + 12/d.
+    """
+    count, size = 4000, 12
+    off = {name: errors * (name == moment) for name in ("mean", "energy", "variance of the energy")}
+    energy = size + off["energy"] * (2 * size / count) ** 0.5
+    var = 2 * size * (1 + off["variance of the energy"] * ((2 + 12 / size) / count) ** 0.5)
+    spread = (var * (count - 1) / count) ** 0.5
+    half = noise(count // 2, size, dtype=F64)
+    half *= (energy + spread * (-1) ** torch.arange(count // 2)).sqrt()[:, None] / half.norm(
+        dim=1, keepdim=True
+    )
+    x = torch.cat([half, -half]) + off["mean"] / (count * size) ** 0.5
+    assert is_noise(x) == (abs(errors) < 5)

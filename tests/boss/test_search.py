@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from flowkit import boss, grids
+from flowkit.boss import endpoint, search
 from flowkit.exact import GaussianFlow, MixtureFlow
 from flowkit.sampling import ODESampler
 from tests.boss.fields import F64, linear_in_time, noise, ring
@@ -65,8 +66,11 @@ class Counting:
 @pytest.mark.parametrize("num_steps", [1, 2, 5, 19, 20])
 @pytest.mark.parametrize("method", ["euler", "heun"])
 def test_the_search_takes_the_rows_that_it_states(num_steps, method):
-    x0 = noise(30, 2)
-    stated = boss.search_rows(30, num_steps, method=method, fine_steps=20, extra_noises=7)
+    x0 = noise(31, 2)  # no multiple of three
+    stated = boss.search_rows(31, num_steps, method=method, fine_steps=20, extra_noises=7)
+    assert {type(count) for count in stated.values()} == {int}
+    if num_steps in (1, 20):  # there is only one such grid
+        assert stated["endpoint"] == 0
     field = Counting(ring(0.3))
     costs = boss.step_costs(field, x0[:20], 20, method=method)
     assert field.rows == stated["costs"]
@@ -79,11 +83,24 @@ def test_the_search_takes_the_rows_that_it_states(num_steps, method):
     assert field.rows >= stated["scores"]
     field.rows = 0
     boss.endpoint_grid(field, x0[:20], 20, num_steps, method=method)
-    search = field.rows
+    of_endpoint = field.rows
     field.rows = 0
     boss.optimize_grid(field, x0, num_steps, **options)
-    assert field.rows == search + stated["scores"]
-    assert stated["scores"] == (10 + 7) * (20 + 3 * num_steps) * (1 if method == "euler" else 2)
+    assert field.rows == of_endpoint + stated["scores"]
+    assert stated["scores"] == (11 + 7) * (20 + 3 * num_steps) * (1 if method == "euler" else 2)
+
+
+@pytest.mark.parametrize("num_steps", [2, 5, 19])
+@pytest.mark.parametrize("method", ["euler", "heun"])
+def test_without_moves_the_stated_rows_of_the_endpoint_grid_are_exact(
+    num_steps, method, monkeypatch
+):
+    """The search alone may end early; the dynamic program and the first grids never do."""
+    for module in (endpoint, search):
+        monkeypatch.setattr(module, "SEARCH_WALKS", 0)
+    field = Counting(ring(0.3))
+    boss.endpoint_grid(field, noise(6, 2), 20, num_steps, method=method)
+    assert boss.search_rows(9, num_steps, method=method, fine_steps=20)["endpoint"] == field.rows
 
 
 def scored_by_hand(flow, x0, found, extra, cond=None, fine=20):

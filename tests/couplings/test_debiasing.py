@@ -83,6 +83,7 @@ def test_row_softmax_draws_from_the_rows_of_the_kernel():
         columns = (drawn[:, None] == x1).all(2).int().argmax(1)
         counts.index_put_((torch.arange(800) % 4, columns), torch.ones(800), accumulate=True)
     assert_close(counts / 3000, expected, rtol=0, atol=0.035)
+    assert Gibbs(0.7, debias=RowSoftmax()).pair(*ends, generator=seeded(14)).x1.equal(drawn)
 
 
 def test_a_pool_draws_pairs_by_their_weights():

@@ -7,7 +7,7 @@ import torch
 from matplotlib.colors import same_color
 
 from flowkit.couplings import Gibbs, suggest_epsilon
-from flowkit.couplings.epsilon import variance_components
+from flowkit.couplings.epsilon import _correlation, variance_components
 
 
 def normals(batch: int, dim: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -132,3 +132,17 @@ def test_variance_components_of_a_random_effects_model():
     torch.testing.assert_close(totals[[0, 2]] / 400, torch.tensor([4.0, 9.0]), rtol=0.1, atol=0)
     # The small one is truncated at 0 now and then.
     assert totals[1] / 400 == pytest.approx(0.25, abs=0.06)
+
+
+def test_the_correlation_under_weights_is_that_of_the_weighted_pairs():
+    """Sums over all pairs, for weights of mean 1 that favor some rows and some columns."""
+    generator = torch.Generator().manual_seed(0)
+    a = 3 + torch.randn(7, 2, generator=generator, dtype=torch.float64)
+    b = 2 * torch.randn(9, 2, generator=generator, dtype=torch.float64) - 5
+    weight = torch.rand(7, 9, generator=generator, dtype=torch.float64) ** 3
+    weight *= torch.arange(1, 8)[:, None] * torch.arange(1, 10) ** 2
+    mass = weight / weight.sum()
+    from_a, from_b = (x - m @ x for x, m in ((a, mass.sum(1)), (b, mass.sum(0))))
+    variances = [m @ x.square().sum(1) for x, m in ((from_a, mass.sum(1)), (from_b, mass.sum(0)))]
+    expected = (mass * (from_a @ from_b.T)).sum() / (variances[0] * variances[1]).sqrt()
+    assert _correlation(a, b)(weight / weight.mean()) == pytest.approx(expected.item(), rel=1e-9)

@@ -20,6 +20,7 @@ from flowkit.couplings import (
     Independent,
     Potentials,
     RowSoftmax,
+    cost_matrix,
 )
 from flowkit.losses import flow_matching_loss
 from flowkit.metrics import point_metrics
@@ -237,6 +238,30 @@ def test_tilt_is_the_relative_variance_of_the_closed_form():
     coupling = Gibbs(4.0, "sqeuclidean")
     tilts = [coupling.telemetry(Pairs(*normals(256, 1, seed=k)))["tilt"] for k in range(40)]
     assert torch.stack(tilts).mean().item() == pytest.approx(expected, rel=0.1)
+
+
+def test_telemetry_of_partners_drawn_by_rows_is_that_of_the_softmax():
+    """Its rows have the sum 1, so the tilt is that of the data alone."""
+    x0, x1 = normals(12, 2)
+    coupling = Gibbs(0.7, debias=RowSoftmax())
+    plan = (-cost_matrix(x0, x1, "euclidean") / 0.7).softmax(1)
+    tilt = 12 * plan.mean(0).mul(12).sub(1).square().sum() / 12 / 11
+    rest = (12 * (plan - plan.mean(0))).square().sum() / 121
+    expected = (tilt - rest / 12).clamp_min(0) / 2
+    assert_close(coupling.telemetry(Pairs(x0, x1, None))["tilt"], expected)
+
+
+@pytest.mark.parametrize("debias", [Division, Potentials])
+def test_the_tilt_of_a_class_is_measured_with_the_factors_of_the_class(debias):
+    x0, x1 = normals(96, 2)
+    label = (torch.arange(96) >= 56).long()
+    of_class = Gibbs(2.0, debias=debias(), normalize="class")
+    alone = Gibbs(2.0, debias=debias())
+    for seed in range(3):
+        x0, x1 = normals(96, 2, seed=seed)
+        pairs = of_class.pair(x0, x1 + 9 * label[:, None], label)
+        only = alone.pair(x0[:56], x1[:56])
+    assert_close(of_class.telemetry(pairs)["tilt"], alone.telemetry(only)["tilt"])
 
 
 def test_few_effective_pairs_warn_once():

@@ -16,7 +16,7 @@ from flowkit.couplings import (
     MinibatchOT,
     cost_matrix,
 )
-from flowkit.couplings.transport import COSTS, assign, entropic_plan, paired
+from flowkit.couplings.transport import COSTS, assign, entropic_plan, paired, potentials
 from tests.couplings.points import normals, seeded, seeds
 
 
@@ -96,6 +96,39 @@ def test_an_assignment_is_optimal_for_the_cost_in_float64():
     assert cost[ours, rows].sum() == cost[rows, columns].sum()
 
 
+@pytest.mark.parametrize("size", [40, 100])
+def test_a_large_constant_of_one_row_or_column_takes_no_digits_of_the_others(size):
+    """A difference of float32 with the constant would keep steps of 0.06."""
+    cost = torch.rand(size, size, generator=seeded(0))
+    cost[3] = -1e6
+    for matrix in (cost, cost.T):
+        assert (assign(matrix).numpy() == linear_sum_assignment(matrix.double().T)[1]).all()
+
+
+def test_minima_alone_make_the_potentials_without_stages():
+    cost = cost_matrix(*normals(1, 30, 2)).numpy()
+    f, g = potentials(cost, 0, 5)
+    assert (f == cost.min(1)).all()
+    np.testing.assert_allclose(g, (cost - f[:, None]).min(0), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("size", "dim"), [(256, 8), (512, 2)])
+def test_the_solver_gets_a_matrix_that_is_nearly_zero_on_the_optimum(size, dim, monkeypatch):
+    """A tenth of what minima of rows and columns leave; without it, the search takes its time."""
+    seen = []
+    monkeypatch.setattr(
+        "scipy.optimize.linear_sum_assignment",
+        lambda matrix: seen.append(matrix) or linear_sum_assignment(matrix),
+    )
+    cost = cost_matrix(*normals(1, size, dim))
+    best = assign(cost).numpy(), np.arange(size)
+    f, g = potentials(cost.numpy(), 0, 0)
+    left = (cost.numpy() - f[:, None] - g)[best].mean()
+    assert np.abs(seen[0][best]).mean() < 0.1 * left
+    assign(cost[:40, :40])
+    assert (seen[1].min(0) == 0).all()  # small ones: minima of columns alone
+
+
 @pytest.mark.parametrize("entry", [1e30, -1e30])
 def test_an_overflowing_kernel_costs_time_but_not_exactness(entry):
     cost = torch.rand(64, 64, generator=seeded(0))
@@ -120,6 +153,15 @@ def test_entropic_plan_has_uniform_marginals(seed, reg):
     uniform = torch.full((24,), 1 / 24, dtype=torch.float64)
     assert_close(plan.sum(0), uniform, rtol=0, atol=1e-6)
     assert_close(plan.sum(1), uniform, rtol=0, atol=1e-6)
+
+
+def test_entropic_plans_reach_the_tolerance_in_the_iterations_that_are_allowed():
+    cost = cost_matrix(*normals(0, 30, 2)).double()
+    plan = entropic_plan(cost, 0.3, 1000, tol=1e-12)
+    assert (plan.sum(0) - 1 / 30).norm() <= 1e-12
+    assert (plan.sum(1) - 1 / 30).norm() <= 1e-12
+    with pytest.warns(UserWarning, match=r"more than 1e-12 after 5 iterations at reg 0.3"):
+        entropic_plan(cost, 0.3, 5, tol=1e-12)
 
 
 def test_bad_cost_functions():

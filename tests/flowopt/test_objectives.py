@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from flowkit.flowopt import FlowOpt
+from flowkit.flowopt.objectives import choose
 from flowkit.sampling import ODESampler
 from tests.flowopt.fields import CENTERED, LEFT, MIDDLE, RIGHT, Mean, data, linear, steered
 
@@ -63,6 +64,13 @@ def test_an_empty_region_is_none_and_a_fraction_weighs():
         torch.testing.assert_close(found.x, weaker.x)
 
 
+def test_the_second_derivative_of_a_mask_is_its_weight():
+    mask, x = torch.tensor([0.75, 0.5, 0.0]), data()
+    torch.testing.assert_close(
+        choose(data(), mask, None).normal(x), x * torch.tensor([0.25, 0.5, 1])
+    )
+
+
 def test_an_operator_matches_measurements_alone():
     x1 = data(5, 4)
     flowopt = FlowOpt(ODESampler(10), "auto", 80)
@@ -111,6 +119,8 @@ def test_masks_and_operators_that_do_not_fit():
         flowopt(CENTERED, x1, mask=torch.full((3,), 2.0))
     with pytest.raises(ValueError, match=r"mask must be below 1 somewhere in every sample"):
         flowopt(CENTERED, x1, mask=torch.ones(3))
+    with pytest.raises(ValueError, match=r"mask must be below 1 somewhere in every sample"):
+        flowopt(CENTERED, x1, mask=(torch.arange(6)[:, None] == 2).double())
     with pytest.raises(ValueError, match="mask must be None with an operator, got both"):
         flowopt(CENTERED, x1, mask=torch.ones(3), operator=Mean())
 

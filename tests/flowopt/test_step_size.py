@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flowkit.flowopt import FlowOpt, step_bound
+from flowkit.flowopt.step_size import require_step
 from flowkit.sampling import ODESampler
 from tests.flowopt.fields import CENTERED, Counted, data, linear, rotation
 
@@ -101,6 +102,27 @@ def test_the_bound_is_the_least_of_all_rounds():
 def test_latents_of_zero_are_measured():
     found = step_bound(linear(4 * torch.eye(3)), ODESampler(1), torch.zeros(2, 3).double())
     torch.testing.assert_close(found.bound, torch.full((2,), 0.5).double())
+
+
+def test_the_bound_is_that_under_the_condition():
+    def stretched(x, t, cond):
+        return (cond[:, None] - 1) * x
+
+    cond = torch.tensor([2.0, 4.0, 0.5]).double()
+    found = step_bound(stretched, ODESampler(1), data(3, 2), cond)
+    torch.testing.assert_close(found.bound, 2 / cond)
+
+
+@pytest.mark.parametrize(("eps", "size"), [(2**-8, 100), (2**-23, 3)])
+def test_a_cosine_must_exceed_ten_roundings_of_its_difference(eps, size):
+    """Rounding ``ε`` of a difference of size ``ε^⅓``, of which a direction takes ``1/√d``."""
+    least = 10 * eps / eps ** (1 / 3) / size**0.5
+    z = torch.zeros(2, size)
+    require_step(torch.tensor([1.05 * least, 1.0]), z, eps)
+    with pytest.raises(ValueError, match=r"for samples \[0\]"):
+        require_step(torch.tensor([0.95 * least, 1.0]), z, eps)
+    with pytest.raises(ValueError, match=r"got \[-0.125, -0.333333\] for samples \[0, 1\]"):
+        require_step(torch.tensor([-0.125, -1 / 3]), z, eps)
 
 
 def test_a_constant_flow_has_no_step():

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from sklearn.datasets import load_digits
+from sklearn.svm import SVC
 
 from flowkit.metrics import (
     ConvClassifier,
@@ -178,6 +179,12 @@ def test_judge_reads_held_out_digits_from_few_training_images(digits):
     assert agreement(judge, test_images, test_labels).double().mean() >= 0.97
     small = PixelSVC(images, labels, limit=100, generator=torch.Generator().manual_seed(0))
     assert small.num_images == 100
+    other, same = (torch.Generator().manual_seed(5) for _ in range(2))
+    rows = torch.randperm(len(images), generator=same)[:100]
+    plain = SVC(C=10).fit(images[rows].flatten(1).numpy(), labels[rows].numpy())
+    drawn = PixelSVC(images, labels, limit=100, generator=other)
+    expected = plain.predict(test_images.flatten(1).numpy())
+    assert (drawn.predict(test_images).numpy() == expected).all()
     assert 0.6 < agreement(small, test_images, test_labels).double().mean() < 0.97
     with pytest.raises(ValueError, match=r"labels must have shape \(1437,\), got \(3,\)"):
         PixelSVC(images, labels[:3])

@@ -159,6 +159,29 @@ def test_intervals_of_labels_by_hand():
     assert few["accuracy_interval"] is not None
 
 
+def test_intervals_are_of_halves_of_each_class_and_of_the_range_of_the_number():
+    """Equal losses within a class do not vary at all, beyond a loss of 1 nat too."""
+    p = torch.tensor([0.1, 0.2, 0.3, 0.05], dtype=torch.float64).repeat_interleave(2)
+    p, labels = torch.stack([1 - p, p, 0 * p, 0 * p], 1), torch.arange(4).repeat_interleave(2)
+    p = torch.stack([row.roll(int(k) - 1) for row, k in zip(p, labels, strict=True)])
+    record = classification_metrics(p, labels)
+    for name in ("negative_log_likelihood", "brier_score"):
+        assert record[name] > 1
+        assert record[f"{name}_interval"] == pytest.approx([record[name]] * 2, abs=1e-6)
+    lone = torch.cat([labels, torch.tensor([3, 3, 2, 2])])  # class 0 twice ...
+    one = lone[1:]  # ... and then once: all images are one stratum
+    low, high = classification_metrics(torch.cat([p, p[:4]])[1:], one)["brier_score_interval"]
+    assert low < high
+
+
+def test_all_confidences_have_a_bin():
+    """The first of one bin; sums of 1.0005 pass for 1, and lie in the last."""
+    p = torch.tensor([[0.5, 0.5], [1.0005, 0.0]], dtype=torch.float64)
+    for bins in (1, 4):
+        reliability = classification_metrics(p, torch.tensor([0, 0]), bins=bins)["reliability"]
+        assert sum(reliability["share"]) == 1
+
+
 def test_an_image_is_one_case_of_a_mask():
     """Whole images right or wrong: the pixels of an image do not count as independent."""
     truth = torch.randint(2, (100, 5, 5), generator=torch.Generator().manual_seed(0))
