@@ -17,6 +17,7 @@ import flowkit.recipes
 from flowkit import __version__
 from flowkit.errors import ErrorInALine, is_hydras
 from flowkit.rules import CONF, check, did_you_mean, fits, no_such_option, rules_of
+from flowkit.stopping import stops_in_a_line
 
 EXPERIMENTS = CONF / "experiment"
 
@@ -65,7 +66,7 @@ def main() -> None:
         print("\n`flowkit <recipe> --help` lists the options of a recipe and their choices.")
         print("`flowkit --version` prints the version.")
         return
-    with ErrorInALine():
+    with stops_in_a_line(str(name)), ErrorInALine():
         check_recipe(name, list(known))
         del sys.argv[1]
         if {"-h", "--help"} & set(sys.argv[1:]):

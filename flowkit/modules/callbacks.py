@@ -1,4 +1,4 @@
-"""Callbacks of training: averaged weights, pictures, checkpoints, Ctrl-C and the progress bar."""
+"""Callbacks of training: averaged weights, pictures, checkpoints, signals and the progress bar."""
 
 import signal
 import sys
@@ -17,6 +17,7 @@ from flowkit.metrics.pictures import save_picture
 from flowkit.modules.flow import FlowModule, Guidance, brings_start
 from flowkit.provenance import write_atomically
 from flowkit.sampling import ODESampler, seeded_noise
+from flowkit.stopping import Stopped
 from flowkit.types import take
 
 
@@ -198,66 +199,70 @@ class LastCheckpoint(Checkpoint):
 
 
 class StopOnInterrupt(Callback):
-    """Stop at Ctrl-C after the current step, so that `LastCheckpoint` saves this step.
+    """Stop at Ctrl-C or SIGTERM after the current step, so that `LastCheckpoint` saves this step.
 
-    The command then ends with a message that names the ``resume`` option. A second Ctrl-C ends the
-    command at once. With several processes Lightning handles Ctrl-C, since the processes would not
-    stop at the same step.
+    The command then ends with a message that names the ``resume`` option, and with the exit status
+    130 or 143. A second Ctrl-C ends the command at once; a second SIGTERM changes nothing, since
+    some supervisors send several. Of several processes any one may get the signal.
 
     Args:
         folder: The run folder, for the ``resume`` option in the message.
 
     Raises:
-        SystemExit: At the end of a training that Ctrl-C stopped early.
+        Stopped: At the end of a training that a signal stopped early.
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder, self.asked = Path(folder), False
-        self.before: Any = None
+        self.folder, self.asked = Path(folder), 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Replace the handler of Ctrl-C in the main thread of a single process.
+        """Replace the handlers of both signals, in the main thread.
 
-        At this point Lightning has stored its own handlers, so it does not restore this one.
+        Lightning has stored the handlers of before the training, and restores them at its end.
         """
-        # A background job of a script ignores Ctrl-C; it must continue to do so.
-        ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-        main = threading.current_thread() is threading.main_thread()
-        if trainer.world_size == 1 and main and not ignored:
-            self.before = signal.signal(signal.SIGINT, self._ask)
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number in (signal.SIGINT, signal.SIGTERM):
+            # A background job of a script ignores Ctrl-C; it must continue to do so.
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._ask)
+        if trainer.received_sigterm:  # before this handler was there
+            self.asked = signal.SIGTERM
 
-    def _ask(self, *_: Any) -> None:
-        """Handle the first Ctrl-C: request a stop, and restore the old handler."""
-        self.asked = True
-        self._restore()
-        sys.stderr.write("\nstopping after this step; Ctrl-C again stops at once without saving\n")
-
-    def _restore(self) -> None:
-        """Restore the old handler of Ctrl-C."""
-        if self.before is not None:
-            signal.signal(signal.SIGINT, self.before)
-        self.before = None
+    def _ask(self, number: int, frame: Any) -> None:
+        """Request a stop at the first signal; end at once at a second Ctrl-C."""
+        if not self.asked:
+            self.asked = number
+            also = "; Ctrl-C again stops at once without saving" if number == signal.SIGINT else ""
+            sys.stderr.write(f"\nstopping after this step{also}\n")
+        elif number == signal.SIGINT:
+            raise Stopped(
+                number, f"stopped at once; continue from the last checkpoint: resume={self.folder}"
+            )
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Stop the training after Ctrl-C, as soon as no accumulated gradients are left."""
-        if self.asked and batches_seen(trainer) % trainer.accumulate_grad_batches == 0:
+        """Stop all processes after a signal, as soon as no accumulated gradients are left."""
+        if batches_seen(trainer) % trainer.accumulate_grad_batches:
+            return
+        if trainer.world_size > 1 and trainer.strategy.reduce_boolean_decision(
+            bool(self.asked), all=False
+        ):
+            self.asked = self.asked or signal.SIGTERM  # another process got the signal
+        if self.asked:
             trainer.should_stop = True
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """End the command if Ctrl-C stopped the training before its last step."""
-        self._restore()
+        """End the command if a signal stopped the training before its last step."""
         if self.asked and trainer.global_step != trainer.max_steps:
-            raise SystemExit(
-                f"stopped at step {trainer.global_step}; continue with resume={self.folder}"
+            stopped = Stopped(
+                self.asked,
+                f"stopped at step {trainer.global_step}; continue with resume={self.folder}",
             )
-
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
-        """Restore the old handler of Ctrl-C after an error."""
-        self._restore()
+            if not trainer.is_global_zero:
+                stopped.code = 0  # Lightning would kill the first process
+            raise stopped
 
 
 class StepProgress(TQDMProgressBar):
