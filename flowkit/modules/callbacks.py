@@ -226,8 +226,9 @@ class StopOnInterrupt(Callback):
             # A background job of a script ignores Ctrl-C; it must continue to do so.
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._ask)
-        if trainer.received_sigterm:  # before this handler was there
-            self.asked = signal.SIGTERM
+        early = cast(Any, trainer)._signal_connector
+        if early.received_sigterm:  # by Lightning's handler, which would end with status 0
+            self.asked, early.received_sigterm = signal.SIGTERM, False
 
     def _ask(self, number: int, frame: Any) -> None:
         """Request a stop at the first signal; end at once at a second Ctrl-C."""

@@ -170,9 +170,9 @@ def test_a_signal_ends_after_the_step_which_is_saved(
 
 
 class PressAtStart(Callback):
-    """Signals before the first step, when the handler of the training is not yet there."""
+    """Signals before the first step, when the handler of `StopOnInterrupt` is not yet there."""
 
-    def setup(self, trainer, pl_module, stage):
+    def on_train_start(self, *args):
         os.kill(os.getpid(), signal.SIGTERM)
 
 
