@@ -226,10 +226,19 @@ def _check_composed(recipe: str, own: str | None, overrides: list[str]) -> Path 
         check(recipe, values)
         with suppress(Exception):  # a reference that only the run itself can follow
             folder = Path(cfg.hydra.run.dir)
-    for key, path in (("out", values.get("out")), ("hydra.run.dir", folder)):
-        if path and "${" not in str(path):
-            check_writable(Path(path), key)
+    _check_places(values, folder)
     return folder
+
+
+def _check_places(values: dict[str, Any], folder: Path | None) -> None:
+    """Require that the folders can be written to which the results go."""
+    out, run = values.get("out"), values.get("run")
+    if "out" in values and out is None and run is not None:
+        check_writable(Path(run), "run", "; choose another folder by out=")
+    elif out and "${" not in str(out):
+        check_writable(Path(out), "out")
+    elif folder:
+        check_writable(folder, "hydra.run.dir")
 
 
 def _composed(recipe: str, overrides: list[str]) -> Any:
@@ -267,7 +276,7 @@ def _groups() -> list[str]:
     return [file.name for file in CONF.iterdir() if file.is_dir()]
 
 
-def check_writable(path: Path, key: str) -> None:
+def check_writable(path: Path, key: str, fix: str = "") -> None:
     """Require a folder that can be written or created.
 
     Raises:
@@ -278,7 +287,7 @@ def check_writable(path: Path, key: str) -> None:
         with TemporaryFile(dir=made):
             pass
     except OSError as error:
-        raise PermissionError(f"{key} must be a writable folder, got {path}") from error
+        raise PermissionError(f"{key} must be a writable folder, got {path}{fix}") from error
 
 
 def check_former(recipe: str, overrides: list[str]) -> None:

@@ -6,16 +6,19 @@ import os
 import platform
 import re
 import secrets
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from flowkit._version import __version__
+
+T = TypeVar("T")
 
 
 def tensor_hash(tensors: Tensor | Iterable[Tensor] | Mapping[str, Tensor]) -> str:
@@ -226,6 +229,48 @@ def write_atomically(file: Path, write: Callable[[Path], Any]) -> None:
         raise
     with suppress(OSError):  # some systems cannot flush a folder; the file itself is safe
         _flush(file.parent)
+
+
+def cached(
+    file: Path, read: Callable[[Path], T], make: Callable[[], T], write: Callable[[Path, T], Any]
+) -> T:
+    """Return the content of a cache file. Without the file, make the content and keep it.
+
+    Caches are optional. A warning names a damaged file, and its content is made again. A folder
+    that cannot be written gives a warning, too, and the content is then not kept.
+
+    Args:
+        file: The file. Its folder is created if it does not exist.
+        read: Reads the file.
+        make: Makes the content.
+        write: Is called with a path and the content, see `write_atomically`.
+
+    >>> import tempfile
+    >>> file = Path(tempfile.mkdtemp()) / "cache" / "a.txt"
+    >>> for made in ("first", "second"):
+    ...     cached(file, Path.read_text, lambda: made, Path.write_text)
+    'first'
+    'first'
+    """
+    try:
+        return read(file)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except Exception as error:  # a damaged file fails in a dozen ways
+        warnings.warn(f"cache must be readable, got {file}: {error}; made again", stacklevel=2)
+    found = make()
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, lambda partial: write(partial, found))
+    except Exception as error:  # safetensors has its own error for a full disk
+        reason = error.strerror if isinstance(error, OSError) else error
+        # without the name of the file, so that Python shows the warning once
+        warnings.warn(
+            f"cache must be a writable folder, got {file.parent}: {reason}; what it would hold is "
+            "made again in every call",
+            stacklevel=2,
+        )
+    return found
 
 
 def _flush(path: Path) -> None:

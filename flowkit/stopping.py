@@ -53,7 +53,7 @@ def stops_in_a_line(recipe: str) -> Iterator[None]:
         line = _line(error, recipe)
         if line is None:
             raise
-        print(f"\n{line}", file=sys.stderr)
+        sys.stderr.write(f"\n{line}\n")
         if isinstance(error, Stopped):
             raise
         raise Stopped(signal.SIGINT, line) from None

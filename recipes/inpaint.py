@@ -21,6 +21,8 @@ from flowkit.runs import Run
 from flowkit.runs.records import write_record
 from flowkit.sampling import ODESampler, sample_seeds
 
+SHOWN = 25  # images in the picture, one a row
+
 
 def inpaint(cfg: DictConfig) -> Tensor:
     """Inpaint as configured; write ``inpainted.json`` and a picture: hole, image, fillings."""
@@ -62,8 +64,8 @@ def inpaint(cfg: DictConfig) -> Tensor:
     write_record(run.record(sampling, metrics=metrics), files)
     shown = pasted if cfg.paste_back else filled
     given = torch.where(mask > 0, 0.0, images)
-    picture = torch.cat([given[:, None], images[:, None], shown], 1).flatten(0, 1)
-    save_picture(picture, files[1], cfg.num_samples + 2)
+    picture = torch.cat([given[:, None], images[:, None], shown], 1)[:SHOWN]
+    save_picture(picture.flatten(0, 1), files[1], cfg.num_samples + 2)
     for name, value in metrics.items():
         print(f"{name:<16} {value if isinstance(value, bool) else round(value, 4)}")
     print(f"picture   {files[1]}\nnumbers   {files[0]}")

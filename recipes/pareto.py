@@ -39,11 +39,13 @@ from flowkit.blockwise import (
 )
 from flowkit.boss import step_costs
 from flowkit.data import SplitData
-from flowkit.metrics import Features, PixelSVC, as_saved, frechet_distance
+from flowkit.metrics import Features, as_saved, frechet_distance
 from flowkit.modules import FlowModule
+from flowkit.modules.flow import labels_of
 from flowkit.provenance import versions
 from flowkit.runs import Run
 from flowkit.runs.drawing import draw, start
+from flowkit.runs.features import judge_of
 from flowkit.runs.pareto_plots import Row, plot, short, write_table
 from flowkit.runs.records import file_name
 from flowkit.runs.starts import choose_labels
@@ -128,7 +130,7 @@ class Measure:
         self.judge = None
         if self.labels is not None:
             train = self.data.train[:10_000]
-            self.judge = PixelSVC(train["x1"], train["cond"])
+            self.judge = judge_of(train["x1"], labels_of(train, self.data.num_classes))
 
     def _embed(self, images: Tensor) -> Tensor:
         """Return the features of images."""

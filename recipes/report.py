@@ -24,7 +24,6 @@ from torch import Tensor
 
 from flowkit.checks import check_at_least
 from flowkit.metrics import (
-    PixelSVC,
     StoredFeatures,
     agreement,
     as_saved,
@@ -37,7 +36,7 @@ from flowkit.modules.flow import labels_of
 from flowkit.provenance import read_json, versions
 from flowkit.runs import Run
 from flowkit.runs.drawing import draw_parts, like_test
-from flowkit.runs.features import cache_folder
+from flowkit.runs.features import cache_folder, judge_of
 from flowkit.runs.parts import Columns, Parts, hash_of
 from flowkit.runs.processes import launch
 from flowkit.runs.report_plots import Row, plot, plot_guidance
@@ -210,15 +209,15 @@ def _judge(
 ) -> tuple[Callable[[Tensor], dict[str, float]], dict[str, float]]:
     """Return the function that measures ``class_agreement``, and the value of the test split.
 
-    Without classes the function and the value are empty.
+    Without several classes the function and the value are empty.
     """
     data, test = run.data, run.data.test[:]
-    train = data.train[order[:10_000]]
-    seen, shown = labels_of(train, data.num_classes), labels_of(test, data.num_classes)
+    shown = labels_of(test, data.num_classes)
     labels = labels_of(Batch(x1=test["x1"], cond=cond), data.num_classes)
-    if labels is None or seen is None or shown is None:
+    train = data.train[order[:10_000]]
+    judge = judge_of(train["x1"], labels_of(train, data.num_classes))
+    if labels is None or shown is None or judge is None:
         return lambda images: {}, {}
-    judge = PixelSVC(train["x1"], seen)
 
     def recognized(images: Tensor, classes: Tensor = labels) -> dict[str, float]:
         hits = agreement(judge, as_saved(images), classes)

@@ -27,9 +27,13 @@ from flowkit.runs.processes import launch
 from flowkit.runs.records import write_record
 from flowkit.runs.starts import choose_labels, choose_samples, given_source
 
+SHOWN = 100  # samples in the picture
+
 
 def sample(cfg: DictConfig) -> Tensor:
     """Sample as configured; write ``samples.pt``, ``samples.png`` and ``samples.json``.
+
+    The picture shows the first 100 samples.
 
     Returns:
         The samples; the tensor is empty on all processes but the first.
@@ -69,7 +73,7 @@ def sample(cfg: DictConfig) -> Tensor:
     files = [folder / f"samples.{kind}" for kind in ("json", "png", "pt")]
     write_record(run.record(sampling), files)
     torch.save({"samples": samples, "cond": cond}, files[2])
-    save_picture(samples, files[1])
+    save_picture(samples[:SHOWN], files[1])
     parts.remove()
     print(f"picture   {files[1]}\nsamples   {files[2]}")
     return samples

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from flowkit.checks import check_at_least
 from flowkit.data.masks import ForegroundRule, Masks
-from flowkit.metrics import PixelSVC, agreement
+from flowkit.metrics import agreement
 from flowkit.metrics.pictures import save_picture
 from flowkit.modules import LatentFlowMatching
 from flowkit.modules.condition_grid import condition_grid
 from flowkit.runs import Run
 from flowkit.runs.drawing import draw, start
+from flowkit.runs.features import judge_of
 from flowkit.runs.records import write_record
 
 
@@ -49,9 +50,9 @@ def semantic(cfg: DictConfig) -> dict[str, Any]:
     if data.rule.classes:
         order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(cfg.seed))
         train = data.train[order[:10_000]]
-        judge = PixelSVC(train["x1"], _classes(train["cond"]))
-        metrics["class_agreement"] = _mean(agreement(judge, samples, _classes(maps)))
-        metrics["class_agreement_of_real"] = _mean(agreement(judge, images, _classes(maps)))
+        if judge := judge_of(train["x1"], _classes(train["cond"])):
+            metrics["class_agreement"] = _mean(agreement(judge, samples, _classes(maps)))
+            metrics["class_agreement_of_real"] = _mean(agreement(judge, images, _classes(maps)))
     sampling = {**run.describe(sampler), **cost, **source, "conditions": "test split"}
     rule = {"threshold": data.rule.threshold, "classes": data.rule.classes}
     seen = {"name": type(data.images).__name__, "test": data.fingerprint("test")}

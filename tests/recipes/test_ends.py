@@ -1,0 +1,129 @@
+"""Nothing fails after the work is done: checks come first, caches are optional, files are whole."""
+
+import re
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import flowkit.__main__ as command
+from flowkit.data import Digits
+from flowkit.metrics import Pixels, PixelSVC, StoredFeatures
+from flowkit.recipes.evaluate import evaluate
+from flowkit.recipes.report import report
+from flowkit.recipes.sample import sample
+from flowkit.recipes.train import train
+from flowkit.runs import classifier_features, features
+from tests.recipes.conftest import TINY
+
+
+@pytest.fixture(scope="module")
+def cats(tmp_path_factory):
+    """A folder of images with a single sub-folder, which is one class."""
+    root, draw = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    (root / "cat").mkdir()
+    for k in range(24):
+        pixels = draw.integers(0, 256, (8, 8), np.uint8)
+        Image.fromarray(pixels).save(root / "cat" / f"{k}.png")
+    return root
+
+
+def test_one_class_is_measured_without_a_judge(cats, configure, tmp_path, capsys):
+    options = [*TINY, "data=folder", f"data.root={cats}", "data.image_size=8", "data.channels=1"]
+    options += ["data.val_fraction=0.2", "data.test_fraction=0.3", "trainer.max_steps=2"]
+    train(configure("train", *options, f"run_dir={tmp_path}"))
+    measured = [f"run={tmp_path}", "num_samples=6", "sampler.grid=1"]
+    metrics = evaluate(configure("evaluate", *measured))["metrics"]
+    assert "class_agreement" not in metrics
+    assert metrics["features"]["name"] == "pixels"
+    assert "judge     left out, since the training images have one class" in capsys.readouterr().out
+    few = ["solvers=[euler]", "nfe=[1]", "grids.shifted=null", "metric=pixels"]
+    (row,) = report(configure("report", *measured[:2], *few))
+    assert "class_agreement" not in row
+    with pytest.raises(ValueError, match="metric must be pixels or inception for data without"):
+        evaluate(configure("evaluate", *measured, "metric=classifier"))
+    with pytest.raises(ValueError, match=r"labels must hold two classes or more, got \[7\]"):
+        PixelSVC(torch.zeros(3, 4), torch.full((3,), 7))
+
+
+def test_too_few_images_are_refused_before_the_work(tiny_run, configure, tmp_path, monkeypatch):
+    monkeypatch.setattr("flowkit.recipes.evaluate.draw_parts", None)
+    with pytest.raises(ValueError, match="num_samples must be at least 4, got 3"):
+        evaluate(configure("evaluate", f"run={tiny_run}", f"out={tmp_path}", "num_samples=3"))
+
+
+@pytest.fixture
+def digits():
+    data = Digits(batch_size=8)
+    data.setup()
+    return data
+
+
+def test_without_a_cache_classifier_and_features_are_made_with_one_warning(
+    digits, tmp_path, monkeypatch, recwarn
+):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))  # no folder can be made there
+    monkeypatch.setattr(features, "train_classifier", lambda *_, **__: Pixels())
+    images = digits.test[:5]["x1"]
+    assert isinstance(classifier_features(digits, seed=0), Pixels)
+    stored = StoredFeatures(Pixels(), features.cache_folder())
+    assert torch.equal(stored(images), images.flatten(1))
+    texts = {str(warning.message) for warning in recwarn}
+    assert len(texts) == 1  # Python shows equal texts once
+    assert re.search(r"cache must be a writable folder, got .*file/flowkit: Not a dir", texts.pop())
+
+
+def test_damaged_files_of_the_cache_are_named_and_made_again(digits, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    few = {"epochs": 1, "num_features": 4, "width": 4}
+    quick = lambda *args, **given: features_train(*args, **{**given, **few})  # noqa: E731
+    features_train = features.train_classifier
+    monkeypatch.setattr(features, "train_classifier", quick)
+    images = digits.test[:5]["x1"]
+
+    def both():
+        found = classifier_features(digits, seed=0)
+        return found.hash, StoredFeatures(found, features.cache_folder())(images)
+
+    first = both()
+    files = sorted((tmp_path / "flowkit").iterdir())
+    assert [file.name.split("-")[0] for file in files] == ["classifier", "features"]
+    for damage in (b"", b"12345678", files[0].read_bytes()[:-9]):
+        for file in files:
+            file.write_bytes(damage)
+        with pytest.warns(UserWarning, match=r"cache must be readable, got .*; made again") as said:
+            again = both()
+        assert all(any(file.name in str(w.message) for w in said) for file in files)
+        assert again[0] == first[0]
+        assert torch.equal(again[1], first[1])
+    assert both()[0] == first[0]  # whole again: no warning
+
+
+def test_pictures_are_capped_and_tensors_are_not(tiny_run, configure, tmp_path):
+    options = [f"run={tiny_run}", f"out={tmp_path}", "sampler.grid=1", "sampler=euler"]
+    assert len(sample(configure("sample", *options, "num_samples=230"))) == 230
+    with Image.open(tmp_path / "samples.png") as picture:
+        # 10 columns and 10 rows of 8 pixels, enlarged 8 times, with gaps of 2.
+        assert picture.size == (10 * 66 + 2, 10 * 66 + 2)
+    assert len(torch.load(tmp_path / "samples.pt", weights_only=True)["samples"]) == 230
+
+
+def test_a_run_that_cannot_be_written_needs_another_folder(tiny_run, tmp_path, monkeypatch):
+    def refuse(dir):
+        if dir.resolve().is_relative_to(tiny_run.resolve()):
+            raise PermissionError(13, "Permission denied")
+        return nullcontext()
+
+    monkeypatch.setattr(command, "TemporaryFile", refuse)  # root may write anywhere
+    for recipe in ("sample", "evaluate", "report", "boss", "compare_edits"):
+        more = ["source=1", "target=2"] if recipe == "compare_edits" else []
+        more += ["num_steps=2"] if recipe == "boss" else []
+        with pytest.raises(
+            PermissionError,
+            match=r"run must be a writable folder, got .*; choose another folder by",
+        ):
+            command.check_command(recipe, [f"run={tiny_run}", *more])
+        command.check_command(recipe, [f"run={tiny_run}", f"out={tmp_path}", *more])
