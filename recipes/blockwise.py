@@ -24,13 +24,24 @@ from flowkit.modules import FlowModule, load_run
 from flowkit.modules.checkpoints import read_config
 from flowkit.modules.trust import check, trusting
 from flowkit.recipes.train import train
+from flowkit.runs.processes import check_trainer
 from flowkit.runs.splits import prepared
 
 KEPT = ("data", "path", "coupling", "autoencoder", "guidance")  # taken from the run
 
 
 def blockwise(cfg: DictConfig) -> FlowModule:
-    """Train as configured, from the run's weights."""
+    """Train as configured, from the run's weights.
+
+    Raises:
+        ValueError: If a run is given to resume; its settings would be lost.
+    """
+    if cfg.resume is not None:
+        raise ValueError(
+            f"resume must be null in blockwise, got {cfg.resume}; a stopped run of blockwise "
+            f"continues with flowkit train resume={cfg.resume}"
+        )
+    check_trainer(cfg.trainer)
     stored = read_config(cfg.run)
     with trusting(cfg.trust):
         check({name: stored.get(name) for name in (*KEPT, "module")}, f"{cfg.run}")

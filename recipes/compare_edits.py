@@ -25,13 +25,13 @@ from flowkit.checks import check_between
 from flowkit.data import SplitData
 from flowkit.flowopt import FlowOpt
 from flowkit.metrics import PixelSVC
-from flowkit.metrics.pictures import save_picture
+from flowkit.metrics.pictures import save_figure, save_picture
 from flowkit.modules.flow import labels_of
 from flowkit.paths import Linear
-from flowkit.provenance import versions
+from flowkit.provenance import versions, write_text
 from flowkit.runs.editing import RunFlow
 from flowkit.runs.features import judge_of
-from flowkit.runs.records import recorded, write_record
+from flowkit.runs.records import recorded, recording
 from flowkit.runs.tables import markdown
 from flowkit.sampling import ODESampler, sample_seeds, seeded_noise
 
@@ -57,16 +57,16 @@ def compare_edits(cfg: DictConfig) -> dict[str, Any]:
         "weights": model.record(),
         "versions": versions(),
     }
-    write_record(record, files)
-    if inversions:
-        (folder / "inversions.md").write_text(table := inversion_table(inversions))
-        plot(inversions, "nfe", "rmse", files[1], log=True)
-        print(f"{table}\npicture   {files[1]}\n")
-    if strip is not None:
-        (folder / "edits.md").write_text(table := edit_table(edits, cfg.scores))
-        plot(edits, "distance", "score", files[2])
-        save_picture(strip.flatten(0, 1), files[3], columns=strip.shape[1])
-        print(f"{table}\npicture   {files[2]}\nstrip     {files[3]}")
+    with recording(record, files):
+        if inversions:
+            write_text(folder / "inversions.md", table := inversion_table(inversions))
+            plot(inversions, "nfe", "rmse", files[1], log=True)
+            print(f"{table}\npicture   {files[1]}\n")
+        if strip is not None:
+            write_text(folder / "edits.md", table := edit_table(edits, cfg.scores))
+            plot(edits, "distance", "score", files[2])
+            save_picture(strip.flatten(0, 1), files[3], columns=strip.shape[1])
+            print(f"{table}\npicture   {files[2]}\nstrip     {files[3]}")
     return record
 
 
@@ -235,7 +235,7 @@ def plot(rows: list[Row], x: str, y: str, file: Path, log: bool = False) -> None
         axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7)
-    figure.savefig(file, dpi=140)
+    save_figure(figure, file, 140)
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="compare_edits")

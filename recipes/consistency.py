@@ -29,7 +29,7 @@ from flowkit.modules import SymmetricalFlowMatching
 from flowkit.runs import Run
 from flowkit.runs.drawing import draw
 from flowkit.runs.features import judge_of
-from flowkit.runs.records import write_record
+from flowkit.runs.records import recording
 from flowkit.runs.run import symmetrical
 from flowkit.runs.starts import choose_labels, noise_batches
 from flowkit.sampling import ODESampler, sample_seeds
@@ -70,10 +70,11 @@ def consistency(cfg: DictConfig) -> dict[str, Any]:
     }
     record = run.record(sampling, metrics=metrics)
     files = [out / "consistency.json", *(out / f"{name}.png" for name in pictures)]
-    write_record(record, files)
+    with recording(record, files):
+        for name, (shown, known) in pictures.items():
+            _show(shown, known, module.codec.num_classes, out / f"{name}.png")
     print(f"images and pairs: {len(labels)}")
-    for name, (shown, known) in pictures.items():
-        _show(shown, known, module.codec.num_classes, out / f"{name}.png")
+    for name in pictures:
         for key, value in metrics[name].items():
             if isinstance(value, float):
                 print(f"{name.replace('_', ' ')}: {key.replace('_', ' ')}  {value:.4f}")

@@ -35,7 +35,7 @@ from flowkit.runs.drawing import block_cost, draw_parts, like_test, start
 from flowkit.runs.features import cache_folder, judge_of
 from flowkit.runs.parts import Columns, Parts, hash_of
 from flowkit.runs.processes import launch
-from flowkit.runs.records import write_record
+from flowkit.runs.records import recording
 from flowkit.runs.starts import given_source
 from flowkit.sampling import ADAPTIVE, ODESampler
 from flowkit.types import Batch
@@ -68,8 +68,8 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         return {}
     record = run.record(found.sampling, metrics=found.metrics)
     files = [out / "metrics.json", out / "samples.png"]
-    write_record(record, files)
-    save_picture(found.shown, files[1], found.columns)
+    with recording(record, files):
+        save_picture(found.shown, files[1], found.columns)
     _report(found.metrics)
     print(f"picture   {files[1]}\nnumbers   {files[0]}")
     return record

@@ -10,7 +10,6 @@ seeds, and the table gives their mean and standard deviation. Wall time is the m
 repetitions in which all points take turns.
 """
 
-import json
 import time
 from collections.abc import Iterator, Sequence
 from glob import glob
@@ -42,7 +41,7 @@ from flowkit.data import SplitData
 from flowkit.metrics import Features, as_saved, frechet_distance
 from flowkit.modules import FlowModule
 from flowkit.modules.flow import labels_of
-from flowkit.provenance import versions
+from flowkit.provenance import versions, write_json, write_text
 from flowkit.runs import Run
 from flowkit.runs.drawing import draw, start
 from flowkit.runs.features import judge_of
@@ -95,7 +94,7 @@ def pareto(cfg: DictConfig) -> list[Row]:
         row["seconds"] = seconds
     gains = measured_gains(rows)
     record = {"rows": rows, "gains": gains, "features": measure.name, "versions": versions()}
-    (out / "pareto.json").write_text(json.dumps(record, indent=2) + "\n")
+    write_json(out / "pareto.json", record)
     write_table(rows, gains, out / "pareto.md")
     plot(rows, out / "pareto.png")
     print(f"\n{(out / 'pareto.md').read_text()}\npicture   {out / 'pareto.png'}")
@@ -190,7 +189,7 @@ def drift_errors(cfg: DictConfig, name: str, run: Run) -> dict[str, list[ReuseEr
     """Return the errors of reused features; print the drift and write a file."""
     drift = run.feature_drift(cfg.seed, cfg.seeding)
     file = Path(cfg.out) / f"drift-{name}.txt"
-    file.write_text(drift.table() + "\n")
+    write_text(file, drift.table() + "\n")
     print(f"drift     {file}\n{drift.table()}")
     return drift.pairs
 

@@ -21,7 +21,7 @@ from flowkit.modules.condition_grid import condition_grid
 from flowkit.runs import Run
 from flowkit.runs.drawing import draw, start
 from flowkit.runs.features import judge_of
-from flowkit.runs.records import write_record
+from flowkit.runs.records import recording
 
 
 def semantic(cfg: DictConfig) -> dict[str, Any]:
@@ -59,12 +59,12 @@ def semantic(cfg: DictConfig) -> dict[str, Any]:
     record = run.record(sampling, metrics=metrics, rule=rule, data=seen)
     folder = Path(cfg.out) if cfg.out else run.folder / "semantic"
     files = [folder / "semantic.json", folder / "semantic.png"]
-    write_record(record, files)
     rows = min(cfg.rows, len(maps))
     shown = condition_grid(
         module, test, rows, cfg.columns, sampler, run.guidance, cfg.seed, cfg.seeding
     )
-    save_picture(shown, files[1], cfg.columns + 2)
+    with recording(record, files):
+        save_picture(shown, files[1], cfg.columns + 2)
     for name, value in metrics.items():
         print(f"{name:<24} {value:.4f}")
     print(f"picture   {files[1]}\nnumbers   {files[0]}")

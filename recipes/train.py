@@ -11,6 +11,7 @@ flowkit train trainer=ddp                                       on all devices o
 import inspect
 import os
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,6 @@ import flowkit.recipes._resolvers  # noqa: F401  # functions that configurations
 from flowkit.modules import FlowModule
 from flowkit.modules.callbacks import StepProgress, StopOnInterrupt
 from flowkit.modules.checkpoints import (
-    CHECKPOINT,
     CONFIG,
     UNRESOLVED,
     newest_checkpoint,
@@ -36,8 +36,10 @@ from flowkit.modules.checkpoints import (
 from flowkit.modules.flow import brings_start
 from flowkit.modules.sharding import even_validation, shard_if_asked
 from flowkit.modules.trust import check, trusting
+from flowkit.provenance import write_text
 from flowkit.runs.epochs import count_in_steps
-from flowkit.runs.processes import quiet, say
+from flowkit.runs.locks import locked
+from flowkit.runs.processes import check_trainer, quiet, say
 from flowkit.runs.records import composed, recorded
 from flowkit.runs.resuming import find_checkpoint, resumed, unfinished
 from flowkit.runs.splits import prepared
@@ -54,12 +56,13 @@ def train(cfg: DictConfig) -> FlowModule:
 def _train(cfg: DictConfig) -> FlowModule:
     """Train as configured, with the trust of the user."""
     quiet()
+    check_trainer(cfg.trainer)
     _follow_start(cfg)
     unresolved = composed(cfg)  # now, since building parts resolves their references
     folder = Path(cfg.run_dir)
     checkpoint = _requeued(folder) if cfg.resume is None else find_checkpoint(Path(cfg.resume))
     state = None if checkpoint is None else unfinished(checkpoint, cfg.trainer.max_steps)
-    _refuse_overwriting(folder, checkpoint)
+    _refuse_overwriting(folder, checkpoint, cfg.resume)
     seed_everything(cfg.seed, workers=True, verbose=False)
     data = prepared(instantiate(cfg.data))
     say(f"data      {data.summary()}")
@@ -82,14 +85,17 @@ def _train(cfg: DictConfig) -> FlowModule:
     shard_if_asked(module, trainer)
     even_validation(trainer, len(data.val), data.batch_size)
     fresh = not folder.exists() or not any(folder.iterdir())
-    if trainer.is_global_zero:
-        _write(folder, {CONFIG: OmegaConf.to_yaml(recorded(cfg)), UNRESOLVED: unresolved})
-    try:
-        trainer.fit(module, data, ckpt_path=checkpoint, weights_only=checkpoint and True)
-    except Exception:
-        if fresh and trainer.is_global_zero and trainer.global_step == 0:
-            shutil.rmtree(folder, ignore_errors=True)  # a training that could not start
-        raise
+    with locked(folder) if trainer.is_global_zero else nullcontext():
+        if trainer.is_global_zero:
+            _refuse_overwriting(folder, checkpoint, cfg.resume)  # another may just have ended
+            write_text(folder / CONFIG, OmegaConf.to_yaml(recorded(cfg)))
+            write_text(folder / UNRESOLVED, unresolved)
+        try:
+            trainer.fit(module, data, ckpt_path=checkpoint, weights_only=checkpoint and True)
+        except Exception:
+            if fresh and trainer.is_global_zero and trainer.global_step == 0:
+                shutil.rmtree(folder, ignore_errors=True)  # a training that could not start
+            raise
     say(f"run       {folder}")
     return module
 
@@ -179,18 +185,6 @@ def tell(cfg: DictConfig, data: Any, autoencoder: Any) -> None:
         net.num_classes, net.num_times = None, 1 if cfg.module.times == "symmetric" else 2
 
 
-def _write(folder: Path, files: dict[str, str]) -> None:
-    """Write text files to the run folder."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, text in files.items():
-            (folder / name).write_text(text)
-    except OSError as error:
-        raise ValueError(
-            f"hydra.run.dir must be a writable folder, got {folder}: {error}"
-        ) from error
-
-
 def _parts(group: DictConfig | None) -> list:
     """Build the parts of a group. Parts that are null or have no class are left out."""
     nodes = [] if group is None else [node for node in group.values() if node]
@@ -203,11 +197,15 @@ def _requeued(folder: Path) -> Path | None:
     return newest_checkpoint(folder) if started_again else None
 
 
-def _refuse_overwriting(folder: Path, resumed: Path | None) -> None:
-    """Raise if the folder holds another run than the resumed one."""
-    trained = folder / CHECKPOINT
+def _refuse_overwriting(folder: Path, resumed: Path | None, resume: str | None) -> None:
+    """Raise if the folder holds another run than the resumed one.
+
+    A checkpoint file of the folder has no part in the settings, so these would be lost.
+    """
+    trained = newest_checkpoint(folder)
     own = resumed is not None and resumed.resolve().is_relative_to(folder.resolve())
-    if trained.exists() and not own:
+    given_as_file = resume is not None and Path(resume).is_file()
+    if trained is not None and (not own or given_as_file):
         raise FileExistsError(
             f"hydra.run.dir must hold no trained run, got {folder}; continue this run by "
             f"resume={folder}, delete the folder, or choose another folder"

@@ -41,7 +41,8 @@ class Parts:
         Returns:
             All parts on the first process, an empty list on the others.
 
-        A damaged file of a stopped call is named in a warning, and its part is made again.
+        A damaged file of a stopped call is named in a warning, and its part is made again. Several
+        calls with the same options may run at once.
         """
         rank, world = self.fabric.global_rank, self.fabric.world_size
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -49,7 +50,7 @@ class Parts:
         hidden = True if rank else None  # with None, tqdm hides the bar if there is no terminal
         for number in tqdm(range(rank, count, world), "sampling", leave=False, disable=hidden):
             if not files[number].is_file():
-                write_atomically(files[number], partial(_write, columns=_whole(make, number)))
+                _keep(files[number], _whole(make, number))
         self.fabric.barrier()
         if rank:
             return []
@@ -71,6 +72,17 @@ def hash_of(cond: Cond) -> str | None:
 def _whole(make: Callable[[int], Columns], number: int) -> Columns:
     """Make a part whose tensors can be stored."""
     return {name: column.contiguous() for name, column in make(number).items()}
+
+
+def _keep(file: Path, columns: Columns) -> None:
+    """Write one part; another call with the same options may just have removed the folder."""
+    try:
+        write_atomically(file, partial(_write, columns=columns))
+    except Exception:
+        if file.parent.is_dir():
+            raise
+        file.parent.mkdir(parents=True)
+        write_atomically(file, partial(_write, columns=columns))
 
 
 def _write(file: Path, columns: Columns) -> None:

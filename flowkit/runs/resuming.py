@@ -8,6 +8,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from flowkit.modules.checkpoints import (
+    CONFIG,
     UNRESOLVED,
     newest_checkpoint,
     read_checkpoint,
@@ -27,7 +28,8 @@ def find_checkpoint(resume: Path) -> Path:
     """
     file = newest_checkpoint(resume) if resume.is_dir() else resume
     if file is None or not file.is_file():
-        raise FileNotFoundError(f"resume must be a run folder or a checkpoint, got {resume}")
+        begun = " without a checkpoint" if resume.is_dir() else ""
+        raise FileNotFoundError(f"resume must be a run folder or a checkpoint, got {resume}{begun}")
     return file
 
 
@@ -62,7 +64,13 @@ def resumed(cfg: DictConfig, overrides: list[str]) -> DictConfig:
     folder = Path(cfg.resume)
     if not (folder / UNRESOLVED).is_file():
         raise FileNotFoundError(f"resume must be a run folder with {UNRESOLVED}, got {folder}")
-    stored = OmegaConf.create({**read_config(folder, UNRESOLVED), "trust": cfg.trust})
+    try:
+        content = read_config(folder, UNRESOLVED)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}; copy {CONFIG} to {UNRESOLVED} to resume: a schedule then keeps its length"
+        ) from error
+    stored = OmegaConf.create({**content, "trust": cfg.trust})
     if missing := set(cfg) - set(stored):
         raise ValueError(
             f"resume must be a run of the same recipe, got {folder} without the options "
