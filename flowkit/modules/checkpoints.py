@@ -89,7 +89,8 @@ def read_config(folder: str | Path, file: str = CONFIG) -> dict[str, Any]:
     try:
         found = bounded(_Loader(text).get_single_data(), path)
     except (yaml.YAMLError, RecursionError) as error:
-        raise ValueError(f"configuration must be plain YAML, got {path}: {error}") from error
+        reason = " ".join(str(error).split())
+        raise ValueError(f"configuration must be plain YAML, got {path}: {reason}") from error
     if not isinstance(found, dict):
         raise ValueError(f"configuration must be a mapping, got {type(found).__name__} in {path}")
     return current(found)
