@@ -29,7 +29,7 @@ from flowkit.metrics import Features, image_metrics, to_uint8
 from flowkit.metrics.pictures import save_picture
 from flowkit.modules import LastCheckpoint
 from flowkit.modules.autoencoding import Autoencoding
-from flowkit.modules.callbacks import StepProgress, StopOnInterrupt
+from flowkit.modules.callbacks import LastValidation, StepProgress, StopOnInterrupt
 from flowkit.modules.checkpoints import (
     CHECKPOINT,
     CONFIG,
@@ -149,6 +149,7 @@ def _fit(
     """Train with Lightning, from a checkpoint if there is one."""
     callbacks: list[Any] = [
         LastCheckpoint((folder / CHECKPOINT).parent, cfg.trainer.val_check_interval),
+        LastValidation(),
         StopOnInterrupt(folder),
     ]
     if cfg.trainer.enable_progress_bar:

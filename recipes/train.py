@@ -13,7 +13,7 @@ import os
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import hydra
 import torch
@@ -21,11 +21,12 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning import Trainer, seed_everything
 from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.loggers import CSVLogger
 from omegaconf import DictConfig, OmegaConf
 
 import flowkit.recipes._resolvers  # noqa: F401  # functions that configurations refer to
-from flowkit.modules import FlowModule
-from flowkit.modules.callbacks import StepProgress, StopOnInterrupt
+from flowkit.modules import ConditionGrid, FlowModule, SampleGrid
+from flowkit.modules.callbacks import LastValidation, StepProgress, StopOnInterrupt
 from flowkit.modules.checkpoints import (
     CONFIG,
     UNRESOLVED,
@@ -73,7 +74,7 @@ def _train(cfg: DictConfig) -> FlowModule:
     averaged = state is not None and "current_model_state" in state
     del state
 
-    callbacks = [*_parts(cfg.callback), StopOnInterrupt(folder)]
+    callbacks = [*_parts(cfg.callback), LastValidation(), StopOnInterrupt(folder)]
     if averaged and not any(isinstance(callback, WeightAveraging) for callback in callbacks):
         raise ValueError(
             "callback.ema must stay for a run that averages its weights, got no average; the raw "
@@ -97,7 +98,23 @@ def _train(cfg: DictConfig) -> FlowModule:
                 shutil.rmtree(folder, ignore_errors=True)  # a training that could not start
             raise
     say(f"run       {folder}")
+    _report(trainer)
     return module
+
+
+def _report(trainer: Trainer) -> None:
+    """Print the last validation, and the files that hold it."""
+    loss = trainer.callback_metrics.get("val/loss")
+    if loss is not None:
+        say(f"held out  loss {loss:.4f} at step {trainer.global_step}")
+    for callback in cast(Any, trainer).callbacks:
+        if isinstance(callback, SampleGrid | ConditionGrid):
+            picture = callback.folder / f"step-{trainer.global_step:06d}.png"
+            if picture.is_file():
+                say(f"picture   {picture}")
+    for logger in trainer.loggers:
+        if isinstance(logger, CSVLogger):
+            say(f"numbers   {Path(logger.log_dir) / 'metrics.csv'}")
 
 
 def _follow_start(cfg: DictConfig) -> None:

@@ -3,6 +3,7 @@
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any, cast
 
@@ -198,6 +199,17 @@ class LastCheckpoint(Checkpoint):
             ) from error
 
 
+class LastValidation(Callback):
+    """Validation, and with it a picture, after the last step, whatever the interval is."""
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Ask Lightning to stop: it validates before a stop, but not after ``max_steps``."""
+        if trainer.global_step == trainer.max_steps:
+            trainer.should_stop = True
+
+
 class StopOnInterrupt(Callback):
     """Stop at Ctrl-C or SIGTERM after the current step, so that `LastCheckpoint` saves this step.
 
@@ -269,7 +281,8 @@ class StopOnInterrupt(Callback):
 class StepProgress(TQDMProgressBar):
     """Progress bar over the whole training, counted in batches instead of epochs.
 
-    In a resumed run the bar starts at the step of the checkpoint.
+    In a resumed run the bar starts at the step of the checkpoint. After 20 batches a line says how
+    long the training will take, by the time of batches 6 to 20.
 
     Args:
         refresh_rate: Batches between two updates of the bar.
@@ -277,6 +290,7 @@ class StepProgress(TQDMProgressBar):
 
     def __init__(self, refresh_rate: int = 20) -> None:
         super().__init__(refresh_rate)
+        self.first, self.began = 0, 0.0
 
     def on_train_start(self, trainer: Trainer, *args: Any) -> None:
         """Set the bar to the current batch, and its end to the last batch."""
@@ -286,7 +300,7 @@ class StepProgress(TQDMProgressBar):
         bar.total = None
         if trainer.max_steps >= 0:
             bar.total = trainer.max_steps * trainer.accumulate_grad_batches
-        bar.initial = bar.n = batches_seen(trainer)
+        bar.initial = bar.n = self.first = batches_seen(trainer)
 
     def on_train_epoch_start(self, *args: Any) -> None:
         """Leave the bar as it is, since the training stream has no epochs."""
@@ -297,9 +311,28 @@ class StepProgress(TQDMProgressBar):
         """Move the bar to the number of batches since the start of the training."""
         seen = batches_seen(trainer)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, seen - 1)
+        made = seen - self.first
+        if made == 5:  # the first ones are slower
+            self.began = time.perf_counter()
+        total = self.train_progress_bar.total
+        if made == 20 and total is not None and total > seen:
+            seconds = (time.perf_counter() - self.began) / 15 * (total - seen)
+            self.print(f"time      about {duration(seconds)} more on this machine, by 15 batches")
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """Return the logged values without the version number of the logger."""
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
         return metrics  # type: ignore[return-value]
+
+
+def duration(seconds: float) -> str:
+    """Return a duration in words, in the unit that gives one to three digits.
+
+    >>> [duration(s) for s in (0.2, 89, 90, 3 * 3600, 111_600, 10 * 86400)]
+    ['1 s', '89 s', '2 min', '3 h', '31 h', '10 days']
+    """
+    for unit, size, most in (("s", 1, 90), ("min", 60, 120), ("h", 3600, 72)):
+        if seconds < most * size:
+            return f"{max(1, round(seconds / size))} {unit}"
+    return f"{round(seconds / 86400)} days"

@@ -23,9 +23,16 @@ def locked(folder: Path) -> Iterator[None]:
 
     Raises:
         FileExistsError: If another process holds the lock.
+        ValueError: If the folder cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     file = folder / NAME
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    except OSError as error:
+        raise ValueError(
+            f"hydra.run.dir must be a writable folder, got {folder}: {error}"
+        ) from error
     descriptor = _acquired(file)
     try:
         yield

@@ -14,7 +14,6 @@ import torch
 import yaml
 from diffusers import AutoencoderKL
 from hydra import compose, initialize_config_dir
-from hydra.errors import InstantiationException
 from safetensors import safe_open
 
 from flowkit.autoencoders import KLAutoencoder
@@ -167,7 +166,7 @@ def test_an_autoencoder_killed_after_its_training_is_finished_by_resume(
 
 def test_what_measures_an_autoencoder_is_found_before_its_training(tmp_path):
     options = ["metric=inception", f"metric.weights={tmp_path}/none"]
-    with pytest.raises(InstantiationException, match="weights must be a file of InceptionV3"):
+    with pytest.raises(ValueError, match="weights must be a file of InceptionV3"):
         _autoencoder(tmp_path / "a", *options)
     assert not (tmp_path / "a").exists()
 
