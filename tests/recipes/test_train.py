@@ -65,6 +65,16 @@ def test_every_training_ends_with_a_validation_and_a_picture(
     assert f"loss {float(losses[steps]):.4f} at step {steps}" in said["held"]
 
 
+def test_the_last_logged_loss_is_of_the_last_step(configure, tmp_path):
+    rows = []
+    for every in (1, 5):
+        folder = tmp_path / str(every)
+        options = [*TINY, "trainer.max_steps=7", f"trainer.log_every_n_steps={every}"]
+        train(configure("train", *options, f"run_dir={folder}"))
+        rows.append(_losses(folder))
+    assert rows[1] == [rows[0][4], rows[0][6]]
+
+
 def test_intervals_follow_the_number_of_steps(configure, tmp_path):
     for steps, interval in ((10_000, 1000), (4001, 1000), (3998, 1000), (300, 75), (1, 1)):
         cfg = configure("train", f"trainer.max_steps={steps}")
