@@ -17,6 +17,7 @@ import flowkit.recipes
 from flowkit import __version__
 from flowkit.errors import ErrorInALine, is_hydras
 from flowkit.rules import CONF, check, did_you_mean, fits, no_such_option, rules_of
+from flowkit.stopping import stops_in_a_line
 
 EXPERIMENTS = CONF / "experiment"
 
@@ -65,7 +66,7 @@ def main() -> None:
         print("\n`flowkit <recipe> --help` lists the options of a recipe and their choices.")
         print("`flowkit --version` prints the version.")
         return
-    with ErrorInALine():
+    with stops_in_a_line(str(name)), ErrorInALine():
         check_recipe(name, list(known))
         del sys.argv[1]
         if {"-h", "--help"} & set(sys.argv[1:]):
@@ -229,10 +230,19 @@ def _check_composed(recipe: str, own: str | None, overrides: list[str]) -> Path 
         if name == "":
             raise ValueError("hydra.run.dir must be a folder, got an empty text")
         folder = None if name is None else Path(name)
-    for key, path in (("out", values.get("out")), ("hydra.run.dir", folder)):
-        if path and "${" not in str(path):
-            check_writable(Path(path), key)
+    _check_places(values, folder)
     return folder
+
+
+def _check_places(values: dict[str, Any], folder: Path | None) -> None:
+    """Require that the folders can be written to which the results go."""
+    out, run = values.get("out"), values.get("run")
+    if "out" in values and out is None and run is not None:
+        check_writable(Path(run), "run", "; choose another folder by out=")
+    elif out and "${" not in str(out):
+        check_writable(Path(out), "out")
+    elif folder:
+        check_writable(folder, "hydra.run.dir")
 
 
 def _composed(recipe: str, overrides: list[str]) -> Any:
@@ -272,7 +282,7 @@ def _groups() -> list[str]:
     return [file.name for file in CONF.iterdir() if file.is_dir()]
 
 
-def check_writable(path: Path, key: str) -> None:
+def check_writable(path: Path, key: str, fix: str = "") -> None:
     """Require a folder that can be written or created.
 
     Raises:
@@ -283,7 +293,7 @@ def check_writable(path: Path, key: str) -> None:
         with TemporaryFile(dir=made):
             pass
     except OSError as error:
-        raise PermissionError(f"{key} must be a writable folder, got {path}") from error
+        raise PermissionError(f"{key} must be a writable folder, got {path}{fix}") from error
 
 
 def check_former(recipe: str, overrides: list[str]) -> None:

@@ -3,7 +3,10 @@
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from shutil import copyfile
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -13,7 +16,7 @@ from torch import Tensor, nn
 from flowkit.checks import check_at_least, check_finite
 from flowkit.nn.frozen import Frozen
 from flowkit.paths import noise_like
-from flowkit.provenance import content_hash, located
+from flowkit.provenance import content_hash, located, write_atomically
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL  # type: ignore[attr-defined]
@@ -157,8 +160,18 @@ class KLAutoencoder(Frozen, frozen=("vae",)):
         return cls(vae, image_shape)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write weights, config and scale to a folder, in diffusers' format."""
-        self.vae.save_pretrained(str(folder))
+        """Write weights, config and scale to a folder, in diffusers' format.
+
+        Every file is written atomically, the config last. So a folder with a ``config.json`` holds
+        a whole network.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory() as made:
+            self.vae.save_pretrained(made)
+            files = sorted(Path(made).iterdir(), key=lambda file: file.name == "config.json")
+            for file in files:
+                write_atomically(folder / file.name, partial(copyfile, file))
 
     @property
     def factor(self) -> int:

@@ -4,7 +4,6 @@ A grid is a 1-D float64 tensor, strictly increasing within [0, 1]. A grid of ``n
 ``n + 1`` times. A grid may cover a part of [0, 1]; the solve is then partial.
 """
 
-import json
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flowkit.checks import as_grid, check_at_least, check_positive
-from flowkit.provenance import read_json
+from flowkit.provenance import read_json, write_json
 
 FORMAT, FORMAT_VERSION = "flowkit-grid", 1
 
@@ -132,7 +131,7 @@ def save(grid: Tensor | Sequence[float], file: str | Path, **provenance: Any) ->
         "grid": as_grid(grid).tolist(),
         "provenance": provenance,
     }
-    Path(file).write_text(json.dumps(record, indent=2) + "\n")
+    write_json(Path(file), record)
 
 
 def load(file: str | Path, expected: Mapping[str, Any] | None = None) -> Tensor:

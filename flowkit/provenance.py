@@ -1,21 +1,25 @@
 """Provenance: hashes, versions of packages, places of networks, reading and writing of files."""
 
+import glob
 import hashlib
 import json
 import os
 import platform
 import re
 import secrets
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from flowkit._version import __version__
+
+T = TypeVar("T")
 
 
 def tensor_hash(tensors: Tensor | Iterable[Tensor] | Mapping[str, Tensor]) -> str:
@@ -201,9 +205,10 @@ def write_atomically(file: Path, write: Callable[[Path], Any]) -> None:
     """Write a file under another name, then rename it: no reader sees a half-written file.
 
     If the process or the machine stops at any moment, the file holds either its old content or all
-    of its new content. The other name contains the number of the process and a random part, so that
-    several processes and threads may write at once. If writing fails, the file of that name is
-    removed. A link stays a link, and an existing file keeps its permissions.
+    of its new content. The other name contains the machine, the number of the process and a random
+    part, so that several processes and threads may write at once. If writing fails, the file of
+    that name is removed; what a killed process left is removed by the next call for this file. A
+    link stays a link, and an existing file keeps its permissions.
 
     Args:
         file: The file. Its folder must exist.
@@ -219,7 +224,9 @@ def write_atomically(file: Path, write: Callable[[Path], Any]) -> None:
     ('whole', 1)
     """
     file = file.resolve()
-    partial = file.with_name(f"{file.name}.{os.getpid()}-{secrets.token_hex(3)}.partial")
+    _remove_left(file)
+    own = f"{_machine()}-{os.getpid()}-{secrets.token_hex(3)}"
+    partial = file.with_name(f"{file.name}.{own}.partial")
     try:
         write(partial)
         if file.exists():
@@ -231,6 +238,85 @@ def write_atomically(file: Path, write: Callable[[Path], Any]) -> None:
         raise
     with suppress(OSError):  # some systems cannot flush a folder; the file itself is safe
         _flush(file.parent)
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a text file by `write_atomically`."""
+    write_atomically(file, lambda partial: partial.write_text(text, newline=""))
+
+
+def write_json(file: Path, record: Any) -> None:
+    """Write JSON values as a readable file by `write_atomically`."""
+    write_text(file, json.dumps(record, indent=2) + "\n")
+
+
+def _machine() -> str:
+    """Return the name of this machine as a part of a file name."""
+    return re.sub(r"[^\w]", "_", platform.node())[:40]
+
+
+def _remove_left(file: Path) -> None:
+    """Remove the files that killed processes of this machine left in `write_atomically`."""
+    name = rf"{re.escape(file.name)}\.{_machine()}-(\d+)-\w+\.partial"
+    for left in file.parent.glob(f"{glob.escape(file.name)}.*.partial"):
+        found = re.fullmatch(name, left.name)
+        if found and not _alive(int(found[1])):
+            left.unlink(missing_ok=True)
+
+
+def _alive(process: int) -> bool:
+    """Return True if a process of this machine runs, or if the system does not tell."""
+    if os.name != "posix":
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        return True
+    return True
+
+
+def cached(
+    file: Path, read: Callable[[Path], T], make: Callable[[], T], write: Callable[[Path, T], Any]
+) -> T:
+    """Return the content of a cache file. Without the file, make the content and keep it.
+
+    Caches are optional. A warning names a damaged file, and its content is made again. A folder
+    that cannot be written gives a warning, too, and the content is then not kept.
+
+    Args:
+        file: The file. Its folder is created if it does not exist.
+        read: Reads the file.
+        make: Makes the content.
+        write: Is called with a path and the content, see `write_atomically`.
+
+    >>> import tempfile
+    >>> file = Path(tempfile.mkdtemp()) / "cache" / "a.txt"
+    >>> for made in ("first", "second"):
+    ...     cached(file, Path.read_text, lambda: made, Path.write_text)
+    'first'
+    'first'
+    """
+    try:
+        return read(file)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except Exception as error:  # a damaged file fails in a dozen ways
+        warnings.warn(f"cache must be readable, got {file}: {error}; made again", stacklevel=2)
+    found = make()
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, lambda partial: write(partial, found))
+    except Exception as error:  # safetensors has its own error for a full disk
+        reason = error.strerror if isinstance(error, OSError) else error
+        # without the name of the file, so that Python shows the warning once
+        warnings.warn(
+            f"cache must be a writable folder, got {file.parent}: {reason}; what it would hold is "
+            "made again in every call",
+            stacklevel=2,
+        )
+    return found
 
 
 def _flush(path: Path) -> None:

@@ -8,7 +8,6 @@ flowkit autoencoder resume=runs/autoencoder                    continue a stoppe
 ``flowkit encode`` and ``AutoencoderKL.from_pretrained`` of diffusers read the folder.
 """
 
-import json
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -30,15 +29,24 @@ from flowkit.metrics import Features, image_metrics, to_uint8
 from flowkit.metrics.pictures import save_picture
 from flowkit.modules import LastCheckpoint
 from flowkit.modules.autoencoding import Autoencoding
-from flowkit.modules.callbacks import StepProgress, StopOnInterrupt
-from flowkit.modules.checkpoints import CHECKPOINT, CONFIG, UNRESOLVED
-from flowkit.provenance import versions
+from flowkit.modules.callbacks import LastValidation, StepProgress, StopOnInterrupt
+from flowkit.modules.checkpoints import (
+    CHECKPOINT,
+    CONFIG,
+    UNRESOLVED,
+    newest_checkpoint,
+    read_checkpoint,
+)
+from flowkit.provenance import versions, write_json, write_text
 from flowkit.runs.epochs import count_in_steps
 from flowkit.runs.known_data import record_of, write_data_record
-from flowkit.runs.processes import quiet, usable_device
-from flowkit.runs.records import composed, recorded
+from flowkit.runs.locks import locked
+from flowkit.runs.processes import check_trainer, quiet, usable_device
+from flowkit.runs.records import composed, kept_record, recorded
 from flowkit.runs.resuming import find_checkpoint, folder_of, resumed, unfinished
 from flowkit.runs.splits import opened
+
+METRICS = "metrics.json"  # written last
 
 
 def autoencoder(cfg: DictConfig) -> KLAutoencoder:
@@ -46,10 +54,13 @@ def autoencoder(cfg: DictConfig) -> KLAutoencoder:
     quiet()
     began, folder, device = time.perf_counter(), Path(cfg.run_dir), usable_device(cfg.device)
     unresolved = composed(cfg)  # now, since building parts resolves their references
+    check_trainer(cfg.trainer)
     checkpoint = None if cfg.resume is None else find_checkpoint(Path(cfg.resume))
-    if checkpoint is not None:
-        unfinished(checkpoint, cfg.trainer.max_steps)
     _refuse_overwriting(folder, checkpoint)
+    # Killed after the training, before the last file: the network is still to be written.
+    trained = checkpoint is not None and _only_unwritten(cfg, checkpoint)
+    if checkpoint is not None and not trained:
+        unfinished(checkpoint, cfg.trainer.max_steps)
     seed_everything(cfg.seed, workers=True, verbose=False)
     origin = None if checkpoint is None else folder_of(checkpoint)
     data = opened(instantiate(cfg.data), record_of(origin), cfg.data_changed)
@@ -64,26 +75,39 @@ def autoencoder(cfg: DictConfig) -> KLAutoencoder:
         instantiate(cfg.optimizer),
         instantiate(cfg.lr_scheduler),
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG).write_text(OmegaConf.to_yaml(recorded(cfg)))
-    (folder / UNRESOLVED).write_text(unresolved)
-    write_data_record(folder, data, recorded(cfg)["data"])
+    features: Features = instantiate(cfg.metric)(data)  # before the work, since it may fail
     parameters = sum(p.numel() for p in vae.parameters())
     print(f"model     {type(vae).__name__}, {parameters:,} parameters, images {data.shape}")
-    _fit(cfg, module, data, folder, checkpoint)
-
-    network = KLAutoencoder(vae.to(device))
-    images = (batch["x1"] for batch in data.dataloader("train", cfg.batch_size))
-    network.fit_scale(_until(images, cfg.num_scale_images))
-    network.save_pretrained(folder)
-    _measure(cfg, network, data, began)
+    with locked(folder):
+        _refuse_overwriting(folder, checkpoint)  # another training may just have ended
+        write_text(folder / CONFIG, OmegaConf.to_yaml(recorded(cfg)))
+        write_text(folder / UNRESOLVED, unresolved)
+        write_data_record(folder, data, recorded(cfg)["data"])
+        if checkpoint is not None and trained:
+            module.load_state_dict(read_checkpoint(checkpoint)["state_dict"])
+        else:
+            _fit(cfg, module, data, folder, checkpoint)
+        network = KLAutoencoder(vae.to(device))
+        images = (batch["x1"] for batch in data.dataloader("train", cfg.batch_size))
+        network.fit_scale(_until(images, cfg.num_scale_images))
+        network.save_pretrained(folder)
+        _measure(cfg, network, data, features, began)
     return network
 
 
-def _measure(cfg: DictConfig, network: KLAutoencoder, data: SplitData, began: float) -> None:
+def _only_unwritten(cfg: DictConfig, checkpoint: Path) -> bool:
+    """Return True if the folder has a checkpoint of the last step, and no metrics of this step."""
+    if kept_record(Path(cfg.run_dir) / METRICS).get("steps") == cfg.trainer.max_steps:
+        return False
+    own = checkpoint.resolve().is_relative_to(Path(cfg.run_dir).resolve())
+    return own and 0 <= cfg.trainer.max_steps <= read_checkpoint(checkpoint)["global_step"]
+
+
+def _measure(
+    cfg: DictConfig, network: KLAutoencoder, data: SplitData, features: Features, began: float
+) -> None:
     """Measure reconstructions; write and print the metrics."""
     folder = Path(cfg.run_dir)
-    features: Features = instantiate(cfg.metric)(data)
     metrics, pictures = measure(network, data, features, cfg.num_samples, cfg.seed)
     record = {
         "metrics": metrics,
@@ -98,8 +122,8 @@ def _measure(cfg: DictConfig, network: KLAutoencoder, data: SplitData, began: fl
         "data": {"name": type(data).__name__, "test": data.fingerprint("test")},
         "versions": versions(),
     }
-    (folder / "metrics.json").write_text(json.dumps(record, indent=2) + "\n")
     picture = save_picture(pictures, folder / "reconstructions.png")
+    write_json(folder / METRICS, record)
     rows = {
         "PSNR of reconstructions": f"{metrics['psnr']:.2f} dB",
         f"Fréchet distance ({features.name})": f"{metrics['frechet_distance']:.3f}",
@@ -112,10 +136,10 @@ def _measure(cfg: DictConfig, network: KLAutoencoder, data: SplitData, began: fl
 
 def _refuse_overwriting(folder: Path, checkpoint: Path | None) -> None:
     """Raise if the folder holds another autoencoder than the resumed one."""
-    trained = folder / CHECKPOINT
-    if checkpoint is not None and trained.exists() and checkpoint.samefile(trained):
+    trained = newest_checkpoint(folder)
+    if checkpoint is not None and trained is not None and checkpoint.samefile(trained):
         return
-    if trained.exists() or (folder / "config.json").exists():
+    if trained is not None or (folder / "config.json").exists():
         raise FileExistsError(
             f"hydra.run.dir must hold no autoencoder, got {folder}; flows may depend on this "
             f"autoencoder: choose another folder, or continue its training by resume={folder}"
@@ -128,6 +152,7 @@ def _fit(
     """Train with Lightning, from a checkpoint if there is one."""
     callbacks: list[Any] = [
         LastCheckpoint((folder / CHECKPOINT).parent, cfg.trainer.val_check_interval),
+        LastValidation(),
         StopOnInterrupt(folder),
     ]
     if cfg.trainer.enable_progress_bar:

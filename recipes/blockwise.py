@@ -25,13 +25,24 @@ from flowkit.modules.checkpoints import read_network
 from flowkit.modules.trust import check, trusting
 from flowkit.recipes.train import train
 from flowkit.runs.known_data import read_data_record
+from flowkit.runs.processes import check_trainer
 from flowkit.runs.splits import as_trained, located, prepared
 
 KEPT = ("data", "path", "coupling", "autoencoder", "guidance")  # taken from the run
 
 
 def blockwise(cfg: DictConfig) -> FlowModule:
-    """Train as configured, from the run's weights."""
+    """Train as configured, from the run's weights.
+
+    Raises:
+        ValueError: If a run is given to resume; its settings would be lost.
+    """
+    if cfg.resume is not None:
+        raise ValueError(
+            f"resume must be null in blockwise, got {cfg.resume}; a stopped run of blockwise "
+            f"continues with flowkit train resume={cfg.resume}"
+        )
+    check_trainer(cfg.trainer)
     stored = read_network(cfg.run)
     record = read_data_record(cfg.run)
     stored["data"] = located(as_trained(stored["data"], record), record, None)

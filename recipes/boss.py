@@ -31,7 +31,7 @@ from flowkit.boss import (
 from flowkit.boss.costs import check_num_steps
 from flowkit.boss.guard import LEVEL
 from flowkit.metrics import Features, as_saved, frechet_distance
-from flowkit.provenance import versions
+from flowkit.provenance import versions, write_text
 from flowkit.runs import Run
 from flowkit.runs.drawing import draw, like_test
 from flowkit.runs.grid_plots import Row, plot, table_of
@@ -133,7 +133,7 @@ def _write(
         else:
             grids.save(result.grid, out / f"grid-{budget}.json", **own, **made)
     table, best = table_of(made["comparison"]), found[num_steps]
-    (out / "table.md").write_text(table)
+    write_text(out / "table.md", table)
     plot(best.grids, best.winner, made["comparison"], out / "grid.png")
     print(f"{table}\nbest      {best.winner}, {num_steps} steps\ngrid      {out / 'grid.json'}")
     print(f"picture   {out / 'grid.png'}")

@@ -9,7 +9,6 @@ continues a stopped table, and a longer list adds cells.
 
 import csv
 import io
-import json
 import logging
 import shutil
 import time
@@ -26,12 +25,14 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from tqdm import tqdm
 
 from flowkit.checks import check_at_least
+from flowkit.metrics.pictures import save_figure
 from flowkit.modules.trust import trusting
-from flowkit.provenance import read_json
+from flowkit.provenance import write_json, write_text
 from flowkit.recipes.evaluate import evaluate
 from flowkit.recipes.train import train
 from flowkit.rules import check
-from flowkit.runs.records import file_name
+from flowkit.runs.locks import locked
+from flowkit.runs.records import file_name, kept_record
 from flowkit.runs.tables import markdown
 
 Row = dict[str, Any]
@@ -47,10 +48,19 @@ def compare(cfg: DictConfig) -> list[Row]:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     for name in ("seeds", "problems", "couplings"):
         check_at_least(len(cfg[name]), 1, f"number of {name}")
-    out, rows = Path(cfg.out), []
+    out = Path(cfg.out)
     # Seeds change last, so that a stopped table is complete for its first seeds.
     cells = list(product(cfg.seeds, cfg.problems, cfg.couplings))
     _check_cells(cfg)  # before a folder is emptied
+    with locked(out):  # a second call would empty the folders in which this one trains
+        rows = _run_cells(cfg, out, cells)
+    print((out / "table.md").read_text() + f"\npicture   {out / 'table.png'}")
+    return rows
+
+
+def _run_cells(cfg: DictConfig, out: Path, cells: list[tuple[int, str, str]]) -> list[Row]:
+    """Run the missing cells, and return the rows of all."""
+    rows: list[Row] = []
     bar = tqdm(cells, desc="cells", disable=None)
     for seed, problem, coupling in bar:
         bar.set_postfix_str(f"{problem}, {coupling}, seed {seed}")
@@ -61,7 +71,6 @@ def compare(cfg: DictConfig) -> list[Row]:
         rows.append({"problem": problem, "coupling": coupling, "seed": seed, **numbers})
         # Written after every cell, so that a long table can be read while it grows.
         write_table(rows, out, cfg.metrics)
-    print((out / "table.md").read_text() + f"\npicture   {out / 'table.png'}")
     return rows
 
 
@@ -74,19 +83,19 @@ def run_cell(folder: Path, train_with: list[str], evaluate_with: list[str]) -> d
         The numbers of the evaluation, and the ``seconds`` of training.
     """
     record = folder / "cell.json"
-    done = read_json(record) if record.is_file() else {}
+    done = kept_record(record)
     with redirect_stdout(io.StringIO()):
         if done.get("train") != train_with:
             shutil.rmtree(folder, ignore_errors=True)
             start = time.perf_counter()
             train(_composed("train", train_with, run_dir=folder))
             done = {"train": train_with, "seconds": round(time.perf_counter() - start, 1)}
-            record.write_text(json.dumps(done, indent=2) + "\n")
+            write_json(record, done)
         if done.get("evaluate") != evaluate_with:
             metrics = evaluate(_composed("evaluate", evaluate_with, run=folder))["metrics"]
             numbers = {k: v for k, v in metrics.items() if type(v) in (int, float)}
             done |= {"evaluate": evaluate_with, "metrics": numbers}
-            record.write_text(json.dumps(done, indent=2) + "\n")
+            write_json(record, done)
     return {**done["metrics"], "seconds": done["seconds"]}
 
 
@@ -143,11 +152,12 @@ def write_table(rows: list[Row], out: Path, metrics: Iterable[str] | None = None
         records.append(record)
         lines.append([problem, coupling, str(len(group)), *cells])
     header = ["problem", "coupling", "seeds", *columns]
-    (out / "table.md").write_text(markdown(header, lines, names=(0, 1)))
-    with (out / "table.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, records[0])
-        writer.writeheader()
-        writer.writerows(records)
+    write_text(out / "table.md", markdown(header, lines, names=(0, 1)))
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, records[0])
+    writer.writeheader()
+    writer.writerows(records)
+    write_text(out / "table.csv", text.getvalue())
     _plot(rows, columns, out / "table.png")
 
 
@@ -182,7 +192,7 @@ def _plot(rows: list[Row], columns: list[str], file: Path) -> None:
             axes.set_title(name.replace("_", " "), fontsize=10)
             axes.grid(alpha=0.3)
     grid[0, 0].set_ylim(len(couplings) - 0.5, -0.5)  # in the order of the table
-    figure.savefig(file, dpi=120)
+    save_figure(figure, file)
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="compare")

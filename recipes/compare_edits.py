@@ -25,12 +25,13 @@ from flowkit.checks import check_between
 from flowkit.data import SplitData
 from flowkit.flowopt import FlowOpt
 from flowkit.metrics import PixelSVC
-from flowkit.metrics.pictures import save_picture
+from flowkit.metrics.pictures import save_figure, save_picture
 from flowkit.modules.flow import labels_of
 from flowkit.paths import Linear
-from flowkit.provenance import versions
+from flowkit.provenance import versions, write_text
 from flowkit.runs.editing import RunFlow
-from flowkit.runs.records import recorded, write_record
+from flowkit.runs.features import judge_of
+from flowkit.runs.records import recorded, recording
 from flowkit.runs.tables import markdown
 from flowkit.sampling import ODESampler, sample_seeds, seeded_noise
 
@@ -46,8 +47,9 @@ def compare_edits(cfg: DictConfig) -> dict[str, Any]:
         cfg[name] = model.run.class_number(cfg[name], name)
     folder = Path(cfg.out or Path(cfg.run) / "edits" / "comparison")
     files = [folder / f for f in ("report.json", "inversions.png", "edits.png", "strip.png")]
+    judge = _judge(cfg, model, data) if cfg.num_edited else None
     inversions = compare_inversions(cfg, model, data) if cfg.num_inverted else []
-    edits, strip = compare_targets(cfg, model, data) if cfg.num_edited else ([], None)
+    edits, strip = ([], None) if judge is None else compare_targets(cfg, model, data, judge)
     record = {
         "inversions": inversions,
         "edits": edits,
@@ -55,16 +57,16 @@ def compare_edits(cfg: DictConfig) -> dict[str, Any]:
         "weights": model.record(),
         "versions": versions(),
     }
-    write_record(record, files)
-    if inversions:
-        (folder / "inversions.md").write_text(table := inversion_table(inversions))
-        plot(inversions, "nfe", "rmse", files[1], log=True)
-        print(f"{table}\npicture   {files[1]}\n")
-    if strip is not None:
-        (folder / "edits.md").write_text(table := edit_table(edits, cfg.scores))
-        plot(edits, "distance", "score", files[2])
-        save_picture(strip.flatten(0, 1), files[3], columns=strip.shape[1])
-        print(f"{table}\npicture   {files[2]}\nstrip     {files[3]}")
+    with recording(record, files):
+        if inversions:
+            write_text(folder / "inversions.md", table := inversion_table(inversions))
+            plot(inversions, "nfe", "rmse", files[1], log=True)
+            print(f"{table}\npicture   {files[1]}\n")
+        if strip is not None:
+            write_text(folder / "edits.md", table := edit_table(edits, cfg.scores))
+            plot(edits, "distance", "score", files[2])
+            save_picture(strip.flatten(0, 1), files[3], columns=strip.shape[1])
+            print(f"{table}\npicture   {files[2]}\nstrip     {files[3]}")
     return record
 
 
@@ -137,17 +139,31 @@ def inversion_table(rows: list[Row]) -> str:
 # --- edits ------------------------------------------------------------------------------------
 
 
+def _judge(cfg: DictConfig, model: RunFlow, data: SplitData) -> PixelSVC:
+    """Return the judge of edits, before any work.
+
+    Raises:
+        ValueError: If the run has no such classes, or if its data have no image of the source.
+    """
+    for name in ("source", "target"):
+        model.condition(cfg[name], 1.0, name)
+    train = data.train[:10_000]
+    judge = judge_of(train["x1"], labels_of(train, data.num_classes))
+    if judge is None:
+        raise ValueError(f"num_edited must be 0 without several classes, got {cfg.num_edited}")
+    if cfg.source not in labels_of(data.test[:], data.num_classes):
+        raise ValueError(f"source must be a class of the test images, got {cfg.source}")
+    return judge
+
+
 def compare_targets(
-    cfg: DictConfig, model: RunFlow, data: SplitData
+    cfg: DictConfig, model: RunFlow, data: SplitData, judge: PixelSVC
 ) -> tuple[list[Row], Tensor | None]:
     """Return score and distance of all edits, and the iterates of the first series as images.
 
     The images are ``(rows, 1 + iterates, C, H, W)``, or None without edits.
     """
-    for name in ("source", "target"):
-        model.condition(cfg[name], 1.0, name)  # refuses a wrong class before a judge is trained
-    train, test = data.train[:10_000], data.test[:]
-    judge = PixelSVC(train["x1"], labels_of(train, data.num_classes))
+    test = data.test[:]
     images = test["x1"][labels_of(test, data.num_classes) == cfg.source][: cfg.num_edited]
     x1 = model.encode(images.to(cfg.device))
     scale = model.guidance if cfg.target_guidance is None else cfg.target_guidance
@@ -219,7 +235,7 @@ def plot(rows: list[Row], x: str, y: str, file: Path, log: bool = False) -> None
         axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7)
-    figure.savefig(file, dpi=140)
+    save_figure(figure, file, 140)
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="compare_edits")

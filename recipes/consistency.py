@@ -22,14 +22,15 @@ from tqdm import tqdm
 from flowkit.checks import check_at_least
 from flowkit.data import SplitData
 from flowkit.data.masks import Masks
-from flowkit.metrics import PixelSVC, agreement
+from flowkit.metrics import agreement
 from flowkit.metrics.labels import segmentation_metrics
 from flowkit.metrics.pictures import colored, save_picture
 from flowkit.modules import SymmetricalFlowMatching
 from flowkit.runs import Run
 from flowkit.runs.drawing import draw
+from flowkit.runs.features import judge_of
 from flowkit.runs.known_data import place_of
-from flowkit.runs.records import write_record
+from flowkit.runs.records import recording
 from flowkit.runs.run import symmetrical
 from flowkit.runs.starts import choose_labels, noise_batches
 from flowkit.sampling import ODESampler, sample_seeds
@@ -70,10 +71,11 @@ def consistency(cfg: DictConfig) -> dict[str, Any]:
     }
     record = run.record(sampling, metrics=metrics)
     files = [out / "consistency.json", *(out / f"{name}.png" for name in pictures)]
-    write_record(record, files)
+    with recording(record, files):
+        for name, (shown, known) in pictures.items():
+            _show(shown, known, module.codec.num_classes, out / f"{name}.png")
     print(f"images and pairs: {len(labels)}")
-    for name, (shown, known) in pictures.items():
-        _show(shown, known, module.codec.num_classes, out / f"{name}.png")
+    for name in pictures:
         for key, value in metrics[name].items():
             if isinstance(value, float):
                 print(f"{name.replace('_', ' ')}: {key.replace('_', ' ')}  {value:.4f}")
@@ -99,18 +101,20 @@ def _reader(module: SymmetricalFlowMatching, data: SplitData, batch_size: int) -
     if data.num_classes is None:
         return lambda images, masks: _read_masks(module, data, images, masks, batch_size)
     order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))
-    train = data.train[order[:10_000]]
-    judge = PixelSVC(train["x1"], cast(Tensor, train.get("cond")))
-    test = data.test[:]
-    right = agreement(judge, test["x1"], cast(Tensor, test.get("cond")))
-    accuracy = right.double().mean().item()
+    train, test = data.train[order[:10_000]], data.test[:]
+    judge = judge_of(train["x1"], cast(Tensor, train.get("cond")))
+
+    def judged(images: Tensor, labels: Tensor) -> float | None:
+        return None if judge is None else agreement(judge, images, labels).double().mean().item()
+
+    accuracy = judged(test["x1"], cast(Tensor, test.get("cond")))
 
     def read(images: Tensor, labels: Tensor) -> dict[str, Any]:
         read_again = _labels(module, images, batch_size)
         return {
             "own_agreement": (read_again == labels).double().mean().item(),
-            "judge_agreement": agreement(judge, images, labels).double().mean().item(),
-            "judge": {"name": judge.name, "test_accuracy": accuracy},
+            "judge_agreement": judged(images, labels),
+            "judge": judge and {"name": judge.name, "test_accuracy": accuracy},
             "shares": (labels.bincount(minlength=module.codec.num_classes) / len(labels)).tolist(),
         }
 

@@ -9,6 +9,7 @@ nearer to the image. Choose an iterate in the picture ``strip.png``. A pipeline 
 ``save_pretrained`` wrote.
 """
 
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -19,15 +20,17 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from flowkit.checks import check_between
-from flowkit.data.folder import FORMATS
+from flowkit.data.folder import FORMATS, square
 from flowkit.flowopt import Edit, FlowOpt
 from flowkit.metrics import from_uint8, to_uint8
 from flowkit.metrics.gaussianity import gaussianity
-from flowkit.metrics.pictures import save_picture
-from flowkit.provenance import versions
+from flowkit.metrics.pictures import save_figure, save_image, save_picture
+from flowkit.provenance import versions, write_atomically
 from flowkit.runs.editing import PipelineFlow, RunFlow, Settings
-from flowkit.runs.records import write_record
+from flowkit.runs.records import recording
 from flowkit.sampling import ODESampler
+
+SHOWN = 100  # iterates in the strip, at most
 
 
 def edit(cfg: DictConfig) -> Edit:
@@ -39,9 +42,9 @@ def edit(cfg: DictConfig) -> Edit:
     model = RunFlow.load(cfg) if cfg.pipeline is None else PipelineFlow.load(cfg)
     chosen = {k: cfg[k] for k in Settings._fields if cfg[k] is not None}
     settings = model.defaults(inverting=cfg.target is None)._replace(**chosen)
-    image = read_image(cfg.image, model.channels).to(cfg.device)
+    image = read_image(cfg.image, model.channels, model.side).to(cfg.device)
     x1 = model.encode(image)
-    region = None if cfg.region is None else read_region(cfg.region, image, x1)
+    region = None if cfg.region is None else read_region(cfg, model.side, x1)
     source = model.condition(cfg.source, settings.source_guidance, "source")
     target = None
     if cfg.target is not None:
@@ -78,40 +81,58 @@ def edit(cfg: DictConfig) -> Edit:
 # --- files ------------------------------------------------------------------------------------
 
 
-def read_image(file: str | Path, channels: int) -> Tensor:
-    """Read a picture as ``(1, C, H, W)`` in [-1, 1], gray or in color.
+def open_picture(file: str | Path, name: str) -> Any:
+    """Read a picture, turned upright as its camera says.
 
     Raises:
         ValueError: If the file is not a picture.
     """
-    return from_uint8(_read(file, "L" if channels == 1 else "RGB", "image"))
-
-
-def read_region(file: str | Path, image: Tensor, x1: Tensor) -> Tensor:
-    """Read the region that may change, as a mask in [0, 1] with the size of the states ``x1``.
-
-    The file is a gray picture with the size of the image. White pixels may change.
-
-    Raises:
-        ValueError: If the file is not a picture, or if its size is not the size of the image.
-    """
-    region = _read(file, "L", "region").to(x1.device) / 255
-    if region.shape[-2:] != image.shape[-2:]:
-        size, expected = tuple(region.shape[-2:]), tuple(image.shape[-2:])
-        raise ValueError(f"region must have the size of the image, {expected}, got {size}")
-    return torch.nn.functional.adaptive_avg_pool2d(region, x1.shape[-2:]).to(x1.dtype)
-
-
-def _read(file: str | Path, mode: str, name: str) -> Tensor:
-    """Read a picture as ``(1, C, H, W)`` in [0, 255]."""
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
-        picture = Image.open(file, formats=FORMATS).convert(mode)
+        picture = Image.open(file, formats=FORMATS)
+        picture.load()
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise ValueError(f"{name} must be a picture file, got {file}: {error}") from error
-    pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).float()
+    return ImageOps.exif_transpose(picture)
+
+
+def read_image(file: str | Path, channels: int, side: int | None = None) -> Tensor:
+    """Read a picture as ``(1, C, H, W)`` in [-1, 1], see `pixels_of`.
+
+    Raises:
+        ValueError: If the file is not a picture.
+    """
+    return from_uint8(pixels_of(open_picture(file, "image"), channels, side))
+
+
+def pixels_of(picture: Any, channels: int, side: int | None) -> Tensor:
+    """Return the pixels ``(1, C, H, W)`` of a picture as bytes.
+
+    With a side, the picture is cropped to its central square and resized, as training images are;
+    see `flowkit.data.folder.square`.
+    """
+    if side is not None:
+        return square(picture, side, channels)[None]
+    picture = picture.convert("L" if channels == 1 else "RGB")
+    pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
     return pixels.reshape(1, picture.height, picture.width, -1).permute(0, 3, 1, 2)
+
+
+def read_region(cfg: DictConfig, side: int | None, x1: Tensor) -> Tensor:
+    """Read the region that may change, as a mask in [0, 1] with the size of the states ``x1``.
+
+    The file is a gray picture with the size of the photo, and is cropped and resized as the photo
+    is. White pixels may change.
+
+    Raises:
+        ValueError: If the file is not a picture, or if its size is not that of the photo.
+    """
+    picture, photo = open_picture(cfg.region, "region"), open_picture(cfg.image, "image").size
+    if picture.size != photo:
+        raise ValueError(f"region must have the size of the image, {photo}, got {picture.size}")
+    region = pixels_of(picture, 1, side).to(x1.device).float() / 255
+    return torch.nn.functional.adaptive_avg_pool2d(region, x1.shape[-2:]).to(x1.dtype)
 
 
 def describe(flowopt: FlowOpt, settings: Settings, found: Edit) -> dict[str, Any]:
@@ -142,26 +163,25 @@ def write(cfg: DictConfig, model: Any, image: Tensor, found: Edit, record: dict[
     name = "-".join(str(part) for part in parts if part is not None)
     name = "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
     folder = Path(cfg.out) if cfg.out else Path(cfg.run or "runs") / "edits" / name
-    files = [folder / n for n in ("edit.json", "strip.png", "residuals.png", "edit.pt")]
-    write_record(record, files)
+    names = ("edit.json", "strip.png", "residuals.png", "edit.pt", "iterates")
+    files = [folder / name for name in names]
     images = torch.cat([model.decode(x).float().cpu() for x in found.trace])
-    save_picture(torch.cat([image.cpu(), images]), files[1], columns=1 + len(images))
-    plot(found, cfg.target is not None, files[2])
-    torch.save({"x": found.x.cpu(), "z": found.z.cpu(), "images": to_uint8(images)}, files[3])
-    for k, pixels in enumerate(to_uint8(images)):
-        save_image(pixels, folder / "iterates" / f"{k:02}.png")
+    pixels = to_uint8(images)
+    some = torch.linspace(0, len(images) - 1, SHOWN).long().unique()
+    shown = torch.cat([image.cpu(), images[some]])
+    content = {"x": found.x.cpu(), "z": found.z.cpu(), "images": pixels}
+    with recording(record, files):
+        save_picture(shown, files[1], columns=len(shown))
+        plot(found, cfg.target is not None, files[2])
+        write_atomically(files[3], lambda file: torch.save(content, file))
+        shutil.rmtree(files[4], ignore_errors=True)  # of a call that was stopped here
+        files[4].mkdir()
+        for k, image in enumerate(pixels):
+            save_image(image.permute(1, 2, 0).squeeze(-1).numpy(), files[4] / f"{k:02}.png")
     print(
         f"status    {record['status']}, {record['nfe']} evaluations, {record['seconds']} s\n"
         f"strip     {files[1]}  the image, then the iterates\nrecord    {files[0]}"
     )
-
-
-def save_image(pixels: Tensor, file: Path) -> None:
-    """Save one image ``(C, H, W)`` of bytes in its own size."""
-    from PIL import Image
-
-    file.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels.permute(1, 2, 0).squeeze(-1).numpy()).save(file)
 
 
 def plot(found: Edit, editing: bool, file: Path) -> None:
@@ -176,7 +196,7 @@ def plot(found: Edit, editing: bool, file: Path) -> None:
     if not editing:
         axes.set_yscale("log")
     axes.grid(alpha=0.3)
-    figure.savefig(file, dpi=120)
+    save_figure(figure, file)
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="edit")

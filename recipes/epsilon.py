@@ -4,7 +4,6 @@ flowkit epsilon data.source=8gaussians data.target=moons
 flowkit epsilon data=digits target=ess value=0.5
 """
 
-import json
 import math
 from pathlib import Path
 
@@ -18,6 +17,8 @@ from flowkit.autoencoders import Autoencoder, KLAutoencoder
 from flowkit.checks import check_at_least
 from flowkit.couplings import EpsilonChoice, cost_matrix, suggest_epsilon
 from flowkit.couplings.epsilon import variance_components
+from flowkit.metrics.pictures import save_figure
+from flowkit.provenance import write_json
 from flowkit.runs.splits import prepared
 
 
@@ -48,8 +49,8 @@ def epsilon(cfg: DictConfig) -> EpsilonChoice:
         "data": {"name": type(data).__name__, "train": data.fingerprint("train")},
         **curves,
     }
-    (out / "epsilon.json").write_text(json.dumps(record, indent=2) + "\n")
-    choice.plot().savefig(out / "epsilon.png", dpi=120)
+    write_json(out / "epsilon.json", record)
+    save_figure(choice.plot(), out / "epsilon.png")
     print(f"picture   {out / 'epsilon.png'}\nnumbers   {out / 'epsilon.json'}")
     return choice
 

@@ -19,10 +19,10 @@ from lightning.fabric import Fabric
 from omegaconf import DictConfig
 from torch import Tensor
 
+from flowkit.checks import check_at_least
 from flowkit.metrics import (
     Features,
     Pixels,
-    PixelSVC,
     StoredFeatures,
     image_metrics,
     point_metrics,
@@ -33,10 +33,11 @@ from flowkit.modules.flow import labels_of
 from flowkit.provenance import cache_folder
 from flowkit.runs import Run
 from flowkit.runs.drawing import block_cost, draw_parts, like_test, start
+from flowkit.runs.features import judge_of
 from flowkit.runs.known_data import place_of
 from flowkit.runs.parts import Columns, Parts, hash_of
 from flowkit.runs.processes import launch
-from flowkit.runs.records import write_record
+from flowkit.runs.records import recording
 from flowkit.runs.starts import given_source
 from flowkit.sampling import ADAPTIVE, ODESampler
 from flowkit.types import Batch
@@ -69,8 +70,8 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         return {}
     record = run.record(found.sampling, metrics=found.metrics)
     files = [out / "metrics.json", out / "samples.png"]
-    write_record(record, files)
-    save_picture(found.shown, files[1], found.columns)
+    with recording(record, files):
+        save_picture(found.shown, files[1], found.columns)
     _report(found.metrics)
     print(f"picture   {files[1]}\nnumbers   {files[0]}")
     return record
@@ -85,6 +86,10 @@ def _measure_images(
         features: Features = instantiate(cfg.metric)(data)
     test = data.test[:]
     x0, cond, source, chosen = like_test(run, cfg)
+    enough = {"num_samples": source["num_samples"]}
+    enough |= {f"{name} images": len(data.split(name)) for name in ("train", "test")}
+    for name, number in enough.items():
+        check_at_least(number, 4, name)  # of the metrics, before the work
 
     def finish(samples: Tensor) -> Columns:
         images = to_uint8(samples)
@@ -111,7 +116,7 @@ def _measure_images(
         features if isinstance(features, Pixels) else StoredFeatures(features, cache_folder()),
         labels=labels,
         test_labels=labels_of(test, data.num_classes),
-        judge=None if labels is None or seen is None else PixelSVC(train["x1"], seen),
+        judge=None if labels is None else judge_of(train["x1"], seen),
         generator=torch.Generator().manual_seed(cfg.seed),
         generated_features=drawn["features"],
     )

@@ -19,8 +19,10 @@ from flowkit.modules import LatentFlowMatching
 from flowkit.modules.flow import Guidance, labels_of
 from flowkit.runs import Run
 from flowkit.runs.known_data import place_of
-from flowkit.runs.records import write_record
+from flowkit.runs.records import recording
 from flowkit.sampling import ODESampler, sample_seeds
+
+SHOWN = 25  # images in the picture, one a row
 
 
 def inpaint(cfg: DictConfig) -> Tensor:
@@ -62,11 +64,11 @@ def inpaint(cfg: DictConfig) -> Tensor:
     }
     folder = Path(cfg.out) if cfg.out else run.folder / "inpainted"
     files = [folder / "inpainted.json", folder / "inpainted.png"]
-    write_record(run.record(sampling, metrics=metrics), files)
     shown = pasted if cfg.paste_back else filled
     given = torch.where(mask > 0, 0.0, images)
-    picture = torch.cat([given[:, None], images[:, None], shown], 1).flatten(0, 1)
-    save_picture(picture, files[1], cfg.num_samples + 2)
+    picture = torch.cat([given[:, None], images[:, None], shown], 1)[:SHOWN]
+    with recording(run.record(sampling, metrics=metrics), files):
+        save_picture(picture.flatten(0, 1), files[1], cfg.num_samples + 2)
     for name, value in metrics.items():
         print(f"{name:<16} {value if isinstance(value, bool) else round(value, 4)}")
     print(f"picture   {files[1]}\nnumbers   {files[0]}")

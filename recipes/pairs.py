@@ -10,7 +10,6 @@ flowkit train module=straightening module.start=runs/quickstart data=pairs data.
 flowkit sample run=... sampler=from_file sampler.grid.file=pairs/boss/grid-8.json
 """
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from tqdm import tqdm
 from flowkit import grids
 from flowkit.boss import segments
 from flowkit.data.pairs import FORMAT, FORMAT_VERSION, RECORD, to_columns
-from flowkit.provenance import read_json, versions, write_atomically
+from flowkit.provenance import read_json, versions, write_atomically, write_json
 from flowkit.runs import Run
 from flowkit.runs.known_data import copy_data_record, place_of
 from flowkit.sampling import sample_seeds
@@ -143,7 +142,13 @@ def _begin(out: Path, record: dict[str, Any], wanted: list[Tensor]) -> None:
     """
     file = out / RECORD
     if file.is_file():
-        there = read_json(file)
+        try:
+            there = dict(read_json(file))
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"{RECORD} must describe the pairs of the folder, got {file}: {error}; delete the "
+                "folder to have its pairs made again"
+            ) from error
         for name, value in {**record, **record["provenance"]}.items():
             stored = {**there, **there.get("provenance", {})}.get(name)
             # the seeds themselves are compared, so their rule needs no comparison
@@ -159,7 +164,7 @@ def _begin(out: Path, record: dict[str, Any], wanted: list[Tensor]) -> None:
         own = {"objective": "straightening", "method": "euler", "guidance": None}
         taught_by = record["provenance"]["model_hash"]
         grids.save(grid, out / f"grid-{len(grid) - 1}.json", **own, taught_by=taught_by)
-    file.write_text(json.dumps(record, indent=2) + "\n")
+    write_json(file, record)
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="pairs")

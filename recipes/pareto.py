@@ -10,7 +10,6 @@ seeds, and the table gives their mean and standard deviation. Wall time is the m
 repetitions in which all points take turns.
 """
 
-import json
 import time
 from collections.abc import Iterator, Sequence
 from glob import glob
@@ -39,11 +38,13 @@ from flowkit.blockwise import (
 )
 from flowkit.boss import step_costs
 from flowkit.data import SplitData
-from flowkit.metrics import Features, PixelSVC, as_saved, frechet_distance
+from flowkit.metrics import Features, as_saved, frechet_distance
 from flowkit.modules import FlowModule
-from flowkit.provenance import versions
+from flowkit.modules.flow import labels_of
+from flowkit.provenance import versions, write_json, write_text
 from flowkit.runs import Run
 from flowkit.runs.drawing import draw, start
+from flowkit.runs.features import judge_of
 from flowkit.runs.known_data import place_of
 from flowkit.runs.pareto_plots import Row, plot, short, write_table
 from flowkit.runs.records import file_name
@@ -96,7 +97,7 @@ def pareto(cfg: DictConfig) -> list[Row]:
         row["seconds"] = seconds
     gains = measured_gains(rows)
     record = {"rows": rows, "gains": gains, "features": measure.name, "versions": versions()}
-    (out / "pareto.json").write_text(json.dumps(record, indent=2) + "\n")
+    write_json(out / "pareto.json", record)
     write_table(rows, gains, out / "pareto.md")
     plot(rows, out / "pareto.png")
     print(f"\n{(out / 'pareto.md').read_text()}\npicture   {out / 'pareto.png'}")
@@ -131,7 +132,7 @@ class Measure:
         self.judge = None
         if self.labels is not None:
             train = self.data.train[:10_000]
-            self.judge = PixelSVC(train["x1"], train["cond"])
+            self.judge = judge_of(train["x1"], labels_of(train, self.data.num_classes))
 
     def _embed(self, images: Tensor) -> Tensor:
         """Return the features of images."""
@@ -191,7 +192,7 @@ def drift_errors(cfg: DictConfig, name: str, run: Run) -> dict[str, list[ReuseEr
     """Return the errors of reused features; print the drift and write a file."""
     drift = run.feature_drift(cfg.seed, cfg.seeding)
     file = Path(cfg.out) / f"drift-{name}.txt"
-    file.write_text(drift.table() + "\n")
+    write_text(file, drift.table() + "\n")
     print(f"drift     {file}\n{drift.table()}")
     return drift.pairs
 

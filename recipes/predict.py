@@ -22,11 +22,12 @@ from tqdm import tqdm
 from flowkit.checks import check_at_least
 from flowkit.data import SplitData
 from flowkit.metrics.labels import classification_metrics, segmentation_metrics
-from flowkit.metrics.pictures import colored, save_picture
+from flowkit.metrics.pictures import colored, save_figure, save_picture
 from flowkit.modules import SymmetricalFlowMatching
+from flowkit.provenance import write_atomically
 from flowkit.runs import Run
 from flowkit.runs.known_data import place_of
-from flowkit.runs.records import write_record
+from flowkit.runs.records import recording
 from flowkit.runs.run import symmetrical
 from flowkit.runs.splits import prepared
 from flowkit.sampling import ODESampler, sample_seeds
@@ -62,10 +63,14 @@ def predict(cfg: DictConfig) -> dict[str, Any]:
     read = {"name": type(data).__name__, "split": cfg.split, "fingerprint": fingerprint}
     record = run.record(sampling, metrics=metrics, data=read)
     files = [out / "predicted.json", out / "predicted.pt", out / "predicted.png"]
-    write_record(record, files)
     if cfg.probabilities is False:
         found.pop("probabilities", None)
-    torch.save(found, files[1])
+    with recording(record, files):
+        write_atomically(files[1], lambda file: torch.save(found, file))
+        if found["labels"].ndim == 3:
+            _show(data, cfg.split, found["labels"], module.codec.num_classes, files[2])
+        elif "selective" in metrics:
+            _plot(metrics, files[2])
     print(f"{'images':<24}  {len(found['labels'])}")
     numbers = {**metrics.get("selective", {}), **metrics}
     for name, value in numbers.items():
@@ -73,10 +78,6 @@ def predict(cfg: DictConfig) -> dict[str, Any]:
             interval = numbers.get(f"{name}_interval")
             ends = "  [{:.4f}, {:.4f}]".format(*interval) if interval else ""
             print(f"{name.replace('_', ' '):<24}  {value:.4f}{ends}")
-    if found["labels"].ndim == 3:
-        _show(data, cfg.split, found["labels"], module.codec.num_classes, files[2])
-    elif "selective" in metrics:
-        _plot(metrics, files[2])
     if files[2].is_file():
         print(f"picture   {files[2]}")
     print(f"labels    {files[1]}\nnumbers   {files[0]}")
@@ -186,7 +187,7 @@ def _plot(metrics: dict[str, Any], file: Path) -> None:
     left.legend()
     right.plot(selective["coverage"], selective["accuracy"], marker=".")
     right.set(xlabel="share of images, most confident first", ylabel="accuracy")
-    figure.savefig(file, dpi=120)
+    save_figure(figure, file)
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="predict")

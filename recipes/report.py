@@ -24,7 +24,6 @@ from torch import Tensor
 
 from flowkit.checks import check_at_least
 from flowkit.metrics import (
-    PixelSVC,
     StoredFeatures,
     agreement,
     as_saved,
@@ -34,12 +33,14 @@ from flowkit.metrics import (
     wasserstein2,
 )
 from flowkit.modules.flow import labels_of
-from flowkit.provenance import cache_folder, read_json, versions
+from flowkit.provenance import cache_folder, versions, write_json, write_text
 from flowkit.runs import Run
 from flowkit.runs.drawing import draw_parts, like_test
+from flowkit.runs.features import judge_of
 from flowkit.runs.known_data import place_of
 from flowkit.runs.parts import Columns, Parts, hash_of
 from flowkit.runs.processes import launch
+from flowkit.runs.records import kept_record
 from flowkit.runs.report_plots import Row, plot, plot_guidance
 from flowkit.runs.tables import markdown
 from flowkit.sampling import ODESampler
@@ -106,7 +107,7 @@ def report(cfg: DictConfig) -> list[Row]:
         cell = {"solver": solver, "grid": name, "guidance": run.guidance}
         rows.append({**cell, **kept[key], "key": key})
         if fabric.is_global_zero:  # after every cell, so that a growing table can be read
-            (out / "report.json").write_text(json.dumps({**record, "rows": rows}, indent=2) + "\n")
+            write_json(out / "report.json", {**record, "rows": rows})
     if not fabric.is_global_zero:
         return []
     _show(rows, measure, out)
@@ -138,7 +139,7 @@ def _record(cfg: DictConfig, run: Run, measure: Measure) -> dict[str, Any]:
 def _show(rows: list[Row], measure: Measure, out: Path) -> None:
     """Write the table and the pictures; with several scales also the picture of guidance."""
     table = _table(rows, measure)
-    (out / "report.md").write_text(table)
+    write_text(out / "report.md", table)
     plot(rows, measure.name, measure.real["distance"], out / "report.png")
     print(f"{table}\npicture   {out / 'report.png'}")
     if len({row["guidance"] for row in rows}) > 1:
@@ -210,15 +211,15 @@ def _judge(
 ) -> tuple[Callable[[Tensor], dict[str, float]], dict[str, float]]:
     """Return the function that measures ``class_agreement``, and the value of the test split.
 
-    Without classes the function and the value are empty.
+    Without several classes the function and the value are empty.
     """
     data, test = run.data, run.data.test[:]
-    train = data.train[order[:10_000]]
-    seen, shown = labels_of(train, data.num_classes), labels_of(test, data.num_classes)
+    shown = labels_of(test, data.num_classes)
     labels = labels_of(Batch(x1=test["x1"], cond=cond), data.num_classes)
-    if labels is None or seen is None or shown is None:
+    train = data.train[order[:10_000]]
+    judge = judge_of(train["x1"], labels_of(train, data.num_classes))
+    if labels is None or shown is None or judge is None:
         return lambda images: {}, {}
-    judge = PixelSVC(train["x1"], seen)
 
     def recognized(images: Tensor, classes: Tensor = labels) -> dict[str, float]:
         hits = agreement(judge, as_saved(images), classes)
@@ -242,7 +243,7 @@ def _measured(
 
 def _kept(file: Path, record: Mapping[str, Any]) -> dict[str, Row]:
     """Return the numbers of an earlier call with the same record, by the key of the cell."""
-    earlier = read_json(file) if file.is_file() else {}
+    earlier = kept_record(file)
     if any(earlier.get(name) != value for name, value in record.items()):
         return {}
     cell = ("solver", "grid", "guidance", "key")

@@ -20,17 +20,22 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from flowkit.metrics.pictures import save_picture
+from flowkit.provenance import write_atomically
 from flowkit.runs import Run
 from flowkit.runs.drawing import draw_parts, start
 from flowkit.runs.known_data import place_of
 from flowkit.runs.parts import Parts, hash_of
 from flowkit.runs.processes import launch
-from flowkit.runs.records import write_record
+from flowkit.runs.records import recording
 from flowkit.runs.starts import choose_labels, choose_samples, given_source
+
+SHOWN = 100  # samples in the picture
 
 
 def sample(cfg: DictConfig) -> Tensor:
     """Sample as configured; write ``samples.pt``, ``samples.png`` and ``samples.json``.
+
+    The picture shows the first 100 samples.
 
     Returns:
         The samples; the tensor is empty on all processes but the first.
@@ -68,9 +73,10 @@ def sample(cfg: DictConfig) -> Tensor:
         "cond": hash_of(cond),
     }
     files = [folder / f"samples.{kind}" for kind in ("json", "png", "pt")]
-    write_record(run.record(sampling), files)
-    torch.save({"samples": samples, "cond": cond}, files[2])
-    save_picture(samples, files[1])
+    with recording(run.record(sampling), files):
+        content = {"samples": samples, "cond": cond}
+        write_atomically(files[2], lambda file: torch.save(content, file))
+        save_picture(samples[:SHOWN], files[1])
     parts.remove()
     print(f"picture   {files[1]}\nsamples   {files[2]}")
     return samples

@@ -14,14 +14,15 @@ from torch import Tensor
 
 from flowkit.checks import check_at_least
 from flowkit.data.masks import ForegroundRule, Masks
-from flowkit.metrics import PixelSVC, agreement
+from flowkit.metrics import agreement
 from flowkit.metrics.pictures import save_picture
 from flowkit.modules import LatentFlowMatching
 from flowkit.modules.condition_grid import condition_grid
 from flowkit.runs import Run
 from flowkit.runs.drawing import draw, start
+from flowkit.runs.features import judge_of
 from flowkit.runs.known_data import place_of
-from flowkit.runs.records import write_record
+from flowkit.runs.records import recording
 
 
 def semantic(cfg: DictConfig) -> dict[str, Any]:
@@ -50,21 +51,21 @@ def semantic(cfg: DictConfig) -> dict[str, Any]:
     if data.rule.classes:
         order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(cfg.seed))
         train = data.train[order[:10_000]]
-        judge = PixelSVC(train["x1"], _classes(train["cond"]))
-        metrics["class_agreement"] = _mean(agreement(judge, samples, _classes(maps)))
-        metrics["class_agreement_of_real"] = _mean(agreement(judge, images, _classes(maps)))
+        if judge := judge_of(train["x1"], _classes(train["cond"])):
+            metrics["class_agreement"] = _mean(agreement(judge, samples, _classes(maps)))
+            metrics["class_agreement_of_real"] = _mean(agreement(judge, images, _classes(maps)))
     sampling = {**run.describe(sampler), **cost, **source, "conditions": "test split"}
     rule = {"threshold": data.rule.threshold, "classes": data.rule.classes}
     seen = {"name": type(data.images).__name__, "test": data.fingerprint("test")}
     record = run.record(sampling, metrics=metrics, rule=rule, data=seen)
     folder = Path(cfg.out) if cfg.out else run.folder / "semantic"
     files = [folder / "semantic.json", folder / "semantic.png"]
-    write_record(record, files)
     rows = min(cfg.rows, len(maps))
     shown = condition_grid(
         module, test, rows, cfg.columns, sampler, run.guidance, cfg.seed, cfg.seeding
     )
-    save_picture(shown, files[1], cfg.columns + 2)
+    with recording(record, files):
+        save_picture(shown, files[1], cfg.columns + 2)
     for name, value in metrics.items():
         print(f"{name:<24} {value:.4f}")
     print(f"picture   {files[1]}\nnumbers   {files[0]}")

@@ -11,8 +11,9 @@ flowkit train trainer=ddp                                       on all devices o
 import inspect
 import os
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import hydra
 import torch
@@ -20,13 +21,13 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning import Trainer, seed_everything
 from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.loggers import CSVLogger
 from omegaconf import DictConfig, OmegaConf
 
 import flowkit.recipes._resolvers  # noqa: F401  # functions that configurations refer to
-from flowkit.modules import FlowModule
-from flowkit.modules.callbacks import StepProgress, StopOnInterrupt
+from flowkit.modules import ConditionGrid, FlowModule, SampleGrid
+from flowkit.modules.callbacks import LastValidation, StepProgress, StopOnInterrupt
 from flowkit.modules.checkpoints import (
-    CHECKPOINT,
     CONFIG,
     UNRESOLVED,
     newest_checkpoint,
@@ -36,9 +37,11 @@ from flowkit.modules.checkpoints import (
 from flowkit.modules.flow import brings_start
 from flowkit.modules.sharding import even_validation, shard_if_asked
 from flowkit.modules.trust import check, trusting
+from flowkit.provenance import write_text
 from flowkit.runs.epochs import count_in_steps
 from flowkit.runs.known_data import record_of, write_data_record
-from flowkit.runs.processes import quiet, say
+from flowkit.runs.locks import locked
+from flowkit.runs.processes import check_trainer, quiet, say
 from flowkit.runs.records import composed, recorded
 from flowkit.runs.resuming import find_checkpoint, folder_of, resumed, unfinished
 from flowkit.runs.splits import opened
@@ -55,12 +58,13 @@ def train(cfg: DictConfig) -> FlowModule:
 def _train(cfg: DictConfig) -> FlowModule:
     """Train as configured, with the trust of the user."""
     quiet()
+    check_trainer(cfg.trainer)
     _follow_start(cfg)
     folder = Path(cfg.run_dir)
     unresolved = composed(cfg)  # now, since building parts resolves their references
     checkpoint = _requeued(folder) if cfg.resume is None else find_checkpoint(Path(cfg.resume))
     state = None if checkpoint is None else unfinished(checkpoint, cfg.trainer.max_steps)
-    _refuse_overwriting(folder, checkpoint)
+    _refuse_overwriting(folder, checkpoint, cfg.resume)
     seed_everything(cfg.seed, workers=True, verbose=False)
     origin = cfg.get("run") if checkpoint is None else folder_of(checkpoint)
     data = opened(instantiate(cfg.data), record_of(origin), cfg.data_changed)
@@ -72,7 +76,7 @@ def _train(cfg: DictConfig) -> FlowModule:
     averaged = state is not None and "current_model_state" in state
     del state
 
-    callbacks = [*_parts(cfg.callback), StopOnInterrupt(folder)]
+    callbacks = [*_parts(cfg.callback), LastValidation(), StopOnInterrupt(folder)]
     if averaged and not any(isinstance(callback, WeightAveraging) for callback in callbacks):
         raise ValueError(
             "callback.ema must stay for a run that averages its weights, got no average; the raw "
@@ -84,17 +88,36 @@ def _train(cfg: DictConfig) -> FlowModule:
     shard_if_asked(module, trainer)
     even_validation(trainer, len(data.val), data.batch_size)
     fresh = not folder.exists() or not any(folder.iterdir())
-    if trainer.is_global_zero:
-        _write(folder, {CONFIG: OmegaConf.to_yaml(recorded(cfg)), UNRESOLVED: unresolved})
-        write_data_record(folder, data, recorded(cfg)["data"])
-    try:
-        trainer.fit(module, data, ckpt_path=checkpoint, weights_only=checkpoint and True)
-    except Exception:
-        if fresh and trainer.is_global_zero and trainer.global_step == 0:
-            _empty(folder)  # a training that could not start
-        raise
+    with locked(folder) if trainer.is_global_zero else nullcontext():
+        if trainer.is_global_zero:
+            _refuse_overwriting(folder, checkpoint, cfg.resume)  # another may just have ended
+            write_text(folder / CONFIG, OmegaConf.to_yaml(recorded(cfg)))
+            write_text(folder / UNRESOLVED, unresolved)
+            write_data_record(folder, data, recorded(cfg)["data"])
+        try:
+            trainer.fit(module, data, ckpt_path=checkpoint, weights_only=checkpoint and True)
+        except Exception:
+            if fresh and trainer.is_global_zero and trainer.global_step == 0:
+                _empty(folder)  # a training that could not start
+            raise
     say(f"run       {folder}")
+    _report(trainer)
     return module
+
+
+def _report(trainer: Trainer) -> None:
+    """Print the last validation, and the files that hold it."""
+    loss = trainer.callback_metrics.get("val/loss")
+    if loss is not None:
+        say(f"held out  loss {loss:.4f} at step {trainer.global_step}")
+    for callback in cast(Any, trainer).callbacks:
+        if isinstance(callback, SampleGrid | ConditionGrid):
+            picture = callback.folder / f"step-{trainer.global_step:06d}.png"
+            if picture.is_file():
+                say(f"picture   {picture}")
+    for logger in trainer.loggers:
+        if isinstance(logger, CSVLogger):
+            say(f"numbers   {Path(logger.log_dir) / 'metrics.csv'}")
 
 
 def _follow_start(cfg: DictConfig) -> None:
@@ -182,18 +205,6 @@ def tell(cfg: DictConfig, data: Any, autoencoder: Any) -> None:
         net.num_classes, net.num_times = None, 1 if cfg.module.times == "symmetric" else 2
 
 
-def _write(folder: Path, files: dict[str, str]) -> None:
-    """Write text files to the run folder."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, text in files.items():
-            (folder / name).write_text(text)
-    except OSError as error:
-        raise ValueError(
-            f"hydra.run.dir must be a writable folder, got {folder}: {error}"
-        ) from error
-
-
 def _empty(folder: Path) -> None:
     """Remove the content of a folder."""
     for path in folder.iterdir():
@@ -212,11 +223,15 @@ def _requeued(folder: Path) -> Path | None:
     return newest_checkpoint(folder) if started_again else None
 
 
-def _refuse_overwriting(folder: Path, resumed: Path | None) -> None:
-    """Raise if the folder holds another run than the resumed one."""
-    trained = folder / CHECKPOINT
+def _refuse_overwriting(folder: Path, resumed: Path | None, resume: str | None) -> None:
+    """Raise if the folder holds another run than the resumed one.
+
+    A checkpoint file of the folder has no part in the settings, so these would be lost.
+    """
+    trained = newest_checkpoint(folder)
     own = resumed is not None and resumed.resolve().is_relative_to(folder.resolve())
-    if trained.exists() and not own:
+    given_as_file = resume is not None and Path(resume).is_file()
+    if trained is not None and (not own or given_as_file):
         raise FileExistsError(
             f"hydra.run.dir must hold no trained run, got {folder}; continue this run by "
             f"resume={folder}, delete the folder, or choose another folder"

@@ -1,5 +1,6 @@
 """Digests that files hold, and files that are whole."""
 
+import multiprocessing
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -68,10 +69,30 @@ def test_a_file_is_replaced_by_a_whole_one(tmp_path):
     file.write_bytes(b"old")
     write_atomically(file, write)
     ((partial, before),) = seen
-    assert re.fullmatch(rf"a\.bin\.{os.getpid()}-\w+\.partial", partial)
+    assert re.fullmatch(rf"a\.bin\.\w+-{os.getpid()}-\w+\.partial", partial)
     assert before == b"old"
     assert file.read_bytes() == b"new"
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next_write(tmp_path):
+    file = tmp_path / "a[1].bin"  # a pattern of glob, too
+
+    def die(partial):
+        partial.write_bytes(b"ha")
+        os._exit(9)
+
+    process = multiprocessing.get_context("fork").Process(target=write_atomically, args=(file, die))
+    process.start()
+    process.join()
+    (left,) = tmp_path.iterdir()
+    living = tmp_path / left.name.replace(f"-{process.pid}-", f"-{os.getpid()}-")
+    others = [living, tmp_path / f"a[1].bin.elsewhere-{process.pid}-ab.partial"]
+    others.append(tmp_path / left.name.replace("a[1]", "b"))
+    for other in others:
+        other.touch()
+    write_atomically(file, lambda partial: partial.write_bytes(b"new"))
+    assert set(tmp_path.iterdir()) == {file, *others}
 
 
 def test_a_link_stays_a_link_and_permissions_stay(tmp_path):

@@ -37,8 +37,8 @@ class PixelSVC:
         generator: Draws the images of the fit; on the CPU.
 
     Raises:
-        ValueError: If the number of labels differs from the number of images, or ``limit`` is below
-            1.
+        ValueError: If the number of labels differs from the number of images, if there is one class
+            only, or ``limit`` is below 1.
 
     >>> images = torch.cat([-torch.ones(5, 1, 2, 2), torch.ones(5, 1, 2, 2)])
     >>> PixelSVC(images, torch.arange(10) // 5).predict(images).tolist()
@@ -59,6 +59,10 @@ class PixelSVC:
         if labels.shape != (len(images),):
             raise ValueError(f"labels must have shape ({len(images)},), got {tuple(labels.shape)}")
         check_at_least(limit, 1, "limit")
+        if len(labels.unique()) < 2:
+            raise ValueError(
+                f"labels must hold two classes or more, got {labels.unique().tolist()}"
+            )
         rows = torch.randperm(len(images), generator=generator)[:limit]
         self.num_images = len(rows)
         self._svc = SVC(C=10, gamma="scale")

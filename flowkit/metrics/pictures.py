@@ -1,11 +1,13 @@
 """Pictures of samples as files: grids of images, scatter plots and histograms."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from flowkit.checks import check_finite
+from flowkit.provenance import write_atomically
 
 
 def save_picture(samples: Tensor, file: str | Path, columns: int = 10, zoom: int = 8) -> Path:
@@ -42,8 +44,6 @@ def save_picture(samples: Tensor, file: str | Path, columns: int = 10, zoom: int
 
 def _save_images(samples: Tensor, file: Path, columns: int, zoom: int) -> None:
     """Save images ``(N, 1 or 3, H, W)`` with white gaps between them."""
-    from PIL import Image
-
     pixels = to_uint8(samples.detach().cpu())
     scale = max(1, min(zoom, 64 // pixels.shape[-1]))
     pixels = pixels.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
@@ -56,7 +56,19 @@ def _save_images(samples: Tensor, file: Path, columns: int, zoom: int) -> None:
         top, left = k // columns * (height + gap) + gap, k % columns * (width + gap) + gap
         canvas[:, top : top + height, left : left + width] = image
     array = canvas.permute(1, 2, 0).numpy()
-    Image.fromarray(array[..., 0] if channels == 1 else array).save(file)
+    save_image(array[..., 0] if channels == 1 else array, file)
+
+
+def save_image(pixels: Any, file: Path) -> None:
+    """Write bytes ``(H, W)`` or ``(H, W, 3)`` of NumPy as a PNG file, whose folder must exist."""
+    from PIL import Image
+
+    write_atomically(file, lambda partial: Image.fromarray(pixels).save(partial, "PNG"))
+
+
+def save_figure(figure: Any, file: Path, dpi: int = 120) -> None:
+    """Write a figure of matplotlib as a PNG file, whose folder must exist."""
+    write_atomically(file, lambda partial: figure.savefig(partial, format="png", dpi=dpi))
 
 
 def _save_points(samples: Tensor, file: Path) -> None:
@@ -70,7 +82,7 @@ def _save_points(samples: Tensor, file: Path) -> None:
     else:
         axes.set_aspect("equal")
         axes.scatter(*coordinates[:2], s=3, alpha=0.5, linewidths=0)
-    figure.savefig(file, dpi=120)
+    save_figure(figure, file)
 
 
 def colored(masks: Tensor, num_classes: int) -> Tensor:

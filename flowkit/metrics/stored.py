@@ -1,16 +1,14 @@
 """Features stored on disk, so that they are computed only once."""
 
 import hashlib
-from functools import partial
 from pathlib import Path
 
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flowkit.metrics.features import Features
 from flowkit.metrics.pictures import to_uint8
-from flowkit.provenance import tensor_hash, write_atomically
+from flowkit.provenance import cached, tensor_hash
 
 
 class StoredFeatures:
@@ -20,7 +18,8 @@ class StoredFeatures:
 
     Args:
         features: The feature network, for images whose features are not stored.
-        folder: The folder of the cache. It is created if it does not exist.
+        folder: The folder of the cache. It is created if it does not exist. If it cannot be
+            written, nothing is stored, with a warning.
 
     >>> import tempfile, torch
     >>> from flowkit.metrics import Pixels
@@ -38,11 +37,9 @@ class StoredFeatures:
         content = f"{self.name} {self.hash} {tensor_hash(to_uint8(images))}"
         key = hashlib.sha256(content.encode()).hexdigest()
         file = self.folder / f"features-{key[:32]}.safetensors"
-        try:
-            return load_file(file)["features"].to(images.device)
-        except (FileNotFoundError, SafetensorError):
-            found = self.features(images)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        tensors = {"features": found.contiguous()}
-        write_atomically(file, partial(save_file, tensors))
-        return found
+        return cached(
+            file,
+            lambda path: load_file(path)["features"],
+            lambda: self.features(images).contiguous(),
+            lambda path, found: save_file({"features": found}, path),
+        ).to(images.device)

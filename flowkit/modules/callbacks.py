@@ -1,8 +1,9 @@
-"""Callbacks of training: averaged weights, pictures, checkpoints, Ctrl-C and the progress bar."""
+"""Callbacks of training: averaged weights, pictures, checkpoints, signals and the progress bar."""
 
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,6 +19,7 @@ from flowkit.metrics.pictures import save_picture
 from flowkit.modules.flow import FlowModule, Guidance, brings_start
 from flowkit.provenance import write_atomically
 from flowkit.sampling import ODESampler, seeded_noise
+from flowkit.stopping import Stopped
 from flowkit.types import take
 
 
@@ -222,73 +224,90 @@ class LastCheckpoint(Checkpoint):
             ) from error
 
 
-class StopOnInterrupt(Callback):
-    """Stop at Ctrl-C after the current step, so that `LastCheckpoint` saves this step.
+class LastValidation(Callback):
+    """Validation, and with it a picture, after the last step, whatever the interval is."""
 
-    The command then ends with a message that names the ``resume`` option. A second Ctrl-C ends the
-    command at once. With several processes Lightning handles Ctrl-C, since the processes would not
-    stop at the same step.
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Ask Lightning to stop: it validates before a stop, but not after ``max_steps``."""
+        if trainer.global_step == trainer.max_steps:
+            trainer.should_stop = True
+
+
+class StopOnInterrupt(Callback):
+    """Stop at Ctrl-C or SIGTERM after the current step, so that `LastCheckpoint` saves this step.
+
+    The command then ends with a message that names the ``resume`` option, and with the exit status
+    130 or 143. A second Ctrl-C ends the command at once; a second SIGTERM changes nothing, since
+    some supervisors send several. Of several processes any one may get the signal.
 
     Args:
         folder: The run folder, for the ``resume`` option in the message.
 
     Raises:
-        SystemExit: At the end of a training that Ctrl-C stopped early.
+        Stopped: At the end of a training that a signal stopped early.
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder, self.asked = Path(folder), False
-        self.before: Any = None
+        self.folder, self.asked = Path(folder), 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Replace the handler of Ctrl-C in the main thread of a single process.
+        """Replace the handlers of both signals, in the main thread.
 
-        At this point Lightning has stored its own handlers, so it does not restore this one.
+        Lightning has stored the handlers of before the training, and restores them at its end.
         """
-        # A background job of a script ignores Ctrl-C; it must continue to do so.
-        ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-        main = threading.current_thread() is threading.main_thread()
-        if trainer.world_size == 1 and main and not ignored:
-            self.before = signal.signal(signal.SIGINT, self._ask)
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number in (signal.SIGINT, signal.SIGTERM):
+            # A background job of a script ignores Ctrl-C; it must continue to do so.
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._ask)
+        early = cast(Any, trainer)._signal_connector
+        if early.received_sigterm:  # by Lightning's handler, which would end with status 0
+            self.asked, early.received_sigterm = signal.SIGTERM, False
 
-    def _ask(self, *_: Any) -> None:
-        """Handle the first Ctrl-C: request a stop, and restore the old handler."""
-        self.asked = True
-        self._restore()
-        sys.stderr.write("\nstopping after this step; Ctrl-C again stops at once without saving\n")
-
-    def _restore(self) -> None:
-        """Restore the old handler of Ctrl-C."""
-        if self.before is not None:
-            signal.signal(signal.SIGINT, self.before)
-        self.before = None
+    def _ask(self, number: int, frame: Any) -> None:
+        """Request a stop at the first signal; end at once at a second Ctrl-C."""
+        if not self.asked:
+            self.asked = number
+            also = "; Ctrl-C again stops at once without saving" if number == signal.SIGINT else ""
+            sys.stderr.write(f"\nstopping after this step{also}\n")
+        elif number == signal.SIGINT:
+            raise Stopped(
+                number, f"stopped at once; continue from the last checkpoint: resume={self.folder}"
+            )
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Stop the training after Ctrl-C, as soon as no accumulated gradients are left."""
-        if self.asked and batches_seen(trainer) % trainer.accumulate_grad_batches == 0:
+        """Stop all processes after a signal, as soon as no accumulated gradients are left."""
+        if batches_seen(trainer) % trainer.accumulate_grad_batches:
+            return
+        if trainer.world_size > 1 and trainer.strategy.reduce_boolean_decision(
+            bool(self.asked), all=False
+        ):
+            self.asked = self.asked or signal.SIGTERM  # another process got the signal
+        if self.asked:
             trainer.should_stop = True
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """End the command if Ctrl-C stopped the training before its last step."""
-        self._restore()
+        """End the command if a signal stopped the training before its last step."""
         if self.asked and trainer.global_step != trainer.max_steps:
-            raise SystemExit(
-                f"stopped at step {trainer.global_step}; continue with resume={self.folder}"
+            stopped = Stopped(
+                self.asked,
+                f"stopped at step {trainer.global_step}; continue with resume={self.folder}",
             )
-
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
-        """Restore the old handler of Ctrl-C after an error."""
-        self._restore()
+            if not trainer.is_global_zero:
+                stopped.code = 0  # Lightning would kill the first process
+            raise stopped
 
 
 class StepProgress(TQDMProgressBar):
     """Progress bar over the whole training, counted in batches instead of epochs.
 
-    In a resumed run the bar starts at the step of the checkpoint.
+    In a resumed run the bar starts at the step of the checkpoint. After 20 batches a line says how
+    long the training will take, by the time of batches 6 to 20.
 
     Args:
         refresh_rate: Batches between two updates of the bar.
@@ -296,6 +315,7 @@ class StepProgress(TQDMProgressBar):
 
     def __init__(self, refresh_rate: int = 20) -> None:
         super().__init__(refresh_rate)
+        self.first, self.began = 0, 0.0
 
     def on_train_start(self, trainer: Trainer, *args: Any) -> None:
         """Set the bar to the current batch, and its end to the last batch."""
@@ -305,7 +325,7 @@ class StepProgress(TQDMProgressBar):
         bar.total = None
         if trainer.max_steps >= 0:
             bar.total = trainer.max_steps * trainer.accumulate_grad_batches
-        bar.initial = bar.n = batches_seen(trainer)
+        bar.initial = bar.n = self.first = batches_seen(trainer)
 
     def on_train_epoch_start(self, *args: Any) -> None:
         """Leave the bar as it is, since the training stream has no epochs."""
@@ -316,9 +336,28 @@ class StepProgress(TQDMProgressBar):
         """Move the bar to the number of batches since the start of the training."""
         seen = batches_seen(trainer)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, seen - 1)
+        made = seen - self.first
+        if made == 5:  # the first ones are slower
+            self.began = time.perf_counter()
+        total = self.train_progress_bar.total
+        if made == 20 and total is not None and total > seen:
+            seconds = (time.perf_counter() - self.began) / 15 * (total - seen)
+            self.print(f"time      about {duration(seconds)} more on this machine, by 15 batches")
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """Return the logged values without the version number of the logger."""
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
         return metrics  # type: ignore[return-value]
+
+
+def duration(seconds: float) -> str:
+    """Return a duration in words, in the unit that gives one to three digits.
+
+    >>> [duration(s) for s in (0.2, 89, 90, 3 * 3600, 111_600, 10 * 86400)]
+    ['1 s', '89 s', '2 min', '3 h', '31 h', '10 days']
+    """
+    for unit, size, most in (("s", 1, 90), ("min", 60, 120), ("h", 3600, 72)):
+        if seconds < most * size:
+            return f"{max(1, round(seconds / size))} {unit}"
+    return f"{round(seconds / 86400)} days"

@@ -74,8 +74,9 @@ class ExactResume(Frozen, LightningModule):
         trainer = cast(Any, self._trainer)
         if trainer is None or not trainer.training:
             return True
-        every = trainer.log_every_n_steps
-        return bool(every) and (self.global_step + 1) % every == 0
+        every, step = trainer.log_every_n_steps, self.global_step + 1
+        # Lightning logs the last step, too: without its own terms, those of an earlier step.
+        return bool(every) and (step % every == 0 or step == trainer.max_steps)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the loss of one batch, and log its terms.

@@ -22,7 +22,7 @@ VARIABLE = re.compile(r"\$\{(oc\.env:(\w+))(?:,([^${}]*))?\}")
 # The beginning of a reference in an unresolved configuration: to another node, or a resolver.
 REFERENCE = re.compile(r"\$\{(?:[\w.\[\]]+\}|(oc\.env:\w+|hydra:[\w.]+|[\w.]+(?=:)))")
 RESOLVERS = {
-    *("flat", "now", "oc.select", "one_more_channel", "run_folder"),
+    *("flat", "now", "oc.select", "one_more_channel", "quarter", "run_folder"),
     "hydra:runtime.output_dir",
 }
 

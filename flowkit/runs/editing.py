@@ -41,6 +41,9 @@ class RunFlow:
         self.guidance: float = run.config.get("guidance") or 1.0
         self.image_shape = tuple(run.config.get("image_shape") or run.config["shape"])
         self.channels = self.image_shape[0]
+        height, width = (0, 1, *self.image_shape)[-2:]
+        self.side = height if height == width else None
+        """Side of the run's images; None if they are not square."""
 
     @classmethod
     def load(cls, cfg: DictConfig) -> "RunFlow":
@@ -134,7 +137,7 @@ class RunFlow:
 class PipelineFlow(DiffusersPipelineFlow):
     """Velocity of a diffusers pipeline, with the same interface as `RunFlow`."""
 
-    channels = 3
+    channels, side = 3, None
 
     @classmethod
     def load(cls, cfg: DictConfig) -> "PipelineFlow":

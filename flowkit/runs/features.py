@@ -10,49 +10,65 @@ from flowkit.metrics import (
     ConvClassifier,
     Features,
     Pixels,
+    PixelSVC,
     inception,
     train_classifier,
 )
 from flowkit.modules.autoencoding import FeatureError
 from flowkit.modules.flow import labels_of
-from flowkit.provenance import cache_folder
+from flowkit.provenance import cache_folder, cached
 from flowkit.runs.processes import say
 
 
 def features_for(data: SplitData, seed: int) -> Features:
-    """Return `classifier_features`, or `pixel_features` for data without class labels."""
-    if labels_of(data.train[:1], data.num_classes) is not None:
+    """Return `classifier_features`, or `pixel_features` for data without two classes or more."""
+    if _has_classes(data):
         return classifier_features(data, seed)
-    say("features  pixels, since the data have no class labels")
+    say("features  pixels, since the data do not have several classes")
     return pixel_features(data)
+
+
+def _has_classes(data: SplitData) -> bool:
+    """Return True for data with labels of two classes or more."""
+    several = data.num_classes is not None and data.num_classes > 1
+    return several and labels_of(data.train[:1], data.num_classes) is not None
 
 
 def classifier_features(data: SplitData, seed: int) -> ConvClassifier:
     """Return a classifier of the data's classes, trained once and kept in the user's cache.
 
     Raises:
-        ValueError: If the data have no class labels.
+        ValueError: If the data do not have labels of several classes.
     """
-    train = data.train
-    if data.num_classes is None or labels_of(train[:1], data.num_classes) is None:
+    if not _has_classes(data):
         raise ValueError(
-            "metric must be pixels or inception for data without class labels, got classifier"
+            "metric must be pixels or inception for data without several classes, got classifier"
         )
-    cache = cache_folder()
-    file = cache / f"classifier-{data.fingerprint('train')[:16]}-{seed}.safetensors"
-    if file.is_file():
-        return ConvClassifier.load(file)
-    say(f"features  training a classifier on {len(train):,} images")
-    batch = train[:]
-    epochs = min(20, max(3, 30_000 // len(train)))
-    name = f"conv-classifier-{type(data).__name__.lower()}"
-    labels = cast(Tensor, batch.get("cond"))
-    net = train_classifier(
-        batch["x1"], labels, data.num_classes, seed=seed, epochs=epochs, name=name
-    )
-    cache.mkdir(parents=True, exist_ok=True)
-    net.save(file)
-    return net
+    train = data.train
+
+    def trained() -> ConvClassifier:
+        say(f"features  training a classifier on {len(train):,} images")
+        batch = train[:]
+        epochs = min(20, max(3, 30_000 // len(train)))
+        name = f"conv-classifier-{type(data).__name__.lower()}"
+        labels, classes = cast(Tensor, batch.get("cond")), cast(int, data.num_classes)
+        return train_classifier(batch["x1"], labels, classes, seed=seed, epochs=epochs, name=name)
+
+    file = cache_folder() / f"classifier-{data.fingerprint('train')[:16]}-{seed}.safetensors"
+    return cached(file, ConvClassifier.load, trained, lambda path, net: net.save(path))
+
+
+def judge_of(images: Tensor, labels: Tensor | None) -> PixelSVC | None:
+    """Return a judge fitted to training images and their classes, or None without classes.
+
+    With images of one class there is no judge, and a printed line says so.
+    """
+    if labels is None:
+        return None
+    if len(labels.unique()) < 2:
+        say("judge     left out, since the training images have one class only")
+        return None
+    return PixelSVC(images, labels)
 
 
 def pixel_features(data: SplitData) -> Pixels:

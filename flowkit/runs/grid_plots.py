@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
+from flowkit.metrics.pictures import save_figure
 from flowkit.runs.tables import markdown
 
 Row = dict[str, Any]
@@ -69,4 +70,4 @@ def plot(candidates: dict[str, Tensor], winner: str, table: list[Row], file: Pat
         axes.grid(alpha=0.3)
     for axes in (steps, *panels):
         axes.legend(fontsize=8)
-    figure.savefig(file, dpi=110)
+    save_figure(figure, file, 110)

@@ -4,6 +4,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from flowkit.metrics.pictures import save_figure
+from flowkit.provenance import write_text
 from flowkit.runs.tables import markdown
 
 Row = dict[str, Any]
@@ -36,7 +38,7 @@ def write_table(rows: list[Row], gains: list[Row], file: Path) -> None:
             for g in gains
         ]
         text += f"\nCost of full features divided by cost of FRA:\n\n{markdown(header, lines)}"
-    file.write_text(text)
+    write_text(file, text)
 
 
 def _mean(values: list[float | None]) -> str:
@@ -88,4 +90,4 @@ def plot(rows: list[Row], file: Path) -> None:
     panels[-1][1].set_xlabel("wall time per sample (ms)")
     handles = panels[0][0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside upper center", ncols=3, fontsize=8)
-    figure.savefig(file, dpi=120)
+    save_figure(figure, file)

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any, cast
 
 from lightning.fabric import Fabric
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from flowkit.provenance import tensor_hash, write_atomically
+from flowkit.provenance import cached, tensor_hash, write_atomically
 from flowkit.types import Cond
 
 Columns = dict[str, Tensor]
@@ -42,8 +41,8 @@ class Parts:
         Returns:
             All parts on the first process, an empty list on the others.
 
-        Raises:
-            RuntimeError: If the file of a part cannot be read.
+        A damaged file of a stopped call is named in a warning, and its part is made again. Several
+        calls with the same options may run at once.
         """
         rank, world = self.fabric.global_rank, self.fabric.world_size
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -51,10 +50,14 @@ class Parts:
         hidden = True if rank else None  # with None, tqdm hides the bar if there is no terminal
         for number in tqdm(range(rank, count, world), "sampling", leave=False, disable=hidden):
             if not files[number].is_file():
-                columns = {k: v.contiguous() for k, v in make(number).items()}
-                write_atomically(files[number], partial(save_file, columns))
+                _keep(files[number], _whole(make, number))
         self.fabric.barrier()
-        return [] if rank else [_read(file) for file in files]
+        if rank:
+            return []
+        return [
+            cached(file, load_file, partial(_whole, make, number), _write)
+            for number, file in enumerate(files)
+        ]
 
     def remove(self) -> None:
         """Delete the folder of parts after its use."""
@@ -66,11 +69,22 @@ def hash_of(cond: Cond) -> str | None:
     return None if cond is None else tensor_hash(cast(Any, cond))
 
 
-def _read(file: Path) -> Columns:
-    """Read one part."""
+def _whole(make: Callable[[int], Columns], number: int) -> Columns:
+    """Make a part whose tensors can be stored."""
+    return {name: column.contiguous() for name, column in make(number).items()}
+
+
+def _keep(file: Path, columns: Columns) -> None:
+    """Write one part; another call with the same options may just have removed the folder."""
     try:
-        return load_file(file)
-    except SafetensorError as error:
-        raise RuntimeError(
-            f"part must be readable, got {file}: {error}; delete the file to have it made again"
-        ) from error
+        write_atomically(file, partial(_write, columns=columns))
+    except Exception:
+        if file.parent.is_dir():
+            raise
+        file.parent.mkdir(parents=True)
+        write_atomically(file, partial(_write, columns=columns))
+
+
+def _write(file: Path, columns: Columns) -> None:
+    """Write one part."""
+    save_file(columns, file)

@@ -1,8 +1,10 @@
 """Processes of a recipe: their start, their devices and their printed lines."""
 
+import logging
 import warnings
 
 import torch
+from hydra.utils import instantiate
 from lightning.fabric import Fabric
 from lightning.fabric.utilities import rank_zero_only
 from omegaconf import DictConfig
@@ -15,6 +17,19 @@ say = rank_zero_only(print)  # prints once for all processes
 def quiet() -> None:
     """Hide a warning about Lightning's own code, which a user cannot avoid."""
     warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
+
+
+def check_trainer(node: DictConfig) -> None:
+    """Require that this machine has the devices of a trainer, before any work.
+
+    Raises:
+        hydra.errors.InstantiationException: If Lightning refuses the trainer.
+    """
+    logging.disable(logging.INFO)  # the training says the same
+    try:
+        instantiate(node, logger=False, enable_progress_bar=False, val_check_interval=1)
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def usable_device(name: str | torch.device) -> torch.device:

@@ -2,6 +2,9 @@
 
 import json
 import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -10,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.resolvers import oc
 
 from flowkit.modules import FlowModule
-from flowkit.provenance import tensor_hash
+from flowkit.provenance import read_json, tensor_hash, write_text
 
 
 def weights(module: FlowModule) -> dict[str, Any]:
@@ -18,20 +21,39 @@ def weights(module: FlowModule) -> dict[str, Any]:
     return {**(module.weights or {}), "hash": tensor_hash(module.state_dict())}
 
 
-def write_record(record: dict[str, Any], files: list[Path]) -> None:
-    """Write a record to the first of ``files``, and rename the files of another record.
+@contextmanager
+def recording(record: dict[str, Any], files: list[Path]) -> Iterator[None]:
+    """Write a record to the first of ``files``, after the body has written the other files.
 
-    An earlier record that differs in more than its seconds keeps its files under new names:
-    ``metrics.json`` becomes ``metrics-1.json`` (or the next free number), and the other files get
-    the same number.
+    So a record stands for all its files. An earlier record that differs in more than its seconds
+    keeps its files under new names: ``metrics.json`` becomes ``metrics-1.json`` (or the next free
+    number), and the other files get the same number.
     """
     file, text = files[0], json.dumps(record, indent=2) + "\n"
-    if file.is_file() and _timeless(file.read_text()) != _timeless(text):
+    if file.is_file() and _timeless(file.read_text(errors="replace")) != _timeless(text):
         number = next(n for n in count(1) if not file.with_stem(f"{file.stem}-{n}").exists())
-        for earlier in filter(Path.is_file, files):
+        for earlier in filter(Path.exists, files):
             earlier.rename(earlier.with_stem(f"{earlier.stem}-{number}"))
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(text)
+    yield
+    write_text(file, text)
+
+
+def kept_record(file: Path) -> dict[str, Any]:
+    """Return the record of an earlier call, to continue it; empty if there is none.
+
+    A damaged file is named in a warning, and its results are made again.
+    """
+    if not file.is_file():
+        return {}
+    try:
+        found = read_json(file)
+    except ValueError as error:
+        found = error
+    if isinstance(found, dict):
+        return found
+    warnings.warn(f"record must be JSON, got {file}: {found}; it is made again", stacklevel=2)
+    return {}
 
 
 def recorded(cfg: DictConfig) -> dict[str, Any]:

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from flowkit.metrics.pictures import save_figure
+
 Row = dict[str, Any]
 
 
@@ -59,7 +61,7 @@ def plot(rows: list[Row], measure: str, floor: float, file: Path) -> None:
     panels[0].minorticks_off()
     panels[0].set_ylabel(measure)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
-    figure.savefig(file, dpi=120)
+    save_figure(figure, file)
 
 
 def plot_guidance(rows: list[Row], measure: str, real: Mapping[str, float], file: Path) -> None:
@@ -87,4 +89,4 @@ def plot_guidance(rows: list[Row], measure: str, real: Mapping[str, float], file
         axes.set(title=title, xlabel="guidance")
         axes.legend(fontsize=8)
         axes.grid(alpha=0.3)
-    figure.savefig(file, dpi=120)
+    save_figure(figure, file)

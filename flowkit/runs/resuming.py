@@ -30,7 +30,8 @@ def find_checkpoint(resume: Path) -> Path:
     """
     file = newest_checkpoint(resume) if resume.is_dir() else resume
     if file is None or not file.is_file():
-        raise FileNotFoundError(f"resume must be a run folder or a checkpoint, got {resume}")
+        begun = " without a checkpoint" if resume.is_dir() else ""
+        raise FileNotFoundError(f"resume must be a run folder or a checkpoint, got {resume}{begun}")
     return file
 
 
@@ -91,8 +92,14 @@ def resumed(cfg: DictConfig, overrides: list[str]) -> DictConfig:
     folder = Path(cfg.resume)
     if not (folder / UNRESOLVED).is_file():
         raise FileNotFoundError(f"resume must be a run folder with {UNRESOLVED}, got {folder}")
+    try:
+        content = read_config(folder, UNRESOLVED)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}; copy {CONFIG} to {UNRESOLVED} to resume: a schedule then keeps its length"
+        ) from error
     now = {"trust": cfg.trust, "data_changed": cfg.data_changed}  # never those of an earlier call
-    stored = OmegaConf.create({**read_config(folder, UNRESOLVED), **now})
+    stored = OmegaConf.create({**content, **now})
     if missing := set(cfg) - set(stored):
         raise ValueError(
             f"resume must be a run of the same recipe, got {folder} without the options "

@@ -167,6 +167,25 @@ def test_averages_out_of_range_are_refused():
 
 
 @QUIET
+def test_the_time_of_a_training_is_told_after_20_batches(tmp_path, monkeypatch, capsys):
+    """Batches 6 to 20 took 30 seconds, so 250 more take 500 seconds."""
+    monkeypatch.setattr(callbacks.time, "perf_counter", iter([100.0, 130.0]).__next__)
+    trainer = Trainer(
+        max_steps=270,
+        callbacks=[StepProgress()],
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+        max_epochs=-1,
+    )
+    batches = DataLoader([{"x1": X1[:2]}] * 6, batch_size=None)
+    trainer.fit(ConditionalFlowMatching(ResidualMLP((2,), width=2, depth=1)), batches)
+    assert "time      about 8 min more on this machine" in capsys.readouterr().out
+
+
+@QUIET
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_resumed_bar_starts_where_the_training_stands(tmp_path, accumulate):
     def fit(steps, **options):

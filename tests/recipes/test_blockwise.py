@@ -151,6 +151,13 @@ def test_the_second_stage_is_one_command(stage1, stage2):
     assert differing(stage1, stage2) == changed
 
 
+def test_a_stopped_run_of_blockwise_is_not_taken_over(stage1, stage2):
+    before = (stage2 / "config.yaml").read_text()
+    with pytest.raises(ValueError, match=f"continues with flowkit train resume={stage2}"):
+        blockwise(composed("blockwise", *SHORT, f"resume={stage2}", run=stage1, run_dir=stage2))
+    assert (stage2 / "config.yaml").read_text() == before
+
+
 def test_one_stack_is_trained_alone_and_swapped_in(folder, stage1):
     run = folder / "stack"
     options = [*SHORT, "stage=flow", "segments=[1]"]

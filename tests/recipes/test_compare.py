@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -12,6 +13,7 @@ from flowkit.autoencoders import Identity
 from flowkit.recipes.compare import compare, write_table
 from flowkit.recipes.evaluate import evaluate
 from flowkit.recipes.train import tell, train
+from flowkit.runs.locks import locked
 from tests.conftest import CONF
 
 POINTS = [
@@ -54,6 +56,23 @@ def table(configured, tmp_path):
 
 def _written(out):
     return {f: f.stat().st_mtime_ns for f in out.rglob("last.ckpt")}
+
+
+def test_a_damaged_cell_is_named_and_made_again(table):
+    table.seeds, table.couplings = [1], {"I-CFM": ["coupling=independent"]}
+    (row,) = compare(table)
+    (record,) = Path(table.out).rglob("cell.json")
+    record.write_text(record.read_text()[:30])
+    with pytest.warns(UserWarning, match=r"record must be JSON, got .*cell.json: .*made again"):
+        (again,) = compare(table)
+    assert {**again, "seconds": 0} == {**row, "seconds": 0}
+    assert json.loads(record.read_text())["metrics"]["w2"] == row["w2"]
+
+
+def test_two_tables_in_one_folder_do_not_empty_each_others_cells(table):
+    (out := Path(table.out)).mkdir()
+    with locked(out), pytest.raises(FileExistsError, match=r"must be in no other use, got .*out"):
+        compare(table)
 
 
 def test_a_cell_is_what_train_and_evaluate_give_on_their_own(table, configured, tmp_path):

@@ -9,11 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
+from flowkit.data import Folder
 from flowkit.flowopt import FlowOpt
 from flowkit.guidance import ClassifierFree
 from flowkit.modules import load_run
 from flowkit.recipes.compare_edits import compare_edits, edit_table
-from flowkit.recipes.edit import edit, read_image
+from flowkit.recipes.edit import edit, read_image, read_region
 from flowkit.runs import Run
 from flowkit.runs.editing import RunFlow
 from flowkit.sampling import ODESampler
@@ -150,11 +151,44 @@ def test_what_does_not_fit_a_run(options, message, tiny_run, digit, configure, t
         edit(configure("edit", *defaults, *options))
 
 
+def test_a_photo_is_squared_as_training_images_are(tiny_run, configure, tmp_path):
+    """A wide photo, turned by its camera, and its region; a folder's data say what is right."""
+    (tmp_path / "photos").mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for k in range(3):
+        photo = Image.fromarray(torch.randint(256, (30, 44, 3), dtype=torch.uint8).numpy())
+        photo.save(tmp_path / "photos" / f"{k}.png", exif=exif)
+    left = torch.zeros(44, 30, dtype=torch.uint8)  # upright it is 44 high
+    left[:, :15] = 255
+    Image.fromarray(left.numpy()).save(tmp_path / "left.png")
+    data = Folder(tmp_path / "photos", 8, channels=1, val_fraction=0.4, test_fraction=0.4)
+    data.setup()
+    images = torch.cat([data.split(name)[:]["x1"] for name in ("train", "val", "test")])
+    photo = tmp_path / "photos" / "0.png"
+    assert sum(torch.equal(read_image(photo, 1, 8)[0], image) for image in images) == 1
+    options = [f"run={tiny_run}", f"image={photo}", "source=3", "num_iters=1", "target=8"]
+    cfg = configure("edit", *options, f"region={tmp_path}/left.png", f"out={tmp_path}/out")
+    region = read_region(cfg, 8, images)[0, 0]
+    # The edge is 3 pixels wide on each side, as Lanczos' filter is.
+    assert torch.equal(region[:, [0, 7]], torch.tensor([1.0, 0.0]).expand(8, 2))
+    assert edit(cfg).x.shape == (1, 1, 8, 8)
+
+
+def test_an_earlier_edit_keeps_its_iterates(tiny_run, digit, configure, tmp_path):
+    options = [f"run={tiny_run}", f"image={digit}", "source=3", "num_steps=2", f"out={tmp_path}/o"]
+    edit(configure("edit", *options, "num_iters=5"))
+    first = {f.name: f.read_bytes() for f in (tmp_path / "o" / "iterates").iterdir()}
+    (tmp_path / "o" / "edit.json").unlink()  # as if killed before the record
+    edit(configure("edit", *options, "num_iters=2"))
+    assert len(list((tmp_path / "o" / "iterates").iterdir())) == 3  # none of the five
+    edit(configure("edit", *options, "num_iters=5"))
+    kept = {f.name for f in (tmp_path / "o" / "iterates-1").iterdir()}
+    assert kept == {"00.png", "01.png", "02.png"}
+    assert {f.name: f.read_bytes() for f in (tmp_path / "o" / "iterates").iterdir()} == first
+
+
 def test_pictures_of_another_size(tiny_run, digit, photo, configure, tmp_path):
-    with pytest.raises(
-        ValueError, match=r"image must have the shape of the run's images, \(1, 8, 8\)"
-    ):
-        edit(configure("edit", f"run={tiny_run}", f"image={photo}", "source=3"))
     with pytest.raises(ValueError, match=r"region must have the size of the image, \(8, 8\), got"):
         edit(configure("edit", f"run={tiny_run}", f"image={digit}", "source=3", f"region={photo}"))
 

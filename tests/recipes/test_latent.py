@@ -135,6 +135,44 @@ def test_a_resumed_autoencoder_is_the_uninterrupted_one(network, tmp_path):
         _autoencoder(tmp_path / "end", "trainer.max_steps=4", f"resume={network}")
 
 
+@pytest.mark.parametrize("after", ["training", "weights", "network"])
+def test_an_autoencoder_killed_after_its_training_is_finished_by_resume(
+    network, tmp_path, monkeypatch, after
+):
+    """Steps that are already made are not made again; the files are those of an unkilled call."""
+
+    def killed(*args):
+        raise ConnectionError("the plug was pulled")
+
+    place, name = {
+        "training": ("flowkit.recipes.autoencoder.KLAutoencoder", "fit_scale"),
+        "weights": ("flowkit.autoencoders", "copyfile"),
+        "network": ("flowkit.recipes.autoencoder", "_measure"),
+    }[after]
+    with monkeypatch.context() as patched:
+        calls = iter([shutil.copyfile]) if after == "weights" else iter([])
+        patched.setattr(f"{place}.{name}", lambda *args: next(calls, killed)(*args))
+        with pytest.raises(ConnectionError):
+            _autoencoder(tmp_path)
+    assert (tmp_path / "config.json").exists() == (after == "network")
+    assert not (tmp_path / "metrics.json").exists()
+    monkeypatch.setattr("lightning.Trainer.fit", killed)
+    _autoencoder(tmp_path, f"resume={tmp_path}")
+    made, expected = (KLAutoencoder.from_pretrained(folder) for folder in (tmp_path, network))
+    assert made.hash == expected.hash
+    found, wanted = (json.loads(_text(folder)) for folder in (tmp_path, network))
+    assert found["metrics"] == wanted["metrics"]
+    with pytest.raises(ValueError, match=r"trainer.max_steps must exceed the steps already made"):
+        _autoencoder(tmp_path, f"resume={tmp_path}")
+
+
+def test_what_measures_an_autoencoder_is_found_before_its_training(tmp_path):
+    options = ["metric=inception", f"metric.weights={tmp_path}/none"]
+    with pytest.raises(ValueError, match="weights must be a file of InceptionV3"):
+        _autoencoder(tmp_path / "a", *options)
+    assert not (tmp_path / "a").exists()
+
+
 def _state(folder):
     file = folder / "checkpoints/last.ckpt"
     state = torch.load(file, weights_only=True)["state_dict"]

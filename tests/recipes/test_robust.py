@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from flowkit.modules import LastCheckpoint, load_run
+from flowkit.modules.callbacks import StopOnInterrupt
 from flowkit.modules.checkpoints import read_checkpoint
 from flowkit.recipes.train import train
 from flowkit.runs.resuming import resumed
@@ -128,36 +129,87 @@ def _keyboard():
 
 
 class PressCtrlC(Callback):
-    """Interrupts its own process after an optimizer step, or amid the accumulation for the next."""
+    """Signals its own process after an optimizer step, or amid the accumulation for the next."""
 
-    def __init__(self, step, batch, times=1):
-        self.step, self.batch, self.times = step, batch, times
+    def __init__(self, step, batch, times=1, number=signal.SIGINT):
+        self.step, self.batch, self.times, self.number = step, batch, times, number
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if trainer.global_step == self.step and batch_idx % 2 == self.batch:
             for _ in range(self.times):
-                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), self.number)
                 time.sleep(0.2)  # two at once are one to Python
 
 
-def _press(step, batch, times=1):
-    node = "_target_: tests.recipes.test_robust.PressCtrlC"
+def _press(step, batch, times=1, number=signal.SIGINT):
+    node = f"_target_: tests.recipes.test_robust.PressCtrlC, number: {int(number)}"
     return f"+callback.press={{{node}, step: {step}, batch: {batch}, times: {times}}}"
 
 
 @pytest.mark.usefixtures("_keyboard")
-@pytest.mark.parametrize("batch", [0, 1])
-def test_ctrl_c_ends_after_the_step_which_is_saved(configure, tmp_path, batch, capsys):
+@pytest.mark.parametrize(
+    ("batch", "number", "times"), [(0, signal.SIGINT, 1), (1, signal.SIGTERM, 2)]
+)
+def test_a_signal_ends_after_the_step_which_is_saved(
+    configure, tmp_path, batch, number, times, capsys
+):
+    """SIGTERM may come twice, as from ``timeout``."""
     options = [*OPTIONS, "trainer.accumulate_grad_batches=2"]
     train(configure("train", *options, f"run_dir={tmp_path / 'whole'}"))
-    run, before = tmp_path / "run", signal.getsignal(signal.SIGINT)
-    with pytest.raises(SystemExit, match=f"stopped at step 8; continue with resume={run}"):
-        train(configure("train", *options, f"run_dir={run}", _press(7, batch)))
-    assert "stopping after this step" in capsys.readouterr().err
-    assert signal.getsignal(signal.SIGINT) is before
+    run, before = tmp_path / "run", signal.getsignal(number)
+    with pytest.raises(
+        SystemExit, match=f"stopped at step 8; continue with resume={run}"
+    ) as stopped:
+        train(configure("train", *options, f"run_dir={run}", _press(7, batch, times, number)))
+    assert stopped.value.code == 128 + number
+    assert capsys.readouterr().err.count("stopping after this step") == 1
+    assert signal.getsignal(number) is before
     assert _state(run)["global_step"] == 8
     train(resumed(configure("train", f"resume={run}"), ["callback.press=null"]))
     assert_same(run, tmp_path / "whole")
+
+
+class PressAtStart(Callback):
+    """Signals before the first step, when the handler of `StopOnInterrupt` is not yet there."""
+
+    def on_train_start(self, *args):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_signal_before_the_first_step_is_not_lost(configure, tmp_path):
+    node = "+callback.press={_target_: tests.recipes.test_robust.PressAtStart}"
+    with pytest.raises(SystemExit, match="stopped at step 1") as stopped:
+        train(configure("train", *OPTIONS, f"run_dir={tmp_path}", node))
+    assert stopped.value.code == 143
+    assert _state(tmp_path)["global_step"] == 1
+
+
+def test_two_processes_stop_at_one_step_and_the_first_tells(tmp_path):
+    """The second process of two gets the signal: both stop, and only the first has a status."""
+    codes = []
+    for first in (True, False):
+        callback = StopOnInterrupt(tmp_path)
+        strategy = SimpleNamespace(reduce_boolean_decision=lambda asked, all: True)
+        trainer = SimpleNamespace(
+            world_size=2,
+            strategy=strategy,
+            should_stop=False,
+            accumulate_grad_batches=1,
+            global_step=3,
+            max_steps=9,
+            is_global_zero=first,
+        )
+        trainer.fit_loop = SimpleNamespace(epoch_loop=_Seen)
+        callback.on_train_batch_end(trainer, None, None, None, 0)
+        assert trainer.should_stop
+        with pytest.raises(SystemExit, match="stopped at step 3") as stopped:
+            callback.on_fit_end(trainer, None)
+        codes.append(stopped.value.code)
+    assert codes == [143, 0]
+
+
+class _Seen:
+    batch_progress = SimpleNamespace(total=SimpleNamespace(processed=3))
 
 
 @pytest.mark.usefixtures("_keyboard")
@@ -175,8 +227,9 @@ def test_where_ctrl_c_is_ignored_it_stays_ignored(configure, tmp_path):
 
 @pytest.mark.usefixtures("_keyboard")
 def test_ctrl_c_twice_ends_at_once(configure, tmp_path):
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match=f"stopped at once; .* resume={tmp_path}") as stopped:
         train(configure("train", *OPTIONS, f"run_dir={tmp_path}", _press(7, 1, times=2)))
+    assert stopped.value.code == 130
     assert _state(tmp_path)["global_step"] == 5
 
 

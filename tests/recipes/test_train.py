@@ -43,6 +43,46 @@ def test_a_run_folder_is_self_contained(tiny_run):
     assert list(tiny_run.glob("tensorboard/*/events*"))
 
 
+@pytest.mark.parametrize(
+    ("steps", "given", "pictures"),
+    [(11, [], [3, 6, 9, 11]), (12, ["trainer.val_check_interval=7"], [7, 12]), (2, [], [1, 2])],
+)
+def test_every_training_ends_with_a_validation_and_a_picture(
+    configure, tmp_path, capsys, steps, given, pictures
+):
+    options = [o for o in TINY if "val_check" not in o and "max_steps" not in o]
+    options += [f"trainer.max_steps={steps}", "trainer.log_every_n_steps=1", *given]
+    train(configure("train", *options, f"run_dir={tmp_path}"))
+    files = [tmp_path / "samples" / f"step-{step:06d}.png" for step in pictures]
+    assert sorted((tmp_path / "samples").iterdir()) == files
+    (table,) = tmp_path.glob("logs/*/metrics.csv")
+    losses = {int(row["step"]) + 1: row["val/loss"] for row in _read(table) if row["val/loss"]}
+    assert list(losses) == pictures
+    said = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()[-4:])
+    assert said["run"] == str(tmp_path)
+    assert said["picture"] == str(files[-1])
+    assert said["numbers"] == str(table)
+    assert f"loss {float(losses[steps]):.4f} at step {steps}" in said["held"]
+
+
+def test_the_last_logged_loss_is_of_the_last_step(configure, tmp_path):
+    rows = []
+    for every in (1, 5):
+        folder = tmp_path / str(every)
+        options = [*TINY, "trainer.max_steps=7", f"trainer.log_every_n_steps={every}"]
+        train(configure("train", *options, f"run_dir={folder}"))
+        rows.append(_losses(folder))
+    assert rows[1] == [rows[0][4], rows[0][6]]
+
+
+def test_intervals_follow_the_number_of_steps(configure, tmp_path):
+    for steps, interval in ((10_000, 1000), (4001, 1000), (3998, 1000), (300, 75), (1, 1)):
+        cfg = configure("train", f"trainer.max_steps={steps}")
+        assert cfg.trainer.val_check_interval == interval
+    assert configure("train", "trainer.max_steps=-1").trainer.val_check_interval == 1000
+    assert configure("train", "experiment=digits_cfm").trainer.val_check_interval == 500
+
+
 def test_checkpoints_hold_the_average_of_the_weights(configure, tmp_path):
     """EMA by hand over the raw weights of every step equals the checkpoint's weights."""
     options = [*TINY, f"run_dir={tmp_path}", "trainer.max_steps=5", "callback.ema.decay=0.3"]
