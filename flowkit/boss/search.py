@@ -252,7 +252,7 @@ def search_rows(
         ValueError: If the method is unknown.
 
     >>> search_rows(96, num_steps=8)
-    {'costs': 6400, 'endpoint': 107776, 'scores': 257920}
+    {'costs': 6400, 'endpoint': 108224, 'scores': 257920}
     """
     check_choice(method, SLOPES, "method")
     n, per_step, made = fine_steps, 1 if method == "euler" else 2, num_noises * 2 // 3
@@ -266,8 +266,8 @@ def search_rows(
         program = per_step * n + 1 + (num_steps - 1) * width
         if method != "euler":
             program += 2 * width + (num_steps - 2) * width * (width + 1) // 2
-        # The sum of the reference, the first grids, and a search that may end within a solve.
-        search = per_step * (n + 4 * num_steps + min(num_steps, SEARCH_WALKS) * n)
+        # The reference, the first grids, and a search that may exceed its budget by a solve.
+        search = per_step * (n + 5 * num_steps - 1 + min(num_steps, SEARCH_WALKS) * n)
     scores = per_step * (3 * num_steps + n)
     return {
         "costs": made * costs,

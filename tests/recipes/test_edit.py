@@ -156,7 +156,7 @@ def test_a_photo_is_squared_as_training_images_are(tiny_run, configure, tmp_path
     (tmp_path / "photos").mkdir()
     exif = Image.Exif()
     exif[0x0112] = 6
-    for k in range(3):
+    for k in range(12):
         photo = Image.fromarray(torch.randint(256, (30, 44, 3), dtype=torch.uint8).numpy())
         photo.save(tmp_path / "photos" / f"{k}.png", exif=exif)
     left = torch.zeros(44, 30, dtype=torch.uint8)  # upright it is 44 high

@@ -329,7 +329,7 @@ def test_a_damaged_configuration_is_an_error_with_the_fix(tiny_run, configure, t
 def test_a_device_that_does_not_exist_is_found_before_the_data(
     recipe, configure, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(f"flowkit.recipes.{recipe}.prepared", None)
+    monkeypatch.setattr(f"flowkit.recipes.{recipe}.opened", None)
     cfg = configure(recipe, "trainer.accelerator=cuda", f"run_dir={tmp_path}/run")
     with pytest.raises(InstantiationException, match="CUDAAccelerator"):
         {"train": train, "autoencoder": autoencoder}[recipe](cfg)

@@ -268,7 +268,9 @@ def test_tags_hide_no_node(configure, tag):
     for command in (
         lambda: load_run(folder),
         lambda: blockwise(configure("blockwise", "run=run", "run_dir=new")),
-        lambda: train(configure("train", "module=straightening", "module.start=run")),
+        lambda: train(
+            configure("train", "module=straightening", "module.start=run", "run_dir=new")
+        ),
     ):
         with pytest.raises(ValueError, match=one_line):
             command()
