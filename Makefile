@@ -34,7 +34,7 @@ bench: .venv/.installed
 	$(BIN)/python -m pytest tests/benchmarks --benchmark-only -s
 
 # One-line changes of the code that the tests must notice, in the functions changed since BASE. With
-# `make mutants BASE=` in all functions: about 6500 changes; not yet timed.
+# `make mutants BASE=` in all functions: 8552 changes, about 75 a minute on one of 2 busy CPU cores.
 BASE ?= origin/main
 mutants: .venv/.installed
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[mutants]'

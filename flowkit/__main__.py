@@ -5,6 +5,7 @@ import os
 import re
 import runpy
 import sys
+import warnings
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -66,6 +67,7 @@ def main() -> None:
         print("\n`flowkit <recipe> --help` lists the options of a recipe and their choices.")
         print("`flowkit --version` prints the version.")
         return
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     with stops_in_a_line(str(name)), ErrorInALine():
         check_recipe(name, list(known))
         del sys.argv[1]
@@ -73,6 +75,9 @@ def main() -> None:
             print(explained(name))
             return
         sys.argv[1:] = [null_of_group(name, argument) for argument in sys.argv[1:]]
+        if any(argument.startswith("resume=") for argument in sys.argv):
+            # A place of the run's own data, which the default data may not have.
+            sys.argv[1:] = [re.sub("^data.root=", "++data.root=", arg) for arg in sys.argv[1:]]
         if os.getcwd() not in sys.path:
             sys.path.append(os.getcwd())  # so that a _target_ may name a user's own class
         with no_empty_folder(check_command(name, sys.argv[1:])):

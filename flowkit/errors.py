@@ -69,7 +69,7 @@ def _plain(error: BaseException) -> str:
     if unknown := re.match(r"Could not override '(.+?)'\.", text):
         return no_such_option(unknown[1], [])
     if target := re.match(r"Error locating target '(.*?)'", text):
-        reason = str(error.__cause__ or "").partition("\n")[0]
+        reason = " ".join(str(error.__cause__ or "").split())
         return f"{place}._target_ must be a class, got {target[1]}: {reason}".lstrip(".")
     if built := re.match(r"Error in call to target '(.*?)'", text):
         reason = " ".join(str(error.__cause__ or lines[1:2]).split())

@@ -332,7 +332,8 @@ def _fix(rule: str, value: Any) -> str:
     kinds = _split(rule, " or ")
     if isinstance(value, str):
         words = [one for one in kinds if one not in WORDS and re.fullmatch(r"[\w-]+", one)]
-        return did_you_mean(value, words)
+        listed = any(one[0] == "[" and fits(one, [value]) for one in kinds)
+        return did_you_mean(value, words) or (f"; write [{value}]" if listed and value else "")
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         if isinstance(value, float) and value.is_integer() and fits(rule, int(value)):
             return f"; write {int(value)}"

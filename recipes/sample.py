@@ -72,11 +72,13 @@ def sample(cfg: DictConfig) -> Tensor:
         "labels": labels,
         "cond": hash_of(cond),
     }
+    classes = run.num_classes if cond is not None and labels is None else None
+    columns = 10 // classes * classes if classes and classes <= 10 else 10  # a class a column
     files = [folder / f"samples.{kind}" for kind in ("json", "png", "pt")]
     with recording(run.record(sampling), files):
         content = {"samples": samples, "cond": cond}
         write_atomically(files[2], lambda file: torch.save(content, file))
-        save_picture(samples[:SHOWN], files[1])
+        save_picture(samples[:SHOWN], files[1], columns)
     parts.remove()
     print(f"picture   {files[1]}\nsamples   {files[2]}")
     return samples

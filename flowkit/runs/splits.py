@@ -150,5 +150,6 @@ def prepared(data: SplitData, stage: str | None = None) -> SplitData:
     data.prepare_data()
     data.setup(stage)
     if (count := data.sizes().get("test", SMALL)) < SMALL:
-        say(f"data      the test split has only {count} samples; measures against it are uncertain")
+        fix = "; images need 4 for flowkit evaluate: raise data.test_fraction" if count < 4 else ""
+        say(f"data      a test split of {count}: measures against it are uncertain{fix}")
     return data

@@ -19,6 +19,7 @@ from flowkit.runs import Run
 from flowkit.runs.resuming import resumed
 from flowkit.runs.splits import stored_data
 from tests.recipes.conftest import TINY
+from tests.recipes.test_fuzz import _status as status
 
 OPTIONS = ["data=folder", "data.image_size=4", "data.channels=1", "data.test_fraction=0.3"]
 SHORT = ["num_samples=40", "sampler.grid=1"]
@@ -186,6 +187,17 @@ def test_data_are_found_from_elsewhere_and_in_a_new_place(place, configure, monk
     assert resumed(cfg, overrides).data.root == "here/moved"
     with pytest.raises(ValueError, match=r"data\.root must be null for data without a folder"):
         stored_data({"_target_": "flowkit.data.Digits"}, root="x")
+
+
+@pytest.mark.filterwarnings("ignore:.*sys.modules:RuntimeWarning")
+def test_a_resumed_command_finds_its_data_in_a_new_place(place, monkeypatch, capsys):
+    """Though the default data of the command have no root."""
+    (place / "photos").rename(place / "moved")
+    words = ["train", "resume=run", "trainer.max_steps=3"]
+    assert status(words, monkeypatch) == 2
+    assert "data.root=" in capsys.readouterr().err
+    assert status([*words, "data.root=moved"], monkeypatch) == 0
+    assert "run       run" in capsys.readouterr().out
 
 
 def test_students_of_pairs_know_the_data_of_their_teacher(place, configure):
