@@ -92,7 +92,7 @@ def _training(cfg: DictConfig, resumed: int, go_on: bool) -> Iterator[tuple[str,
 
 
 def _data(data: DictConfig) -> dict[str, Any]:
-    return {"data.size": 400} if data._target_.endswith(".Toy") else {}
+    return {"data.size": 400} if data.get("_target_", "").endswith(".Toy") else {}
 
 
 def _networks(node: Any, path: str) -> Iterator[tuple[str, Any]]:
