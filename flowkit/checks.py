@@ -284,6 +284,23 @@ def check_state(x: Tensor, name: str = "x") -> None:
     check_finite(x, name)
 
 
+def usable_device(name: str | torch.device) -> torch.device:
+    """Return a device of this machine, after a test allocation.
+
+    Raises:
+        ValueError: If this machine has no such device.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"device must be a device of this machine, such as cpu, got {name}: {reason}"
+        ) from error
+    return device
+
+
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     """Return a type of floats, but float32 for half precision.
 

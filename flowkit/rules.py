@@ -266,11 +266,11 @@ def _is_device(name: str) -> bool:
     """Return True for a device of this machine, after a test allocation."""
     if name == "cpu" or not DEVICE.fullmatch(name):
         return name == "cpu"
-    import torch
+    from flowkit.checks import usable_device  # it brings torch, for which few commands must wait
 
     try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError):
+        usable_device(name)
+    except ValueError:
         return False
     return True
 

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 import flowkit.recipes._resolvers  # noqa: F401  # functions that configurations refer to
 from flowkit.autoencoders import KLAutoencoder
+from flowkit.checks import usable_device
 from flowkit.data import SplitData
 from flowkit.metrics import Features, image_metrics, to_uint8
 from flowkit.metrics.pictures import save_picture
@@ -41,7 +42,7 @@ from flowkit.provenance import versions, write_json, write_text
 from flowkit.runs.epochs import count_in_steps
 from flowkit.runs.known_data import record_of, write_data_record
 from flowkit.runs.locks import locked
-from flowkit.runs.processes import check_trainer, quiet, usable_device
+from flowkit.runs.processes import check_trainer, quiet
 from flowkit.runs.records import composed, kept_record, recorded
 from flowkit.runs.resuming import find_checkpoint, folder_of, resumed, unfinished
 from flowkit.runs.splits import opened

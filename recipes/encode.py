@@ -19,9 +19,9 @@ from omegaconf import DictConfig
 from tqdm import tqdm
 
 from flowkit.autoencoders import KLAutoencoder
+from flowkit.checks import usable_device
 from flowkit.data.cache import SPLITS, write_cache
 from flowkit.runs.known_data import write_data_record
-from flowkit.runs.processes import usable_device
 from flowkit.runs.records import recorded
 from flowkit.runs.splits import prepared
 

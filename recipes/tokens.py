@@ -21,8 +21,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flowkit.blockwise import MaskedEncoder, store_tokens, train_masked_encoder
+from flowkit.checks import usable_device
 from flowkit.data import SplitData
-from flowkit.runs.processes import usable_device
 from flowkit.runs.splits import prepared
 
 

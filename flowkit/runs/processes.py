@@ -3,13 +3,12 @@
 import logging
 import warnings
 
-import torch
 from hydra.utils import instantiate
 from lightning.fabric import Fabric
 from lightning.fabric.utilities import rank_zero_only
 from omegaconf import DictConfig
 
-from flowkit.checks import check_at_least
+from flowkit.checks import check_at_least, usable_device
 
 say = rank_zero_only(print)  # prints once for all processes
 
@@ -30,23 +29,6 @@ def check_trainer(node: DictConfig) -> None:
         instantiate(node, logger=False, enable_progress_bar=False, val_check_interval=1)
     finally:
         logging.disable(logging.NOTSET)
-
-
-def usable_device(name: str | torch.device) -> torch.device:
-    """Return a device of this machine, after a test allocation.
-
-    Raises:
-        ValueError: If this machine has no such device.
-    """
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(
-            f"device must be a device of this machine, such as cpu, got {name}: {reason}"
-        ) from error
-    return device
 
 
 def launch(cfg: DictConfig) -> Fabric:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flowkit import grids
 from flowkit.blockwise import Blockwise, Drift, feature_drift
-from flowkit.checks import check_at_least
+from flowkit.checks import check_at_least, usable_device
 from flowkit.data import SplitData
 from flowkit.modules import FlowModule, SymmetricalFlowMatching, load_run
 from flowkit.modules.checkpoints import read_config
@@ -21,7 +21,7 @@ from flowkit.modules.flow import Guidance
 from flowkit.provenance import versions
 from flowkit.rules import did_you_mean
 from flowkit.runs.known_data import read_data_record
-from flowkit.runs.processes import say, usable_device
+from flowkit.runs.processes import say
 from flowkit.runs.records import weights
 from flowkit.runs.splits import stored_data
 from flowkit.runs.starts import Starts

@@ -1,5 +1,7 @@
 """The recommended grid, its scores, and segments for straightening."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -210,6 +212,10 @@ def breaks_at(time):
     return velocity
 
 
+def converged(**options):
+    return boss.converged_costs(ring(0.3), lambda a, b: (noise(b, 2), None), 10, 2, **options)
+
+
 BAD_COSTS = torch.zeros(11, 11, dtype=F64)
 BAD_COSTS[3, 7] = torch.nan
 
@@ -291,15 +297,11 @@ BAD_COSTS[3, 7] = torch.nan
             "resamples must be at least 40 for an interval of level 0.95, got 39",
         ),
         (
-            lambda: boss.converged_costs(
-                ring(0.3), lambda a, b: (noise(b, 2), None), 10, 2, limit=32
-            ),
+            partial(converged, limit=32),
             "limit must be at least 64, got 32",
         ),
         (
-            lambda: boss.converged_costs(
-                ring(0.3), lambda a, b: (noise(b, 2), None), 10, 2, tolerance=0
-            ),
+            partial(converged, tolerance=0),
             "tolerance must be positive and finite, got 0",
         ),
         (lambda: boss.score_grids(ring(0.3), noise(5, 2), {}), "grids must hold at least one grid"),
@@ -310,15 +312,11 @@ BAD_COSTS[3, 7] = torch.nan
             "grids must run from 0 to 1 like the first grid, got 0 to 0.5 for 'b'",
         ),
         (
-            lambda: boss.converged_costs(
-                ring(0.3), lambda a, b: (noise(b, 2), None), 10, 2, start=8
-            ),
+            partial(converged, start=8),
             "start must be at least 16, got 8",
         ),
         (
-            lambda: boss.converged_costs(
-                ring(0.3), lambda a, b: (noise(b, 2), None), 10, 2, start=40
-            ),
+            partial(converged, start=40),
             "start must be a multiple of 16, got 40",
         ),
     ],

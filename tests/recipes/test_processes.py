@@ -4,7 +4,7 @@ import os
 import warnings
 from functools import partial
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -35,6 +35,13 @@ from flowkit.sampling import ODESampler
 from tests.conftest import CONF
 
 BATCH, STEPS = 12, 6
+QUIET: Any = {
+    "logger": False,
+    "enable_progress_bar": False,
+    "enable_checkpointing": False,
+    "enable_model_summary": False,
+    "use_distributed_sampler": False,
+}
 
 
 def stream(step: int) -> dict[str, Tensor]:
@@ -95,12 +102,8 @@ def fit(kind, net, strategy, folder) -> dict:
         accumulate_grad_batches=2,
         gradient_clip_val=0.5,
         log_every_n_steps=1,
-        logger=False,
-        enable_progress_bar=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
         default_root_dir=folder,
+        **QUIET,
     )
     shard_if_asked(module, trainer)
     trainer.fit(module, Steps())
@@ -183,13 +186,9 @@ def picture(folder) -> Tensor:
         accelerator="cpu",
         devices=world,
         strategy="auto" if world == 1 else FullySharded(),
-        logger=False,
         callbacks=[Kept(folder, sampler, rows=2, samples=2)],
-        enable_progress_bar=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
         default_root_dir=folder,
+        **QUIET,
     )
     shard_if_asked(module, trainer)
     trainer.validate(module, DataLoader([batch], batch_size=None), verbose=False)
