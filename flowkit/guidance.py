@@ -203,6 +203,10 @@ class _Pair:
         for field in self.distinct:
             field.begin_step(t_left, t_right)
 
+    def average_steps(self) -> None:
+        for field in self.distinct:
+            field.average_steps()
+
 
 class _Guided(_Pair):
     """`ClassifierFree` during one solve.

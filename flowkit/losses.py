@@ -5,9 +5,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.func import jvp
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flowkit.checks import (
     at_least_float32,
+    check_at_least,
+    check_between,
+    check_choice,
     check_same_shape,
     check_samples,
     check_times,
@@ -17,7 +22,7 @@ from flowkit.couplings import Coupling, Independent
 from flowkit.distributed import mean_over_ranks
 from flowkit.paths import Linear, Path, noise_like
 from flowkit.times import Times, Uniform
-from flowkit.types import Batch, Cond, Pairs
+from flowkit.types import Batch, Cond, Pairs, take
 from flowkit.velocity import Velocity
 
 Drop = Callable[[Cond, torch.Generator | None], Cond]
@@ -195,6 +200,133 @@ def flow_matching_loss(
     loss, energy = _mean_square(v - u, weight, mask), _mean_square(u, weight, mask)
     seen = {} if observe is None else observe(pairs)
     return {"loss": loss, "explained": explained_share(loss, energy), **seen}
+
+
+def mean_flow_loss(
+    net: Velocity,
+    batch: Batch,
+    path: Path = Linear(),
+    coupling: Coupling = Independent(),
+    times: Times = Uniform(),
+    drop_cond: Drop | None = None,
+    generator: torch.Generator | None = None,
+    *,
+    tangent: str = "network",
+    flow_share: float = 0.75,
+    power: float = 1.0,
+    field: Callable[[Draw], Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """Compute the loss of mean flows, ``E w ‖u(x_t, t, s) − sg(v̂ + (s − t) du/dt)‖²``.
+
+    The network learns the mean velocity ``u(x, t, s) = 1/(s − t) ∫_t^s v(x_τ, τ) dτ``, see
+    `flowkit.sampling.MeanVelocity`. Its derivative with respect to the start of the step gives
+
+        u = v + (s − t) du/dt,    du/dt = ∂_t u + v · ∂_x u,
+
+    whose right side is the target, without gradient. The derivative along the tangent
+    ``(v, 1, 0)`` of ``(x, t, s)`` is one forward-mode product. A share ``flow_share`` of the batch
+    has ``s = t``, which is plain flow matching; the others have two times in order, and only these
+    cost the product. Each pair has the weight ``w = sg((‖Δ‖² + 1e-3) / d)^−power`` for the error
+    ``Δ`` in ``d`` elements. With ``power = 0`` and ``flow_share = 1`` this is
+    `flow_matching_loss`.
+
+    Sources: Geng et al., *Mean Flows for One-step Generative Modeling*, 2025 (arXiv 2505.13447),
+    algorithm 1 and equation 22; Geng et al., *Improved Mean Flows*, 2025 (arXiv 2512.02012), for
+    the network's own tangent. There time runs from data to noise, so ``s`` is before ``t``.
+
+    Args:
+        net: Network in training, ``net(x, t, cond)`` with ``t (B, 2)``: the times ``t`` and ``s``.
+        batch: See `flowkit.types.Batch`; not of segments.
+        path: The path between both ends of a pair.
+        coupling: Chooses the ``x0`` of every ``x1``.
+        times: Distribution of both times.
+        drop_cond: Hides some conditions from the network.
+        generator: Draws noise, coupling, times and dropped conditions.
+        tangent: Velocity ``v`` of the tangent: ``"network"`` is the network's own ``u(x, t, t)``, of
+            less variance; ``"conditional"`` is ``v̂``, as published first.
+        flow_share: Share of the batch with ``s = t``, in [0, 1].
+        power: Exponent of the weights, at least 0; 0 weights all pairs equally.
+        field: Returns ``v̂ (B, *)``, without gradient, for training examples. None takes the
+            conditional velocity ``u`` of a pair.
+
+    Returns:
+        ``loss``; ``explained`` and ``explained_mean``, the shares of the energy of the targets that
+        the network explains with ``s = t`` and with ``s > t``. The weighted loss itself stays near
+        1 and says little.
+
+    Raises:
+        TypeError: If ``x1`` or ``x0`` do not hold floats.
+        ValueError: If shapes differ, an option is out of its range, or the batch holds segments.
+
+    >>> def net(x, t, cond):  # the mean velocity of all flows to the one point 3
+    ...     return (3 - x) / (1 - t[:, :1])
+    >>> terms = mean_flow_loss(net, {"x1": torch.full((8, 2), 3.0)}, power=0)
+    >>> bool(terms["loss"] < 1e-6)
+    True
+    """
+    check_choice(tangent, ("network", "conditional"), "tangent")
+    check_between(flow_share, 0, 1, "flow_share")
+    check_at_least(power, 0, "power")
+    if {"t0", "t1"} & set(batch):
+        raise ValueError(f"batch must hold no segments of a flow, got {sorted(batch)}")
+    pairs = draw_pairs(batch, coupling, generator)
+    size, dtype = len(pairs.x1), at_least_float32(pairs.x1.dtype)
+    first, second = (times(size, pairs.x1.device, generator).to(dtype) for _ in range(2))
+    means = slice(round((1 - flow_share) * size))  # the first rows: batches are in random order
+    t, s = first.clone(), first.clone()
+    t[means], s[means] = torch.minimum(first, second)[means], torch.maximum(first, second)[means]
+    draw = draw_states(pairs, t, path, drop_cond, generator)
+    u = net(draw.x_t, torch.stack([t, s], 1), draw.cond)
+    check_samples(u, "net(x, t, cond)", floating=True)
+    check_same_shape(u, draw.u, ("net(x, t, cond)", "x"))
+    with torch.no_grad():
+        target = (draw.u if field is None else field(draw)).to(dtype, copy=True)
+        if means.stop:
+            part = Draw(draw.x_t[means], t[means], target[means], take(draw.cond, means))
+            slope = _slope(net, part, s[means], tangent)
+            target[means] += expand_like(s - t, target)[means] * slope
+
+    error, mask = u.to(dtype) - target, batch.get("mask")
+    mask = None if mask is None else mask.to(dtype).expand(error.shape)
+    weight = _adaptive(error.detach(), mask, power)
+    for more in (pair_weights(pairs, error), mask):
+        weight = weight if more is None else weight * more
+    flows = slice(means.stop, None)
+    return {
+        "loss": _mean_square(error, weight, mask),
+        "explained": _explained(error, target, mask, flows),
+        "explained_mean": _explained(error, target, mask, means),
+    }
+
+
+def _slope(net: Velocity, draw: Draw, s: Tensor, tangent: str) -> Tensor:
+    """Return ``du/dt`` of the mean velocity along the flow, in float32 at least."""
+    x, t, v, cond = draw
+    if tangent == "network":
+        v = net(x, torch.stack([t, t], 1), cond)
+
+    def u(x: Tensor, t: Tensor) -> Tensor:
+        return net(x, torch.stack([t, s], 1), cond)
+
+    # fused attention has no forward-mode derivative
+    with sdpa_kernel(SDPBackend.MATH):
+        return jvp(u, (x, t), (v.to(x), torch.ones_like(t)))[1].to(t.dtype)
+
+
+def _adaptive(error: Tensor, mask: Tensor | None, power: float) -> Tensor:
+    """Return the weights ``((‖Δ‖² + 1e-3) / d)^−power`` of pairs as ``(B, 1, …, 1)``."""
+    squares = error.square() if mask is None else mask * error.square()
+    size = torch.full_like(squares, 1.0) if mask is None else mask
+    square, count = (value.flatten(1).sum(1) for value in (squares, size))
+    return expand_like(((square + 1e-3) / count.clamp(min=1)) ** -power, error)
+
+
+def _explained(error: Tensor, target: Tensor, mask: Tensor | None, rows: slice) -> Tensor:
+    """Return the explained share of the energy of some rows; 0 if there are none."""
+    squares = [value[rows].detach().square() for value in (error, target)]
+    if mask is not None:
+        squares = [mask[rows] * square for square in squares]
+    return explained_share(*(square.sum() for square in squares))
 
 
 def pair_weights(pairs: Pairs, x: Tensor) -> Tensor | None:

@@ -24,6 +24,9 @@ class Velocity(Protocol):
 
     * ``begin_step(t_left, t_right)``, called before every step with the step's ends in order of
       time;
+    * ``average_steps()``, called before the first step of a solve that takes Euler steps forward:
+      from then on the result at the start of a step may be the mean velocity over the step, which
+      carries the state to the end of the step without error;
     * ``edges``, times in [0, 1] that no step may lie across;
     * ``rows``, the number of rows that went through the network so far.
 
@@ -47,7 +50,16 @@ class BoundVelocity:
         nfe: Calls so far (number of function evaluations).
     """
 
-    __slots__ = ("_begin_step", "_rows", "_source", "edges", "nfe", "prepared", "velocity")
+    __slots__ = (
+        "_average_steps",
+        "_begin_step",
+        "_rows",
+        "_source",
+        "edges",
+        "nfe",
+        "prepared",
+        "velocity",
+    )
 
     def __init__(self, velocity: Velocity, prepared: bool = False) -> None:
         begin_step: Any = getattr(velocity, "begin_step", None)
@@ -56,6 +68,9 @@ class BoundVelocity:
         takes_part = prepared or tells
         self.velocity, self.prepared = velocity, prepared
         self._begin_step: Callable[[float, float], Any] | None = begin_step if tells else None
+        self._average_steps: Callable[[], Any] | None = getattr(velocity, "average_steps", None)
+        if not takes_part:
+            self._average_steps = None
         self._source: Any = velocity if takes_part and hasattr(velocity, "rows") else None
         self.edges: tuple[float, ...] = _times(getattr(velocity, "edges", ())) if takes_part else ()
         self.nfe = self._rows = 0
@@ -85,6 +100,16 @@ class BoundVelocity:
         if self._begin_step is not None:
             self._begin_step(t_left, t_right)
 
+    @property
+    def has_means(self) -> bool:
+        """True if the velocity may give its mean over an Euler step."""
+        return self._average_steps is not None
+
+    def average_steps(self) -> None:
+        """Allow the velocity to give its mean over each step: all steps are Euler's, forward."""
+        if self._average_steps is not None:
+            self._average_steps()
+
     def wrapped(self, call: Velocity) -> "BoundVelocity":
         """Return another velocity of the same solve: same steps, edges and rows, another call.
 
@@ -92,7 +117,8 @@ class BoundVelocity:
         >>> doubled = bound.wrapped(lambda x, t, cond: 2 * bound(x, t, cond))
         """
         outer = BoundVelocity(call, self.prepared)
-        outer._begin_step, outer._source, outer.edges = self._begin_step, self, self.edges
+        outer._begin_step, outer._average_steps = self._begin_step, self._average_steps
+        outer._source, outer.edges = self, self.edges
         return outer
 
 

@@ -49,6 +49,14 @@ from flowkit.symmetrical import LabelStates
 from flowkit.symmetrical.inputs import check_labeled
 
 
+PREDICTIONS = {
+    "velocity": None,
+    "data": "flowkit.adapters.DataPrediction",
+    "noise": "flowkit.adapters.NoisePrediction",
+}
+"""Modules that make velocities of what a network predicts."""
+
+
 def train(cfg: DictConfig) -> FlowModule:
     """Train as configured; write a run folder for `load_run` and the other recipes."""
     with trusting(cfg.trust):  # also when the module loads the run in `start`
@@ -125,11 +133,13 @@ def _follow_start(cfg: DictConfig) -> None:
 
     Blocks that start from a run keep their own network, which may differ from the run's network.
     """
-    student = cfg.module._target_.endswith(".Straightening")
+    student = cfg.module._target_.endswith((".Straightening", ".MeanFlowMatching"))
     if student and (start := cfg.module.get("start")) is not None:
         taught = read_network(start)["module"]
         check(taught, f"module of {start}")
         cfg.model, cfg.autoencoder = taught["velocity"], taught.get("autoencoder", cfg.autoencoder)
+        if "guidance_scale" in cfg.module:
+            cfg.model.num_times = 2
 
 
 def _module(cfg: DictConfig, data: Any) -> FlowModule:
@@ -147,6 +157,9 @@ def _module(cfg: DictConfig, data: Any) -> FlowModule:
     if "mixed" in str(cfg.trainer.precision) and "fused" in cfg.optimizer:
         cfg.optimizer.fused = False  # Lightning cannot clip its gradients in mixed precision
     _check_null(cfg, data)
+    if (wrapper := PREDICTIONS[cfg.get("prediction", "velocity")]) is not None:
+        node = {"_target_": wrapper, "net": "${model}", "path": "${path}"}
+        OmegaConf.update(cfg, "module.velocity", node, merge=False)
     module = instantiate(cfg.module, autoencoder=autoencoder)
     _check_kinds(module)
     if cfg.compile:
@@ -197,6 +210,8 @@ def tell(cfg: DictConfig, data: Any, autoencoder: Any) -> None:
     cfg.needs_data = brings_start(data.train[:1], data)
     net = cfg.network
     net.shape, net.num_classes = list(cfg.shape), cfg.num_classes
+    if cfg.module._target_.endswith(".MeanFlowMatching"):
+        net.num_times = 2
     if "codec" in cfg.module:
         labels, codec = check_labeled(batch), cfg.module.codec
         codec = instantiate(codec) if OmegaConf.is_config(codec) else codec

@@ -85,11 +85,11 @@ def from_noise_prediction(
     >>> velocity(torch.ones(1, 2), torch.tensor([0.5]))
     tensor([[2., 2.]])
     """
-    _check_noiseless(path)
+    check_noiseless(path)
 
     def velocity(x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
         """Return the velocity ``(B, *)`` at ``x (B, *)`` and ``t (B,)``."""
-        a, b, da, db = _coefficients(path, t, x)
+        a, b, da, db = coefficients(path, t, x)
         _refuse(a < ZERO, t, "noise", "start the grid later")
         _refuse(~torch.isfinite(da + db), t, "noise", "end the grid earlier, or use Euler steps")
         noise = network(x, t if time is None else time(t), cond)
@@ -127,11 +127,11 @@ def from_data_prediction(
     >>> velocity(torch.zeros(1, 2), torch.tensor([0.5]))
     tensor([[2., 2.]])
     """
-    _check_noiseless(path)
+    check_noiseless(path)
 
     def velocity(x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
         """Return the velocity ``(B, *)`` at ``x (B, *)`` and ``t (B,)``."""
-        a, b, da, db = _coefficients(path, t, x)
+        a, b, da, db = coefficients(path, t, x)
         _refuse(b < ZERO, t, "data", "end the grid earlier, or use Euler steps")
         data = network(x, t if time is None else time(t), cond)
         return (da * data + db * (x - a * data) / b).to(x.dtype)
@@ -139,7 +139,7 @@ def from_data_prediction(
     return velocity
 
 
-def _check_noiseless(path: Interpolant) -> None:
+def check_noiseless(path: Interpolant) -> None:
     """Require a path without added noise."""
     if getattr(path, "sigma", None) != 0:
         raise ValueError(
@@ -148,7 +148,7 @@ def _check_noiseless(path: Interpolant) -> None:
         )
 
 
-def _coefficients(path: Interpolant, t: Tensor, x: Tensor) -> Coefficients:
+def coefficients(path: Interpolant, t: Tensor, x: Tensor) -> Coefficients:
     """Return the path's coefficients at ``t (B,)`` for states ``x (B, *)``, in float32 at least."""
     return path.coefficients(expand_like(t, x).to(at_least_float32(t.dtype)))
 

@@ -13,6 +13,7 @@ from flowkit.modules.condition_grid import ConditionGrid
 from flowkit.modules.conditional import ConditionalFlowMatching, WeightedFlowMatching
 from flowkit.modules.flow import FlowModule
 from flowkit.modules.latent import LatentFlowMatching, describe_latents, expected_losses
+from flowkit.modules.mean_flow import MeanFlowMatching
 from flowkit.modules.sharding import FullySharded
 from flowkit.modules.straightening import Straightening
 from flowkit.modules.symmetrical import SymmetricalFlowMatching
@@ -27,6 +28,7 @@ __all__ = [
     "FullySharded",
     "LastCheckpoint",
     "LatentFlowMatching",
+    "MeanFlowMatching",
     "SampleGrid",
     "Straightening",
     "SymmetricalFlowMatching",

@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowkit.checks import check_at_least, check_labels
-from flowkit.nn.embed import check_cond, check_state
+from flowkit.nn.embed import check_cond, check_state, look_up, sinusoid, zeroed
 from flowkit.types import Cond
 
 
@@ -38,9 +39,12 @@ class DiffusersVelocity(nn.Module):
             it.
         drop_sigma: Whether to return only the first half of the output channels, for a network with
             twice as many output as input channels (a learned variance).
+        num_times: Number of times per sample, 1 or 2. With 2, ``t`` is ``(B, 2)``; the second time
+            is embedded as labels are, with no effect at the start. Only for a ``UNet2DModel``.
 
     Raises:
-        ValueError: If ``drop_sigma`` does not match the channels of the network.
+        ValueError: If ``drop_sigma`` does not match the channels of the network, or ``num_times``
+            is neither 1 nor 2, or 2 for another network.
 
     >>> velocity = unet2d((1, 8, 8), num_classes=10, width=8)
     >>> velocity(torch.zeros(2, 1, 8, 8), torch.rand(2), torch.tensor([3, 10])).shape
@@ -53,6 +57,7 @@ class DiffusersVelocity(nn.Module):
         time_scale: float = 1000.0,
         channels_last: bool = False,
         drop_sigma: bool = False,
+        num_times: int = 1,
     ) -> None:
         from diffusers.models.embeddings import LabelEmbedding
 
@@ -70,6 +75,14 @@ class DiffusersVelocity(nn.Module):
         self.takes_labels = "class_labels" in inspect.signature(net.forward).parameters
         self.num_classes = _num_classes(config)
         self.time_scale, self.drop_sigma = time_scale, drop_sigma
+        self.num_times = num_times
+        if num_times != 1:
+            if num_times != 2 or not hasattr(net, "class_embedding"):
+                raise ValueError(
+                    f"num_times must be 1, or 2 for a UNet2DModel, got {num_times} for "
+                    f"{type(net).__name__}"
+                )
+            net.class_embedding = _SecondTime(net)
         self.channels_last = channels_last
         if channels_last:
             net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -87,17 +100,25 @@ class DiffusersVelocity(nn.Module):
         """
         if x.ndim == 4 and self.channels not in (None, x.shape[1]):
             raise ValueError(f"x must have {self.channels} channels, got shape {tuple(x.shape)}")
-        check_state(x, t, tuple(x.shape[1:]))
+        check_state(x, t, tuple(x.shape[1:]), self.num_times)
         options = cond if isinstance(cond, Mapping) else self._labels(cond, len(x))
+        if self.num_times == 2:
+            t, second = t.unbind(1)
+            options = {**options, "class_labels": (options.get("class_labels"), second)}
         if self.channels_last and x.ndim == 4:
             x = x.contiguous(memory_format=torch.channels_last)
         try:
             out = self.net(x, timestep=self.time_scale * t, **options).sample
         except IndexError:
             if self.num_classes is not None and "class_labels" in options:
-                check_labels(options["class_labels"], self.num_classes + 1, "cond")
+                check_labels(cast(Tensor, cond), self.num_classes + 1, "cond")
             raise
         return out.chunk(2, 1)[0] if self.drop_sigma else out
+
+    def with_second_time(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the weights of this network of one time for two times; the second has no effect."""
+        new = {k: v for k, v in self.state_dict().items() if k.startswith(SECOND_TIME)}
+        return {**new, **state}
 
     def _labels(self, cond: Tensor | None, batch: int) -> dict[str, Tensor]:
         """Return the label argument of the network."""
@@ -108,6 +129,30 @@ class DiffusersVelocity(nn.Module):
             )
         labels = check_cond(cond, batch, self.num_classes)
         return {} if labels is None else {"class_labels": labels}
+
+
+SECOND_TIME = "net.class_embedding."
+
+
+class _SecondTime(nn.Module):
+    """Embedding of labels and of a second time, in the place of a UNet's embedding of labels.
+
+    The table of labels keeps its name, so that the weights of a UNet of one time fit.
+    """
+
+    def __init__(self, net: Any) -> None:
+        super().__init__()
+        width, labels = net.time_embedding.linear_2.out_features, net.class_embedding
+        self.weight = None if labels is None else labels.weight
+        self.inputs = nn.Linear(width, width)
+        self.outputs = zeroed(nn.Linear(width, width))
+
+    def forward(self, given: tuple[Tensor | None, Tensor]) -> Tensor:
+        """Return ``(B, width)`` for labels ``(B,)`` or None, and times ``(B,)``."""
+        labels, t = given
+        waves = sinusoid(t, self.inputs.in_features).to(self.inputs.weight.dtype)
+        c = self.outputs(F.silu(self.inputs(waves)))
+        return c if self.weight is None or labels is None else c + look_up(self.weight, labels)
 
 
 def _num_classes(config: Any) -> int | None:
@@ -125,6 +170,7 @@ def unet2d(
     layers: int = 1,
     dropout: float = 0.0,
     channels_last: bool = False,
+    num_times: int = 1,
 ) -> DiffusersVelocity:
     """Build a new ``UNet2DModel`` for images of one shape; its output is zero at the start.
 
@@ -141,6 +187,7 @@ def unet2d(
         layers: Number of residual blocks per level.
         dropout: Dropout probability of the residual blocks, in [0, 1].
         channels_last: Memory format, as for `DiffusersVelocity`.
+        num_times: Number of times per sample, 1 or 2, as for `DiffusersVelocity`.
 
     Raises:
         ValueError: If ``shape`` is not ``(C, H, W)`` or a size is below 1.
@@ -171,7 +218,7 @@ def unet2d(
     )
     for parameter in net.conv_out.parameters():
         nn.init.zeros_(parameter)
-    return DiffusersVelocity(net, channels_last=channels_last)
+    return DiffusersVelocity(net, channels_last=channels_last, num_times=num_times)
 
 
 if TYPE_CHECKING:

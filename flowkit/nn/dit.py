@@ -1,7 +1,7 @@
 """Diffusion transformer, and the layers that other transformers of flowkit share."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from flowkit.checks import check_at_least, check_between, check_choice
-from flowkit.nn.embed import TimeLabelEmbedding, check_state, modulate, modulation, sinusoid, zeroed
+from flowkit.nn.embed import (
+    TimeLabelEmbedding,
+    check_state,
+    modulate,
+    modulation,
+    sinusoid,
+    with_columns,
+    zeroed,
+)
 from flowkit.types import Cond
 
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
@@ -241,6 +249,10 @@ class DiT(nn.Module):
         check_choice(match[1], SIZES, "size")
         depth, width, heads = SIZES[match[1]]
         return cls(shape, int(match[2]), width, depth, heads, **options)
+
+    def with_second_time(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the weights of this network of one time for two times; the second has no effect."""
+        return with_columns(state, "embedding.inputs.weight", self.embedding.frequencies, self.embedding.frequencies)
 
     def forward(
         self, x: Tensor, t: Tensor, cond: Cond = None, return_features: int | None = None

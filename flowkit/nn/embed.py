@@ -169,6 +169,19 @@ class TimeLabelEmbedding(nn.Module):
         return c + look_up(self.labels.weight, labels)
 
 
+def with_columns(state: Mapping[str, Tensor], name: str, at: int, count: int) -> dict[str, Tensor]:
+    """Return weights of a network whose layer ``name`` takes ``count`` more inputs from ``at`` on.
+
+    The new columns are 0: the new inputs have no effect.
+
+    >>> with_columns({"weight": torch.ones(1, 2)}, "weight", at=1, count=1)
+    {'weight': tensor([[1., 0., 1.]])}
+    """
+    weight = state[name]
+    before, after = weight[:, :at], weight[:, at:]
+    return {**state, name: torch.cat([before, weight.new_zeros(len(weight), count), after], 1)}
+
+
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """Return ``x·(1 + scale) + shift``, the affine part of adaptive layer normalization."""
     return x * (1 + scale) + shift

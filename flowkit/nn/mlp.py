@@ -14,6 +14,7 @@ from flowkit.nn.embed import (
     look_up,
     modulate,
     modulation,
+    with_columns,
     zeroed,
 )
 from flowkit.types import Cond
@@ -87,6 +88,10 @@ class MLP(nn.Module):
             layers += [nn.Linear(size, width), ACTIVATIONS[activation]()]
             size = width
         self.layers = nn.Sequential(*layers, nn.Linear(size, pixels))
+
+    def with_second_time(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the weights of this network of one time for two times; the second has no effect."""
+        return with_columns(state, "layers.0.weight", at=math.prod(self.shape) + 1, count=1)
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
         """Return the velocity ``(B, *shape)`` at ``x (B, *shape)`` and ``t (B,)``.
@@ -163,6 +168,10 @@ class ResidualMLP(nn.Module):
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
         self.modulation = modulation(width, width, 2)
         self.outputs = zeroed(nn.Linear(width, pixels))
+
+    def with_second_time(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the weights of this network of one time for two times; the second has no effect."""
+        return with_columns(state, "embedding.inputs.weight", self.embedding.frequencies, self.embedding.frequencies)
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
         """Return the velocity ``(B, *shape)`` at ``x (B, *shape)`` and ``t (B,)``.

@@ -1,0 +1,197 @@
+"""Mean flows: one network for any number of steps, one included."""
+
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from flowkit.autoencoders import Autoencoder, Identity
+from flowkit.checks import check_at_least, check_between, check_choice, check_number
+from flowkit.couplings import Coupling, Independent
+from flowkit.guidance import DropCond, combine, replace_cond
+from flowkit.losses import Draw, mean_flow_loss
+from flowkit.modules.checkpoints import load_run
+from flowkit.modules.flow import FlowModule, Guidance
+from flowkit.modules.resume import ADAMW, MakeOptimizer, MakeScheduler
+from flowkit.paths import Linear
+from flowkit.paths import Path as ProbabilityPath
+from flowkit.sampling import MeanVelocity, ODESampler, Solution
+from flowkit.times import Times, Uniform
+from flowkit.types import Batch, Cond
+from flowkit.velocity import Velocity
+
+
+class MeanFlowMatching(FlowModule, frozen=("teacher",)):
+    """Train a network on the mean velocity between any two times: one network, any number of steps.
+
+    Euler steps of any size then carry noise to data, also a single one; see
+    `flowkit.sampling.MeanVelocity` for the velocity and `flowkit.losses.mean_flow_loss` for the
+    loss. Other solvers, inversion and likelihood use the instantaneous velocity of the same network.
+
+    With ``start``, the trained flow of a run is distilled: the network starts as that flow exactly
+    (its second time has no effect yet), and the velocities of the flow, with ``guidance_scale`` if
+    given, are those that the network learns the means of. Without ``start`` they are the velocities
+    of the pairs; a ``guidance_scale`` ω replaces them by ``ω (x1 − x0) + (1 − ω) u(x, t, t | null)``.
+    Guidance that is learnt costs nothing in sampling, and cannot be added again.
+
+    Sources: Geng et al., *Mean Flows for One-step Generative Modeling*, 2025 (arXiv 2505.13447);
+    Geng et al., *Improved Mean Flows*, 2025 (arXiv 2512.02012).
+
+    Args:
+        velocity: The network, called as ``net(x, t, cond)`` with ``t (B, 2)``: the start and the
+            end of a step. The networks of `flowkit.nn` have ``num_times=2`` for this.
+        tangent: ``"network"`` or ``"conditional"``, see `flowkit.losses.mean_flow_loss`. A network
+            that is distilled has the tangent of the flow it learns from.
+        flow_share: Share of a batch that trains the instantaneous velocity, in [0, 1].
+        guidance_scale: Scale of the classifier-free guidance that is learnt; None for none.
+        power: Exponent of the adaptive weights of pairs, at least 0.
+        start: Run folder of the flow to distil: its initial weights, averaged, and its velocity.
+        path: Gives the state of a pair at time ``t``, and its velocity.
+        coupling: Pairs noise with data.
+        times: Distribution of both training times in [0, 1].
+        autoencoder: Maps data to states of the flow.
+        drop_cond: Drops conditions in training, for classifier-free guidance.
+        optimizer: Makes the optimizer from parameters.
+        lr_scheduler: Makes a learning-rate scheduler, which steps after every training step.
+
+    Raises:
+        ValueError: If an option is out of its range, the network takes one time, or guidance is to
+            be learnt without dropped conditions and without ``start``.
+
+    >>> from flowkit.nn import MLP
+    >>> module = MeanFlowMatching(MLP((2,), num_times=2))
+    >>> sorted(module.loss({"x1": torch.randn(8, 2)}))
+    ['explained', 'explained_mean', 'loss']
+    >>> module.sample(3, seeds=[0, 1, 2]).shape
+    torch.Size([3, 2])
+    """
+
+    teacher: FlowModule | None
+
+    num_times = 2
+    """Times per sample that the network takes."""
+
+    def __init__(
+        self,
+        velocity: nn.Module,
+        tangent: Literal["network", "conditional"] = "network",
+        flow_share: float = 0.75,
+        guidance_scale: float | None = None,
+        power: float = 1.0,
+        start: str | Path | None = None,
+        path: ProbabilityPath = Linear(),
+        coupling: Coupling = Independent(),
+        times: Times = Uniform(),
+        autoencoder: Autoencoder = Identity(),
+        drop_cond: DropCond | None = None,
+        optimizer: MakeOptimizer = ADAMW,
+        lr_scheduler: MakeScheduler | None = None,
+    ) -> None:
+        if (found := getattr(velocity, "num_times", 2)) != 2:
+            raise ValueError(
+                f"velocity must take two times, got num_times={found}; build it with num_times=2"
+            )
+        super().__init__(MeanVelocity(velocity), autoencoder, drop_cond, optimizer, lr_scheduler)
+        check_choice(tangent, ("network", "conditional"), "tangent")
+        check_between(flow_share, 0, 1, "flow_share")
+        check_at_least(power, 0, "power")
+        if guidance_scale is not None:
+            check_number(guidance_scale, "guidance_scale")
+            if start is None and (drop_cond is None or drop_cond.prob == 0):
+                raise ValueError(
+                    "guidance_scale must be None for a network that never trains without its "
+                    f"condition, got {guidance_scale}; set drop_cond, or start"
+                )
+        self.tangent, self.flow_share, self.power = tangent, flow_share, power
+        self.guidance_scale, self.start = guidance_scale, start
+        self.path, self.coupling, self.times, self.teacher = path, coupling, times, None
+
+    @property
+    def net(self) -> nn.Module:
+        """The network of two times."""
+        return cast(MeanVelocity, self.velocity).net
+
+    def setup(self, stage: str) -> None:
+        """Load the averaged weights of the run to distil."""
+        if stage == "fit" and self.start is not None:
+            self.begin(load_run(self.start))
+
+    def begin(self, teacher: FlowModule) -> None:
+        """Set the flow to distil, and copy its weights to the network.
+
+        Raises:
+            ValueError: If the flow is more than its network, if it cannot be guided as asked, or if
+                its network is another one.
+        """
+        if teacher.guided(None) is not teacher.velocity or isinstance(teacher, MeanFlowMatching):
+            raise ValueError(
+                "start must be a run whose network is the velocity of its states, got "
+                f"{type(teacher).__name__}"
+            )
+        if (path := getattr(teacher, "path", Linear())) != self.path:
+            raise ValueError(f"path must be that of the run in start, {path}, got {self.path}")
+        teacher.guided(self.guidance_scale)  # refuses a scale that its training forbids
+        given = cast(nn.Module, teacher.velocity).state_dict()
+        try:
+            self.net.load_state_dict(cast(Any, self.net).with_second_time(given))
+        except (AttributeError, KeyError, RuntimeError) as error:
+            raise ValueError(
+                f"velocity must be the network of the run {self.start} with num_times=2, got "
+                f"{type(self.net).__name__} with other parameters"
+            ) from error
+        self.sample_shape = teacher.sample_shape
+        self.teacher = teacher.to(self.device)
+
+    def guided(self, guidance: Guidance) -> Velocity:
+        """Return the mean velocity under guidance.
+
+        Raises:
+            TypeError: If guidance is neither a number nor a function.
+            ValueError: If guidance is given that is learnt already, or that the training forbids.
+        """
+        if self.guidance_scale is not None and guidance not in (None, 1):
+            raise ValueError(
+                f"guidance must be null or 1 for a network that has learnt guidance "
+                f"{self.guidance_scale}, got {guidance}"
+            )
+        return super().guided(guidance)
+
+    def solve(
+        self,
+        x0: Tensor,
+        sampler: ODESampler | None = None,
+        cond: Cond = None,
+        guidance: Guidance = None,
+        *,
+        return_path: bool = False,
+    ) -> Solution:
+        """Carry source samples along the flow; in 4 Euler steps by default."""
+        sampler = sampler or ODESampler(4)
+        return super().solve(x0, sampler, cond, guidance, return_path=return_path)
+
+    def loss(self, batch: Batch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """Return the ``loss`` of a batch, and the explained shares of energy of both its parts."""
+        return mean_flow_loss(
+            self.net,
+            self.encode(batch, generator),
+            path=self.path,
+            coupling=self.coupling,
+            times=self.times,
+            drop_cond=self.drop_cond,
+            generator=generator,
+            tangent=self.tangent if self.teacher is None else "conditional",
+            flow_share=self.flow_share,
+            power=self.power,
+            field=self._field,
+        )
+
+    def _field(self, draw: Draw) -> Tensor:
+        """Return the instantaneous velocities whose means are learnt."""
+        x, t, u, cond = draw
+        if self.teacher is not None:
+            return self.teacher.guided(self.guidance_scale)(x, t, cond)
+        if self.guidance_scale is None:
+            return u
+        null = replace_cond(cond, cast(DropCond, self.drop_cond).null)
+        return combine(u, self.velocity(x, t, null), self.guidance_scale)
