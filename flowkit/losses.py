@@ -1,12 +1,13 @@
 """Flow-matching loss, for any training loop."""
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.func import jvp
+from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from flowkit.checks import (
     at_least_float32,
@@ -305,12 +306,22 @@ def _slope(net: Velocity, draw: Draw, s: Tensor, tangent: str) -> Tensor:
     if tangent == "network":
         v = net(x, torch.stack([t, t], 1), cond)
 
-    def u(x: Tensor, t: Tensor) -> Tensor:
-        return net(x, torch.stack([t, s], 1), cond)
+    # Fused attention has no forward-mode derivative.
+    with sdpa_kernel(SDPBackend.MATH), _ContiguousNorms(), forward_ad.dual_level():
+        along = forward_ad.make_dual(x, v.to(x)), forward_ad.make_dual(t, torch.ones_like(t))
+        u = net(along[0], torch.stack([along[1], s], 1), cond)
+        return forward_ad.unpack_dual(u).tangent.to(t.dtype)
 
-    # fused attention has no forward-mode derivative
-    with sdpa_kernel(SDPBackend.MATH):
-        return jvp(u, (x, t), (v.to(x), torch.ones_like(t)))[1].to(t.dtype)
+
+class _ContiguousNorms(TorchFunctionMode):
+    """Within it, group norms get contiguous inputs: their forward-mode derivative needs them."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.nn.functional.group_norm:
+            args = (args[0].clone(memory_format=torch.contiguous_format), *args[1:])
+        return func(*args, **(kwargs or {}))
 
 
 def _adaptive(error: Tensor, mask: Tensor | None, power: float) -> Tensor:

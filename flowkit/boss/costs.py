@@ -14,7 +14,7 @@ from flowkit.sampling import ODESampler
 from flowkit.types import Cond, take
 from flowkit.velocity import Velocity, bind
 
-Field = Callable[[Tensor, float], Tensor]
+Field = Callable[..., Tensor]
 """Velocity at one time for the whole batch: ``field(x (B, *), t) -> (B, *)``."""
 
 SLOPES: dict[str, Callable[[Field, Tensor, Tensor, float, float], Tensor]] = {
@@ -22,7 +22,9 @@ SLOPES: dict[str, Callable[[Field, Tensor, Tensor, float, float], Tensor]] = {
     "euler": lambda f, x, v, t, h: v,
     "midpoint": lambda f, x, v, t, h: f(x + h / 2 * v, t + h / 2),
     "heun": lambda f, x, v, t, h: (v + f(x + h * v, t + h)) / 2,
+    "mean": lambda f, x, v, t, h: f(x, t, t + h),  # Euler's step by a mean velocity
 }
+METHODS = ("euler", "midpoint", "heun")
 
 # Largest number of velocity elements in a chunk. The values are fast on a CPU and an accelerator.
 HELD, HELD_ON_ACCELERATOR = 2**20, 2**27
@@ -56,8 +58,8 @@ def step_costs(
 
     For Euler, prefix sums of Gram matrices in float64 give all costs. The memory is ``O(n²)`` plus
     one chunk of noise samples, with one evaluation per noise sample and fine step. The slopes of
-    midpoint and Heun depend on both ends of a step, so their costs need about ``n²/2`` evaluations
-    per noise sample.
+    midpoint and Heun, and mean velocities, depend on both ends of a step, so their costs need about
+    ``n²/2`` evaluations per noise sample.
 
     States are in float32 at least, and outputs in half precision are converted; the velocity itself
     gets states in the type of ``x0``. If all costs are below the round-off of such outputs, a
@@ -94,7 +96,7 @@ def step_costs(
     0.015625
     """
     fine = as_grid(fine_grid, "fine_grid")
-    check_choice(method, SLOPES, "method")
+    check_choice(method, METHODS, "method")
     check_at_least(len(x0), 1, "the number of noises in x0")
     parts = 1 if groups is None else groups
     check_at_least(parts, 1, "groups")
@@ -109,6 +111,7 @@ def step_costs(
     velocity, x0 = precise(velocity, x0)
     costs = torch.zeros(parts, n, n, dtype=torch.float64)
     energy = torch.zeros(parts, n, dtype=torch.float64)
+    method = kind_of_step(velocity, cond, method)
     walk = _gram_walk if method == "euler" else _direct_walk
     for rows in chunks(0, len(x0), chunk_size):
         sums = walk(velocity, x0[rows], fine, take(cond, rows), method, reference)
@@ -227,8 +230,11 @@ def _direct_walk(
     reference: ODESampler | None,
 ) -> Sums:
     """Return the costs of slopes that depend on both ends, one step at a time."""
-    states = anchors(velocity, x0, fine, cond, reference or ODESampler(fine, method))
-    field, slope, times = make_field(velocity, x0, cond, fine), SLOPES[method], fine.tolist()
+    means = method == "mean"
+    reference = reference or ODESampler(fine, "euler" if means else method)
+    states = anchors(velocity, x0, fine, cond, reference)
+    field, slope = make_field(velocity, x0, cond, fine, means), SLOPES[method]
+    times = fine.tolist()
     costs = torch.zeros(len(x0), len(fine), len(fine), dtype=torch.float64)
     energy = torch.zeros(len(x0), len(fine), dtype=torch.float64)
     for j, t in enumerate(times[:-1]):
@@ -280,12 +286,26 @@ def anchors(
     return states
 
 
-def make_field(velocity: Velocity, x: Tensor, cond: Cond, grid: Tensor) -> Field:
-    """Bind a velocity for a walk along the grid, as a function of a state and a float time."""
+def kind_of_step(velocity: Velocity, cond: Cond, method: str) -> str:
+    """Return the key of `SLOPES`: the method, or ``"mean"`` for Euler's steps of mean velocities."""
+    return "mean" if method == "euler" and bind(velocity, cond).has_means else method
+
+
+def make_field(
+    velocity: Velocity, x: Tensor, cond: Cond, grid: Tensor, means: bool = False
+) -> Field:
+    """Bind a velocity for a walk along the grid, as a function of a state and a float time.
+
+    With ``means`` it is a mean velocity, a function of the end of a step, too.
+    """
     bound = bind(velocity, cond, grid)
+    if means:
+        bound.average_steps()
     dtype = torch.promote_types(x.dtype, torch.float32)
 
-    def field(x: Tensor, t: float) -> Tensor:
+    def field(x: Tensor, t: float, end: float | None = None) -> Tensor:
+        if means:
+            bound.begin_step(t, t if end is None else end)
         return bound(x, torch.full((len(x),), t, dtype=dtype, device=x.device), cond)
 
     return field

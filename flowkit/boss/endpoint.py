@@ -7,7 +7,15 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from flowkit.boss.costs import SLOPES, anchors, check_num_steps, make_field, round_off
+from flowkit.boss.costs import (
+    METHODS,
+    SLOPES,
+    anchors,
+    check_num_steps,
+    kind_of_step,
+    make_field,
+    round_off,
+)
 from flowkit.boss.precision import precise
 from flowkit.checks import as_grid, check_choice
 from flowkit.sampling import ODESampler
@@ -67,7 +75,7 @@ def endpoint_grid(
     """
     fine = as_grid(fine_grid, "fine_grid")
     check_num_steps(num_steps, fine)
-    check_choice(method, SLOPES, "method")
+    check_choice(method, METHODS, "method")
     last = len(fine) - 1
     if num_steps in (1, last):  # there is only one such grid
         return fine[:: last // num_steps]
@@ -94,7 +102,8 @@ def _program(
 ) -> list[int]:
     """Return the grid of the dynamic program, as numbers of fine times."""
     teacher = anchors(velocity, x0, fine, cond, reference)
-    field, slope = make_field(velocity, x0, cond, fine), SLOPES[method]
+    kind = kind_of_step(velocity, cond, method)
+    field, slope = make_field(velocity, x0, cond, fine, kind == "mean"), SLOPES[kind]
     times, last = fine.tolist(), len(fine) - 1
     states, parents = {0: x0}, []
     for step in range(1, num_steps + 1):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from flowkit.boss.bellman import bellman_grid
-from flowkit.boss.costs import SLOPES, anchors, check_num_steps, chunks, round_off, step_costs
+from flowkit.boss.costs import METHODS, anchors, check_num_steps, chunks, round_off, step_costs
 from flowkit.boss.endpoint import PROGRAM_NOISES, SEARCH_WALKS, endpoint_grid
 from flowkit.boss.guard import LEVEL, is_gain, is_noise
 from flowkit.boss.precision import precise
@@ -254,7 +254,7 @@ def search_rows(
     >>> search_rows(96, num_steps=8)
     {'costs': 6400, 'endpoint': 108224, 'scores': 257920}
     """
-    check_choice(method, SLOPES, "method")
+    check_choice(method, METHODS, "method")
     n, per_step, made = fine_steps, 1 if method == "euler" else 2, num_noises * 2 // 3
     costs, program, search = n, 0, 0
     if method != "euler":
