@@ -1,5 +1,7 @@
 """Networks that predict data or noise, as velocities that are trained."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -110,17 +112,22 @@ class NoisePrediction(_Prediction):
 def _times_of(path: Interpolant, end: int, min_gap: float) -> tuple[float, float]:
     """Return the interval of times in which the coefficient of an end is at least ``min_gap``.
 
-    ``a`` increases and ``b`` decreases with time. The bound is found by bisection.
+    Near the data the slope of ``b`` can be unbounded, as for `flowkit.paths.VP`. The interval then
+    keeps ``b`` at least as large there, too.
     """
+    last = torch.ones((), dtype=torch.float64)
+    bounded = bool(path.coefficients(last).db.isfinite())
+    low = 0.0 if end else _first(lambda t: path.coefficients(t).a >= min_gap)
+    high = 1 - _first(lambda t: path.coefficients(1 - t).b >= min_gap) if end or not bounded else 1.0
+    return low, high
+
+
+def _first(holds: Callable[[Tensor], Tensor]) -> float:
+    """Return the first time in [0, 1] at which something holds that holds from then on."""
     low, high = torch.tensor([0.0, 1.0], dtype=torch.float64)
-
-    def large(t: Tensor) -> bool:
-        return bool(path.coefficients(t)[end] >= min_gap)
-
-    far, near = (low, high) if end else (high, low)  # the end with a large coefficient first
-    if large(near):
-        return 0.0, 1.0
+    if bool(holds(low)):
+        return 0.0
     for _ in range(60):
-        middle = (far + near) / 2
-        far, near = (middle, near) if large(middle) else (far, middle)
-    return (0.0, far.item()) if end else (far.item(), 1.0)
+        middle = (low + high) / 2
+        low, high = (low, middle) if bool(holds(middle)) else (middle, high)
+    return high.item()
