@@ -25,6 +25,7 @@ from flowkit.modules import (
     ConditionGrid,
     FullySharded,
     LatentFlowMatching,
+    MeanFlowMatching,
     condition_grid,
 )
 from flowkit.modules.sharding import even_validation, shard_if_asked
@@ -77,10 +78,21 @@ class EvenTimes(NamedTuple):
         return torch.linspace(0, 1, batch * world)[rank::world]
 
 
+class TwoTimes(EvenTimes):
+    """Ends of steps, and in the next call their starts, halfway to the noise."""
+
+    calls = 0
+
+    def __call__(self, batch, device=None, generator=None):
+        TwoTimes.calls += 1
+        return super().__call__(batch) * (0.5 if TwoTimes.calls % 2 else 1)
+
+
 def networks() -> dict:
     torch.manual_seed(3)
     found = {
         "ddp": ResidualMLP((1, 4, 4), width=16, depth=1, num_classes=3),
+        "mean": ResidualMLP((1, 4, 4), width=16, depth=1, num_classes=3, num_times=2),
         "fsdp": DiT((1, 4, 4), width=16, depth=2, heads=2, num_classes=3),
     }
     for net in found.values():  # they start with an output of zero
@@ -91,8 +103,11 @@ def networks() -> dict:
 
 def fit(kind, net, strategy, folder) -> dict:
     """Train on shares; gradients are accumulated and clipped."""
-    module = ConditionalFlowMatching(
-        net, times=EvenTimes(), optimizer=partial(torch.optim.SGD, lr=0.1)
+    optimizer = partial(torch.optim.SGD, lr=0.1)
+    module = (
+        MeanFlowMatching(net, flow_share=0.5, times=TwoTimes(), optimizer=optimizer)
+        if kind == "mean"
+        else ConditionalFlowMatching(net, times=EvenTimes(), optimizer=optimizer)
     )
     trainer = Trainer(
         accelerator="cpu",
@@ -197,7 +212,8 @@ def picture(folder) -> Tensor:
 
 def everything(folder, run) -> dict:
     nets = networks()
-    strategies = ("auto", "auto") if place()[1] == 1 else ("ddp", FullySharded())
+    several = ("ddp", "ddp", FullySharded())
+    strategies = several if place()[1] > 1 else ("auto",) * 3
     return {
         "fits": {
             kind: fit(kind, net, how, folder)
@@ -251,7 +267,7 @@ def test_loss_and_gradients_are_those_of_the_joint_batch(found):
     assert first["gradients"]["loss"] != second["gradients"]["loss"]
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", ["ddp", "mean", "fsdp"])
 def test_training_and_validation_are_those_of_the_joint_batch(found, kind):
     """Three steps of two accumulated batches, with clipping; whole networks, and sharded ones."""
     ranks, alone, (two, one) = found
@@ -261,7 +277,7 @@ def test_training_and_validation_are_those_of_the_joint_batch(found, kind):
     assert ours["global_step"] == expected["global_step"] == STEPS // 2
     for name, value in expected["state_dict"].items():
         assert_close(ours["state_dict"][name], value, rtol=1e-5, atol=1e-6)
-        assert "label" in name or not value.equal(start[name.removeprefix("velocity.")])
+        assert "label" in name or not value.equal(start[name.removeprefix("velocity.").removeprefix("net.")])
     for name, value in alone["fits"][kind].items():
         for rank in ranks:
             assert_close(rank["fits"][kind][name], value, rtol=1e-5, atol=1e-6)
