@@ -211,7 +211,7 @@ def tell(cfg: DictConfig, data: Any, autoencoder: Any) -> None:
     net = cfg.network
     net.shape, net.num_classes = list(cfg.shape), cfg.num_classes
     if cfg.module._target_.endswith(".MeanFlowMatching"):
-        net.num_times = 2
+        net.num_times, net.time_scale = 2, 10
     if "codec" in cfg.module:
         labels, codec = check_labeled(batch), cfg.module.codec
         codec = instantiate(codec) if OmegaConf.is_config(codec) else codec

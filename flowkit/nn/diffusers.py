@@ -82,7 +82,7 @@ class DiffusersVelocity(nn.Module):
                     f"num_times must be 1, or 2 for a UNet2DModel, got {num_times} for "
                     f"{type(net).__name__}"
                 )
-            net.class_embedding = _SecondTime(net)
+            net.class_embedding = _SecondTime(net, time_scale)
         self.channels_last = channels_last
         if channels_last:
             net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -140,8 +140,9 @@ class _SecondTime(nn.Module):
     The table of labels keeps its name, so that the weights of a UNet of one time fit.
     """
 
-    def __init__(self, net: Any) -> None:
+    def __init__(self, net: Any, time_scale: float) -> None:
         super().__init__()
+        self.time_scale = time_scale
         width, labels = net.time_embedding.linear_2.out_features, net.class_embedding
         self.weight = None if labels is None else labels.weight
         self.inputs = nn.Linear(width, width)
@@ -150,7 +151,7 @@ class _SecondTime(nn.Module):
     def forward(self, given: tuple[Tensor | None, Tensor]) -> Tensor:
         """Return ``(B, width)`` for labels ``(B,)`` or None, and times ``(B,)``."""
         labels, t = given
-        waves = sinusoid(t, self.inputs.in_features).to(self.inputs.weight.dtype)
+        waves = sinusoid(t, self.inputs.in_features, self.time_scale).to(self.inputs.weight.dtype)
         c = self.outputs(F.silu(self.inputs(waves)))
         return c if self.weight is None or labels is None else c + look_up(self.weight, labels)
 
@@ -171,6 +172,7 @@ def unet2d(
     dropout: float = 0.0,
     channels_last: bool = False,
     num_times: int = 1,
+    time_scale: float = 1000.0,
 ) -> DiffusersVelocity:
     """Build a new ``UNet2DModel`` for images of one shape; its output is zero at the start.
 
@@ -188,6 +190,8 @@ def unet2d(
         dropout: Dropout probability of the residual blocks, in [0, 1].
         channels_last: Memory format, as for `DiffusersVelocity`.
         num_times: Number of times per sample, 1 or 2, as for `DiffusersVelocity`.
+        time_scale: Timestep of the network at ``t = 1``. Mean flows need a small one, such as 10,
+            since they learn from the derivative with respect to time.
 
     Raises:
         ValueError: If ``shape`` is not ``(C, H, W)`` or a size is below 1.
@@ -218,7 +222,7 @@ def unet2d(
     )
     for parameter in net.conv_out.parameters():
         nn.init.zeros_(parameter)
-    return DiffusersVelocity(net, channels_last=channels_last, num_times=num_times)
+    return DiffusersVelocity(net, time_scale, channels_last, num_times=num_times)
 
 
 if TYPE_CHECKING:

@@ -185,6 +185,9 @@ class DiT(nn.Module):
             The companions follow the ``C`` channels of the state. ``None`` means ``C``.
         num_times: Number of times per sample. With 1, ``t`` is ``(B,)``, otherwise
             ``(B, num_times)``.
+        time_scale: Radians of the fastest wave that embeds a time, between ``t = 0`` and ``t = 1``.
+            The derivative with respect to time is as large. Mean flows learn from this derivative:
+            they need a small scale, such as 10.
         gradient_checkpointing: Whether to keep only the tokens between blocks for the backward
             pass, and to compute the rest again. This takes a third more time and much less memory.
 
@@ -211,6 +214,7 @@ class DiT(nn.Module):
         num_classes: int | None = None,
         in_channels: int | None = None,
         num_times: int = 1,
+        time_scale: float = 1000.0,
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
@@ -222,7 +226,9 @@ class DiT(nn.Module):
         self.gradient_checkpointing = gradient_checkpointing
         self.in_shape = (in_channels or channels, height, columns)
         self.patches = PatchEmbed(self.in_shape, patch, width)
-        self.embedding = TimeLabelEmbedding(width, num_classes, num_times)
+        self.embedding = TimeLabelEmbedding(
+            width, num_classes, num_times, time_scale=time_scale
+        )
         self.blocks = nn.ModuleList(DiTBlock(width, heads, mlp_ratio) for _ in range(depth))
         self.outputs = PatchOutput(width, channels * patch**2)
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flowkit.checks import check_at_least, check_labels
+from flowkit.checks import check_at_least, check_labels, check_positive
 from flowkit.types import Cond
 
 
@@ -121,7 +121,7 @@ def check_even(size: int, name: str) -> None:
 class TimeLabelEmbedding(nn.Module):
     """Embedding ``c (B, width)`` of time and label, the condition of a network.
 
-    Each time becomes a sinusoid of ``1000 t`` and passes a two-layer SiLU perceptron. A label adds
+    Each time becomes a sinusoid of ``time_scale · t`` and passes a two-layer SiLU perceptron. A label adds
     a row of a table. The last row, number ``num_classes``, means *no label*.
 
     Args:
@@ -131,9 +131,10 @@ class TimeLabelEmbedding(nn.Module):
         num_times: Number of times per sample. With 1, ``t`` is ``(B,)``, otherwise
             ``(B, num_times)``.
         frequencies: Size of the sinusoid of each time, an even number of at least 2.
+        time_scale: Radians of the fastest wave between ``t = 0`` and ``t = 1``, positive.
 
     Raises:
-        ValueError: If a number is below 1, or ``frequencies`` is odd.
+        ValueError: If a number is below 1, ``frequencies`` is odd, or ``time_scale`` not positive.
     """
 
     def __init__(
@@ -142,12 +143,14 @@ class TimeLabelEmbedding(nn.Module):
         num_classes: int | None = None,
         num_times: int = 1,
         frequencies: int = 256,
+        time_scale: float = 1000.0,
     ) -> None:
         super().__init__()
         check_at_least(width, 1, "width")
         check_at_least(num_times, 1, "num_times")
         check_even(frequencies, "frequencies")
-        self.num_classes, self.frequencies = num_classes, frequencies
+        check_positive(time_scale, "time_scale")
+        self.num_classes, self.frequencies, self.time_scale = num_classes, frequencies, time_scale
         self.inputs = nn.Linear(num_times * frequencies, width)
         self.outputs = nn.Linear(width, width)
         for layer in (self.inputs, self.outputs):
@@ -162,7 +165,7 @@ class TimeLabelEmbedding(nn.Module):
     def forward(self, t: Tensor, cond: Cond = None) -> Tensor:
         """Return ``c (B, width)`` for times ``(B,)`` or ``(B, num_times)`` and labels ``(B,)``."""
         labels = check_cond(cond, len(t), self.num_classes)
-        waves = sinusoid(t.reshape(len(t), -1), self.frequencies).flatten(1)
+        waves = sinusoid(t.reshape(len(t), -1), self.frequencies, self.time_scale).flatten(1)
         c = self.outputs(F.silu(self.inputs(waves.to(self.inputs.weight.dtype))))
         if self.labels is None or labels is None:
             return c

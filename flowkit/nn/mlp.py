@@ -136,9 +136,12 @@ class ResidualMLP(nn.Module):
         dropout: Probability of dropping a hidden unit of a block in training, in [0, 1].
         num_times: Number of times per sample. With 1, ``t`` is ``(B,)``, otherwise
             ``(B, num_times)``.
+        time_scale: Radians of the fastest wave that embeds a time, between ``t = 0`` and ``t = 1``.
+            The derivative with respect to time is as large. Mean flows learn from this derivative:
+            they need a small scale, such as 10.
 
     Raises:
-        ValueError: If a size is below 1.
+        ValueError: If a size is below 1, or ``time_scale`` is not positive.
 
     Source: the modulation of Peebles & Xie (2023), *Scalable Diffusion Models with Transformers*,
     without attention.
@@ -156,13 +159,16 @@ class ResidualMLP(nn.Module):
         num_classes: int | None = None,
         dropout: float = 0.0,
         num_times: int = 1,
+        time_scale: float = 1000.0,
     ) -> None:
         super().__init__()
         check_at_least(width, 1, "width")
         check_at_least(depth, 1, "depth")
         self.shape, self.num_times = tuple(int(n) for n in shape), num_times
         pixels = math.prod(self.shape)
-        self.embedding = TimeLabelEmbedding(width, num_classes, num_times)
+        self.embedding = TimeLabelEmbedding(
+            width, num_classes, num_times, time_scale=time_scale
+        )
         self.inputs = nn.Linear(pixels, width)
         self.blocks = nn.ModuleList(_ResidualBlock(width, dropout) for _ in range(depth))
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
