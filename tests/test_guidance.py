@@ -380,7 +380,7 @@ def test_drop_cond_follows_the_generator_and_lets_none_be():
             r"interval must be increasing times within \[0, 1\], got \(0.6, 0.4\)",
         ),
         (
-            lambda: ClassifierFree(two_classes, 2.0, NULL, (0.0, 5.0)),
+            lambda: ClassifierFree(two_classes, 2.0, NULL, (0.0, 1.01)),
             ValueError,
             "interval must be increasing times",
         ),

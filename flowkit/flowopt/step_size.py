@@ -105,8 +105,6 @@ class Flow:
     def __call__(self, z: Tensor, cond: Cond) -> Tensor:
         """Return ``f(z; cond)`` of latents ``z (B, *)``: NaN for latents that are not finite."""
         finite = expand_like(z.isfinite().flatten(1).all(1), z)
-        if bool(finite.all()):
-            return self._count(self.sampler.solve(self._next(), z, cond))
         # A sampler takes finite states alone; a lost sample does not end the others.
         x = self._count(self.sampler.solve(self._next(), z.where(finite, 0), cond))
         return x.where(finite, torch.nan)

@@ -168,6 +168,18 @@ def test_tilts_of_a_class_are_its_own(debias):
         assert_close(ours, alone.pair(x0[rows], x1[rows]).log_weight, rtol=1e-4, atol=1e-4)
 
 
+def test_means_run_over_the_seen_samples_of_a_class():
+    """Two samples of the first class, one of the second, none of the third: its factor is 1."""
+    (a0, a1), (b0, b1) = normals(3, 2), normals(3, 2, seed=1)
+    coupling = Gibbs(2.0, "sqeuclidean", "none", Division(100))
+    coupling.debias(coupling.log_kernel, a0, a1, torch.tensor([0, 0, 1]))
+    f, g = coupling.debias.factors(coupling.log_kernel, b0, b1, torch.arange(3))
+    of_x0, of_x1 = (-cost_matrix(b0, a1) / 2).exp(), (-cost_matrix(b1, a0) / 2).exp()
+    for factor, kernel in ((f, of_x0), (g, of_x1)):
+        means = torch.stack([kernel[0, :2].mean(), kernel[1, 2], torch.tensor(1.0)])
+        assert_close(factor, -means.log())
+
+
 def test_row_softmax_stays_within_classes():
     x0, x1, label = two_classes(200)
     pairs = Gibbs(1.0, normalize="class", debias=RowSoftmax()).pair(x0, x1, label)
