@@ -107,6 +107,19 @@ def test_frechet_ignores_noise_of_missing_ranks():
     assert frechet_from_moments(zero, full, zero, low) == pytest.approx(exact, rel=1e-12)
 
 
+@pytest.mark.parametrize("scale", [1e-4, 1e4])
+def test_frechet_of_one_missing_rank_at_any_scale(scale):
+    """The distance of singular covariances has no error of order √ε, which a root of noise has."""
+    zero = torch.zeros(20, dtype=F64)
+    for seed in range(5):
+        low = random_cov(20, seed, rank=19)
+        exact = (low.trace() + 20 - 2 * torch.linalg.svdvals(low)[:19].sqrt().sum()).item()
+        full = scale**2 * torch.eye(20, dtype=F64)
+        for pair in ((low * scale**2, full), (full, low * scale**2)):
+            value = frechet_from_moments(zero, pair[0], zero, pair[1]) / scale**2
+            assert value == pytest.approx(exact, rel=1e-11)
+
+
 def test_frechet_blocks_of_many_features():
     a, b = normal(700, 600), normal(800, 600, seed=1) * torch.linspace(0.1, 2, 600, dtype=F64)
     theirs = torchmetrics_frechet(a.mean(0), a.T.cov(), b.mean(0), b.T.cov()).item()
