@@ -6,12 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flowkit.checks import (
-    check_at_least,
-    check_cond,
-    check_state,
-    expand_like,
-)
+from flowkit.checks import check_at_least, check_state, expand_like
 from flowkit.sampling import ODESampler, Solution
 from flowkit.types import Cond
 from flowkit.velocity import BoundVelocity, Velocity, bind
@@ -73,7 +68,6 @@ def step_bound(
     """
     check_at_least(rounds, 1, "rounds")
     check_state(z, "z")
-    check_cond(cond)
     flow = Flow(sampler, velocity, z.dtype)
     noise = torch.randn(z.shape, device=z.device, generator=generator)
     latent = z.to(flow.dtype)
