@@ -365,6 +365,10 @@ def without(batch, *names):
             r"t1 must lie in \[0, 1\], got values in",
         ),
         (
+            lambda b: flow_matching_loss(zero, b | {"t0": b["t0"] - 5}),
+            r"t0 must lie in \[0, 1\], got values in",
+        ),
+        (
             lambda b: flow_matching_loss(lambda x, t, c: x[:, :1], {"x1": b["x1"]}),
             r"velocity\(x, t, cond\) must have the shape of x",
         ),

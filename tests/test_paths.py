@@ -210,7 +210,9 @@ def test_both_ends_of_a_pair_are_recovered_near_both_ends(path, dtype):
                 assert found.dtype == dtype
                 assert abs(found - wanted).item() <= 8 * torch.finfo(dtype).eps, (value, convert)
             else:
-                with pytest.raises(ValueError, match=f"velocity determines .*, got {value}"):
+                name = "data" if wanted is x1 else "noise"
+                rule = f"^t must be a time at which the velocity determines the {name}, got {value}"
+                with pytest.raises(ValueError, match=rule):
                     convert(x_t, t, v)
         if 0 <= value < 0.6:
             b = path.coefficients(t.double()[:, None]).b
@@ -301,6 +303,10 @@ def test_bad_samples_are_refused(path):
         path.sample(x[:1], x, torch.zeros(2))
     with pytest.raises(ValueError, match=r"t must have shape \(2,\), got \(2, 1\)"):
         path.sample(x, x, torch.zeros(2, 1))
+    if path == Linear():
+        for convert in (path.to_data, path.to_noise, path.to_score):
+            with pytest.raises(ValueError, match=r"^v must have the shape of x_t, \(2, 3\), got"):
+                convert(x, torch.full((2,), 0.5), x[:1])
 
 
 WRONG = [

@@ -85,7 +85,7 @@ def test_the_search_goes_up_to_a_thousand_times_beyond_the_range(curve, epsilon)
     found = _solve(curve, curve(epsilon), 0.05, 50, "ess")
     assert found == pytest.approx(epsilon, rel=1e-3)
     beyond = 0.05 / 1010 if epsilon < 1 else 50 * 1010
-    with pytest.raises(ValueError, match="value must lie between .* the range of ess"):
+    with pytest.raises(ValueError, match=r"value must lie between .* the range of ess"):
         _solve(curve, curve(beyond), 0.05, 50, "ess")
 
 

@@ -56,6 +56,10 @@ def test_an_empty_region_is_none_and_a_fraction_weighs():
     plain, empty = flowopt(CENTERED, x1), flowopt(CENTERED, x1, mask=torch.zeros(3))
     torch.testing.assert_close(plain.x, empty.x)
     torch.testing.assert_close(plain.residuals, empty.residuals)
+    region = torch.tensor([True, False, False])
+    assert torch.equal(
+        flowopt(CENTERED, x1, mask=region).x, flowopt(CENTERED, x1, mask=1.0 * region).x
+    )
     half = flowopt(CENTERED, x1, mask=torch.full((1, 3), 0.5))
     most = flowopt(CENTERED, x1, mask=torch.full((1, 3), 0.75))
     torch.testing.assert_close(half.residuals[0], plain.residuals[0])

@@ -157,6 +157,14 @@ def test_an_automatic_step_is_half_of_the_bound(backtrack):
     assert (edit.residuals[1] < 1e-8 * edit.residuals[0]).all()
 
 
+def test_the_measured_direction_has_a_part_of_every_feature():
+    """Slope 1 along (1, 1) and 4 along (1, −1), which equal numbers would not see."""
+    edit = FlowOpt(ODESampler(1), num_iters=1, backtrack=False)(
+        linear([[2.5, -1.5], [-1.5, 2.5]]), data(4, 2)
+    )
+    torch.testing.assert_close(edit.step_size, torch.full((4,), 0.25).double(), rtol=0.02, atol=0)
+
+
 def test_automatic_steps_converge_at_any_scale():
     for scale in (0.05, 1.0, 30.0):
         matrix = scale * torch.diag(torch.tensor([1.0, 0.5, 0.3]))
@@ -461,7 +469,7 @@ def test_a_sample_that_has_ended_needs_no_step():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_latents_are_float32_beside_a_half_precision_network(dtype):
-    seen, z_seen = set(), []
+    seen, x_seen, z_seen = set(), [], []
 
     def field(x, t, cond=None):
         seen.add((x.dtype, t.dtype))
@@ -469,7 +477,9 @@ def test_latents_are_float32_beside_a_half_precision_network(dtype):
 
     x1 = data(64).to(dtype)
     flowopt = FlowOpt(ODESampler(10), 0.01, 60, backtrack=False)
-    edit = flowopt(field, x1, callback=lambda k, x, z: z_seen.append(z.clone()))
+    edit = flowopt(field, x1, callback=lambda k, x, z: x_seen.append(x) or z_seen.append(z.clone()))
+    assert torch.equal(torch.stack(x_seen), edit.trace)
+    assert x_seen[0].dtype == dtype
     assert seen == {(dtype, torch.float32)}
     assert (edit.z.dtype, edit.x.dtype, edit.trace.dtype) == (torch.float32, dtype, dtype)
     exact = flowopt(CENTERED, x1.float())

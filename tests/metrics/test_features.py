@@ -305,7 +305,7 @@ def test_image_metrics_of_few_samples_claims_no_interval(digits, classifier):
 
 def test_twenty_images_and_two_of_a_class_are_enough_for_intervals(digits):
     """Halves hold ten images, twice the five neighbors; a jackknife within a class needs two."""
-    train, labels, test, _ = digits
+    train, _, test, _ = digits
     pairs = torch.arange(20) // 2
     for count in (19, 20):
         record = image_metrics(train, test, train[:count], Pixels(), labels=pairs[:count])
@@ -320,8 +320,10 @@ def test_twenty_images_and_two_of_a_class_are_enough_for_intervals(digits):
 
 def test_image_metrics_errors(digits, classifier, judge):
     train = digits[0]
-    with pytest.raises(ValueError, match="number of generated images must be at least 4, got 3"):
-        record_of(digits, classifier, train[:3])
+    for few, name in enumerate(("real_train", "real_test", "generated")):
+        sets = [train[: 3 if k == few else 4] for k in range(3)]
+        with pytest.raises(ValueError, match=f"^the number of {name} images must be at least 4"):
+            image_metrics(*sets, Pixels())
     with pytest.raises(ValueError, match="labels must be given with a judge, got None"):
         record_of(digits, classifier, train[:9], judge=judge)
     with pytest.raises(ValueError, match="labels must be given with a judge, got None"):
