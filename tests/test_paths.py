@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from flowkit.paths import VP, Affine, BrownianBridge, Cosine, Linear, Path
+from flowkit.paths import VP, Affine, BrownianBridge, Cosine, Linear, Path, noise_like
 
 QUADRATIC = Affine(a=lambda t: t**2, b=lambda t: (1 - t) * (1 + t))
 PATHS = [
@@ -288,6 +288,16 @@ def test_noise_follows_the_generator(path):
     a, b, c = (path.sample(x0, x1, t, torch.Generator().manual_seed(k)).x_t for k in (1, 1, 2))
     assert torch.equal(a, b)
     assert not torch.equal(a, c)
+
+
+@pytest.mark.parametrize("path", [Linear(sigma=0.3), BrownianBridge(0.3)], ids=name_of)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_samples_with_noise_keep_their_type_and_their_times(path, dtype):
+    x0, x1 = (x.to(dtype) for x in pair())
+    assert noise_like(x1).dtype == dtype
+    x_t, t, u = path.sample(x0, x1, time := times())
+    assert t is time
+    assert (x_t.dtype, u.dtype) == (dtype, dtype)
 
 
 def test_every_path_is_a_path():
