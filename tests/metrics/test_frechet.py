@@ -12,6 +12,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.fid import _compute_fid as torchmetrics_frechet
 
 from flowkit.metrics import frechet_distance, frechet_from_moments
+from flowkit.metrics.frechet import _congruence, gram
 from tests.metrics.samples import F64, normal
 
 
@@ -124,6 +125,15 @@ def test_frechet_blocks_of_many_features():
     a, b = normal(700, 600), normal(800, 600, seed=1) * torch.linspace(0.1, 2, 600, dtype=F64)
     theirs = torchmetrics_frechet(a.mean(0), a.T.cov(), b.mean(0), b.T.cov()).item()
     assert frechet_distance(a, b) == pytest.approx(theirs, rel=1e-8)
+
+
+def test_blocks_of_products_are_those_of_whole_matrices():
+    """A wrong block would only be slow: the distance falls back on singular values."""
+    x, cov = normal(600, 20), random_cov(600, 1)
+    lower = torch.linalg.cholesky(cov)
+    torch.testing.assert_close(gram(x), x @ x.T)
+    found = _congruence(lower, cov).tril()
+    torch.testing.assert_close(found, (lower.T @ cov @ lower).tril())
 
 
 @settings(max_examples=25, deadline=None)
