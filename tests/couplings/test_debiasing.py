@@ -102,6 +102,11 @@ def test_a_pool_draws_pairs_by_their_weights():
     assert_close(counts / 6000, expected, rtol=0, atol=0.025)
 
 
+def test_a_pair_with_all_the_weight_is_drawn_every_time():
+    x0, x1 = torch.zeros(6, 1), torch.tensor([[90.0], [0.0], [90.0], [80.0], [90.0], [90.0]])
+    assert Gibbs(0.5, pool=2).pair(x0, x1).x1.tolist() == [[0.0]] * 3
+
+
 @pytest.mark.parametrize("epsilon", [0.5, 2.0])
 def test_potentials_on_a_fixed_set_are_those_of_sinkhorn(epsilon):
     """A memory that holds the same points again and again does Sinkhorn on them."""

@@ -305,7 +305,8 @@ def test_infinite_epsilon_is_plain_flow_matching_bit_for_bit():
         assert terms["loss"].equal(results[0][0]["loss"])
         assert terms["explained"].equal(results[0][0]["explained"])
         assert all(a.equal(b) for a, b in zip(gradients, results[0][1], strict=True))
-    pairs = Gibbs(INF).pair(*normals(5, 2))
+    pairs = Gibbs(INF).pair(*normals(5, 2), cond := torch.arange(5))
+    assert pairs.cond is cond
     assert pairs.log_weight.exp().equal(torch.ones(5))
 
 
@@ -382,8 +383,11 @@ def test_bad_batches():
         by_class.pair(x0, x1, torch.arange(7))
     with pytest.raises(ValueError, match=r"x0 must have the shape of x1, \(8, 2\)"):
         Gibbs(1.0).pair(x0[:7], x1)
-    with pytest.raises(ValueError, match="x1 must be finite, got 16 NaN or infinite of 16"):
-        Gibbs(1.0).pair(x0, x1 * math.nan)
+    for coupling in (Gibbs(1.0), Gibbs(1.0, debias=RowSoftmax())):
+        with pytest.raises(ValueError, match="^x0 must be finite, got 16 NaN or infinite of 16"):
+            coupling.pair(x0 * math.nan, x1)
+        with pytest.raises(ValueError, match="^x1 must be finite, got 16 NaN or infinite of 16"):
+            coupling.pair(x0, x1 * math.nan)
     with pytest.raises(ValueError, match="cost must be finite, got NaN"):
         Gibbs(1.0, lambda a, b: (a - b).sum(-1) * math.nan).pair(x0, x1)
     with pytest.raises(ValueError, match=r"cost must map .* got \(8, 2\) for 8 pairs"):
