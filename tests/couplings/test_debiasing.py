@@ -14,6 +14,8 @@ from flowkit.couplings import (
     Potentials,
     RowSoftmax,
     cost_matrix,
+    debiasing,
+    gibbs,
 )
 from tests.couplings.kernels import (
     generated,
@@ -193,6 +195,44 @@ def test_row_softmax_stays_within_classes():
     assert set(pairs.x1[label == 0].ravel().tolist()) <= set(x1[label == 0].ravel().tolist())
     moved = Gibbs(1.0, debias=RowSoftmax()).pair(x0, x1, {"label": label, "x": x1})
     assert moved.cond["x"].equal(moved.x1)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ranks_share_their_batches_in_training_alone(monkeypatch, rank):
+    x0, x1, label = two_classes(30)
+    mine = slice(15 * rank, 15 * rank + 15)
+
+    def weighed(normalize, rows, debias=None, training=True):
+        cond = label[rows] if normalize == "class" else None
+        coupling = Gibbs(1.0, normalize=normalize, debias=debias).train(training)
+        return coupling.pair(x0[rows], x1[rows], cond).log_weight
+
+    expected = {}
+    for normalize in ("batch", "class"):
+        joint, within = weighed(normalize, slice(None))[mine], weighed(normalize, mine)
+        assert not torch.allclose(joint, within)
+        expected[normalize] = joint, within
+    whole, plain = Division(50), weighed("none", slice(None))
+    weighed("none", slice(None), whole)
+    alone = weighed("none", mine, Division(50), training=False)
+    for module in (gibbs, debiasing):
+        monkeypatch.setattr(
+            module,
+            "gathered",
+            lambda x: (
+                {1: plain, 3: whole.rows.transpose(0, 1)}[x.ndim]
+                if x.is_floating_point()
+                else label
+            ),
+        )
+    monkeypatch.setattr(gibbs, "own", lambda x, batch: x[batch * rank :][:batch])
+    for normalize, (joint, within) in expected.items():
+        assert_close(weighed(normalize, mine), joint)
+        assert_close(weighed(normalize, mine, training=False), within)
+    memory = Division(50)
+    weighed("none", mine, memory)
+    assert memory.rows.equal(whole.rows)
+    assert weighed("none", mine, Division(50), training=False).equal(alone)
 
 
 @pytest.mark.filterwarnings("ignore:only 4.4% of the variance")

@@ -384,9 +384,9 @@ def test_bad_batches():
     with pytest.raises(ValueError, match=r"x0 must have the shape of x1, \(8, 2\)"):
         Gibbs(1.0).pair(x0[:7], x1)
     for coupling in (Gibbs(1.0), Gibbs(1.0, debias=RowSoftmax())):
-        with pytest.raises(ValueError, match="^x0 must be finite, got 16 NaN or infinite of 16"):
+        with pytest.raises(ValueError, match=r"^x0 must be finite, got 16 NaN or infinite of 16"):
             coupling.pair(x0 * math.nan, x1)
-        with pytest.raises(ValueError, match="^x1 must be finite, got 16 NaN or infinite of 16"):
+        with pytest.raises(ValueError, match=r"^x1 must be finite, got 16 NaN or infinite of 16"):
             coupling.pair(x0, x1 * math.nan)
     with pytest.raises(ValueError, match="cost must be finite, got NaN"):
         Gibbs(1.0, lambda a, b: (a - b).sum(-1) * math.nan).pair(x0, x1)
