@@ -260,6 +260,10 @@ BAD_COSTS[3, 7] = torch.nan
             "velocity must be finite, got NaN or infinite values at t = 0.5, step 5 of 10",
         ),
         (
+            lambda: boss.step_costs(breaks_at(0.45), noise(8, 2), 10, method="heun"),
+            "states of the reference must be finite, got NaN or infinite values at t = 0.5",
+        ),
+        (
             lambda: boss.endpoint_grid(breaks_at(0.45), noise(8, 2), 10, 3),
             "states of the reference must be finite, got NaN or infinite values at t = 0.6",
         ),

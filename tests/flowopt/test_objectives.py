@@ -120,7 +120,9 @@ def test_masks_and_operators_that_do_not_fit():
     with pytest.raises(ValueError, match=r"mask must broadcast to x1, \(6, 3\), got \(4,\)"):
         flowopt(CENTERED, x1, mask=torch.ones(4))
     with pytest.raises(ValueError, match=r"mask must lie in \[0, 1\], got 2.0"):
-        flowopt(CENTERED, x1, mask=torch.full((3,), 2.0))
+        flowopt(CENTERED, x1, mask=torch.tensor([0.0, 2.0, 0.0]))
+    with pytest.raises(ValueError, match=r"mask must lie in \[0, 1\], got -1.0"):
+        flowopt(CENTERED, x1, mask=torch.tensor([0.0, -1.0, 0.0]))
     with pytest.raises(ValueError, match=r"mask must be below 1 somewhere in every sample"):
         flowopt(CENTERED, x1, mask=torch.ones(3))
     with pytest.raises(ValueError, match=r"mask must be below 1 somewhere in every sample"):
@@ -132,5 +134,7 @@ def test_masks_and_operators_that_do_not_fit():
         def adjoint(self, y):
             return y
 
-    with pytest.raises(ValueError, match=r"operator.adjoint\(operator\(x1\)\) must have the shape"):
+    with pytest.raises(
+        ValueError, match=r"operator.adjoint\(operator\(x1\)\) must have the shape of x1"
+    ):
         flowopt(CENTERED, data(4, 4), operator=Wrong())

@@ -41,9 +41,9 @@ def kernel_of(a, b):
     [(frechet_unbiased, frechet_of, 1e-6), (kernel_distance, kernel_of, 1e-9)],
 )
 def test_both_sets_lose_each_sample_within_its_class(unbiased, brute, rel):
-    """Classes of unequal sizes, and of other sizes in the other set."""
+    """Classes of unequal sizes, and of two samples in the other set."""
     a, b = normal(40, 4), 1.3 * normal(40, 4, seed=1) + 0.4
-    labels = torch.arange(40) % 3, torch.arange(40) % 8
+    labels = torch.arange(40) % 3, torch.arange(40) % 20
     a, b = a + 2 * labels[0][:, None], b + labels[1][:, None] / 4
     value, left_out = brute_jackknife(brute(a, b), (a, b), labels)
     estimate, variance = value, 0.0
