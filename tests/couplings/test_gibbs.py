@@ -310,6 +310,23 @@ def test_infinite_epsilon_is_plain_flow_matching_bit_for_bit():
     assert pairs.log_weight.exp().equal(torch.ones(5))
 
 
+def test_a_conversion_keeps_the_digits_of_log_z():
+    """Half precision would round it; a module on the meta device holds no number to keep."""
+    coupling = Gibbs(1.0, normalize="running")
+    coupling.pair(*normals(50, 2))
+    before = coupling.log_z.clone()
+    assert before != before.bfloat16()
+    for converted in (coupling.bfloat16(), coupling.double(), coupling.cpu()):
+        assert converted is coupling
+        assert coupling.log_z.equal(before)
+        assert dict(coupling.named_buffers())["log_z"] is coupling.log_z
+    assert coupling.to("meta").log_z.is_meta
+    empty = coupling.to_empty(device="cpu").log_z
+    assert (empty.device.type, empty.dtype) == ("cpu", torch.float32)
+    parent = torch.nn.Sequential(Gibbs(1.0, normalize="running")).half()
+    assert parent[0].log_z.dtype == torch.float32
+
+
 def test_weights_multiply_the_loss_of_each_pair():
     x0, x1 = normals(40, 3)
     w = weights(Gibbs(1.0), x0, x1)
