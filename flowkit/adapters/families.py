@@ -13,14 +13,17 @@ from flowkit.adapters.published import (
     SD3_INVERSION,
 )
 
+NEGATIVE = "negative_"  # prefix of the names of the negative prompt's tensors in a condition
+SCALE = "cfg_scale"  # name of the scale of classifier-free guidance in a condition
+
 
 def _guided(
     prompt: dict[str, Tensor], negative: dict[str, Tensor], scale: float
 ) -> dict[str, Tensor]:
-    """Join the conditions of the prompt and the negative prompt, and add the scale."""
-    both = {name: torch.cat([value, negative[name]]) for name, value in prompt.items()}
+    """Return the condition of a prompt, of a negative prompt and of the scale, a row per prompt."""
     first = next(iter(prompt.values()))
-    return {**both, "cfg_scale": torch.full((len(first),), scale, device=first.device)}
+    scales = torch.full((len(first),), scale, device=first.device)
+    return {**prompt, **{NEGATIVE + name: v for name, v in negative.items()}, SCALE: scales}
 
 
 class StableDiffusion3:

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowkit.adapters.families import Flux, StableDiffusion3
+from flowkit.adapters.families import NEGATIVE, SCALE, Flux, StableDiffusion3
 from flowkit.adapters.published import Published
 from flowkit.checks import as_grid, check_at_least, expand_like
 from flowkit.guidance import combine
-from flowkit.types import Cond
+from flowkit.types import Cond, per_sample
 
 
 class DiffusersPipelineFlow:
@@ -102,7 +102,8 @@ class DiffusersPipelineFlow:
                 guidance.
 
         Returns:
-            A mapping of tensors, for the argument ``cond`` of the velocity.
+            A mapping of tensors, for the argument ``cond`` of the velocity. Each tensor has one row
+            per prompt.
 
         Raises:
             ValueError: If there is no prompt, or the network has no guidance of this kind.
@@ -177,43 +178,25 @@ class DiffusersPipelineFlow:
 
 
 class _Bound:
-    """The velocity of one solve: negated, guided, and counting network rows."""
+    """The velocity of one solve: negated, guided, and counting network rows.
+
+    A condition has one row per prompt. With guidance, each sample takes two rows of the network.
+    """
 
     def __init__(self, family: Any, cond: Mapping[str, Tensor]) -> None:
-        self.family, self.cond, self.rows = family, dict(cond), 0
-        self.scale = self.cond.pop("cfg_scale", None)
+        self.family, self.scale, self.rows = family, cond.get(SCALE), 0
+        names = [name for name in cond if name != SCALE and not name.startswith(NEGATIVE)]
+        prefixes = ("",) if self.scale is None else ("", NEGATIVE)
+        self.parts = [{name: cond[prefix + name] for name in names} for prefix in prefixes]
 
     def __call__(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
-        batch, cond = len(x), self.cond
-        if self.scale is not None:  # the halves of each condition: the prompt, the negative prompt
-            x, t = torch.cat([x, x]), torch.cat([t, t])
-            cond = {name: _rows(value, 2, batch) for name, value in cond.items()}
-        else:
-            cond = {name: _rows(value, 1, batch) for name, value in cond.items()}
+        parts: list[Any] = [per_sample(part, len(x)) for part in self.parts]
+        cond = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        x, t = torch.cat([x] * len(parts)), torch.cat([t] * len(parts))
         self.rows += len(x)
         v = -self.family.network(x, 1 - t, cond)
         if self.scale is None:
             return v
         v, v_null = v.chunk(2)
-        return combine(v, v_null, expand_like(_rows(self.scale, 1, batch), v).to(v.dtype))
-
-
-def _rows(value: Tensor, parts: int, batch: int) -> Tensor:
-    """Return the rows of a condition for a batch; one prompt is repeated for all samples.
-
-    Args:
-        value: Tensor of the condition, with ``parts`` rows or ``parts·batch`` rows.
-        parts: Number of parts: 2 with a negative prompt, otherwise 1.
-        batch: Number of samples.
-
-    Raises:
-        ValueError: If the number of prompts is neither 1 nor ``batch``.
-    """
-    if len(value) == parts * batch:
-        return value
-    if len(value) != parts:
-        raise ValueError(
-            f"number of prompts must be 1 or the number of samples, {batch}, "
-            f"got {len(value) // parts}"
-        )
-    return value.repeat_interleave(batch, 0)
+        scale: Any = per_sample(self.scale, len(v))
+        return combine(v, v_null, expand_like(scale, v).to(v.dtype))

@@ -21,7 +21,7 @@ from flowkit.boss.guard import LEVEL, is_gain, is_noise
 from flowkit.boss.precision import precise
 from flowkit.checks import as_grid, check_at_least, check_choice, check_finite
 from flowkit.sampling import ODESampler
-from flowkit.types import Batch, Cond, take
+from flowkit.types import Batch, Cond, per_sample, take
 from flowkit.velocity import Velocity
 
 EXTRA_NOISES = 2048  # a loss in 1 % of samples is then seen 20 times
@@ -59,7 +59,7 @@ def score_grids(
         velocity: The velocity.
         x0: States ``(B, *)`` at the first time of the grids.
         grids: Grids by name, with common ends.
-        cond: Conditions of the states.
+        cond: Conditions of the states; one row serves all states.
         method: Solver of the grids.
         reference: Reference solver. ``None`` means 100 uniform steps of the same method.
 
@@ -104,6 +104,7 @@ def _end_errors(
                 f"{sampler.times[0]:.6g} to {sampler.times[-1]:.6g} for {name!r}"
             )
     velocity, x0 = precise(velocity, x0)
+    cond = per_sample(cond, len(x0))
     target = reference(velocity, x0, cond)
     check_finite(target, "the solution on the reference grid")
     errors = {
@@ -148,7 +149,7 @@ def optimize_grid(
         velocity: The velocity, with guidance if the sampler uses guidance.
         x0: States ``(B, *)`` at the first time, at least 6; hundreds give a stable choice.
         num_steps: Steps of the grid, from 1 to the number of fine steps.
-        cond: Conditions of the states.
+        cond: Conditions of the states; one row serves all states.
         method: The solver: ``"euler"``, ``"midpoint"`` or ``"heun"``.
         fine_steps: A number of uniform steps from 0 to 1, or another fine grid; the fine grid may
             cover a part of [0, 1].
@@ -180,6 +181,7 @@ def optimize_grid(
     check_at_least(len(x0), 6, "the number of noises in x0")
     extra = _check_extra(extra_noises, x0, fine)
     generator = generator or torch.Generator().manual_seed(SEED)
+    cond = per_sample(cond, len(x0))
     made, kept = slice(0, len(x0) * 2 // 3), slice(len(x0) * 2 // 3, len(x0))
     options = {"method": method, "reference": reference}
     x, c = x0[made], take(cond, made)
@@ -297,7 +299,7 @@ def segments(
         x0: States ``(B, *)`` at the first time of the grid.
         fine_grid: Times of the teacher, or a number of uniform steps.
         grid: Times ``(K + 1,)`` of the student, or a number of uniform steps.
-        cond: Conditions of the states.
+        cond: Conditions of the states; one row serves all states.
         method: Solver of the teacher.
 
     Returns:
@@ -316,6 +318,7 @@ def segments(
     """
     fine, knots = as_grid(fine_grid, "fine_grid"), as_grid(grid)
     velocity, x0 = precise(velocity, x0)
+    cond = per_sample(cond, len(x0))
     inside = fine[(fine > knots[0]) & (fine < knots[-1])]
     teacher = ODESampler(torch.cat([knots, inside]).unique(), method)
     states = anchors(velocity, x0, knots, cond, teacher).transpose(0, 1)
