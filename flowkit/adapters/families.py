@@ -30,6 +30,7 @@ class StableDiffusion3:
     """Network, prompts and noise levels of Stable Diffusion 3."""
 
     editing, inversion = SD3_EDITING, SD3_INVERSION
+    has_guidance = takes_sigmas = True
 
     def __init__(self, pipeline: Any) -> None:
         self.pipeline = pipeline
@@ -74,7 +75,8 @@ class Flux:
 
     def __init__(self, pipeline: Any) -> None:
         self.pipeline = pipeline
-        self.distilled = pipeline.transformer.config.guidance_embeds
+        self.distilled = self.has_guidance = pipeline.transformer.config.guidance_embeds
+        self.takes_sigmas = not pipeline.scheduler.config.get("use_flow_sigmas")
 
     def encode_prompt(
         self,
@@ -105,7 +107,7 @@ class Flux:
 
     def sigmas(self, num_steps: int) -> dict[str, Any]:
         """Return the scheduler's argument with noise levels, as the pipeline sets it."""
-        if self.pipeline.scheduler.config.get("use_flow_sigmas"):
+        if not self.takes_sigmas:
             return {}
         return {"sigmas": torch.linspace(1, 1 / num_steps, num_steps, dtype=torch.float64).numpy()}
 
