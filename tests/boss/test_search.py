@@ -358,3 +358,17 @@ def test_a_velocity_that_is_not_finite_is_refused():
     for limit, message in ((1, "velocity must be finite"), (3.2, "the solution .* must be finite")):
         with pytest.raises(ValueError, match=message):
             boss.optimize_grid(breaks(limit), noise(60, 2).clamp(-3, 3), 3, fine_steps=20)
+
+
+def test_a_grid_in_use_must_be_beaten():
+    """By the other grids: a good one wins, a bad one does not."""
+    flow, x0 = GaussianFlow(2.0, 0.1), noise(96, 2)
+    best = boss.optimize_grid(flow, x0, 4).grid
+    bad = torch.tensor([0, 0.01, 0.02, 0.03, 1.0], dtype=F64)
+    for grid, winners in ((best, ["baseline"]), (bad, ["bellman", "endpoint"])):
+        found = boss.optimize_grid(flow, x0, 4, baseline=grid)
+        assert found.winner in winners
+        assert list(found.grids) == ["baseline", "bellman", "endpoint"]
+        assert torch.equal(found.grids["baseline"], grid)
+    with pytest.raises(ValueError, match="baseline must have 4 steps, got 3"):
+        boss.optimize_grid(flow, x0, 4, baseline=torch.linspace(0, 1, 4))
