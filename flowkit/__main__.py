@@ -7,7 +7,7 @@ import runpy
 import sys
 import warnings
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -16,7 +16,7 @@ from typing import Any, NoReturn, cast
 
 import flowkit.recipes
 from flowkit import __version__
-from flowkit.errors import ErrorInALine, is_hydras
+from flowkit.errors import ErrorInALine, errors_to_us, is_hydras
 from flowkit.rules import CONF, check, did_you_mean, fits, no_such_option, rules_of
 from flowkit.stopping import stops_in_a_line
 
@@ -65,6 +65,7 @@ def main() -> None:
         for recipe, line in known.items():
             print(f"  {recipe:<{width}}  {line}")
         print("\n`flowkit <recipe> --help` lists the options of a recipe and their choices.")
+        print("`flowkit train model=dit --help` also explains this choice and its options.")
         print("`flowkit --version` prints the version.")
         return
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
@@ -72,44 +73,55 @@ def main() -> None:
         check_recipe(name, list(known))
         del sys.argv[1]
         if {"-h", "--help"} & set(sys.argv[1:]):
-            print(explained(name))
+            print(explained(name, [argument for argument in sys.argv[1:] if "=" in argument]))
             return
         sys.argv[1:] = [null_of_group(name, argument) for argument in sys.argv[1:]]
         if any(argument.startswith("resume=") for argument in sys.argv):
             # A place of the run's own data, which the default data may not have.
             sys.argv[1:] = [re.sub("^data.root=", "++data.root=", arg) for arg in sys.argv[1:]]
+        import hydra
+
         if os.getcwd() not in sys.path:
             sys.path.append(os.getcwd())  # so that a _target_ may name a user's own class
         with no_empty_folder(check_command(name, sys.argv[1:])):
-            errors_to_us()
+            hydra.main = errors_to_us(hydra.main)
             runpy.run_module(f"flowkit.recipes.{name}", run_name="__main__", alter_sys=True)
 
 
-def explained(name: str) -> str:
+def explained(name: str, chosen: Sequence[str] = ()) -> str:
     """Return the help of a recipe: its docstring, its groups, its options with their comments.
 
     Hydra's own help lists the groups of all recipes, and no comments.
+
+    Args:
+        name: Name of the recipe.
+        chosen: Choices as ``group=choice``, whose files follow with their comments.
     """
     from omegaconf import OmegaConf
 
     folder = Path(flowkit.recipes.__path__[0])
     text = (CONF / f"{name}.yaml").read_text()
-    choices = []
+    choices, parts = [], {}
     for entry in OmegaConf.create(text).defaults:
-        key, chosen = next(iter(entry.items())) if not isinstance(entry, str) else (entry, None)
+        key, default = next(iter(entry.items())) if not isinstance(entry, str) else (entry, None)
         group = key.removeprefix("override ").lstrip("/")
         folder_of_group = CONF / group.partition("@")[0]
         every = sorted(file.stem for file in folder_of_group.glob("*.yaml"))
         names = experiments(name) if group == "experiment" else every
+        parts |= {f"{group}={choice}": folder_of_group / f"{choice}.yaml" for choice in names}
         if names:
-            line = f"{group}={'null' if chosen is None else chosen}  # {', '.join(names)}"
+            line = f"{group}={'null' if default is None else default}  # {', '.join(names)}"
             choices.append(fill(line, 100, subsequent_indent="    ", break_on_hyphens=False))
     options = text[text.index("\n\n") :].partition("\nhydra:")[0].strip()
     about = ast.get_docstring(ast.parse((folder / f"{name}.py").read_text())) or ""
     title = "Groups, with the default and all choices:"
     listed = "\n".join([title, "", *choices, "", ""]) if choices else ""
+    files = [
+        f"{part}:\n\n{parts[part].read_text().strip()}\n\n" for part in chosen if part in parts
+    ]
     return (
         f"{about}\n\n{listed}Options, with their defaults (??? must be given):\n\n{options}\n\n"
+        f"{''.join(files)}"
         f"`flowkit {name} --cfg job` prints the whole configuration with the chosen groups."
     )
 
@@ -159,13 +171,17 @@ def check_command(recipe: str, arguments: list[str]) -> Path | None:
         TypeError, ValueError, OSError: If the command line is wrong.
     """
     args = parsed(arguments)
+    if args.resolve and not args.cfg:
+        raise ValueError("--resolve must stand beside --cfg, got none; write --cfg job --resolve")
+    if args.shell_completion:
+        raise ValueError("--shell-completion must be absent: flowkit has no completion of shells")
     check_former(recipe, args.overrides)
     check_experiment(recipe, args)
     for override in args.overrides:
         if "=" not in override and not override.startswith("~"):
             run = f"; for example run={override}" if Path(override).exists() else ""
             raise ValueError(f"options must be name=value, got {override}{run}")
-    if args.cfg or args.info or args.shell_completion or args.config_path or args.config_name:
+    if args.cfg or args.info or args.config_path or args.config_name:
         return None
     folder = None
     for overrides in _runs(args):
@@ -363,18 +379,6 @@ def no_empty_folder(folder: Path | None) -> Iterator[None]:
         for path in made:
             with suppress(OSError):  # it is not empty, or was not made
                 path.rmdir()
-
-
-def errors_to_us() -> None:
-    """Make Hydra raise its errors, and catch the errors of a recipe within its task.
-
-    Outside of the task, Hydra would print a line of its own before the message.
-    """
-    import hydra
-
-    hydra_main, wrap = hydra.main, ErrorInALine()
-    hydra.main = lambda *args, **kwargs: lambda task: hydra_main(*args, **kwargs)(wrap(task))
-    os.environ["HYDRA_FULL_ERROR"] = "1"
 
 
 if __name__ == "__main__":

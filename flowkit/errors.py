@@ -4,14 +4,18 @@ import os
 import re
 import sys
 import traceback
-from contextlib import ContextDecorator
+from collections.abc import Callable, Iterator
+from contextlib import ContextDecorator, contextmanager
+from functools import wraps
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from flowkit import recipes
 from flowkit.rules import did_you_mean, no_such_option
 
 OURS = (Path(__file__).parent, Path(recipes.__path__[0]))
+FULL_ERROR = "HYDRA_FULL_ERROR"  # variable of the environment
 WRONG = 2  # exit status of a wrong command line, as in argparse
 
 
@@ -23,7 +27,7 @@ class ErrorInALine(ContextDecorator):
     """
 
     def __init__(self) -> None:
-        self.wanted = os.environ.get("HYDRA_FULL_ERROR") != "1"
+        self.wanted = os.environ.get(FULL_ERROR) != "1"
 
     def __enter__(self) -> None:
         """Begin to watch for errors."""
@@ -86,3 +90,37 @@ def _plain(error: BaseException) -> str:
 def is_hydras(error: BaseException) -> bool:
     """Return True for an error of Hydra or OmegaConf."""
     return type(error).__module__.partition(".")[0] in ("hydra", "omegaconf")
+
+
+def errors_to_us(hydra_main: Callable[..., Any]) -> Callable[..., Any]:
+    """Make Hydra raise its errors; return its ``main``, with errors caught within the task.
+
+    Outside of the task, Hydra would print a line of its own before the message. Within the task,
+    the environment is that of the user, since the processes of other devices inherit it.
+    """
+    wrap, users = ErrorInALine(), os.environ.get(FULL_ERROR)
+
+    def within(task: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        @wraps(task)
+        def run(cfg: Any) -> Any:
+            with _environment(FULL_ERROR, users):
+                return task(cfg)
+
+        return wrap(run)
+
+    os.environ[FULL_ERROR] = "1"
+    return lambda *args, **kwargs: lambda task: hydra_main(*args, **kwargs)(within(task))
+
+
+@contextmanager
+def _environment(name: str, value: str | None) -> Iterator[None]:
+    """Set a variable of the environment, or with None remove it, for a while."""
+    before = os.environ.pop(name, None)
+    try:
+        if value is not None:
+            os.environ[name] = value
+        yield
+    finally:
+        os.environ.pop(name, None)
+        if before is not None:
+            os.environ[name] = before

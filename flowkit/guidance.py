@@ -289,7 +289,6 @@ class _Autoguided(_Pair):
     """`Autoguidance` during one solve."""
 
     def __init__(self, guidance: Autoguidance, cond: Cond, grid: Tensor | None) -> None:
-        check_cond(cond)
         self.scale = guidance.scale
         super().__init__(*(bind(f, cond, grid) for f in (guidance.velocity, guidance.weak)))
 

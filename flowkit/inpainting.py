@@ -171,7 +171,7 @@ def inpainting_cond(
     >>> cond["masked"].flatten().tolist(), cond["mask"].flatten().tolist()
     ([1.0, 0.0, 1.0, 1.0], [-1.0, 1.0, -1.0, -1.0])
     """
-    check_mask(mask, images)
+    check_holes(mask, images)
     check_choice(resize, RESIZES, "resize")
     hidden = torch.where(mask > 0, 0.0, images)
     masked = mean_latents(autoencoder, hidden)
@@ -203,11 +203,11 @@ def paste_back(samples: Tensor, images: Tensor, mask: Tensor) -> Tensor:
     >>> paste_back(torch.ones(1, 1, 1, 2), torch.zeros(1, 1, 1, 2), torch.tensor([[[[0, 1]]]]))
     tensor([[[[0., 1.]]]])
     """
-    check_mask(mask, images)
+    check_holes(mask, images)
     return torch.where(mask > 0, samples, images)
 
 
-def check_mask(mask: Tensor, images: Tensor) -> None:
+def check_holes(mask: Tensor, images: Tensor) -> None:
     """Require a mask ``(B, 1, H, W)`` of zeros and ones for images ``(B, C, H, W)``.
 
     Raises:

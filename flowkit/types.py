@@ -7,6 +7,8 @@ from typing import Any, NamedTuple, NotRequired, TypedDict
 import torch
 from torch import Tensor
 
+from flowkit.checks import check_cond
+
 Cond = Tensor | Mapping[str, Tensor] | None
 """A condition: one tensor (labels, for example), tensors by name, or None. Always one argument."""
 
@@ -27,6 +29,41 @@ def take(cond: Cond, rows: slice | Tensor) -> Cond:
     if isinstance(cond, Mapping):
         return {name: value[rows] for name, value in cond.items()}
     return None if cond is None else cond[rows]
+
+
+def per_sample(cond: Cond, count: int) -> Cond:
+    """Return the conditions of ``count`` samples, a row each; a single row serves all samples.
+
+    Args:
+        cond: A tensor ``(1, ...)`` or ``(count, ...)``, such tensors by name, or None.
+        count: Number of samples.
+
+    Returns:
+        Conditions ``(count, ...)`` of the same kind as ``cond``. Repeated rows take no memory.
+
+    Raises:
+        TypeError: If ``cond`` is not None, a tensor or a mapping of tensors.
+        ValueError: If a tensor has another number of rows.
+
+    >>> per_sample({"label": torch.tensor([7])}, 3)
+    {'label': tensor([7, 7, 7])}
+    """
+    check_cond(cond)
+    if isinstance(cond, Mapping):
+        return {name: _rows(value, count) for name, value in cond.items()}
+    return None if cond is None else _rows(cond, count)
+
+
+def _rows(value: Tensor, count: int) -> Tensor:
+    """Return ``value (count, ...)``, or the single row of ``value`` for each sample."""
+    if value.ndim and len(value) == count:
+        return value
+    if not value.ndim or len(value) != 1:
+        raise ValueError(
+            f"cond must hold one row for all samples, or one for each of {count} samples, "
+            f"got a tensor of shape {tuple(value.shape)}"
+        )
+    return value.expand(count, *value.shape[1:])
 
 
 def to_device(cond: Cond, device: torch.device | str) -> Cond:

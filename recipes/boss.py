@@ -7,11 +7,18 @@ Then sample with the grid:
 
 flowkit sample run=runs/quickstart sampler=from_file \\
   sampler.grid.file=runs/quickstart/boss/grid.json
+
+Or find a grid for a diffusers pipeline. A pipeline is a folder that ``save_pretrained`` wrote:
+
+flowkit boss pipeline=stable-diffusion-3 prompt="a cat" num_steps=8
+
+``sigmas.json`` then holds arguments of the pipeline's call, which draws with the found steps.
 """
 
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import hydra
 import torch
@@ -28,48 +35,48 @@ from flowkit.boss import (
     optimize_grid,
     search_rows,
 )
-from flowkit.boss.costs import check_num_steps
+from flowkit.boss.costs import check_num_steps, make_field
 from flowkit.boss.guard import LEVEL
 from flowkit.metrics import Features, as_saved, frechet_distance
+from flowkit.modules.callbacks import duration
 from flowkit.provenance import versions, write_text
 from flowkit.runs import Run
 from flowkit.runs.drawing import draw, like_test
 from flowkit.runs.grid_plots import Row, plot, table_of
-from flowkit.runs.known_data import place_of
-from flowkit.runs.starts import FRESH, Starts
+from flowkit.runs.searching import PipelineModel, RunModel, Watched, load
+from flowkit.runs.starts import FRESH
 from flowkit.sampling import ODESampler
 from flowkit.types import Cond
-from flowkit.velocity import Velocity
 
+Model = RunModel | PipelineModel
 ACCURATE_STEPS = 25  # RK4 steps of the reference for grids and adaptive solves
 
 
 def boss(cfg: DictConfig) -> dict[str, Any]:
     """Search as configured; write ``grid.json``, ``table.md`` and ``grid.png``.
 
-    The recommended grids of the other budgets go to ``grid-<steps>.json``.
+    The recommended grids of the other budgets go to ``grid-<steps>.json``. For a pipeline, each
+    grid also has a file ``sigmas....json`` with the arguments of the pipeline's call.
 
     Returns:
         The provenance of the grid with all scores.
     """
-    run = Run.load(cfg.run, cfg.weights, cfg.device, cfg.guidance, cfg.trust, **place_of(cfg))
-    out = Path(cfg.out) if cfg.out else run.folder / "boss"
-    velocity, starts = run.velocity, run.starts(cfg.seed, cfg.seeding)
     budgets = sorted({*cfg.budgets, cfg.num_steps})
     for budget in budgets:
         check_num_steps(budget, grids.uniform(cfg.fine_steps))
-    distance = None if cfg.metric is None else _distance(cfg, run)
+    model = load(cfg)
+    out = Path(cfg.out) if cfg.out else model.folder / "boss"
+    distance = None if cfg.metric is None else _distance(cfg, cast(RunModel, model).run)
     # Only standard normal noise can be drawn anew; source samples of data are few.
-    extra_noises = cfg.extra_noises if starts.are_noise else 0
-    _announce(cfg, budgets, extra_noises, guided=velocity is not run.module.velocity)
-    found, interval, costs_noises = _search(cfg, velocity, starts, budgets, extra_noises)
-    table, reference = _compare(cfg, velocity, found, *starts(FRESH, cfg.fresh_noises))
+    extra_noises = cfg.extra_noises if model.starts.are_noise else 0
+    work = _announce(cfg, budgets, extra_noises, model)
+    found, interval, costs_noises = _search(cfg, model, budgets, extra_noises, work)
+    table, reference = _compare(cfg, model, found, *model.starts(FRESH, cfg.fresh_noises))
     if distance is not None:
         for row in tqdm(table, desc="Fréchet distances", leave=False, disable=None):
             row.update(distance(_sampler(row, found, cfg.method)))
     made = {
-        **run.made_with(cfg.method),
-        "condition": "none" if starts(0, 1)[1] is None else "all in turn",
+        **model.made_with(cfg.method),
         "fine_steps": cfg.fine_steps,
         "seed": cfg.seed,
         "seeding": cfg.seeding,
@@ -84,33 +91,37 @@ def boss(cfg: DictConfig) -> dict[str, Any]:
         "comparison": table,
         "versions": versions(),
     }
-    return _write(out, cfg.num_steps, found, made, _describe(interval))
+    return _write(out, cfg.num_steps, found, made, _describe(interval), model)
 
 
 def _search(
-    cfg: DictConfig, velocity: Velocity, starts: Starts, budgets: list[int], extra_noises: int
+    cfg: DictConfig, model: Model, budgets: list[int], extra_noises: int, work: int
 ) -> tuple[dict[int, OptimizedGrid], BellmanInterval, int]:
     """Return grids of all budgets, the interval of the Bellman grid, and the noises of costs."""
-    fine = grids.uniform(cfg.fine_steps)
-    costs, interval = converged_costs(
-        velocity,
-        # The costs use other noises than the search, so that its scores are of unseen noises.
-        lambda first, count: starts(cfg.search_noises + first, count),
-        fine,
-        cfg.num_steps,
-        method=cfg.method,
-        tolerance=cfg.tolerance,
-        start=cfg.start,
-        limit=cfg.limit,
-        generator=torch.Generator().manual_seed(cfg.seed),
-    )
-    x0, cond = starts(0, cfg.search_noises)
-    options = {"method": cfg.method, "fine_steps": fine, "costs": costs.mean(0)}
-    options["extra_noises"] = extra_noises
-    found = {
-        budget: optimize_grid(velocity, x0, budget, cond, **options)
-        for budget in tqdm(budgets, desc="grids", leave=False, disable=None)
-    }
+    fine = model.grid(cfg.fine_steps)
+    with tqdm(total=work, desc="search", unit=" rows", leave=False, disable=None) as bar:
+        velocity = Watched(model.velocity, bar)
+        costs, interval = converged_costs(
+            velocity,
+            # The costs use other noises than the search, so that its scores are of unseen noises.
+            lambda first, count: model.starts(cfg.search_noises + first, count),
+            fine,
+            cfg.num_steps,
+            method=cfg.method,
+            tolerance=cfg.tolerance,
+            start=cfg.start,
+            limit=cfg.limit,
+            generator=torch.Generator().manual_seed(cfg.seed),
+        )
+        x0, cond = model.starts(0, cfg.search_noises)
+        options = {"method": cfg.method, "fine_steps": fine, "costs": costs.mean(0)}
+        options["extra_noises"] = extra_noises
+        found = {
+            budget: optimize_grid(
+                velocity, x0, budget, cond, baseline=model.baseline(budget), **options
+            )
+            for budget in budgets
+        }
     return found, interval, len(costs) * (cfg.start // 16)
 
 
@@ -120,6 +131,7 @@ def _write(
     found: dict[int, OptimizedGrid],
     made: dict[str, Any],
     bellman: dict[str, Any],
+    model: Model,
 ) -> dict[str, Any]:
     """Write all grids, the table and the picture; return the provenance of the main grid."""
     out.mkdir(parents=True, exist_ok=True)
@@ -132,20 +144,28 @@ def _write(
             grids.save(result.grid, out / "grid.json", **record)
         else:
             grids.save(result.grid, out / f"grid-{budget}.json", **own, **made)
+        name = "sigmas.json" if budget == num_steps else f"sigmas-{budget}.json"
+        model.write_sigmas(result.grid, out / name)
     table, best = table_of(made["comparison"]), found[num_steps]
     write_text(out / "table.md", table)
     plot(best.grids, best.winner, made["comparison"], out / "grid.png")
     print(f"{table}\nbest      {best.winner}, {num_steps} steps\ngrid      {out / 'grid.json'}")
+    if isinstance(model, PipelineModel):
+        print(f"sigmas    {out / 'sigmas.json'}  arguments of the pipeline's call")
     print(f"picture   {out / 'grid.png'}")
     return record
 
 
-def _announce(cfg: DictConfig, budgets: list[int], extra_noises: int, guided: bool) -> None:
-    """Print the number of network rows that the search will need at most."""
+def _announce(cfg: DictConfig, budgets: list[int], extra_noises: int, model: Model) -> int:
+    """Print the network rows and the time that all will need at most.
+
+    Returns:
+        The number of samples in all evaluations of the search, at most.
+    """
     options = {"method": cfg.method, "fine_steps": cfg.fine_steps, "extra_noises": extra_noises}
     by_budget = [search_rows(cfg.search_noises, budget, **options) for budget in budgets]
     per_noise = search_rows(3, cfg.num_steps, **options)["costs"] // 2
-    factor, per_step = 2 if guided else 1, 1 if cfg.method == "euler" else 2
+    factor, per_step = 2 if model.guided else 1, 1 if cfg.method == "euler" else 2
     steps = per_step * 3 * sum(budgets)
     accurate = per_step * cfg.fine_steps + 4 * ACCURATE_STEPS
     rows = {
@@ -156,13 +176,28 @@ def _announce(cfg: DictConfig, budgets: list[int], extra_noises: int, guided: bo
     }
     if cfg.metric is not None:
         rows["samples to measure, without adaptive"] = cfg.num_samples * steps
-    print(f"network rows, at most{' (two per guided evaluation)' if guided else ''}:")
+    print(f"network rows, at most{' (two per guided evaluation)' if model.guided else ''}:")
     for name, count in rows.items():
         print(f"  {name:<44} {factor * count:>14,}")
+    seconds = sum(rows.values()) * _seconds_per_row(cfg, model)
+    print(f"time      about {duration(seconds)} on this machine at most, by 3 evaluations")
+    return sum(list(rows.values())[:3])
+
+
+@torch.no_grad()
+def _seconds_per_row(cfg: DictConfig, model: Model) -> float:
+    """Return the time of an evaluation per sample, the median of three after a first one."""
+    x0, cond = model.starts(0, min(cfg.batch_size, cfg.search_noises * 2 // 3))
+    field, seconds = make_field(model.velocity, x0, cond, model.grid(1)), []
+    for _ in range(4):
+        began = time.perf_counter()
+        field(x0, 0.5).sum().item()  # waits for the device
+        seconds.append(time.perf_counter() - began)
+    return sorted(seconds[1:])[1] / len(x0)
 
 
 def _compare(
-    cfg: DictConfig, velocity: Velocity, found: dict[int, OptimizedGrid], x0: Tensor, cond: Cond
+    cfg: DictConfig, model: Model, found: dict[int, OptimizedGrid], x0: Tensor, cond: Cond
 ) -> tuple[list[Row], dict[str, Any]]:
     """Measure the errors of all grids and of adaptive solves on fresh noise.
 
@@ -179,16 +214,16 @@ def _compare(
         for tolerance in cfg.adaptive
     ]
     with torch.no_grad():
-        target = ODESampler(ACCURATE_STEPS, "rk4")(velocity, x0, cond)
+        target = ODESampler(model.grid(ACCURATE_STEPS), "rk4")(model.velocity, x0, cond)
 
         def measure(sampler: ODESampler) -> dict[str, Any]:
-            solution = sampler.solve(velocity, x0, cond)
+            solution = sampler.solve(model.velocity, x0, cond)
             error = (solution.x - target).double().square().mean().sqrt().item()
             return {"nfe": solution.nfe, "error": error}
 
         for row in tqdm(table, desc="errors", leave=False, disable=None):
             row.update(measure(_sampler(row, found, cfg.method)))
-        fine = measure(ODESampler(cfg.fine_steps, cfg.method))["error"]
+        fine = measure(ODESampler(model.grid(cfg.fine_steps), cfg.method))["error"]
     return table, {"method": "rk4", "steps": ACCURATE_STEPS, "error_of_the_fine_grid": fine}
 
 

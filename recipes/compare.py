@@ -32,7 +32,7 @@ from flowkit.recipes.evaluate import evaluate
 from flowkit.recipes.train import train
 from flowkit.rules import check
 from flowkit.runs.locks import locked
-from flowkit.runs.records import file_name, kept_record
+from flowkit.runs.records import file_names, kept_record
 from flowkit.runs.tables import markdown
 
 Row = dict[str, Any]
@@ -61,11 +61,14 @@ def compare(cfg: DictConfig) -> list[Row]:
 def _run_cells(cfg: DictConfig, out: Path, cells: list[tuple[int, str, str]]) -> list[Row]:
     """Run the missing cells, and return the rows of all."""
     rows: list[Row] = []
+    problems, couplings = (
+        dict(zip(names, file_names(names), strict=True)) for names in (cfg.problems, cfg.couplings)
+    )
     bar = tqdm(cells, desc="cells", disable=None)
     for seed, problem, coupling in bar:
         bar.set_postfix_str(f"{problem}, {coupling}, seed {seed}")
         overrides = [*cfg.overrides, *cfg.problems[problem], *cfg.couplings[coupling]]
-        folder = out / file_name(problem) / file_name(coupling) / f"seed-{seed}"
+        folder = out / problems[problem] / couplings[coupling] / f"seed-{seed}"
         with trusting(cfg.trust):
             numbers = run_cell(folder, [*overrides, f"seed={seed}"], list(cfg.evaluate))
         rows.append({"problem": problem, "coupling": coupling, "seed": seed, **numbers})

@@ -159,7 +159,7 @@ def describe(flowopt: FlowOpt, settings: Settings, found: Edit) -> dict[str, Any
 
 def write(cfg: DictConfig, model: Any, image: Tensor, found: Edit, record: dict[str, Any]) -> None:
     """Write record, pictures, latent and iterates to one folder."""
-    parts = [Path(cfg.image).stem, cfg.source, *([] if cfg.target is None else ["to", cfg.target])]
+    parts = [Path(cfg.image).name, cfg.source, *([] if cfg.target is None else ["to", cfg.target])]
     name = "-".join(str(part) for part in parts if part is not None)
     name = "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
     folder = Path(cfg.out) if cfg.out else Path(cfg.run or "runs") / "edits" / name

@@ -61,8 +61,9 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     fabric = launch(cfg)
     run = Run.load(cfg.run, cfg.weights, fabric.device, cfg.guidance, cfg.trust, **place_of(cfg))
     run.reuse_features(cfg.feature_mode, cfg.tolerance, cfg.seed, cfg.seeding)
-    sampler, out = run.sampler(cfg.sampler), Path(cfg.out or cfg.run)
-    if len(run.data.shape) == 3:
+    images, out = len(run.data.shape) == 3, Path(cfg.out or cfg.run)
+    sampler = run.sampler(cfg.sampler, needs_path=not images)
+    if images:
         found = _measure_images(cfg, run, sampler, fabric)
     else:
         found = _measure_points(cfg, run, sampler)
@@ -142,9 +143,14 @@ def _measure_points(cfg: DictConfig, run: Run, sampler: ODESampler) -> Measured:
     test = run.data.test[: cfg.num_samples]
     size = len(test["x1"])
     x0, source = start(run, cfg, size, given_source(test, run.data))
-    if sampler.method in ADAPTIVE and len(sampler.times) < 101:
+    if sampler.method in ADAPTIVE and (steps := len(sampler.times) - 1) < 100:
         # The path energy is a sum over the grid, so it needs a fine grid. Adaptive solvers choose
         # their own steps.
+        if steps > 1:
+            raise ValueError(
+                f"sampler.grid must be 1, or have 100 steps at least for the path energy by "
+                f"{sampler.method}, got {steps} steps"
+            )
         sampler = replace(sampler, grid=100)
     cond = test.get("cond")
     solution = run.module.solve(torch.cat(list(x0)), sampler, cond, run.guidance, return_path=True)

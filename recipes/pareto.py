@@ -47,7 +47,7 @@ from flowkit.runs.drawing import draw, start
 from flowkit.runs.features import judge_of
 from flowkit.runs.known_data import place_of
 from flowkit.runs.pareto_plots import Row, plot, short, write_table
-from flowkit.runs.records import file_name
+from flowkit.runs.records import file_names
 from flowkit.runs.starts import choose_labels
 from flowkit.sampling import ODESampler, seeded_noise
 
@@ -78,6 +78,7 @@ def pareto(cfg: DictConfig) -> list[Row]:
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
     groups = {name: folders(chosen) for name, chosen in cfg.runs.items()}
+    labels = iter(file_names(f"{n}-{folder.name}" for n, runs in groups.items() for folder in runs))
     measure, rows, timed = None, [], []
     for name, runs in groups.items():
         for folder in runs:
@@ -86,7 +87,7 @@ def pareto(cfg: DictConfig) -> list[Row]:
             )
             measure = measure or Measure(cfg, run.data)  # the data of the first run
             held_out = measure.held_out_loss(run.module)
-            for point in points(cfg, name, run):
+            for point in points(cfg, next(labels), run):
                 samples, cost = sample(cfg, point, measure.labels)
                 row = {"name": name, "run": str(folder), "mode": point.mode}
                 row |= {"variant": point.variant, "held_out_loss": held_out, **cost}
@@ -157,8 +158,11 @@ class Measure:
         return loss.mean().item()
 
 
-def points(cfg: DictConfig, name: str, run: Run) -> Iterator[Point]:
-    """Yield the points of a run; measure and write the drift of features if they are reused."""
+def points(cfg: DictConfig, label: str, run: Run) -> Iterator[Point]:
+    """Yield the points of a run; measure and write the drift of features if they are reused.
+
+    Files have the label in their names.
+    """
     flow = run.module.velocity
     if not isinstance(flow, Blockwise):
         for nfe in cfg.nfe:
@@ -166,9 +170,8 @@ def points(cfg: DictConfig, name: str, run: Run) -> Iterator[Point]:
         return
     known = {"full": True, "cached": flow.trunk, "fra": flow.feature_residual}
     modes = [mode for mode in cfg.modes if known[mode] is not None]
-    name = file_name(f"{name}-{run.folder.name}")
-    errors = {} if modes == ["full"] else drift_errors(cfg, name, run)
-    allocate = Allocator(cfg, name, run) if cfg.allocate else None
+    errors = {} if modes == ["full"] else drift_errors(cfg, label, run)
+    allocate = Allocator(cfg, label, run) if cfg.allocate else None
     for nfe in cfg.nfe:
         steps, rest = divmod(nfe, flow.num_segments)
         if rest:

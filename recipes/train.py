@@ -25,6 +25,7 @@ from lightning.pytorch.loggers import CSVLogger
 from omegaconf import DictConfig, OmegaConf
 
 import flowkit.recipes._resolvers  # noqa: F401  # functions that configurations refer to
+from flowkit.blockwise import Blockwise
 from flowkit.modules import ConditionGrid, FlowModule, SampleGrid
 from flowkit.modules.callbacks import LastValidation, StepProgress, StopOnInterrupt
 from flowkit.modules.checkpoints import (
@@ -44,6 +45,7 @@ from flowkit.runs.locks import locked
 from flowkit.runs.processes import check_trainer, quiet, say
 from flowkit.runs.records import composed, recorded
 from flowkit.runs.resuming import find_checkpoint, folder_of, resumed, unfinished
+from flowkit.runs.run import build_sampler
 from flowkit.runs.splits import opened
 from flowkit.symmetrical import LabelStates
 from flowkit.symmetrical.inputs import check_labeled
@@ -79,6 +81,8 @@ def _train(cfg: DictConfig) -> FlowModule:
     say(f"data      {data.summary()}")
     count_in_steps(cfg, data)
     module = _module(cfg, data)
+    if checkpoint is None and cfg.get("sampler") is not None:  # of the pictures
+        build_sampler(cfg.sampler, isinstance(module.velocity, Blockwise))
     if checkpoint is not None and state is not None:
         restore(module, state, checkpoint)  # refuses another model before any file is written
     averaged = state is not None and "current_model_state" in state

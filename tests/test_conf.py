@@ -9,6 +9,7 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
+import flowkit.recipes._resolvers  # noqa: F401  # the configuration calls them
 from flowkit import rules
 from flowkit.__main__ import experiments, recipes
 from flowkit.autoencoders import KLAutoencoder

@@ -345,6 +345,13 @@ def test_drop_cond_is_off_in_eval():
     assert torch.equal(DropCond(0.0, NULL)(cond), cond)
 
 
+def test_the_null_condition_has_the_type_of_the_condition():
+    for cond in (torch.tensor([1.5, 2.5]), torch.tensor([1, 2])):
+        for where in (None, torch.tensor([True, False])):
+            assert replace_cond(cond, 7, where).dtype == cond.dtype
+            assert replace_cond(cond, torch.tensor(7.0).double(), where).dtype == cond.dtype
+
+
 def test_drop_cond_follows_a_parent_module():
     net = nn.Module()
     net.drop = DropCond(1.0, NULL)
@@ -380,7 +387,7 @@ def test_drop_cond_follows_the_generator_and_lets_none_be():
             r"interval must be increasing times within \[0, 1\], got \(0.6, 0.4\)",
         ),
         (
-            lambda: ClassifierFree(two_classes, 2.0, NULL, (0.0, 5.0)),
+            lambda: ClassifierFree(two_classes, 2.0, NULL, (0.0, 1.01)),
             ValueError,
             "interval must be increasing times",
         ),

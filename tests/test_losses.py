@@ -8,7 +8,7 @@ import torch
 from flowkit.couplings import Independent, MinibatchOT, Sinkhorn
 from flowkit.exact import GaussianFlow
 from flowkit.guidance import DropCond
-from flowkit.losses import flow_matching_loss
+from flowkit.losses import draw_pairs, flow_matching_loss
 from flowkit.paths import VP, BrownianBridge, Cosine, Linear, PathSample
 from flowkit.times import Beta, LogitNormal, Stratified, Uniform
 from flowkit.types import Pairs
@@ -365,6 +365,10 @@ def without(batch, *names):
             r"t1 must lie in \[0, 1\], got values in",
         ),
         (
+            lambda b: flow_matching_loss(zero, b | {"t0": b["t0"] - 5}),
+            r"t0 must lie in \[0, 1\], got values in",
+        ),
+        (
             lambda b: flow_matching_loss(lambda x, t, c: x[:, :1], {"x1": b["x1"]}),
             r"velocity\(x, t, cond\) must have the shape of x",
         ),
@@ -400,8 +404,11 @@ def test_bad_batches_are_refused(make, message):
     ],
 )
 def test_bad_kinds_are_refused(change, error, message):
+    batch = {"x1": torch.ones(4, 2), **change}
     with pytest.raises(error, match=message):
-        flow_matching_loss(zero, {"x1": torch.ones(4, 2), **change})
+        flow_matching_loss(zero, batch)
+    with pytest.raises(error, match=message):
+        draw_pairs(batch)
 
 
 @pytest.mark.parametrize("log_weight", [torch.zeros(()), torch.zeros(1), torch.zeros(4, 1)])

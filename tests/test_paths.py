@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from flowkit.paths import VP, Affine, BrownianBridge, Cosine, Linear, Path
+from flowkit.paths import VP, Affine, BrownianBridge, Cosine, Linear, Path, noise_like
 
 QUADRATIC = Affine(a=lambda t: t**2, b=lambda t: (1 - t) * (1 + t))
 PATHS = [
@@ -210,7 +210,9 @@ def test_both_ends_of_a_pair_are_recovered_near_both_ends(path, dtype):
                 assert found.dtype == dtype
                 assert abs(found - wanted).item() <= 8 * torch.finfo(dtype).eps, (value, convert)
             else:
-                with pytest.raises(ValueError, match=f"velocity determines .*, got {value}"):
+                name = "data" if wanted is x1 else "noise"
+                rule = f"^t must be a time at which the velocity determines the {name}, got {value}"
+                with pytest.raises(ValueError, match=rule):
                     convert(x_t, t, v)
         if 0 <= value < 0.6:
             b = path.coefficients(t.double()[:, None]).b
@@ -288,6 +290,16 @@ def test_noise_follows_the_generator(path):
     assert not torch.equal(a, c)
 
 
+@pytest.mark.parametrize("path", [Linear(sigma=0.3), BrownianBridge(0.3)], ids=name_of)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_samples_with_noise_keep_their_type_and_their_times(path, dtype):
+    x0, x1 = (x.to(dtype) for x in pair())
+    assert noise_like(x1).dtype == dtype
+    x_t, t, u = path.sample(x0, x1, time := times())
+    assert t is time
+    assert (x_t.dtype, u.dtype) == (dtype, dtype)
+
+
 def test_every_path_is_a_path():
     assert all(isinstance(path, Path) for path in [*PATHS, BrownianBridge(1.0)])
 
@@ -301,6 +313,10 @@ def test_bad_samples_are_refused(path):
         path.sample(x[:1], x, torch.zeros(2))
     with pytest.raises(ValueError, match=r"t must have shape \(2,\), got \(2, 1\)"):
         path.sample(x, x, torch.zeros(2, 1))
+    if path == Linear():
+        for convert in (path.to_data, path.to_noise, path.to_score):
+            with pytest.raises(ValueError, match=r"^v must have the shape of x_t, \(2, 3\), got"):
+                convert(x, torch.full((2,), 0.5), x[:1])
 
 
 WRONG = [

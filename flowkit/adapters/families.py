@@ -13,20 +13,24 @@ from flowkit.adapters.published import (
     SD3_INVERSION,
 )
 
+NEGATIVE = "negative_"  # prefix of the names of the negative prompt's tensors in a condition
+SCALE = "cfg_scale"  # name of the scale of classifier-free guidance in a condition
+
 
 def _guided(
     prompt: dict[str, Tensor], negative: dict[str, Tensor], scale: float
 ) -> dict[str, Tensor]:
-    """Join the conditions of the prompt and the negative prompt, and add the scale."""
-    both = {name: torch.cat([value, negative[name]]) for name, value in prompt.items()}
+    """Return the condition of a prompt, of a negative prompt and of the scale, a row per prompt."""
     first = next(iter(prompt.values()))
-    return {**both, "cfg_scale": torch.full((len(first),), scale, device=first.device)}
+    scales = torch.full((len(first),), scale, device=first.device)
+    return {**prompt, **{NEGATIVE + name: v for name, v in negative.items()}, SCALE: scales}
 
 
 class StableDiffusion3:
     """Network, prompts and noise levels of Stable Diffusion 3."""
 
     editing, inversion = SD3_EDITING, SD3_INVERSION
+    has_guidance = takes_sigmas = True
 
     def __init__(self, pipeline: Any) -> None:
         self.pipeline = pipeline
@@ -71,7 +75,8 @@ class Flux:
 
     def __init__(self, pipeline: Any) -> None:
         self.pipeline = pipeline
-        self.distilled = pipeline.transformer.config.guidance_embeds
+        self.distilled = self.has_guidance = pipeline.transformer.config.guidance_embeds
+        self.takes_sigmas = not pipeline.scheduler.config.get("use_flow_sigmas")
 
     def encode_prompt(
         self,
@@ -102,7 +107,7 @@ class Flux:
 
     def sigmas(self, num_steps: int) -> dict[str, Any]:
         """Return the scheduler's argument with noise levels, as the pipeline sets it."""
-        if self.pipeline.scheduler.config.get("use_flow_sigmas"):
+        if not self.takes_sigmas:
             return {}
         return {"sigmas": torch.linspace(1, 1 / num_steps, num_steps, dtype=torch.float64).numpy()}
 

@@ -1,16 +1,19 @@
 """Text-to-image pipelines of diffusers as velocities: Stable Diffusion 3 and FLUX."""
 
+import inspect
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flowkit.adapters.families import Flux, StableDiffusion3
+from flowkit.adapters.families import NEGATIVE, SCALE, Flux, StableDiffusion3
 from flowkit.adapters.published import Published
+from flowkit.adapters.sigmas import to_sigmas
 from flowkit.checks import as_grid, check_at_least, expand_like
 from flowkit.guidance import combine
-from flowkit.types import Cond
+from flowkit.types import Cond, per_sample, take
 
 
 class DiffusersPipelineFlow:
@@ -25,9 +28,11 @@ class DiffusersPipelineFlow:
     Args:
         pipeline: A ``StableDiffusion3Pipeline`` or a ``FluxPipeline``. The pipeline does not
             change.
+        batch_size: Largest number of samples in one call of the network; None sets no limit.
 
     Raises:
         TypeError: If the pipeline or its scheduler has another type.
+        ValueError: If ``batch_size`` is below 1.
 
     An edit with the published settings::
 
@@ -40,7 +45,7 @@ class DiffusersPipelineFlow:
         images = flow.decode(edit.x)
     """
 
-    def __init__(self, pipeline: Any) -> None:
+    def __init__(self, pipeline: Any, batch_size: int | None = None) -> None:
         from diffusers import (  # type: ignore[attr-defined]
             FlowMatchEulerDiscreteScheduler,
             FluxPipeline,
@@ -59,7 +64,9 @@ class DiffusersPipelineFlow:
                 "pipeline.scheduler must be a FlowMatchEulerDiscreteScheduler, "
                 f"got {type(pipeline.scheduler).__name__}"
             )
-        self.pipeline, self._family = pipeline, family(pipeline)
+        if batch_size is not None:
+            check_at_least(batch_size, 1, "batch_size")
+        self.pipeline, self.batch_size, self._family = pipeline, batch_size, family(pipeline)
 
     @property
     def editing(self) -> Published:
@@ -79,7 +86,14 @@ class DiffusersPipelineFlow:
         """Prepare for one solve, counting network rows."""
         if not isinstance(cond, Mapping):
             raise TypeError(f"cond must be made by encode_prompt, got {type(cond).__name__}")
-        return _Bound(self._family, cond)
+        return _Bound(self._family, cond, self.batch_size)
+
+    @property
+    def guidance_scale(self) -> float:
+        """The pipeline's own ``guidance_scale``; 1 for a network without this guidance."""
+        if not self._family.has_guidance:
+            return 1.0
+        return inspect.signature(type(self.pipeline).__call__).parameters["guidance_scale"].default
 
     @torch.no_grad()
     def encode_prompt(
@@ -102,7 +116,8 @@ class DiffusersPipelineFlow:
                 guidance.
 
         Returns:
-            A mapping of tensors, for the argument ``cond`` of the velocity.
+            A mapping of tensors, for the argument ``cond`` of the velocity. Each tensor has one row
+            per prompt.
 
         Raises:
             ValueError: If there is no prompt, or the network has no guidance of this kind.
@@ -149,6 +164,24 @@ class DiffusersPipelineFlow:
         config = self.pipeline.vae.config
         return config.shift_factor or 0.0, config.scaling_factor
 
+    def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
+        """Return the shape ``(C, H/8, W/8)`` of the latents of one image.
+
+        Args:
+            height: Height of the image in pixels; None is the pipeline's own.
+            width: Width of the image in pixels; None is the pipeline's own.
+
+        Raises:
+            ValueError: If a side is not divisible into patches.
+        """
+        factor = self.pipeline.vae_scale_factor
+        own = self.pipeline.default_sample_size * factor
+        sides = own if height is None else height, own if width is None else width
+        for name, side in zip(("height", "width"), sides, strict=True):
+            if side < 1 or side % (2 * factor):
+                raise ValueError(f"{name} must be divisible by {2 * factor}, got {side}")
+        return (self.pipeline.vae.config.latent_channels, *(side // factor for side in sides))
+
     def grid(self, num_steps: int, latents: Tensor) -> Tensor:
         """Return the pipeline's own grid of ``num_steps`` steps for the resolution of latents.
 
@@ -164,56 +197,83 @@ class DiffusersPipelineFlow:
             ValueError: If ``num_steps`` is below 1.
         """
         check_at_least(num_steps, 1, "num_steps")
-        pipeline = self.pipeline
-        scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
-        config, options = scheduler.config, self._family.sigmas(num_steps)
-        if config.use_dynamic_shifting:
-            height, width = latents.shape[-2:]
-            low, high = config.base_image_seq_len, config.max_image_seq_len
-            place = (height // 2 * (width // 2) - low) / (high - low)
-            options["mu"] = config.base_shift + place * (config.max_shift - config.base_shift)
-        scheduler.set_timesteps(num_steps, **options)
-        return as_grid(1 - scheduler.sigmas.double())
+        return as_grid(self._stepped(latents, num_steps, **self._family.sigmas(num_steps)))
+
+    def sigmas(self, grid: Tensor, latents: Tensor) -> list[float]:
+        """Return the pipeline's argument ``sigmas`` for its steps to lie on a grid.
+
+        Args:
+            grid: Times from 0 to 1.
+            latents: Latents ``(B, C, h, w)``, as for `grid`.
+
+        Raises:
+            ValueError: If the grid does not end at 1, or the scheduler steps on other levels than
+                the given ones.
+        """
+        config, shift = self.pipeline.scheduler.config, self.pipeline.scheduler.shift
+        if (mu := self._mu(latents)) is not None:
+            shift = math.exp(mu) if config.time_shift_type == "exponential" else mu
+        sigmas = to_sigmas(grid, shift)
+        found = None
+        if self._family.takes_sigmas:
+            found = self._stepped(latents, len(sigmas), sigmas=sigmas)
+        if found is None or (found - as_grid(grid)).abs().max() > 1e-5:
+            raise ValueError(
+                "pipeline.scheduler must take the noise levels that it is given, got a "
+                "configuration that replaces them"
+            )
+        return sigmas
+
+    def _mu(self, latents: Tensor) -> float | None:
+        """Return the shift for the resolution of latents; None for a fixed shift."""
+        config = self.pipeline.scheduler.config
+        if not config.use_dynamic_shifting:
+            return None
+        height, width = latents.shape[-2:]
+        low, high = config.base_image_seq_len, config.max_image_seq_len
+        place = (height // 2 * (width // 2) - low) / (high - low)
+        return config.base_shift + place * (config.max_shift - config.base_shift)
+
+    def _stepped(self, latents: Tensor, num_steps: int, **options: Any) -> Tensor:
+        """Return the times ``1 − σ`` of the steps of a copy of the scheduler."""
+        scheduler = type(self.pipeline.scheduler).from_config(self.pipeline.scheduler.config)
+        scheduler.set_timesteps(num_steps, mu=self._mu(latents), **options)
+        return 1 - scheduler.sigmas.double()
 
 
 class _Bound:
-    """The velocity of one solve: negated, guided, and counting network rows."""
+    """The velocity of one solve: negated, guided, and counting network rows.
 
-    def __init__(self, family: Any, cond: Mapping[str, Tensor]) -> None:
-        self.family, self.cond, self.rows = family, dict(cond), 0
-        self.scale = self.cond.pop("cfg_scale", None)
+    A condition has one row per prompt. With guidance, each sample takes two rows of the network.
+    """
+
+    def __init__(self, family: Any, cond: Mapping[str, Tensor], batch_size: int | None) -> None:
+        self.family, self.scale, self.rows = family, cond.get(SCALE), 0
+        self.batch_size = batch_size
+        names = [name for name in cond if name != SCALE and not name.startswith(NEGATIVE)]
+        prefixes = ("",) if self.scale is None else ("", NEGATIVE)
+        self.parts = [{name: cond[prefix + name] for name in names} for prefix in prefixes]
 
     def __call__(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
-        batch, cond = len(x), self.cond
-        if self.scale is not None:  # the halves of each condition: the prompt, the negative prompt
-            x, t = torch.cat([x, x]), torch.cat([t, t])
-            cond = {name: _rows(value, 2, batch) for name, value in cond.items()}
-        else:
-            cond = {name: _rows(value, 1, batch) for name, value in cond.items()}
+        parts = [per_sample(part, len(x)) for part in self.parts]
+        scale = per_sample(self.scale, len(x))
+        size = self.batch_size or len(x)
+        batches = [slice(first, first + size) for first in range(0, len(x), size)]
+        v = [
+            self._velocity(
+                x[rows], t[rows], [take(part, rows) for part in parts], take(scale, rows)
+            )
+            for rows in batches
+        ]
+        return v[0] if len(v) == 1 else torch.cat(v)
+
+    def _velocity(self, x: Tensor, t: Tensor, parts: list[Any], scale: Any) -> Tensor:
+        """Return the velocity of one batch, under its prompts and its negative prompts."""
+        cond = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        x, t = torch.cat([x] * len(parts)), torch.cat([t] * len(parts))
         self.rows += len(x)
         v = -self.family.network(x, 1 - t, cond)
-        if self.scale is None:
+        if scale is None:
             return v
         v, v_null = v.chunk(2)
-        return combine(v, v_null, expand_like(_rows(self.scale, 1, batch), v).to(v.dtype))
-
-
-def _rows(value: Tensor, parts: int, batch: int) -> Tensor:
-    """Return the rows of a condition for a batch; one prompt is repeated for all samples.
-
-    Args:
-        value: Tensor of the condition, with ``parts`` rows or ``parts·batch`` rows.
-        parts: Number of parts: 2 with a negative prompt, otherwise 1.
-        batch: Number of samples.
-
-    Raises:
-        ValueError: If the number of prompts is neither 1 nor ``batch``.
-    """
-    if len(value) == parts * batch:
-        return value
-    if len(value) != parts:
-        raise ValueError(
-            f"number of prompts must be 1 or the number of samples, {batch}, "
-            f"got {len(value) // parts}"
-        )
-    return value.repeat_interleave(batch, 0)
+        return combine(v, v_null, expand_like(scale, v).to(v.dtype))

@@ -19,7 +19,7 @@ from flowkit.boss.costs import (
 from flowkit.boss.precision import precise
 from flowkit.checks import as_grid, check_choice
 from flowkit.sampling import ODESampler
-from flowkit.types import Cond, take
+from flowkit.types import Cond, per_sample, take
 from flowkit.velocity import Velocity
 
 PROGRAM_NOISES = 64  # for the dynamic program; in experiments, more noises gave the same grids
@@ -52,7 +52,7 @@ def endpoint_grid(
             holds their states at all fine times. The second part uses all of them.
         fine_grid: Times ``(n,)``, or the number ``n − 1`` of uniform steps.
         num_steps: Steps of the grid, from 1 to ``n − 1``.
-        cond: Conditions of the states.
+        cond: Conditions of the states; one row serves all states.
         method: The solver: ``"euler"``, ``"midpoint"`` or ``"heun"``.
         reference: Reference solver. Its grid must contain all times of the fine grid. ``None``
             means the same method on the fine grid.
@@ -80,6 +80,7 @@ def endpoint_grid(
     if num_steps in (1, last):  # there is only one such grid
         return fine[:: last // num_steps]
     velocity, x0 = precise(velocity, x0)
+    cond = per_sample(cond, len(x0))
     reference = reference or ODESampler(fine, method)
     target = anchors(velocity, x0, fine[[0, -1]], cond, reference)[-1]
     search = _Search(velocity, x0, cond, fine, method, target)

@@ -21,7 +21,7 @@ from flowkit.boss.guard import LEVEL, is_gain, is_noise
 from flowkit.boss.precision import precise
 from flowkit.checks import as_grid, check_at_least, check_choice, check_finite
 from flowkit.sampling import ODESampler
-from flowkit.types import Batch, Cond, take
+from flowkit.types import Batch, Cond, per_sample, take
 from flowkit.velocity import Velocity
 
 EXTRA_NOISES = 2048  # a loss in 1 % of samples is then seen 20 times
@@ -59,7 +59,7 @@ def score_grids(
         velocity: The velocity.
         x0: States ``(B, *)`` at the first time of the grids.
         grids: Grids by name, with common ends.
-        cond: Conditions of the states.
+        cond: Conditions of the states; one row serves all states.
         method: Solver of the grids.
         reference: Reference solver. ``None`` means 100 uniform steps of the same method.
 
@@ -104,6 +104,7 @@ def _end_errors(
                 f"{sampler.times[0]:.6g} to {sampler.times[-1]:.6g} for {name!r}"
             )
     velocity, x0 = precise(velocity, x0)
+    cond = per_sample(cond, len(x0))
     target = reference(velocity, x0, cond)
     check_finite(target, "the solution on the reference grid")
     errors = {
@@ -125,6 +126,7 @@ def optimize_grid(
     fine_steps: Tensor | int = 100,
     reference: ODESampler | None = None,
     costs: Tensor | None = None,
+    baseline: Tensor | None = None,
     extra_noises: int | None = None,
     generator: torch.Generator | None = None,
 ) -> OptimizedGrid:
@@ -148,13 +150,15 @@ def optimize_grid(
         velocity: The velocity, with guidance if the sampler uses guidance.
         x0: States ``(B, *)`` at the first time, at least 6; hundreds give a stable choice.
         num_steps: Steps of the grid, from 1 to the number of fine steps.
-        cond: Conditions of the states.
+        cond: Conditions of the states; one row serves all states.
         method: The solver: ``"euler"``, ``"midpoint"`` or ``"heun"``.
         fine_steps: A number of uniform steps from 0 to 1, or another fine grid; the fine grid may
             cover a part of [0, 1].
         reference: Reference solver. Its grid must contain all times of the fine grid. ``None``
             means the same method on the fine grid.
         costs: Costs ``(n, n)`` of single steps, if they are already known; see `step_costs`.
+        baseline: Another grid of ``num_steps`` steps in the place of the uniform grid, with the
+            same ends; its name is ``"baseline"``. Give the grid that you sample with today.
         extra_noises: Number of standard normal noise samples that are drawn for the scores, in
             batches of at most two thirds of ``x0``, each row with the condition of the row of
             ``x0``. Use 0 if ``x0`` has another distribution; then only its last third can give the
@@ -168,8 +172,9 @@ def optimize_grid(
 
     Raises:
         TypeError: If ``num_steps`` or ``extra_noises`` is not an integer.
-        ValueError: If ``num_steps`` is out of range, ``x0`` holds fewer than 6 noise samples, or
-            ``extra_noises`` is negative, or positive for a grid that does not start at 0.
+        ValueError: If ``num_steps`` is out of range, ``x0`` holds fewer than 6 noise samples,
+            ``baseline`` has another number of steps, or ``extra_noises`` is negative, or positive
+            for a grid that does not start at 0.
 
     >>> from flowkit.exact import GaussianFlow
     >>> optimize_grid(GaussianFlow(2.0, 0.1), torch.randn(96, 2), num_steps=4).winner
@@ -179,14 +184,16 @@ def optimize_grid(
     check_num_steps(num_steps, fine)
     check_at_least(len(x0), 6, "the number of noises in x0")
     extra = _check_extra(extra_noises, x0, fine)
+    first, first_grid = _first_grid(baseline, fine, num_steps)
     generator = generator or torch.Generator().manual_seed(SEED)
+    cond = per_sample(cond, len(x0))
     made, kept = slice(0, len(x0) * 2 // 3), slice(len(x0) * 2 // 3, len(x0))
     options = {"method": method, "reference": reference}
     x, c = x0[made], take(cond, made)
     if costs is None:
         costs = step_costs(velocity, x, fine, c, **options)
     grids = {
-        "uniform": torch.linspace(fine[0], fine[-1], num_steps + 1, dtype=torch.float64),
+        first: first_grid,
         "bellman": bellman_grid(costs, fine, num_steps),
         "endpoint": endpoint_grid(velocity, x, fine, num_steps, c, **options),
     }
@@ -194,11 +201,21 @@ def optimize_grid(
     held_out = [(x0[kept], take(cond, kept)), *_extra_noises(x0, cond, extra, generator)]
     parts = [_end_errors(velocity, x, grids, c, method, goal) for x, c in held_out]
     errors = {name: torch.cat([part[name] for part in parts]) for name in grids}
-    gains = {name: errors["uniform"] - errors[name] for name in ("bellman", "endpoint")}
+    gains = {other: errors[first] - errors[other] for other in ("bellman", "endpoint")}
     sure = {n: g.mean().item() for n, g in gains.items() if is_gain(g, LEVEL / 2, generator)}
-    winner = max(sure, key=lambda name: sure[name], default="uniform")
+    winner = max(sure, key=lambda name: sure[name], default=first)
     scores = {name: error.mean().sqrt().item() for name, error in errors.items()}
     return OptimizedGrid(grids[winner], winner, scores, grids)
+
+
+def _first_grid(baseline: Tensor | None, fine: Tensor, num_steps: int) -> tuple[str, Tensor]:
+    """Return the name and the times of the grid that another grid must beat."""
+    if baseline is None:
+        return "uniform", torch.linspace(fine[0], fine[-1], num_steps + 1, dtype=torch.float64)
+    grid = as_grid(baseline, "baseline")
+    if len(grid) != num_steps + 1:
+        raise ValueError(f"baseline must have {num_steps} steps, got {len(grid) - 1}")
+    return "baseline", grid
 
 
 def _extra_noises(
@@ -297,7 +314,7 @@ def segments(
         x0: States ``(B, *)`` at the first time of the grid.
         fine_grid: Times of the teacher, or a number of uniform steps.
         grid: Times ``(K + 1,)`` of the student, or a number of uniform steps.
-        cond: Conditions of the states.
+        cond: Conditions of the states; one row serves all states.
         method: Solver of the teacher.
 
     Returns:
@@ -316,6 +333,7 @@ def segments(
     """
     fine, knots = as_grid(fine_grid, "fine_grid"), as_grid(grid)
     velocity, x0 = precise(velocity, x0)
+    cond = per_sample(cond, len(x0))
     inside = fine[(fine > knots[0]) & (fine < knots[-1])]
     teacher = ODESampler(torch.cat([knots, inside]).unique(), method)
     states = anchors(velocity, x0, knots, cond, teacher).transpose(0, 1)

@@ -38,7 +38,7 @@ class PixelSVC:
 
     Raises:
         ValueError: If the number of labels differs from the number of images, if there is one class
-            only, or ``limit`` is below 1.
+            only in the fit, or ``limit`` is below 2.
 
     >>> images = torch.cat([-torch.ones(5, 1, 2, 2), torch.ones(5, 1, 2, 2)])
     >>> PixelSVC(images, torch.arange(10) // 5).predict(images).tolist()
@@ -58,15 +58,16 @@ class PixelSVC:
 
         if labels.shape != (len(images),):
             raise ValueError(f"labels must have shape ({len(images)},), got {tuple(labels.shape)}")
-        check_at_least(limit, 1, "limit")
-        if len(labels.unique()) < 2:
-            raise ValueError(
-                f"labels must hold two classes or more, got {labels.unique().tolist()}"
-            )
+        check_at_least(limit, 2, "limit")
         rows = torch.randperm(len(images), generator=generator)[:limit]
+        fitted = labels.cpu()[rows]
+        if len(fitted.unique()) < 2:
+            raise ValueError(
+                f"labels must hold two classes or more, got {fitted.unique().tolist()} in the fit"
+            )
         self.num_images = len(rows)
         self._svc = SVC(C=10, gamma="scale")
-        self._svc.fit(images.cpu()[rows].flatten(1).numpy(), labels.cpu()[rows].numpy())
+        self._svc.fit(images.cpu()[rows].flatten(1).numpy(), fitted.numpy())
 
     def predict(self, images: Tensor) -> Tensor:
         """Return the classes ``(B,)`` of images ``(B, *)`` in [-1, 1]."""

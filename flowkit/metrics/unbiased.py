@@ -133,12 +133,12 @@ def _changes(x: Tensor, strata: Tensor, gap: Tensor, root: Tensor) -> Tensor:
         own, size = x[rows], int(rows.sum())
         weight = size / (count * (size - 1))
         moved = own - own.mean(0)  # the mean of the set moves by −weight · moved
-        of_mean = weight * (weight * moved.square().sum(1) - 2 * moved @ gap)
         norms = own.square().sum(1)
-        of_cov = weight * (norms.mean() - norms) - weight**2 * moved.square().sum(1)
+        # Its square enters the means and, with the other sign, the covariance.
+        of_moments = weight * (norms.mean() - norms - 2 * moved @ gap)
         without = product + weight / size * gram(rotated[rows].T)
         of_root = _traces_without(without, rotated[rows], weight, lowest) - trace
-        changes[rows] = of_mean + of_cov - 2 * of_root
+        changes[rows] = of_moments - 2 * of_root
     return changes
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from flowkit.adapters import DiffusersPipelineFlow
 from flowkit.autoencoders import mean_latents
+from flowkit.checks import usable_device
 from flowkit.provenance import read_json, tensor_hash
 from flowkit.runs.known_data import place_of
 from flowkit.runs.run import Run
@@ -140,11 +141,17 @@ class PipelineFlow(DiffusersPipelineFlow):
     channels, side = 3, None
 
     @classmethod
-    def load(cls, cfg: DictConfig) -> "PipelineFlow":
+    def load(cls, cfg: DictConfig, batch_size: int | None = None) -> "PipelineFlow":
         """Load the pipeline from the folder of a configuration, without a network connection.
+
+        Args:
+            cfg: A configuration with ``pipeline``, ``dtype`` and ``device``.
+            batch_size: Largest number of samples in one call of the network; None sets no limit.
 
         Raises:
             FileNotFoundError: If the folder holds no pipeline.
+            ValueError: If the pipeline cannot be loaded.
+            TypeError: If the pipeline is not a flow that flowkit knows.
         """
         from diffusers import DiffusionPipeline  # type: ignore[attr-defined]
 
@@ -155,10 +162,15 @@ class PipelineFlow(DiffusersPipelineFlow):
             )
         # diffusers needs the names of the encoders that the saved pipeline does not contain.
         absent = {k: None for k, v in read_json(index).items() if v == [None, None]}
-        pipeline = DiffusionPipeline.from_pretrained(
-            cfg.pipeline, torch_dtype=getattr(torch, cfg.dtype), local_files_only=True, **absent
-        )
-        return cls(pipeline.to(cfg.device))
+        options = {"torch_dtype": getattr(torch, cfg.dtype), "local_files_only": True, **absent}
+        try:
+            pipeline = DiffusionPipeline.from_pretrained(cfg.pipeline, **options)
+        except (OSError, ValueError, AttributeError) as error:
+            raise ValueError(
+                "pipeline must be a whole folder written by save_pretrained, "
+                f"got {cfg.pipeline}: {error}"
+            ) from error
+        return cls(pipeline.to(usable_device(cfg.device)), batch_size)
 
     def defaults(self, inverting: bool) -> Settings:
         """Return the published settings: fixed steps without backtracking."""

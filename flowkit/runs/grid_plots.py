@@ -14,11 +14,12 @@ Row = dict[str, Any]
 def table_of(rows: list[Row]) -> str:
     """Return a Markdown table: one line per grid and NFE, the recommended grid in bold."""
     distances = any("frechet_distance" in row for row in rows)
-    header, lines = ["NFE", "grid", "end-point error", "of uniform"], []
-    uniform = {row["nfe"]: row["error"] for row in rows if row["grid"] == "uniform"}
+    first = rows[0]["grid"]
+    header, lines = ["NFE", "grid", "end-point error", f"of {first}"], []
+    errors = {row["nfe"]: row["error"] for row in rows if row["grid"] == first}
     for row in rows:
         name = f"**{row['grid']}**" if row["recommended"] else row["grid"]
-        ratio = f"{row['error'] / uniform[row['nfe']]:.3f}" if row["nfe"] in uniform else ""
+        ratio = f"{row['error'] / errors[row['nfe']]:.3f}" if row["nfe"] in errors else ""
         line = [str(row["nfe"]), name, f"{row['error']:.4f}", ratio]
         if distances:
             line.append(f"{row['frechet_distance']:.2f}" if "frechet_distance" in row else "")
@@ -43,7 +44,13 @@ def plot(candidates: dict[str, Tensor], winner: str, table: list[Row], file: Pat
         columns["frechet_distance"] = "Fréchet distance"
     figure = Figure(figsize=(4.6 * (1 + len(columns)), 3.6), layout="constrained")
     steps, *panels = figure.subplots(1, 1 + len(columns))
-    colors = {"uniform": "C7", "bellman": "C0", "endpoint": "C3", "adaptive": "C2"}
+    colors = {
+        "uniform": "C7",
+        "baseline": "C7",
+        "bellman": "C0",
+        "endpoint": "C3",
+        "adaptive": "C2",
+    }
     longest = max(grid.diff().max().item() for grid in candidates.values())
     for name, grid in candidates.items():
         label = f"{name} (recommended)" if name == winner else name

@@ -3,9 +3,9 @@
 import json
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -102,10 +102,18 @@ def _timeless(text: str) -> str:
     return re.sub(r'"seconds": [\d.]+', "", text)
 
 
-def file_name(name: str) -> str:
-    """Return a name for a file: all characters but letters, digits and ``-_.`` become ``-``.
+def file_names(names: Iterable[str]) -> list[str]:
+    """Return a different file name for each name.
 
-    >>> file_name("W-CFM 0.5")
-    'W-CFM-0.5'
+    All characters but letters, digits and ``-_.`` become ``-``. Of equal names, all but the first
+    get a number.
+
+    >>> file_names(["W-CFM 0.5", "W-CFM-0.5", "OT"])
+    ['W-CFM-0.5', 'W-CFM-0.5-2', 'OT']
     """
-    return "".join(c if c.isalnum() or c in "-_." else "-" for c in name)
+    found: list[str] = []
+    for name in names:
+        plain = "".join(c if c.isalnum() or c in "-_." else "-" for c in name)
+        free = (f"{plain}-{number}" for number in count(2))
+        found.append(next(one for one in chain([plain], free) if one not in found))
+    return found

@@ -26,6 +26,7 @@ from flowkit.runs.records import weights
 from flowkit.runs.splits import stored_data
 from flowkit.runs.starts import Starts
 from flowkit.sampling import ODESampler
+from flowkit.sampling.solvers import ADAPTIVE
 from flowkit.velocity import Velocity
 
 
@@ -172,9 +173,18 @@ class Run:
         data = self.data if self.brings_starts else None
         return Starts(self.sample_shape, self.num_classes, seed, self.device, data, seeding)
 
-    def sampler(self, node: DictConfig) -> ODESampler:
-        """Build a sampler. A grid file of another model, solver or guidance gives a warning."""
-        sampler = instantiate(node)
+    def sampler(self, node: DictConfig, *, needs_path: bool = False) -> ODESampler:
+        """Build a sampler. A grid file of another model, solver or guidance gives a warning.
+
+        Args:
+            node: Configuration of the sampler.
+            needs_path: True if the states at the times of the grid are used.
+
+        Raises:
+            ValueError: If the method would ignore an option, see `build_sampler`.
+        """
+        follows_steps = isinstance(self.module.velocity, Blockwise)
+        sampler = build_sampler(node, needs_path or follows_steps)
         if OmegaConf.is_dict(node.grid) and (file := node.grid.get("file")):
             grids.load(file, self.made_with(sampler.method))
         return sampler
@@ -265,6 +275,33 @@ class Run:
         x0, cond = self.starts(seed, seeding)(0, 128)
         grid = grids.blockwise(flow.edges, 8)
         return feature_drift(flow, x0, grid, cond, velocity=self.velocity)
+
+
+def build_sampler(node: DictConfig, stops: bool = False) -> ODESampler:
+    """Build a sampler whose method uses all of its options.
+
+    Args:
+        node: Configuration of the sampler.
+        stops: True if an adaptive method stops at all times of the grid.
+
+    Raises:
+        ValueError: If the grid has times between its ends, where an adaptive method does not stop,
+            or if tolerances are given for a method with fixed steps.
+    """
+    sampler, method = instantiate(node), node.get("method", "euler")
+    if method in ADAPTIVE and len(sampler.times) > 2 and not stops:
+        grid = f"{len(sampler.times) - 1} steps"
+        raise ValueError(
+            f"sampler.grid must be 1 for {method}, which chooses its own steps, got {grid}; "
+            "set sampler.rtol and sampler.atol"
+        )
+    for name in {"rtol", "atol"} & set(node):
+        if method not in ADAPTIVE:
+            raise ValueError(
+                f"sampler.{name} must be absent for {method}, whose steps are those of the grid, "
+                f"got {node[name]}; choose sampler={method}"
+            )
+    return sampler
 
 
 def _recorded(guidance: Guidance) -> float | str | None:

@@ -240,12 +240,28 @@ BAD_COSTS[3, 7] = torch.nan
             r"costs must be finite above the diagonal, got nan for the step from t = 0.3 to 0.7",
         ),
         (
+            lambda: boss.bellman_interval(torch.zeros(4, 3, 3), torch.tensor([0, 1.5]), 1),
+            r"fine_grid must lie in \[0, 1\]",
+        ),
+        (
+            lambda: boss.converged_costs(ring(0.3), noise, torch.tensor([0, 1.5]), 1),
+            r"fine_grid must lie in \[0, 1\]",
+        ),
+        (
+            lambda: boss.search_rows(31, 4, method="rk9"),
+            "method must be one of",
+        ),
+        (
             lambda: boss.bellman_grid(torch.zeros(5, 5), 10, 2),
             r"costs must have the shape of fine_grid, squared, \(11, 11\), got \(5, 5\)",
         ),
         (
             lambda: boss.step_costs(breaks_at(0.45), noise(8, 2), 10),
             "velocity must be finite, got NaN or infinite values at t = 0.5, step 5 of 10",
+        ),
+        (
+            lambda: boss.step_costs(breaks_at(0.45), noise(8, 2), 10, method="heun"),
+            "states of the reference must be finite, got NaN or infinite values at t = 0.5",
         ),
         (
             lambda: boss.endpoint_grid(breaks_at(0.45), noise(8, 2), 10, 3),
@@ -272,7 +288,7 @@ BAD_COSTS[3, 7] = torch.nan
         ),
         (
             lambda: boss.optimize_grid(ring(0.3), noise(5, 2), 3),
-            "number of noises in x0 must be at",
+            "the number of noises in x0 must be at",
         ),
         (
             lambda: boss.optimize_grid(ring(0.3), noise(8, 2), 3, extra_noises=-1),
@@ -322,7 +338,7 @@ BAD_COSTS[3, 7] = torch.nan
     ],
 )
 def test_bad_arguments_are_refused(call, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"^{message}"):
         call()
 
 
@@ -342,3 +358,17 @@ def test_a_velocity_that_is_not_finite_is_refused():
     for limit, message in ((1, "velocity must be finite"), (3.2, "the solution .* must be finite")):
         with pytest.raises(ValueError, match=message):
             boss.optimize_grid(breaks(limit), noise(60, 2).clamp(-3, 3), 3, fine_steps=20)
+
+
+def test_a_grid_in_use_must_be_beaten():
+    """By the other grids: a good one wins, a bad one does not."""
+    flow, x0 = GaussianFlow(2.0, 0.1), noise(96, 2)
+    best = boss.optimize_grid(flow, x0, 4).grid
+    bad = torch.tensor([0, 0.01, 0.02, 0.03, 1.0], dtype=F64)
+    for grid, winners in ((best, ["baseline"]), (bad, ["bellman", "endpoint"])):
+        found = boss.optimize_grid(flow, x0, 4, baseline=grid)
+        assert found.winner in winners
+        assert list(found.grids) == ["baseline", "bellman", "endpoint"]
+        assert torch.equal(found.grids["baseline"], grid)
+    with pytest.raises(ValueError, match="baseline must have 4 steps, got 3"):
+        boss.optimize_grid(flow, x0, 4, baseline=torch.linspace(0, 1, 4))

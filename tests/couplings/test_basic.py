@@ -290,6 +290,7 @@ def test_independent_returns_its_inputs():
         (lambda: Sinkhorn(INF), r"reg must be positive and finite, got inf"),
         (lambda: Sinkhorn(1.0, max_iters=0), r"max_iters must be at least 1, got 0"),
         (lambda: Sinkhorn(1.0, "l2"), "cost must be one of"),
+        (lambda: Sinkhorn(1.0, cond_weight=-1.0), r"cond_weight must be at least 0, got -1"),
     ],
 )
 def test_bad_settings(make, match):

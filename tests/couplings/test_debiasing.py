@@ -14,6 +14,8 @@ from flowkit.couplings import (
     Potentials,
     RowSoftmax,
     cost_matrix,
+    debiasing,
+    gibbs,
 )
 from tests.couplings.kernels import (
     generated,
@@ -102,6 +104,11 @@ def test_a_pool_draws_pairs_by_their_weights():
     assert_close(counts / 6000, expected, rtol=0, atol=0.025)
 
 
+def test_a_pair_with_all_the_weight_is_drawn_every_time():
+    x0, x1 = torch.zeros(6, 1), torch.tensor([[90.0], [0.0], [90.0], [80.0], [90.0], [90.0]])
+    assert Gibbs(0.5, pool=2).pair(x0, x1).x1.tolist() == [[0.0]] * 3
+
+
 @pytest.mark.parametrize("epsilon", [0.5, 2.0])
 def test_potentials_on_a_fixed_set_are_those_of_sinkhorn(epsilon):
     """A memory that holds the same points again and again does Sinkhorn on them."""
@@ -168,6 +175,18 @@ def test_tilts_of_a_class_are_its_own(debias):
         assert_close(ours, alone.pair(x0[rows], x1[rows]).log_weight, rtol=1e-4, atol=1e-4)
 
 
+def test_means_run_over_the_seen_samples_of_a_class():
+    """Two samples of the first class, one of the second, none of the third: its factor is 1."""
+    (a0, a1), (b0, b1) = normals(3, 2), normals(3, 2, seed=1)
+    coupling = Gibbs(2.0, "sqeuclidean", "none", Division(100))
+    coupling.debias(coupling.log_kernel, a0, a1, torch.tensor([0, 0, 1]))
+    f, g = coupling.debias.factors(coupling.log_kernel, b0, b1, torch.arange(3))
+    of_x0, of_x1 = (-cost_matrix(b0, a1) / 2).exp(), (-cost_matrix(b1, a0) / 2).exp()
+    for factor, kernel in ((f, of_x0), (g, of_x1)):
+        means = torch.stack([kernel[0, :2].mean(), kernel[1, 2], torch.tensor(1.0)])
+        assert_close(factor, -means.log())
+
+
 def test_row_softmax_stays_within_classes():
     x0, x1, label = two_classes(200)
     pairs = Gibbs(1.0, normalize="class", debias=RowSoftmax()).pair(x0, x1, label)
@@ -176,6 +195,44 @@ def test_row_softmax_stays_within_classes():
     assert set(pairs.x1[label == 0].ravel().tolist()) <= set(x1[label == 0].ravel().tolist())
     moved = Gibbs(1.0, debias=RowSoftmax()).pair(x0, x1, {"label": label, "x": x1})
     assert moved.cond["x"].equal(moved.x1)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ranks_share_their_batches_in_training_alone(monkeypatch, rank):
+    x0, x1, label = two_classes(30)
+    mine = slice(15 * rank, 15 * rank + 15)
+
+    def weighed(normalize, rows, debias=None, training=True):
+        cond = label[rows] if normalize == "class" else None
+        coupling = Gibbs(1.0, normalize=normalize, debias=debias).train(training)
+        return coupling.pair(x0[rows], x1[rows], cond).log_weight
+
+    expected = {}
+    for normalize in ("batch", "class"):
+        joint, within = weighed(normalize, slice(None))[mine], weighed(normalize, mine)
+        assert not torch.allclose(joint, within)
+        expected[normalize] = joint, within
+    whole, plain = Division(50), weighed("none", slice(None))
+    weighed("none", slice(None), whole)
+    alone = weighed("none", mine, Division(50), training=False)
+    for module in (gibbs, debiasing):
+        monkeypatch.setattr(
+            module,
+            "gathered",
+            lambda x: (
+                {1: plain, 3: whole.rows.transpose(0, 1)}[x.ndim]
+                if x.is_floating_point()
+                else label
+            ),
+        )
+    monkeypatch.setattr(gibbs, "own", lambda x, batch: x[batch * rank :][:batch])
+    for normalize, (joint, within) in expected.items():
+        assert_close(weighed(normalize, mine), joint)
+        assert_close(weighed(normalize, mine, training=False), within)
+    memory = Division(50)
+    weighed("none", mine, memory)
+    assert memory.rows.equal(whole.rows)
+    assert weighed("none", mine, Division(50), training=False).equal(alone)
 
 
 @pytest.mark.filterwarnings("ignore:only 4.4% of the variance")

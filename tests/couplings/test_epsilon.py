@@ -7,7 +7,7 @@ import torch
 from matplotlib.colors import same_color
 
 from flowkit.couplings import Gibbs, suggest_epsilon
-from flowkit.couplings.epsilon import _correlation, variance_components
+from flowkit.couplings.epsilon import _correlation, _solve, variance_components
 
 
 def normals(batch: int, dim: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -76,6 +76,17 @@ def test_elbow_follows_the_scale_of_the_samples():
     x0, x1 = normals(1000, 2)
     near, far = suggest_epsilon(x0, x1), suggest_epsilon(3 * x0, 3 * x1)
     assert 2 < far.epsilon / near.epsilon < 4
+
+
+@pytest.mark.parametrize("curve", [lambda e: e / (1 + e), lambda e: 1 / (1 + e)])
+@pytest.mark.parametrize("epsilon", [0.05 / 990, 0.05 / 12, 2.0, 50 * 12, 50 * 990])
+def test_the_search_goes_up_to_a_thousand_times_beyond_the_range(curve, epsilon):
+    """A rising and a falling curve with a known inverse."""
+    found = _solve(curve, curve(epsilon), 0.05, 50, "ess")
+    assert found == pytest.approx(epsilon, rel=1e-3)
+    beyond = 0.05 / 1010 if epsilon < 1 else 50 * 1010
+    with pytest.raises(ValueError, match=r"value must lie between .* the range of ess"):
+        _solve(curve, curve(beyond), 0.05, 50, "ess")
 
 
 def test_plot_marks_the_choice():

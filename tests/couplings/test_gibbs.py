@@ -305,8 +305,26 @@ def test_infinite_epsilon_is_plain_flow_matching_bit_for_bit():
         assert terms["loss"].equal(results[0][0]["loss"])
         assert terms["explained"].equal(results[0][0]["explained"])
         assert all(a.equal(b) for a, b in zip(gradients, results[0][1], strict=True))
-    pairs = Gibbs(INF).pair(*normals(5, 2))
+    pairs = Gibbs(INF).pair(*normals(5, 2), cond := torch.arange(5))
+    assert pairs.cond is cond
     assert pairs.log_weight.exp().equal(torch.ones(5))
+
+
+def test_a_conversion_keeps_the_digits_of_log_z():
+    """Half precision would round it; a module on the meta device holds no number to keep."""
+    coupling = Gibbs(1.0, normalize="running")
+    coupling.pair(*normals(50, 2))
+    before = coupling.log_z.clone()
+    assert before != before.bfloat16()
+    for converted in (coupling.bfloat16(), coupling.double(), coupling.cpu()):
+        assert converted is coupling
+        assert coupling.log_z.equal(before)
+        assert dict(coupling.named_buffers())["log_z"] is coupling.log_z
+    assert coupling.to("meta").log_z.is_meta
+    empty = coupling.to_empty(device="cpu").log_z
+    assert (empty.device.type, empty.dtype) == ("cpu", torch.float32)
+    parent = torch.nn.Sequential(Gibbs(1.0, normalize="running")).half()
+    assert parent[0].log_z.dtype == torch.float32
 
 
 def test_weights_multiply_the_loss_of_each_pair():
@@ -382,8 +400,11 @@ def test_bad_batches():
         by_class.pair(x0, x1, torch.arange(7))
     with pytest.raises(ValueError, match=r"x0 must have the shape of x1, \(8, 2\)"):
         Gibbs(1.0).pair(x0[:7], x1)
-    with pytest.raises(ValueError, match="x1 must be finite, got 16 NaN or infinite of 16"):
-        Gibbs(1.0).pair(x0, x1 * math.nan)
+    for coupling in (Gibbs(1.0), Gibbs(1.0, debias=RowSoftmax())):
+        with pytest.raises(ValueError, match=r"^x0 must be finite, got 16 NaN or infinite of 16"):
+            coupling.pair(x0 * math.nan, x1)
+        with pytest.raises(ValueError, match=r"^x1 must be finite, got 16 NaN or infinite of 16"):
+            coupling.pair(x0, x1 * math.nan)
     with pytest.raises(ValueError, match="cost must be finite, got NaN"):
         Gibbs(1.0, lambda a, b: (a - b).sum(-1) * math.nan).pair(x0, x1)
     with pytest.raises(ValueError, match=r"cost must map .* got \(8, 2\) for 8 pairs"):

@@ -59,7 +59,7 @@ def small(recipe: str, given: list[str], cfg: DictConfig, resumed: int) -> list[
         more = dict(OPTIONS.get(recipe, {}))
         if cfg.get("data") is not None:
             more |= _data(cfg.data)
-    if recipe not in TRAINING and isinstance(OmegaConf.select(cfg, "sampler.grid"), int):
+    if recipe not in TRAINING and _has_steps(cfg):
         more["sampler.grid"] = 2
     if OmegaConf.select(cfg, "metric") is not None or "metric=classifier" in given:
         given = [o for o in given if not o.startswith("metric=")]
@@ -82,7 +82,7 @@ def _training(cfg: DictConfig, resumed: int, go_on: bool) -> Iterator[tuple[str,
     samples = OmegaConf.select(cfg, "callback.samples") or {}
     if "rows" in samples:
         yield "callback.samples.rows", 1
-    if isinstance(OmegaConf.select(cfg, "sampler.grid"), int):
+    if _has_steps(cfg):
         yield "sampler.grid", 2
     if "num_scale_images" in cfg:
         yield "num_scale_images", 50
@@ -111,7 +111,14 @@ def _comparison(cfg: DictConfig) -> Iterator[tuple[str, Any]]:
     yield "seeds", "[0]"
     training = ["trainer.max_steps=6", "trainer.val_check_interval=6", "batch_size=32"]
     yield "overrides", _strings([*cfg.overrides, *training, "trainer.enable_progress_bar=false"])
-    yield "evaluate", _strings([*cfg.evaluate, "num_samples=20", "sampler.grid=2"])
+    grid = [] if "sampler=dopri5" in cfg.evaluate else ["sampler.grid=2"]
+    yield "evaluate", _strings([*cfg.evaluate, "num_samples=20", *grid])
+
+
+def _has_steps(cfg: DictConfig) -> bool:
+    """Whether the number of steps is that of a grid, and not an adaptive method's own."""
+    sampler = cfg.get("sampler") or {}
+    return isinstance(sampler.get("grid"), int) and "rtol" not in sampler
 
 
 def _strings(values: list[str] | ListConfig) -> str:

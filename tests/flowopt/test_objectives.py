@@ -56,6 +56,10 @@ def test_an_empty_region_is_none_and_a_fraction_weighs():
     plain, empty = flowopt(CENTERED, x1), flowopt(CENTERED, x1, mask=torch.zeros(3))
     torch.testing.assert_close(plain.x, empty.x)
     torch.testing.assert_close(plain.residuals, empty.residuals)
+    region = torch.tensor([True, False, False])
+    assert torch.equal(
+        flowopt(CENTERED, x1, mask=region).x, flowopt(CENTERED, x1, mask=1.0 * region).x
+    )
     half = flowopt(CENTERED, x1, mask=torch.full((1, 3), 0.5))
     most = flowopt(CENTERED, x1, mask=torch.full((1, 3), 0.75))
     torch.testing.assert_close(half.residuals[0], plain.residuals[0])
@@ -116,7 +120,9 @@ def test_masks_and_operators_that_do_not_fit():
     with pytest.raises(ValueError, match=r"mask must broadcast to x1, \(6, 3\), got \(4,\)"):
         flowopt(CENTERED, x1, mask=torch.ones(4))
     with pytest.raises(ValueError, match=r"mask must lie in \[0, 1\], got 2.0"):
-        flowopt(CENTERED, x1, mask=torch.full((3,), 2.0))
+        flowopt(CENTERED, x1, mask=torch.tensor([0.0, 2.0, 0.0]))
+    with pytest.raises(ValueError, match=r"mask must lie in \[0, 1\], got -1.0"):
+        flowopt(CENTERED, x1, mask=torch.tensor([0.0, -1.0, 0.0]))
     with pytest.raises(ValueError, match=r"mask must be below 1 somewhere in every sample"):
         flowopt(CENTERED, x1, mask=torch.ones(3))
     with pytest.raises(ValueError, match=r"mask must be below 1 somewhere in every sample"):
@@ -128,5 +134,7 @@ def test_masks_and_operators_that_do_not_fit():
         def adjoint(self, y):
             return y
 
-    with pytest.raises(ValueError, match=r"operator.adjoint\(operator\(x1\)\) must have the shape"):
+    with pytest.raises(
+        ValueError, match=r"operator.adjoint\(operator\(x1\)\) must have the shape of x1"
+    ):
         flowopt(CENTERED, data(4, 4), operator=Wrong())

@@ -157,6 +157,14 @@ def test_an_automatic_step_is_half_of_the_bound(backtrack):
     assert (edit.residuals[1] < 1e-8 * edit.residuals[0]).all()
 
 
+def test_the_measured_direction_has_a_part_of_every_feature():
+    """Slope 1 along (1, 1) and 4 along (1, −1), which equal numbers would not see."""
+    field = linear([[2.5, -1.5], [-1.5, 2.5]])
+    edit = FlowOpt(ODESampler(1), num_iters=1)(field, data(4, 2))
+    step = torch.full((4,), 1.2 * 0.25).double()  # accepted, and raised
+    torch.testing.assert_close(edit.step_size, step, rtol=0.02, atol=0)
+
+
 def test_automatic_steps_converge_at_any_scale():
     for scale in (0.05, 1.0, 30.0):
         matrix = scale * torch.diag(torch.tensor([1.0, 0.5, 0.3]))
@@ -374,6 +382,38 @@ def test_an_exact_start_is_no_divergence():
     assert set(edit.status) <= {"iterations", "converged"}
 
 
+@pytest.mark.parametrize("first", [1e-10, 1e-7])
+def test_divergence_begins_above_the_rounding_of_results(first):
+    """Residuals grow by 1.5, from below the root of the rounding and from above."""
+    moved = torch.tensor(first).double()
+    flowopt = FlowOpt(ODESampler(1), 2.5, 60, backtrack=False)
+    with pytest.warns(UserWarning, match="step_size must lie below"):
+        edit = flowopt(lambda x, t, cond: cond.expand_as(x), data(1), 0 * moved, moved)
+    limit = 10 * max(first, 2.0**-26)
+    assert edit.status == ("diverged",)
+    assert limit < edit.residuals[-1].item() < 1.6 * limit
+
+
+@pytest.mark.parametrize("scale", [1e-5, 1.0, 1e5])
+def test_a_step_is_judged_where_differences_exceed_their_rounding(scale):
+    """By 4000 roundings of the results: 40 000 roundings tell a step above the bound, 400 do not.
+
+    f(z) = z + c, and the residual grows by a quarter an iteration.
+    """
+    x1 = scale * torch.tensor([[1.0, -1.0]]).double()
+    for roundings in (400, 40_000):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            flowopt = FlowOpt(ODESampler(1), 2.25, 3, backtrack=False)
+            flowopt(
+                lambda x, t, cond: cond.expand_as(x),
+                x1,
+                0 * x1,
+                scale * roundings * 2.0**-52 + 0 * x1,
+            )
+        assert len(caught) == (roundings > 4000)
+
+
 def test_divergence_begins_at_ten_times_the_first_residual():
     """Residuals grow by 1.5: the sixth is the first above ten."""
     with pytest.warns(UserWarning, match="step_size must lie below"):
@@ -402,14 +442,16 @@ def test_an_exact_start_has_converged():
 
 
 def test_an_automatic_step_above_half_of_the_next_bound_is_lowered():
-    """f(z) = z + c for z > 0, and 1.6 z + c below; the second iterate lies below."""
+    """f(z) = z + c for z > 0, and (1 + bend) z + c below; the second iterate lies below."""
 
     def field(x, t, cond):
-        return 0.6 * x.clamp(max=0) + cond
+        return bend * x.clamp(max=0) + cond
 
     x1, zero = torch.full((1, 1), 0.5).double(), torch.zeros(()).double()
-    edit = FlowOpt(ODESampler(1), num_iters=1, backtrack=False)(field, x1, zero, zero + 1)
-    torch.testing.assert_close(edit.step_size, torch.tensor([1 / 1.3]).double())  # from 0.5 to -0.5
+    for bend in (0.6, 3.0):
+        edit = FlowOpt(ODESampler(1), num_iters=1, backtrack=False)(field, x1, zero, zero + 1)
+        mean = 1 + bend / 2  # from 0.5 to -0.5
+        torch.testing.assert_close(edit.step_size, torch.tensor([1 / mean]).double())
 
 
 def test_a_sample_that_has_ended_needs_no_step():
@@ -427,7 +469,7 @@ def test_a_sample_that_has_ended_needs_no_step():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_latents_are_float32_beside_a_half_precision_network(dtype):
-    seen, z_seen = set(), []
+    seen, x_seen, z_seen = set(), [], []
 
     def field(x, t, cond=None):
         seen.add((x.dtype, t.dtype))
@@ -435,7 +477,9 @@ def test_latents_are_float32_beside_a_half_precision_network(dtype):
 
     x1 = data(64).to(dtype)
     flowopt = FlowOpt(ODESampler(10), 0.01, 60, backtrack=False)
-    edit = flowopt(field, x1, callback=lambda k, x, z: z_seen.append(z.clone()))
+    edit = flowopt(field, x1, callback=lambda k, x, z: x_seen.append(x) or z_seen.append(z.clone()))
+    assert torch.equal(torch.stack(x_seen), edit.trace)
+    assert x_seen[0].dtype == dtype
     assert seen == {(dtype, torch.float32)}
     assert (edit.z.dtype, edit.x.dtype, edit.trace.dtype) == (torch.float32, dtype, dtype)
     exact = flowopt(CENTERED, x1.float())
@@ -487,6 +531,7 @@ def test_a_velocity_is_bound_for_every_solve(dtype):
 
         def bind(self, cond, grid):
             bound.append(cond)
+            assert grid.sort().values.tolist() == ODESampler(3).times.tolist()
             return _Bound()
 
     class _Bound:

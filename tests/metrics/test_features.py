@@ -192,6 +192,18 @@ def test_judge_reads_held_out_digits_from_few_training_images(digits):
         agreement(judge, test_images, labels[:3])
 
 
+def test_the_judge_of_wrong_labels_is_the_stated_classifier():
+    """A fifth of the labels are wrong, so the border depends on ``C`` and ``gamma``."""
+    generator = torch.Generator().manual_seed(0)
+    points = 2 * torch.rand(60, 2, generator=generator) - 1
+    wrong = torch.rand(60, generator=generator) < 0.2
+    labels = ((points.sum(1) > 0) ^ wrong).long()
+    places = torch.cartesian_prod(*[torch.linspace(-1, 1, 60)] * 2)
+    plain = SVC(C=10, gamma="scale").fit(points.numpy(), labels.numpy())
+    found = PixelSVC(points, labels).predict(places)
+    assert found.tolist() == plain.predict(places.numpy()).tolist()
+
+
 @pytest.fixture(scope="module")
 def judge(digits):
     return PixelSVC(*digits[:2])
@@ -291,12 +303,31 @@ def test_image_metrics_of_few_samples_claims_no_interval(digits, classifier):
     assert (many["num_samples"], many["floor"]["num_samples"]) == (200, 50)
 
 
+def test_twenty_images_and_two_of_a_class_are_enough_for_intervals(digits):
+    """Halves hold ten images, twice the five neighbors; a jackknife within a class needs two."""
+    train, _, test, _ = digits
+    pairs = torch.arange(20) // 2
+    for count in (19, 20):
+        record = image_metrics(train, test, train[:count], Pixels(), labels=pairs[:count])
+        assert (record["precision_interval"] is None) == (count == 19)
+        assert record["stratified"]["samples"] == (count == 20)
+    value, interval = kernel_distance(
+        *(as_saved(images).flatten(1) for images in (train[:20], test)), strata=(pairs, None)
+    )
+    assert record["kernel_distance"] == pytest.approx(value, rel=1e-12)
+    assert record["kernel_distance_interval"] == pytest.approx(interval, rel=1e-12)
+
+
 def test_image_metrics_errors(digits, classifier, judge):
     train = digits[0]
-    with pytest.raises(ValueError, match="number of generated images must be at least 4, got 3"):
-        record_of(digits, classifier, train[:3])
+    for few, name in enumerate(("real_train", "real_test", "generated")):
+        sets = [train[: 3 if k == few else 4] for k in range(3)]
+        with pytest.raises(ValueError, match=f"^the number of {name} images must be at least 4"):
+            image_metrics(*sets, Pixels())
     with pytest.raises(ValueError, match="labels must be given with a judge, got None"):
         record_of(digits, classifier, train[:9], judge=judge)
+    with pytest.raises(ValueError, match="labels must be given with a judge, got None"):
+        record_of(digits, classifier, train[:9], judge=judge, labels=digits[1][:9])
 
 
 def test_point_metrics_tells_missing_the_data_from_being_straight():

@@ -12,6 +12,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.fid import _compute_fid as torchmetrics_frechet
 
 from flowkit.metrics import frechet_distance, frechet_from_moments
+from flowkit.metrics.frechet import _congruence, gram
 from tests.metrics.samples import F64, normal
 
 
@@ -107,10 +108,32 @@ def test_frechet_ignores_noise_of_missing_ranks():
     assert frechet_from_moments(zero, full, zero, low) == pytest.approx(exact, rel=1e-12)
 
 
+@pytest.mark.parametrize("scale", [1e-4, 1e4])
+def test_frechet_of_one_missing_rank_at_any_scale(scale):
+    """The distance of singular covariances has no error of order √ε, which a root of noise has."""
+    zero = torch.zeros(20, dtype=F64)
+    for seed in range(5):
+        low = random_cov(20, seed, rank=19)
+        exact = (low.trace() + 20 - 2 * torch.linalg.svdvals(low)[:19].sqrt().sum()).item()
+        full = scale**2 * torch.eye(20, dtype=F64)
+        for pair in ((low * scale**2, full), (full, low * scale**2)):
+            value = frechet_from_moments(zero, pair[0], zero, pair[1]) / scale**2
+            assert value == pytest.approx(exact, rel=1e-11)
+
+
 def test_frechet_blocks_of_many_features():
     a, b = normal(700, 600), normal(800, 600, seed=1) * torch.linspace(0.1, 2, 600, dtype=F64)
     theirs = torchmetrics_frechet(a.mean(0), a.T.cov(), b.mean(0), b.T.cov()).item()
     assert frechet_distance(a, b) == pytest.approx(theirs, rel=1e-8)
+
+
+def test_blocks_of_products_are_those_of_whole_matrices():
+    """A wrong block would only be slow: the distance falls back on singular values."""
+    x, cov = normal(600, 20), random_cov(600, 1)
+    lower = torch.linalg.cholesky(cov)
+    torch.testing.assert_close(gram(x), x @ x.T)
+    found = _congruence(lower, cov).tril()
+    torch.testing.assert_close(found, (lower.T @ cov @ lower).tril())
 
 
 @settings(max_examples=25, deadline=None)

@@ -26,6 +26,9 @@ def test_wilson_of_cases_that_agree_has_a_width():
     z2 = 1.9599640**2
     assert wilson(1.0, 30) == pytest.approx((30 / (30 + z2), 1.0), rel=1e-7)
     assert wilson(0.0, 30) == pytest.approx((0.0, z2 / (30 + z2)), rel=1e-7)
+    for count in range(1, 200):  # round-off puts no end out of range
+        assert wilson(1.0, count).high == 1
+        assert wilson(0.0, count).low == 0
 
 
 def test_a_share_counts_as_the_cases_of_its_deviation():
@@ -33,6 +36,7 @@ def test_a_share_counts_as_the_cases_of_its_deviation():
     assert share_interval(0.25, 0.1, 96) == pytest.approx(wilson(0.25, 0.26 * 0.74 / 0.01))
     assert share_interval(1.0, 0.0, 96) == wilson(1.0, 96)
     assert share_interval(0.5, 1e-9, 96) == wilson(0.5, 96)  # no more cases than samples
+    assert share_interval(0.5, 0.0, 96, 0.8) == wilson(0.5, 96, 0.8)
 
 
 def test_the_interval_around_a_value_is_clipped():
@@ -59,6 +63,18 @@ def test_halves_give_the_deviation_of_a_mean(largest, skip):
         std = half_sampling(measure, [labels], 400, largest).item()
         assert std == pytest.approx((expected / 600) ** 0.5, rel=0.15)  # 4 / √800
     assert set(sizes) == {600 // skip}
+
+
+def test_each_sample_is_in_half_of_the_halves():
+    """Classes of three samples, of which a half takes one or two."""
+    counts = torch.zeros(30)
+
+    def count(rows):
+        counts[rows] += 1
+        return torch.zeros(1)
+
+    half_sampling(count, [torch.arange(30) // 3], 400)
+    assert (counts / 400 - 0.5).abs().max() < 0.1  # 4 standard deviations
 
 
 def test_a_small_set_beside_a_large_one_keeps_its_neighbors():

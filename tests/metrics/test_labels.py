@@ -154,6 +154,12 @@ def test_intervals_of_labels_by_hand():
         assert low < record[name] < high
     low, high = record["selective"]["area_under_risk_interval"]
     assert low < record["selective"]["area_under_risk"] < high
+    assert not [name for name in record if name.startswith("area_under_risk")]
+    # A perfect order does not vary, but counts as the share of as many images.
+    sure = classification_metrics(torch.eye(2)[labels % 2], labels % 2)
+    assert (sure["auc"], sure["selective"]["area_under_risk"]) == (1, 0)
+    assert sure["auc_interval"] == list(wilson(1, 200))
+    assert sure["selective"]["area_under_risk_interval"] == list(wilson(0, 200))
     few = classification_metrics(p[:7], labels[:7])
     assert few["brier_score_interval"] is None
     assert few["accuracy_interval"] is not None

@@ -88,11 +88,28 @@ def test_coverage_of_equal_populations_has_its_known_mean():
     assert np.mean([v.density for v in values]) == pytest.approx(1, abs=0.036)
 
 
+def test_all_balls_are_open():
+    """Points of distance 1; those of the other set lie on the border of the outer balls."""
+    line, outside = torch.arange(4.0)[:, None], torch.tensor([[-1.0], [4.0]])
+    assert prdc(outside, line, 1).recall == 0
+    assert prdc(line, outside, 1)[::2] == (0, 0)
+    assert prdc(line, outside, 1).coverage == 0
+
+
+def test_a_common_translation_changes_no_value():
+    """Features far from 0, each by another distance: squares of 1e14 leave no digits of 1."""
+    shift = torch.tensor([1e7, -1e7, 3e6])
+    real, fake = normal(200, 3), 0.7 * normal(150, 3, seed=1)
+    assert prdc(real + shift, fake + shift) == prdc(real, fake)
+
+
 def test_prdc_errors():
     with pytest.raises(ValueError, match=r"k must lie in \[1, 4\], got 5"):
         prdc(normal(9, 2), normal(5, 2))
     with pytest.raises(ValueError, match=r"fake must have shape \(M, F\) beside real"):
         prdc(normal(9, 2), normal(9, 3))
+    with pytest.raises(ValueError, match=r"beside real \(9, 2, 1\), got \(9, 2\)"):
+        prdc(normal(9, 2, 1), normal(9, 2))
 
 
 def test_intervals_come_from_halves_of_each_class():
@@ -112,5 +129,13 @@ def test_intervals_come_from_halves_of_each_class():
         assert intervals[name] == pytest.approx(expected, rel=1e-12)
     assert intervals["density"] == around(found.density, stds[2].item(), (0, math.inf))
     assert intervals["recall"] != prdc_intervals(real, fake, 4)[1]["recall"]
+    # Another confidence, and a density near 0.
+    found, intervals = prdc_intervals(real, fake + 1, 4, strata=classes, confidence=0.8)
+    stds = half_sampling(
+        lambda rows, fakes: torch.tensor(prdc(real[rows], fake[fakes] + 1, 4)), classes
+    )
+    assert intervals["density"] == around(found.density, stds[2].item(), (0, math.inf), 0.8)
+    assert intervals["density"].low < 1
+    assert intervals["recall"] == share_interval(found.recall, stds[1].item(), 90, 0.8)
     with pytest.raises(ValueError, match=r"k must lie in \[1, 15\], got 16"):
         prdc_intervals(real, fake, 16)

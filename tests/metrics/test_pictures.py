@@ -5,10 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from matplotlib import colormaps
 from PIL import Image
 
 from flowkit.metrics import as_saved, from_uint8, to_uint8
-from flowkit.metrics.pictures import save_picture
+from flowkit.metrics.pictures import colored, save_picture
 from tests.metrics.samples import F64
 
 
@@ -89,8 +90,22 @@ def test_to_uint8_is_unbiased_and_clamps():
     assert abs(error.mean().item()) < 4 * (1 / 12) ** 0.5 / 200_000**0.5
     assert error.abs().max() <= 0.5
     assert to_uint8(torch.tensor([-7.0, 7.0])).tolist() == [0, 255]
-    # Half precision is widened: 0.75 is exact in it and maps to 223.125.
-    assert to_uint8(torch.tensor([0.75, -1, 1], dtype=torch.bfloat16)).tolist() == [223, 0, 255]
+    # Half precision is widened, since it does not hold the products.
+    for dtype in (torch.bfloat16, torch.float16):
+        half = x[:2000].to(dtype)
+        assert torch.equal(to_uint8(half), to_uint8(half.double()))
+
+
+def test_masks_have_the_colors_of_their_classes():
+    """Black for the background and for labels of no class; the colors repeat after 20."""
+    labels = torch.tensor([0, 1, 2, 19, 20, 21, 22, 23, -1, 255])
+    images = colored(labels.view(2, 1, 5), 23)
+    assert images.shape == (2, 3, 1, 5)
+    tab = torch.tensor(colormaps["tab20"].colors)
+    black = torch.zeros(3)
+    rows = [black, tab[1], tab[2], tab[19], tab[0], tab[1], tab[2], black, black, black]
+    found = (images.movedim(1, -1).reshape(10, 3) + 1) / 2
+    torch.testing.assert_close(found, torch.stack(rows))
 
 
 def test_to_uint8_errors():

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from scipy.integrate import quad
 
 from flowkit.metrics import (
     frechet_distance,
@@ -12,6 +13,7 @@ from flowkit.metrics import (
     kid,
 )
 from flowkit.metrics.intervals import jackknife
+from flowkit.metrics.unbiased import _nodes, _rest
 from tests.metrics.samples import F64, Mixture, brute_jackknife, normal
 
 
@@ -39,9 +41,9 @@ def kernel_of(a, b):
     [(frechet_unbiased, frechet_of, 1e-6), (kernel_distance, kernel_of, 1e-9)],
 )
 def test_both_sets_lose_each_sample_within_its_class(unbiased, brute, rel):
-    """Classes of unequal sizes, and of other sizes in the other set."""
+    """Classes of unequal sizes, and of two samples in the other set."""
     a, b = normal(40, 4), 1.3 * normal(40, 4, seed=1) + 0.4
-    labels = torch.arange(40) % 3, torch.arange(40) % 8
+    labels = torch.arange(40) % 3, torch.arange(40) % 20
     a, b = a + 2 * labels[0][:, None], b + labels[1][:, None] / 4
     value, left_out = brute_jackknife(brute(a, b), (a, b), labels)
     estimate, variance = value, 0.0
@@ -98,6 +100,49 @@ def test_unequal_numbers_leave_less_than_a_deviation():
     assert frechet_distance(a, b) > 30 * np.std(values)
 
 
+def mean_root(c):
+    """Return ``E √λ`` under the law of Marchenko and Pastur of ratio ``c < 1``."""
+    low, width = (1 - c**0.5) ** 2, 4 * c**0.5
+
+    def part(angle):  # λ = low + width sin²
+        value = low + width * np.sin(angle) ** 2
+        return (width * np.sin(angle) * np.cos(angle)) ** 2 / (np.pi * c * value**0.5)
+
+    return quad(part, 0, np.pi / 2)[0]
+
+
+@pytest.mark.parametrize("numbers", [(100, 200), (20, 1000), (1000, 20)])
+def test_what_the_jackknife_leaves_follows_the_law_of_marchenko_and_pastur(numbers):
+    """Of a bias ``β(ν) = −2 F (E √λ − 1)`` of equal covariances it leaves ``(ν β)'``."""
+    eye, number = torch.eye(8, dtype=F64), 1 / abs(1 / numbers[0] - 1 / numbers[1])
+
+    def whole(number):
+        return -2 * 8 * number * (mean_root(8 / number) - 1)
+
+    step = 1e-3 * number
+    slope = (whole(number + step) - whole(number - step)) / (2 * step)
+    # Roots 2 and 3 of the covariances: the trace of the root is 6 F.
+    assert _rest(2 * eye, 3 * eye, *numbers) == pytest.approx(6 * slope, rel=1e-5)
+
+
+def test_nodes_integrate_the_roots_of_very_different_eigenvalues():
+    """``1/π ∫ (m / (s² + m))² ds = √m / 4``."""
+    squares = torch.tensor([1e-12, 1e12, 1e36], dtype=F64)
+    nodes, steps = _nodes(squares)
+    found = (squares[:, None] / (nodes**2 + squares[:, None])).square() @ steps
+    torch.testing.assert_close(found, squares.sqrt() / 4, rtol=1e-8, atol=0)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e3])
+def test_the_unbiased_distance_is_quadratic_in_the_scale(scale):
+    a, b = normal(60, 4), 2 * normal(40, 4, seed=1)
+    b[:, 3] = 3.0
+    value, interval = frechet_unbiased(a, b)
+    scaled, wider = frechet_unbiased(scale * a, scale * b)
+    assert scaled / scale**2 == pytest.approx(value, rel=1e-9)
+    assert [end / scale**2 for end in wider] == pytest.approx(interval, rel=1e-9)
+
+
 def test_constant_features_add_nothing():
     a, b = normal(60, 4), 1.5 * normal(60, 4, seed=1)
     padded = [torch.cat([x, torch.full((60, 2), 3.0)], 1) for x in (a, b)]
@@ -110,6 +155,14 @@ def test_constant_features_add_nothing():
     exact = (a.mean(0).square() + (1 - 1 / 60) * a.var(0)).sum().item()
     assert frechet_unbiased(a, point)[0] == pytest.approx(exact, rel=1e-9)
     assert frechet_unbiased(point, point + 1) == (4, (4, 4))
+    for unbiased in (frechet_unbiased, kernel_distance):
+        assert unbiased(point, point[:30]) == (0, (0, 0))
+    # Spread in different directions, and unequal numbers: again no trace of a root.
+    a, b = a[:40].clone(), b.clone()
+    a[:, 2:], b[:, :2] = 0, 1
+    gap = (a.mean(0) - b.mean(0)).square().sum()
+    exact = gap + sum((1 - 1 / len(x)) * x.var(0).sum() for x in (a, b))
+    assert frechet_unbiased(a, b)[0] == pytest.approx(exact.item(), rel=1e-9)
 
 
 def test_the_kernel_distance_is_the_mean_of_kid_over_subsets():
@@ -155,12 +208,22 @@ def test_more_samples_in_one_set_widen_the_interval():
     assert covered >= 10
 
 
+@pytest.mark.parametrize("dim", [1, 4])
+def test_two_samples_per_feature_are_enough(dim):
+    sets = normal(2 * dim, dim), 2 * normal(2 * dim, dim, seed=1)
+    labels = [torch.zeros(2 * dim)] * 2
+    value, left_out = brute_jackknife(frechet_of(*sets), sets, labels)
+    bias = sum((2 * dim - 1) * (np.mean(values) - value) for values in left_out)
+    assert frechet_unbiased(*sets)[0] == pytest.approx(value - bias, rel=1e-6)
+
+
 def test_unbiased_errors():
     a = normal(10, 3)
     with pytest.raises(ValueError, match="b must have at least 2 samples per feature, got 5 sam"):
         frechet_unbiased(a, a[:5])
-    with pytest.raises(ValueError, match="confidence must lie strictly between 0 and 1, got 95"):
-        frechet_unbiased(a, a, confidence=95)
+    for confidence in (0, 1, 95):
+        with pytest.raises(ValueError, match=f"confidence must lie .* 0 and 1, got {confidence}$"):
+            frechet_unbiased(a, a, confidence=confidence)
     alone = torch.tensor([1] * 9 + [4])
     for unbiased in (frechet_unbiased, kernel_distance):
         with pytest.raises(

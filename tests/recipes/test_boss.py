@@ -12,6 +12,7 @@ from flowkit import grids
 from flowkit.data import Digits, Pairs, Toy
 from flowkit.data.pairs import read_pairs
 from flowkit.modules import Straightening, load_run
+from flowkit.modules.callbacks import duration
 from flowkit.recipes.boss import boss
 from flowkit.recipes.evaluate import evaluate
 from flowkit.recipes.pairs import pairs
@@ -112,7 +113,8 @@ def test_points_have_no_distances_between_features(configure, tmp_path):
         boss(configure("boss", f"run={tmp_path}", *SEARCH, "metric=pixels"))
 
 
-def test_the_rows_are_announced(tiny_run, configure, tmp_path, capsys):
+def test_the_rows_are_announced(tiny_run, configure, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("flowkit.recipes.boss._seconds_per_row", lambda cfg, model: 0.5)
     boss(configure("boss", f"run={tiny_run}", f"out={tmp_path}", *SEARCH))
     said = capsys.readouterr().out
     assert said.startswith("network rows, at most:\n  costs (12 x 16 to 32 noises)")
@@ -124,6 +126,7 @@ def test_the_rows_are_announced(tiny_run, configure, tmp_path, capsys):
         sum(e["scores"] for e in each),
         20 * (3 * (2 + 3) + 12 + 100),
     ]
+    assert f"\ntime      about {duration(sum(stated) / 2)} on this machine at most" in said
     assert "| 3 | " in said
 
 

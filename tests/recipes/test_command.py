@@ -29,7 +29,7 @@ from flowkit.__main__ import (
     recipes,
 )
 from flowkit.checks import check_at_least
-from flowkit.errors import ErrorInALine, line_of
+from flowkit.errors import ErrorInALine, errors_to_us, line_of
 from flowkit.runs import Run
 from tests.conftest import CONF
 
@@ -249,6 +249,44 @@ def test_help_names_the_choices_and_explains_the_options(tmp_path):
     assert "sampler=heun  # ab2, blockwise, bosh3" in result.stdout
     assert "num_samples: 100 # int >= 1; at most the test split" in result.stdout
     assert "hydra" not in result.stdout
+
+
+def test_help_explains_choices_of_the_command_line():
+    text = explained("sample", ["sampler=shifted", "num_samples=3", "model=dit", "sampler=none"])
+    assert "\nsampler=shifted:\n\n# Smaller steps near the noise" in text
+    assert "  shift: 3.0 # float > 0; 1: uniform" in text
+    plain = explained("sample")  # has no group model
+    assert text.replace(
+        text[text.index("sampler=shifted:") : text.index("`flowkit sample")], ""
+    ) == (plain)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--resolve"], "--resolve must stand beside --cfg, got none; write --cfg job --resolve"),
+        (["--shell-completion"], "--shell-completion must be absent"),
+        (["--shell-completion", "install=bash"], "--shell-completion must be absent"),
+    ],
+)
+def test_options_of_hydra_that_do_nothing_here_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        check_command("train", options)
+    check_command("train", ["--cfg", "job", "--resolve"])
+
+
+@pytest.mark.parametrize("value", [None, "0", "1"])
+def test_processes_of_a_recipe_inherit_the_environment_of_the_user(monkeypatch, value):
+    seen = []
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "")  # so that its value comes back after the test
+    os.environ.pop("HYDRA_FULL_ERROR")
+    if value is not None:
+        os.environ["HYDRA_FULL_ERROR"] = value
+    main = errors_to_us(lambda: lambda task: lambda: task("cfg"))
+    command = main()(lambda cfg: seen.append((cfg, os.environ.get("HYDRA_FULL_ERROR"))))
+    command()
+    assert seen == [("cfg", value)]
+    assert os.environ["HYDRA_FULL_ERROR"] == "1"  # so that Hydra raises what passes through it
 
 
 @pytest.mark.parametrize("name", recipes())

@@ -187,3 +187,19 @@ def test_every_cell_of_a_preset_trains_what_it_says(experiment, configured, tmp_
             assert ("cond" in batch) == (experiment == "toy_table_conditional")
             # No network knows better than the mean yet.
             assert 0 < module.loss(batch)["loss"] < 100
+
+
+def test_cells_whose_names_differ_in_signs_have_folders_of_their_own(table, monkeypatch):
+    made = {}
+
+    def run_cell(folder, train_with, evaluate_with):
+        made[folder] = train_with
+        return {"w2": float(len(made))}
+
+    monkeypatch.setattr("flowkit.recipes.compare.run_cell", run_cell)
+    table.couplings = {"OT 1": ["coupling=minibatch_ot"], "OT-1": ["coupling=independent"]}
+    table.seeds = [0]
+    rows = compare(table)
+    assert [(row["coupling"], row["w2"]) for row in rows] == [("OT 1", 1.0), ("OT-1", 2.0)]
+    trained = [options[-2] for options in made.values()]
+    assert trained == ["coupling=minibatch_ot", "coupling=independent"]

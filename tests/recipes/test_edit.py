@@ -123,8 +123,14 @@ def test_a_region_changes_where_it_is_white(tiny_run, digit, configure, tmp_path
 
 def test_the_default_folder_names_the_edit(tiny_run, digit, configure, tmp_path):
     run = shutil.copytree(tiny_run, tmp_path / "run")
-    edit(configure("edit", f"run={run}", f"image={digit}", "source=0", "target=8", "num_iters=0"))
-    assert (run / "edits" / "digit-0-to-8" / "strip.png").is_file()
+    with Image.open(digit) as picture:
+        picture.convert("L").save(tmp_path / "digit.jpg")
+    for image in (digit, tmp_path / "digit.jpg"):
+        options = ["source=0", "target=8", "num_iters=0"]
+        edit(configure("edit", f"run={run}", f"image={image}", *options))
+    for name in ("digit.png", "digit.jpg"):  # each in a folder of its own
+        record = json.loads((run / "edits" / f"{name}-0-to-8" / "edit.json").read_text())
+        assert record["image"].endswith(name)
 
 
 @pytest.mark.parametrize(

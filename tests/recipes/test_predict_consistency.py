@@ -11,7 +11,6 @@ from PIL import Image
 from flowkit.data import Digits, MaskFolder
 from flowkit.data.masks import Masks
 from flowkit.metrics.labels import classification_metrics, segmentation_metrics
-from flowkit.metrics.pictures import colored
 from flowkit.modules import load_run
 from flowkit.recipes.consistency import consistency
 from flowkit.recipes.evaluate import evaluate
@@ -293,11 +292,3 @@ def test_what_cannot_label_is_refused_before_a_step(options, message, configure,
 def test_other_runs_cannot_label(tiny_run, configure):
     with pytest.raises(TypeError, match=r"run must be a run of SymmetricalFlow.* got Conditional"):
         predict(configure("predict", f"run={tiny_run}"))
-
-
-def test_masks_have_colors():
-    images = colored(torch.tensor([[[0, 1, 2, 255]]]), num_classes=3)
-    assert images.shape == (1, 3, 1, 4)
-    assert torch.equal(images[0, :, 0, 0], -torch.ones(3))
-    assert torch.equal(images[0, :, 0, 3], -torch.ones(3))
-    assert not torch.equal(images[0, :, 0, 1], images[0, :, 0, 2])

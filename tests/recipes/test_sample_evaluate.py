@@ -330,3 +330,49 @@ def test_data_without_class_labels_are_measured_by_their_pixels(capsys):
     data.setup()
     assert isinstance(features_for(data, seed=0), Pixels)
     assert "pixels, since the data do not have several classes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["sampler=dopri5", "sampler.grid=8"], "sampler.grid must be 1 for dopri5, .* got 8 steps"),
+        (
+            ["sampler.method=bosh3"],
+            "sampler.grid must be 1 for bosh3, .* got [0-9]+ steps; set sampler",
+        ),
+        (
+            ["sampler=dopri5", "sampler.method=euler"],
+            "sampler.[ra]tol must be absent for euler, .* ",
+        ),
+        (
+            ["+sampler.atol=0.1"],
+            "sampler.atol must be absent for heun, .* got 0.1; choose sampler=heun",
+        ),
+    ],
+)
+def test_options_that_a_method_would_ignore_are_refused(
+    tiny_run, configure, tmp_path, options, message
+):
+    for recipe, call, more in (
+        ("sample", sample, [f"run={tiny_run}", f"out={tmp_path}"]),
+        ("evaluate", evaluate, [f"run={tiny_run}", f"out={tmp_path}", "metric=pixels"]),
+        ("train", train, [*TINY, f"run_dir={tmp_path}"]),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call(configure(recipe, *more, *options))
+    assert not any(tmp_path.iterdir())
+
+
+def test_times_of_the_grid_serve_the_path_energy_by_adaptive_methods(configure, tmp_path):
+    """And only many of them do; by default there are 100 steps."""
+    train(configure("train", *TINY, "data=toy", "data.size=200", f"run_dir={tmp_path}"))
+    energies = {}
+    for grid in (1, 100, 300):
+        options = [f"run={tmp_path}", "num_samples=40", "sampler=dopri5", f"sampler.grid={grid}"]
+        record = evaluate(configure("evaluate", *options))
+        assert len(record["sampling"]["grid"]) == max(grid, 100) + 1
+        energies[grid] = record["metrics"]["path_energy"]
+    assert energies[1] == energies[100] != energies[300]
+    assert energies[100] == pytest.approx(energies[300], rel=0.02)
+    with pytest.raises(ValueError, match=r"must be 1, or have 100 steps at least .* got 8 steps"):
+        evaluate(configure("evaluate", *options[:-1], "sampler.grid=8"))

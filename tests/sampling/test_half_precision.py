@@ -47,6 +47,16 @@ def test_the_error_is_the_rounding_of_the_result(method, direction, dtype):
     assert torch.equal(found.path[-1], found.x)
 
 
+@pytest.mark.parametrize("method", [*FIXED, "dopri5"])
+def test_the_network_gets_the_condition(method):
+    """A constant velocity, whose solve is exact."""
+    cond = torch.tensor([1.0, -3.0]).bfloat16()
+    found = ODESampler(4, method)(
+        lambda x, t, cond: cond[:, None].expand_as(x), torch.zeros(2, 3).bfloat16(), cond
+    )
+    torch.testing.assert_close(found, cond[:, None].expand(2, 3))
+
+
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("method", [*FIXED, "dopri5"])
 def test_callbacks_see_and_replace_states_in_float32(method, dtype):

@@ -528,7 +528,7 @@ def test_samples_do_not_depend_on_the_batch(batch):
             "correct must be False for method 'heun', got True; it undoes Euler steps",
         ),
         (
-            lambda: ODESampler(4)(lambda x, t, cond: x[:, :1], noise()),
+            lambda: ODESampler(1)(lambda x, t, cond: x[:, :1], noise()),
             r"velocity\(x, t, cond\) must have the shape of x, \(4, 2\), got \(4, 1\)",
         ),
         (
