@@ -246,6 +246,31 @@ def split_files(
     return content_splits(keys, missing, seed, placed)
 
 
+def share_of_test(fraction: float | None, size: int) -> tuple[float, list[str]]:
+    """Return the share of the test split, and a note if it follows from the number of samples.
+
+    Measures against a few images are noise. Without a given fraction the share is 0.05, but 0.1 of
+    fewer than 1000 samples, and 0.2 of fewer than 500. So new data may move samples from test to
+    train where their number passes 500 or 1000, and never in the other direction.
+
+    Args:
+        fraction: The given share, or None.
+        size: The number of samples.
+
+    >>> share_of_test(None, 200)
+    (0.2, ['test takes a share of 0.2, since there are fewer than 500 samples'])
+    >>> share_of_test(0.1, 200)
+    (0.1, [])
+    """
+    if fraction is not None:
+        return fraction, []
+    for limit, share in ((500, 0.2), (1000, 0.1)):
+        if size < limit:
+            note = f"test takes a share of {share}, since there are fewer than {limit} samples"
+            return share, [note]
+    return 0.05, []
+
+
 def content_splits(
     keys: Sequence[str],
     fractions: Mapping[str, float],
