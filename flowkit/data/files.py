@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -200,9 +200,9 @@ def folder_splits(root: Path, names: Sequence[str]) -> dict[str, str] | None:
     return found if whole and "train" in found.values() and not loose else None
 
 
-def said(given: Mapping[str, str] | None) -> list[str]:
+def said(given: Mapping[str, str]) -> list[str]:
     """Return the note that folders are splits."""
-    if given is None:
+    if not given:
         return []
     taken = [split for split in ("val", "test") if split not in given.values()]
     rest = f", {' and '.join(taken)} {'is' if len(taken) == 1 else 'are'} taken from train"
@@ -213,25 +213,30 @@ def split_files(
     names: Sequence[str],
     hashes: Sequence[str],
     given: Mapping[str, str] | None,
-    fractions: Mapping[str, float],
+    fractions: Mapping[str, float | None],
     seed: int,
     known: Mapping[str, Any] | None,
     prefix: str = "",
-) -> dict[str, Tensor]:
+) -> tuple[dict[str, Tensor], list[str]]:
     """Divide files into splits: by their folders, by a record, and others by `content_splits`.
 
     Args:
         names: The files.
         hashes: The SHA-256 of each file.
         given: The split of each folder, see `folder_splits`; None if folders are not splits.
-        fractions: The share of val and test.
+        fractions: The share of val and test; None for test as in `share_of_test`.
         seed: The seed of the splits.
         known: A record of these data, see `flowkit.data.SplitData.record`. A file keeps the split
             that it, or its content, has in the record.
         prefix: What the record has before the names.
+
+    Returns:
+        The positions of the files of each split, and notes on the splits.
     """
     given = given or {}
-    missing = {name: share for name, share in fractions.items() if name not in given.values()}
+    share, notes = share_of_test(fractions["test"], len(names))
+    shares = {"val": cast(float, fractions["val"]), "test": share}
+    missing = {name: share for name, share in shares.items() if name not in given.values()}
     files = known["files"] if known else {}
     earlier = {}
     for split in ("test", "val", "train"):  # a copy of a training file counts as trained
@@ -243,7 +248,8 @@ def split_files(
         own = earlier.get(content, None if own == "train" and missing else own)
         placed.append(earlier.get(f"{prefix}{name} {content}", own))
     keys = [f"{name} {content}" for name, content in zip(names, hashes, strict=True)]
-    return content_splits(keys, missing, seed, placed)
+    notes = notes if "test" in missing and known is None else []
+    return content_splits(keys, missing, seed, placed), [*said(given), *notes]
 
 
 def share_of_test(fraction: float | None, size: int) -> tuple[float, list[str]]:
@@ -287,10 +293,12 @@ def content_splits(
         keys: The key of each sample: all that decides on its split, for example name and content.
         fractions: The share of each split but ``train``, each in (0, 1), with a sum below 1.
         seed: Another seed gives other splits.
-        placed: The split of samples that have one already; None for others.
+        placed: The split of samples that have one already; None for others. If it is given, no
+            split may be empty.
 
     Returns:
-        The positions of the samples of ``train`` and of each split, in an order that follows from
+        The positions of the samples of ``train`` and of each split with a fraction (with ``placed``
+        of train, val and test), in an order that follows from
         the hashes.
 
     Raises:
@@ -319,9 +327,9 @@ def content_splits(
     for name in order:
         if name not in owner and len(rest) > 1:
             owner[rest.pop(0)] = name
+    names = ("train", *fractions) if placed is None else ("train", "val", "test")
     parts = {
-        name: [k for k, split in enumerate(owner) if (split or "train") == name]
-        for name in ("train", "val", "test")
+        name: [k for k, split in enumerate(owner) if (split or "train") == name] for name in names
     }
     if empty := [name for name, part in parts.items() if not part]:
         raise ValueError(
