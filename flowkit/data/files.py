@@ -17,6 +17,7 @@ from torch import Tensor
 from flowkit.provenance import cache_folder, write_atomically
 
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+ARCHIVES = frozenset({".7z", ".gz", ".rar", ".tar", ".tgz", ".zip"})
 SPLIT_FOLDERS = {
     **{"train": "train", "training": "train", "test": "test", "testing": "test"},
     **{"val": "val", "valid": "val", "validation": "val"},
@@ -83,11 +84,7 @@ def find_images(root: Path) -> tuple[list[str], list[str]]:
         FileNotFoundError: If the folder does not exist, or a link leads nowhere.
         ValueError: If the folder holds no images.
     """
-    if not root.is_dir():
-        raise FileNotFoundError(
-            f"root must be a folder, got {root}; a relative path counts from {Path.cwd()}, and "
-            "data.root= names a new place"
-        )
+    check_root(root)
     left = _Left()
     names = sorted(_walk(root, "", (), left))
     if left.dangling:
@@ -99,6 +96,23 @@ def find_images(root: Path) -> tuple[list[str], list[str]]:
         got = "; ".join([f"no image in {root}", *left.notes()])
         raise ValueError(f"root must hold images ({', '.join(sorted(SUFFIXES))}), got {got}")
     return names, left.notes()
+
+
+def check_root(root: Path) -> None:
+    """Require a folder of data.
+
+    Raises:
+        NotADirectoryError: If it is a file.
+        FileNotFoundError: If there is nothing.
+    """
+    if root.is_file():
+        fix = "unpack it, and give the folder" if root.suffix in ARCHIVES else "give its folder"
+        raise NotADirectoryError(f"root must be a folder, got the file {root}; {fix}")
+    if not root.is_dir():
+        raise FileNotFoundError(
+            f"root must be a folder, got {root}; a relative path counts from {Path.cwd()}, and "
+            "data.root= names a new place"
+        )
 
 
 def _walk(
@@ -256,21 +270,21 @@ def share_of_test(fraction: float | None, size: int) -> tuple[float, list[str]]:
     """Return the share of the test split, and a note if it follows from the number of samples.
 
     Measures against a few images are noise. Without a given fraction the share is 0.05, but 0.1 of
-    fewer than 1000 samples, and 0.2 of fewer than 500. So new data may move samples from test to
-    train where their number passes 500 or 1000, and never in the other direction.
+    fewer than 2000 samples, and 0.2 of fewer than 1000. So new data may move samples from test to
+    train where their number passes 1000 or 2000, and never in the other direction.
 
     Args:
         fraction: The given share, or None.
         size: The number of samples.
 
     >>> share_of_test(None, 200)
-    (0.2, ['test takes a share of 0.2, since there are fewer than 500 samples'])
+    (0.2, ['test takes a share of 0.2, since there are fewer than 1000 samples'])
     >>> share_of_test(0.1, 200)
     (0.1, [])
     """
     if fraction is not None:
         return fraction, []
-    for limit, share in ((500, 0.2), (1000, 0.1)):
+    for limit, share in ((1000, 0.2), (2000, 0.1)):
         if size < limit:
             note = f"test takes a share of {share}, since there are fewer than {limit} samples"
             return share, [note]

@@ -14,6 +14,7 @@ from flowkit.checks import check_choice
 from flowkit.data.arrays import Index, positions
 from flowkit.data.broken import FORMATS, BrokenFiles, probe, unreadable, verify, why
 from flowkit.data.files import (
+    check_root,
     file_hashes,
     find_images,
     first_ten,
@@ -192,6 +193,7 @@ class MaskFolder(SplitData):
 
     def load(self) -> Mapping[str, MaskedFiles]:
         """Find images and masks, check their headers, and divide them into splits."""
+        check_root(self.root)
         images, masks = self.root / "images", self.root / "masks"
         if missing := [folder.name for folder in (images, masks) if not folder.is_dir()]:
             raise FileNotFoundError(

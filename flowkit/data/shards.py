@@ -22,6 +22,7 @@ from flowkit.data.arrays import Index, positions
 from flowkit.data.broken import probe
 from flowkit.data.files import (
     SUFFIXES,
+    check_root,
     content_splits,
     count_of_kinds,
     file_hashes,
@@ -202,8 +203,7 @@ class Shards(SplitData):
 
     def load(self) -> Mapping[str, Tars]:
         """Find the samples and divide them into splits."""
-        if not self.root.is_dir():
-            raise FileNotFoundError(f"root must be a folder, got {self.root}")
+        check_root(self.root)
         files = sorted(self.root.glob("*.tar"))
         if not files:
             raise ValueError(f"root must hold tar files, got no tar file in {self.root}")
