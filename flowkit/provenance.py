@@ -247,8 +247,9 @@ def write_atomically(file: Path, write: Callable[[Path], Any]) -> None:
 def _of_the_system(error: BaseException, partial: Path) -> tuple[int, str] | None:
     """Return number and text of an error of the system while writing a file; None for others."""
     if isinstance(error, OSError):
-        own = error.errno is not None and str(error.filename) in ("None", str(partial))
-        return (error.errno, error.strerror) if own else None
+        if error.errno is None or str(error.filename) not in ("None", str(partial)):
+            return None
+        return error.errno, error.strerror or ""
     if found := re.search(r"(?:.*: )?(.*) \(os error (\d+)\)", str(error)):  # of safetensors
         return int(found[2]), found[1]
     if "inline_container" in str(error):  # of torch.save, which does not tell
