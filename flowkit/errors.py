@@ -1,5 +1,6 @@
 """Errors of the command line, as one line for the user."""
 
+import errno
 import os
 import re
 import sys
@@ -16,6 +17,7 @@ from flowkit.rules import did_you_mean, no_such_option
 
 OURS = (Path(__file__).parent, Path(recipes.__path__[0]))
 FULL_ERROR = "HYDRA_FULL_ERROR"  # variable of the environment
+UNWRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 WRONG = 2  # exit status of a wrong command line, as in argparse
 
 
@@ -47,13 +49,21 @@ def line_of(error: BaseException) -> str | None:
         cause = error.__cause__  # an error of flowkit, if Hydra was building a class of flowkit
         own = line_of(cause) if cause and not is_hydras(cause) else None
         return own or _plain(error)
+    if isinstance(error, OSError) and (line := _of_the_system(error)):
+        return line
     origin = traceback.extract_tb(error.__traceback__)[-1]
     raised_here = any(folder in Path(origin.filename).parents for folder in OURS)
     if raised_here and (origin.line or "").startswith("raise "):
         return str(error)
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename} must be usable, got {error.strerror}"
     return None
+
+
+def _of_the_system(error: OSError) -> str | None:
+    """Return the message of an error of the system; None for errors with a message of ours."""
+    if error.filename is None and error.errno not in UNWRITTEN:
+        return None
+    rule = "written whole" if error.errno in UNWRITTEN else "usable"
+    return f"{error.filename or 'files'} must be {rule}, got {error.strerror}"
 
 
 def _plain(error: BaseException) -> str:
@@ -77,7 +87,7 @@ def _plain(error: BaseException) -> str:
         return f"{place}._target_ must be a class, got {target[1]}: {reason}".lstrip(".")
     if built := re.match(r"Error in call to target '(.*?)'", text):
         reason = " ".join(str(error.__cause__ or lines[1:2]).split())
-        return f"{place or built[1]} must have fitting values, got: {reason}"
+        return f"values of {place or built[1]} must fit, got an error: {reason}"
     if sweep := re.match(r"Ambiguous value for argument '(.*?)=(.*)'", text):
         key, value = sweep.groups()
         return f"{key} must be one value, got {value}; a list is [{value}], or add --multirun"

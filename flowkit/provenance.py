@@ -1,5 +1,6 @@
 """Provenance: hashes, versions of packages, places of networks, reading and writing of files."""
 
+import errno
 import glob
 import hashlib
 import json
@@ -215,7 +216,8 @@ def write_atomically(file: Path, write: Callable[[Path], Any]) -> None:
         write: A function that is called with the path to write to.
 
     Raises:
-        OSError: If the folder does not exist or the disk is full.
+        OSError: If the folder does not exist, or the disk is full. The error names the file,
+            whatever library was writing.
 
     >>> import tempfile
     >>> file = Path(tempfile.mkdtemp()) / "a.txt"
@@ -233,11 +235,26 @@ def write_atomically(file: Path, write: Callable[[Path], Any]) -> None:
             partial.chmod(file.stat().st_mode)
         _flush(partial)
         os.replace(partial, file)
-    except BaseException:
+    except BaseException as error:
         partial.unlink(missing_ok=True)
+        if found := _of_the_system(error, partial):
+            raise OSError(*found, str(file)) from error
         raise
     with suppress(OSError):  # some systems cannot flush a folder; the file itself is safe
         _flush(file.parent)
+
+
+def _of_the_system(error: BaseException, partial: Path) -> tuple[int, str] | None:
+    """Return number and text of an error of the system while writing a file; None for others."""
+    if isinstance(error, OSError):
+        if error.errno is None or str(error.filename) not in ("None", str(partial)):
+            return None
+        return error.errno, error.strerror or ""
+    if found := re.search(r"(?:.*: )?(.*) \(os error (\d+)\)", str(error)):  # of safetensors
+        return int(found[2]), found[1]
+    if "inline_container" in str(error):  # of torch.save, which does not tell
+        return errno.EIO, "a file that is not whole; is the disk full?"
+    return None
 
 
 def write_text(file: Path, text: str) -> None:

@@ -4,6 +4,7 @@ flowkit blockwise run=runs/stage1 hydra.run.dir=runs/stage2               the fe
 flowkit blockwise run=runs/stage1 stage=flow segments=[3]                 one stack alone
 flowkit blockwise run=runs/plain stage=flow edges=6                       six equal blocks
 flowkit blockwise run=runs/plain stage=flow edges=6 equal_burden=true     ... of equal burden
+flowkit blockwise run=runs/stage1 data.root=photos                        data that have moved
 
 Data, path, network and initial weights come from the run. Trainer, optimizer and callbacks come
 from the options. The new run holds all blocks, and is resumed, sampled and evaluated like any other
@@ -45,7 +46,7 @@ def blockwise(cfg: DictConfig) -> FlowModule:
     check_trainer(cfg.trainer)
     stored = read_network(cfg.run)
     record = read_data_record(cfg.run)
-    stored["data"] = located(as_trained(stored["data"], record), record, None)
+    stored["data"] = located(as_trained(stored["data"], record), record, cfg.data.get("root"))
     with trusting(cfg.trust):
         check({name: stored.get(name) for name in (*KEPT, "module")}, f"{cfg.run}")
     with open_dict(cfg):

@@ -178,8 +178,10 @@ def write(cfg: DictConfig, model: Any, image: Tensor, found: Edit, record: dict[
         files[4].mkdir()
         for k, image in enumerate(pixels):
             save_image(image.permute(1, 2, 0).squeeze(-1).numpy(), files[4] / f"{k:02}.png")
+    status = record["status"]
+    status = f"all {len(images) - 1} iterations made" if status == "iterations" else status
     print(
-        f"status    {record['status']}, {record['nfe']} evaluations, {record['seconds']} s\n"
+        f"status    {status}, {record['nfe']} evaluations, {record['seconds']} s\n"
         f"strip     {files[1]}  the image, then the iterates\nrecord    {files[0]}"
     )
 

@@ -28,6 +28,7 @@ from flowkit.metrics import (
     point_metrics,
     to_uint8,
 )
+from flowkit.metrics.evaluate import FEW
 from flowkit.metrics.pictures import as_saved, save_picture
 from flowkit.modules.flow import labels_of
 from flowkit.provenance import cache_folder
@@ -174,14 +175,15 @@ def _report(metrics: dict[str, Any]) -> None:
     rows: dict[str, str] = {}
     if "frechet_distance" in metrics:
         floor, space = metrics["floor"], metrics["features"]["name"]
-        rows[f"Fréchet distance ({space})"] = f"{metrics['frechet_distance']:.3f}"
+        few = "  unreliable" if metrics["unreliable"] else ""
+        rows[f"Fréchet distance ({space})"] = f"{metrics['frechet_distance']:.3f}{few}"
         rows[f"  floor: {floor['num_samples']:,} training images"] = (
             f"{floor['frechet_distance']:.3f}"
         )
         if metrics["frechet_distance_unbiased"] is not None:
             rows["  without bias"] = _with_interval(metrics, "frechet_distance_unbiased")
         for name in ("precision", "recall", "density", "coverage"):
-            rows[name] = f"{_with_interval(metrics, name)}  (floor {floor[name]:.3f})"
+            rows[name] = f"{_with_interval(metrics, name)}  (floor {floor[name]:.3f}){few}"
     else:
         rows["W2"] = _with_interval(metrics, "w2", 4)
         rows["W2²"] = _with_interval(metrics, "w2_squared", 4)
@@ -195,6 +197,9 @@ def _report(metrics: dict[str, Any]) -> None:
     width = max(map(len, rows))
     for name, value in rows.items():
         print(f"{name:<{width}}  {value}")
+    if metrics.get("unreliable"):
+        made, real = metrics["num_samples"], metrics["reference"]["num_samples"]
+        print(f"unreliable: of {made:,} samples and {real:,} test images, below {FEW} of a kind")
 
 
 def _with_interval(metrics: dict[str, Any], name: str, digits: int = 3) -> str:

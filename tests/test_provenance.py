@@ -3,15 +3,19 @@
 import multiprocessing
 import os
 import re
+import resource
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import save_file
 from torch import nn
 
 from flowkit.autoencoders import identity, mean_latents
 from flowkit.data.arrays import Arrays
+from flowkit.errors import line_of
 from flowkit.provenance import content_hash, tensor_hash, versions, write_atomically
 from tests.metrics.samples import normal
 
@@ -162,3 +166,44 @@ def test_versions_name_what_is_installed():
     found = versions()
     assert found["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert {"python", "flowkit", "lightning", "torchmetrics", "scipy"} <= set(found)
+
+
+WRITERS = {
+    "text": lambda file: file.write_text("x" * 9999),
+    "torch": lambda file: torch.save(torch.rand(9999), file),
+    "safetensors": lambda file: save_file({"x": torch.rand(9999)}, file),
+    "picture": lambda file: Image.effect_noise((99, 99), 50).save(file, "PNG"),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_file_that_finds_no_room_is_named_whatever_library_writes_it(name, tmp_path):
+    """The system refuses files of more than 4000 bytes."""
+    (file := tmp_path / name).write_text("before")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=re.escape(str(file))) as error:
+            write_atomically(file, WRITERS[name])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert str(line_of(error.value)).startswith(f"{file} must be written whole, got ")
+    assert file.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_other_errors_of_a_write_stay_as_they_are(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere") as error:
+        write_atomically(tmp_path / "a", lambda _: (tmp_path / "nowhere").read_text())
+    assert str(line_of(error.value)).endswith(
+        "nowhere must be usable, got No such file or directory"
+    )
+    with pytest.raises(RuntimeError, match="a bug"):
+        write_atomically(tmp_path / "a", _fail)
+    assert line_of(OSError(30, "Read-only file system")) == (
+        "files must be written whole, got Read-only file system"
+    )
+
+
+def _fail(file):
+    raise RuntimeError("a bug")

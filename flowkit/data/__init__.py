@@ -1,16 +1,17 @@
 """Data sets as Lightning data modules.
 
-Each class reads one kind of source (image files, tar files, IDX files, the Hugging Face hub,
-latents, pairs, toy points) and divides its samples into the splits train, val and test. All
-batches are of the type ``flowkit.types.Batch``. The training stream is endless, and a resumed run
-reads the same batches as a run without interruption. A new data set is a subclass of `SplitData`
-with a method ``load``.
+Each class reads one kind of source (tensors and arrays, image files, tar files, IDX files, the
+Hugging Face hub, latents, pairs, toy points) and divides its samples into the splits train, val and
+test. All batches are of the type ``flowkit.types.Batch``. The training stream is endless, and a
+resumed run reads the same batches as a run without interruption. A new data set is a subclass of
+`SplitData` with a method ``load``.
 """
 
 from flowkit.data.arrays import Arrays
 from flowkit.data.cache import write_cache
 from flowkit.data.digits import Digits
 from flowkit.data.folder import Folder
+from flowkit.data.from_arrays import FromArrays
 from flowkit.data.hub import Hub
 from flowkit.data.idx import IDX
 from flowkit.data.latents import Latents
@@ -26,6 +27,7 @@ __all__ = [
     "Arrays",
     "Digits",
     "Folder",
+    "FromArrays",
     "Hub",
     "Latents",
     "MaskFolder",

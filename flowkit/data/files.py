@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch import Tensor
 from flowkit.provenance import cache_folder, write_atomically
 
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+ARCHIVES = frozenset({".7z", ".gz", ".rar", ".tar", ".tgz", ".zip"})
 SPLIT_FOLDERS = {
     **{"train": "train", "training": "train", "test": "test", "testing": "test"},
     **{"val": "val", "valid": "val", "validation": "val"},
@@ -83,11 +84,7 @@ def find_images(root: Path) -> tuple[list[str], list[str]]:
         FileNotFoundError: If the folder does not exist, or a link leads nowhere.
         ValueError: If the folder holds no images.
     """
-    if not root.is_dir():
-        raise FileNotFoundError(
-            f"root must be a folder, got {root}; a relative path counts from {Path.cwd()}, and "
-            "data.root= names a new place"
-        )
+    check_root(root)
     left = _Left()
     names = sorted(_walk(root, "", (), left))
     if left.dangling:
@@ -99,6 +96,23 @@ def find_images(root: Path) -> tuple[list[str], list[str]]:
         got = "; ".join([f"no image in {root}", *left.notes()])
         raise ValueError(f"root must hold images ({', '.join(sorted(SUFFIXES))}), got {got}")
     return names, left.notes()
+
+
+def check_root(root: Path) -> None:
+    """Require a folder of data.
+
+    Raises:
+        NotADirectoryError: If it is a file.
+        FileNotFoundError: If there is nothing.
+    """
+    if root.is_file():
+        fix = "unpack it, and give the folder" if root.suffix in ARCHIVES else "give its folder"
+        raise NotADirectoryError(f"root must be a folder, got the file {root}; {fix}")
+    if not root.is_dir():
+        raise FileNotFoundError(
+            f"root must be a folder, got {root}; a relative path counts from {Path.cwd()}, and "
+            "data.root= names a new place"
+        )
 
 
 def _walk(
@@ -200,9 +214,9 @@ def folder_splits(root: Path, names: Sequence[str]) -> dict[str, str] | None:
     return found if whole and "train" in found.values() and not loose else None
 
 
-def said(given: Mapping[str, str] | None) -> list[str]:
+def said(given: Mapping[str, str]) -> list[str]:
     """Return the note that folders are splits."""
-    if given is None:
+    if not given:
         return []
     taken = [split for split in ("val", "test") if split not in given.values()]
     rest = f", {' and '.join(taken)} {'is' if len(taken) == 1 else 'are'} taken from train"
@@ -213,25 +227,30 @@ def split_files(
     names: Sequence[str],
     hashes: Sequence[str],
     given: Mapping[str, str] | None,
-    fractions: Mapping[str, float],
+    fractions: Mapping[str, float | None],
     seed: int,
     known: Mapping[str, Any] | None,
     prefix: str = "",
-) -> dict[str, Tensor]:
+) -> tuple[dict[str, Tensor], list[str]]:
     """Divide files into splits: by their folders, by a record, and others by `content_splits`.
 
     Args:
         names: The files.
         hashes: The SHA-256 of each file.
         given: The split of each folder, see `folder_splits`; None if folders are not splits.
-        fractions: The share of val and test.
+        fractions: The share of val and test; None for test as in `share_of_test`.
         seed: The seed of the splits.
         known: A record of these data, see `flowkit.data.SplitData.record`. A file keeps the split
             that it, or its content, has in the record.
         prefix: What the record has before the names.
+
+    Returns:
+        The positions of the files of each split, and notes on the splits.
     """
     given = given or {}
-    missing = {name: share for name, share in fractions.items() if name not in given.values()}
+    share, notes = share_of_test(fractions["test"], len(names))
+    shares = {"val": cast(float, fractions["val"]), "test": share}
+    missing = {name: share for name, share in shares.items() if name not in given.values()}
     files = known["files"] if known else {}
     earlier = {}
     for split in ("test", "val", "train"):  # a copy of a training file counts as trained
@@ -243,7 +262,33 @@ def split_files(
         own = earlier.get(content, None if own == "train" and missing else own)
         placed.append(earlier.get(f"{prefix}{name} {content}", own))
     keys = [f"{name} {content}" for name, content in zip(names, hashes, strict=True)]
-    return content_splits(keys, missing, seed, placed)
+    notes = notes if "test" in missing and known is None else []
+    return content_splits(keys, missing, seed, placed), [*said(given), *notes]
+
+
+def share_of_test(fraction: float | None, size: int) -> tuple[float, list[str]]:
+    """Return the share of the test split, and a note if it follows from the number of samples.
+
+    Measures against a few images are noise. Without a given fraction the share is 0.05, but 0.1 of
+    fewer than 2000 samples, and 0.2 of fewer than 1000. So new data may move samples from test to
+    train where their number passes 1000 or 2000, and never in the other direction.
+
+    Args:
+        fraction: The given share, or None.
+        size: The number of samples.
+
+    >>> share_of_test(None, 200)
+    (0.2, ['test takes a share of 0.2, since there are fewer than 1000 samples'])
+    >>> share_of_test(0.1, 200)
+    (0.1, [])
+    """
+    if fraction is not None:
+        return fraction, []
+    for limit, share in ((1000, 0.2), (2000, 0.1)):
+        if size < limit:
+            note = f"test takes a share of {share}, since there are fewer than {limit} samples"
+            return share, [note]
+    return 0.05, []
 
 
 def content_splits(
@@ -262,10 +307,12 @@ def content_splits(
         keys: The key of each sample: all that decides on its split, for example name and content.
         fractions: The share of each split but ``train``, each in (0, 1), with a sum below 1.
         seed: Another seed gives other splits.
-        placed: The split of samples that have one already; None for others.
+        placed: The split of samples that have one already; None for others. If it is given, no
+            split may be empty.
 
     Returns:
-        The positions of the samples of ``train`` and of each split, in an order that follows from
+        The positions of the samples of ``train`` and of each split with a fraction (with ``placed``
+        of train, val and test), in an order that follows from
         the hashes.
 
     Raises:
@@ -294,9 +341,9 @@ def content_splits(
     for name in order:
         if name not in owner and len(rest) > 1:
             owner[rest.pop(0)] = name
+    names = ("train", *fractions) if placed is None else ("train", "val", "test")
     parts = {
-        name: [k for k, split in enumerate(owner) if (split or "train") == name]
-        for name in ("train", "val", "test")
+        name: [k for k, split in enumerate(owner) if (split or "train") == name] for name in names
     }
     if empty := [name for name, part in parts.items() if not part]:
         raise ValueError(

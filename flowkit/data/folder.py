@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from flowkit.data.files import (
     find_images,
     folder_splits,
     folders_of,
-    said,
+    share_of_test,
     split_files,
 )
 from flowkit.data.splits import SPLITS, SplitData, partition
@@ -171,7 +171,8 @@ class Folder(SplitData):
         batch_size: Samples per process and training step.
         flip: Mirror training images left to right with probability one half.
         val_fraction: The share of the validation split.
-        test_fraction: The share of the test split.
+        test_fraction: The share of the test split; None means 0.05, and more of fewer files, see
+            `flowkit.data.files.share_of_test`.
         split_by: ``"content"`` as described above, or ``"order"``: evenly spaced places in the
             shuffled order of all files, as before version 0.2.
         split_seed: The seed of the splits.
@@ -208,7 +209,7 @@ class Folder(SplitData):
         batch_size: int = 64,
         flip: bool = False,
         val_fraction: float = 0.05,
-        test_fraction: float = 0.05,
+        test_fraction: float | None = None,
         split_by: str = "content",
         split_seed: int = 0,
         verify: bool = False,
@@ -228,17 +229,20 @@ class Folder(SplitData):
 
     def load(self) -> Mapping[str, Files]:
         """Find the files, check them, and divide them into splits."""
-        names, notes = find_images(self.root)
+        names, left = find_images(self.root)
         given = folder_splits(self.root, names) if self.split_by == "content" else None
         verify([self.root / name for name in names])
         hashes = file_hashes(self.root, names)
         labels = self._labels(names, hashes, given)
         if self.split_by == "order" and self.known is None:
-            fractions = list(self.fractions.values())
-            places = partition(len(names), fractions, self.split_seed, labels)
+            share, notes = share_of_test(self.fractions["test"], len(names))
+            shares = [cast(float, self.fractions["val"]), share]
+            places = partition(len(names), shares, self.split_seed, labels)
             parts = dict(zip(SPLITS, places, strict=True))
         else:
-            parts = split_files(names, hashes, given, self.fractions, self.split_seed, self.known)
+            parts, notes = split_files(
+                names, hashes, given, self.fractions, self.split_seed, self.known
+            )
         splits = {
             split: Files(
                 self.root,
@@ -256,7 +260,7 @@ class Folder(SplitData):
             for split, files in splits.items()
             for name, content in zip(files.names, files.hashes, strict=True)
         }
-        self.notes = [*said(given), *notes]
+        self.notes = [*notes, *left]
         return splits
 
     def _labels(

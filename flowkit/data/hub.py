@@ -15,6 +15,7 @@ from flowkit.checks import check_choice, check_labels
 from flowkit.couplings import Coupling
 from flowkit.data.arrays import Index, positions
 from flowkit.data.broken import probe
+from flowkit.data.files import content_splits, share_of_test
 from flowkit.data.folder import check_image_format, decoded
 from flowkit.data.splits import SplitData, partition
 from flowkit.provenance import located
@@ -73,8 +74,9 @@ class Hub(SplitData):
 
     Batches hold ``x1 (B, channels, image_size, image_size)`` in [-1, 1], cropped and resampled by
     `flowkit.data.folder.square`, and with labels ``cond (B,)``. If the data set has the parts
-    ``validation`` and ``test``, they are the splits val and test. A missing part is taken at
-    random from ``train``.
+    ``validation`` and ``test``, they are the splits val and test. A missing part is taken from
+    ``train``, by a hash of each image, see `flowkit.data.files.content_splits`. So new rows move no
+    other row, and equal images are in the same split.
 
     Args:
         path: ``hub:owner/name``, a folder written by ``save_to_disk``, or another folder that
@@ -86,9 +88,11 @@ class Hub(SplitData):
         channels: 1 (gray) or 3 (RGB).
         batch_size: Samples per process and training step.
         flip: Mirror training images left to right with probability one half.
-        val_fraction: The share of a validation split that is taken from ``train``, stratified by
-            class.
-        test_fraction: The share of a test split that is taken from ``train``, stratified by class.
+        val_fraction: The share of a validation split that is taken from ``train``.
+        test_fraction: The share of a test split that is taken from ``train``; None means 0.05, and
+            more of fewer rows, see `flowkit.data.files.share_of_test`.
+        split_by: ``"content"`` as described above, or ``"order"``: evenly spaced places in the
+            shuffled order of all rows, as in earlier versions.
         split_seed: The seed of the splits.
         verify: Decode all images on ``setup``, not only some of each split.
         seed: The seed of the training stream.
@@ -114,7 +118,8 @@ class Hub(SplitData):
         batch_size: int = 64,
         flip: bool = False,
         val_fraction: float = 0.05,
-        test_fraction: float = 0.05,
+        test_fraction: float | None = None,
+        split_by: str = "content",
         split_seed: int = 0,
         verify: bool = False,
         seed: int = 0,
@@ -129,7 +134,8 @@ class Hub(SplitData):
         self.image_column, self.label_column = image_column, label_column
         self.image_size, self.channels = image_size, channels
         self.fractions = {"validation": val_fraction, "test": test_fraction}
-        self.split_seed, self.verify = split_seed, verify
+        check_choice(split_by, ("content", "order"), "split_by")
+        self.split_by, self.split_seed, self.verify = split_by, split_seed, verify
 
     def load(self) -> Mapping[str, Rows]:
         """Load the data set, and take missing parts from ``train``."""
@@ -143,10 +149,8 @@ class Hub(SplitData):
                 check_labels(cast(Tensor, values), self.num_classes, f"labels of {part}")
         missing = [part for part in self.fractions if part not in parts]
         if missing:
-            fractions = [self.fractions[part] for part in missing]
             train = parts["train"]
-            cuts = partition(len(train), fractions, self.split_seed, known)
-            for part, cut in zip(("train", *missing), cuts, strict=True):
+            for part, cut in self._cut(train, missing, known).items():
                 parts[part] = train.select(cut.tolist())
                 labels[part] = None if known is None else known[cut]
         splits = {
@@ -155,6 +159,19 @@ class Hub(SplitData):
         }
         probe(splits, self.verify)
         return splits
+
+    def _cut(self, rows: Any, missing: list[str], labels: Tensor | None) -> dict[str, Tensor]:
+        """Return the positions of the rows that stay in ``train`` and that each part takes."""
+        share, notes = share_of_test(self.fractions["test"], len(rows))
+        self.notes = notes if "test" in missing else []
+        shares = {**self.fractions, "test": share}
+        shares = {part: cast(float, shares[part]) for part in missing}
+        if self.split_by == "order":
+            places = partition(len(rows), [*shares.values()], self.split_seed, labels)
+            return dict(zip(("train", *missing), places, strict=True))
+        images = (_file(row[self.image_column]).read() for row in rows)
+        keys = [hashlib.sha256(image).hexdigest() for image in images]
+        return content_splits(keys, shares, self.split_seed)
 
     def _read(self) -> dict[str, Any]:
         """Read the parts of the data set, and check their columns."""

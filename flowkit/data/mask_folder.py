@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -13,11 +14,12 @@ from flowkit.checks import check_choice
 from flowkit.data.arrays import Index, positions
 from flowkit.data.broken import FORMATS, BrokenFiles, probe, unreadable, verify, why
 from flowkit.data.files import (
+    check_root,
     file_hashes,
     find_images,
     first_ten,
     folder_splits,
-    said,
+    share_of_test,
     split_files,
 )
 from flowkit.data.folder import Files, check_image_format
@@ -136,7 +138,8 @@ class MaskFolder(SplitData):
         batch_size: Samples per process and training step.
         flip: Mirror training images left to right with probability one half.
         val_fraction: The share of the validation split.
-        test_fraction: The share of the test split.
+        test_fraction: The share of the test split; None means 0.05, and more of fewer files, see
+            `flowkit.data.files.share_of_test`.
         split_by: ``"content"``, or ``"order"`` as before version 0.2; see `flowkit.data.Folder`.
         split_seed: The seed of the splits.
         verify: Decode all files on ``setup``, not only some of each split.
@@ -171,7 +174,7 @@ class MaskFolder(SplitData):
         batch_size: int = 64,
         flip: bool = False,
         val_fraction: float = 0.05,
-        test_fraction: float = 0.05,
+        test_fraction: float | None = None,
         split_by: str = "content",
         split_seed: int = 0,
         verify: bool = False,
@@ -190,13 +193,14 @@ class MaskFolder(SplitData):
 
     def load(self) -> Mapping[str, MaskedFiles]:
         """Find images and masks, check their headers, and divide them into splits."""
+        check_root(self.root)
         images, masks = self.root / "images", self.root / "masks"
         if missing := [folder.name for folder in (images, masks) if not folder.is_dir()]:
             raise FileNotFoundError(
                 "root must be a folder with the folders images and masks, got no "
                 f"{' and no '.join(missing)} in {self.root}"
             )
-        names, notes = find_images(images)
+        names, left = find_images(images)
         given = folder_splits(images, names) if self.split_by == "content" else None
         _check_stems(names)
         labels = _masks_of(names, masks)
@@ -205,12 +209,13 @@ class MaskFolder(SplitData):
         _check_sizes([images / name for name in names], [masks / name for name in labels])
         hashes, contents = file_hashes(images, names), file_hashes(masks, labels)
         if self.split_by == "order" and self.known is None:
-            fractions = list(self.fractions.values())
-            places = partition(len(names), fractions, self.split_seed)
+            share, notes = share_of_test(self.fractions["test"], len(names))
+            shares = [cast(float, self.fractions["val"]), share]
+            places = partition(len(names), shares, self.split_seed)
             parts = dict(zip(SPLITS, places, strict=True))
         else:
-            shares, seed = self.fractions, self.split_seed
-            parts = split_files(names, hashes, given, shares, seed, self.known, "images/")
+            fractions, seed = self.fractions, self.split_seed
+            parts, notes = split_files(names, hashes, given, fractions, seed, self.known, "images/")
         splits, self.files = {}, {}
         for split, part in parts.items():
             rows = part.tolist()
@@ -222,7 +227,7 @@ class MaskFolder(SplitData):
                 self.files[f"images/{names[i]}"] = (hashes[i], split)
                 self.files[f"masks/{labels[i]}"] = (contents[i], None)
         probe(splits, self.verify)
-        self.notes = [*said(given), *notes]
+        self.notes = [*notes, *left]
         return splits
 
 

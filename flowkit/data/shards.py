@@ -16,11 +16,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flowkit.checks import check_at_least
+from flowkit.checks import check_at_least, check_choice
 from flowkit.couplings import Coupling
 from flowkit.data.arrays import Index, positions
 from flowkit.data.broken import probe
-from flowkit.data.files import SUFFIXES, count_of_kinds, file_hashes, first_ten, is_hidden
+from flowkit.data.files import (
+    SUFFIXES,
+    check_root,
+    content_splits,
+    count_of_kinds,
+    file_hashes,
+    first_ten,
+    is_hidden,
+)
 from flowkit.data.folder import check_image_format, decoded
 from flowkit.data.splits import SPLITS, SplitData, partition
 from flowkit.data.stream import keyed_generator
@@ -124,6 +132,9 @@ class Shards(SplitData):
     and ``1.cls``). The positions of all samples are written once to ``root/index.safetensors``, if
     the folder can be written.
 
+    The split of a sample follows from a hash of its name and its image, see
+    `flowkit.data.files.content_splits`. So new samples and new tar files move no other sample.
+
     Training shuffles the samples of ``mix`` files together, see `Tars.order`. The order depends on
     the seed and the step only, so a resumed run reads the same batches as an uninterrupted run.
 
@@ -134,8 +145,10 @@ class Shards(SplitData):
         batch_size: Samples per process and training step.
         flip: Mirror training images left to right with probability one half.
         mix: Number of tar files whose samples are shuffled together in training.
-        val_fraction: The share of the validation split, stratified by class.
-        test_fraction: The share of the test split, stratified by class.
+        val_fraction: The share of the validation split.
+        test_fraction: The share of the test split.
+        split_by: ``"content"`` as described above, or ``"order"``: evenly spaced places in the
+            shuffled order of all samples, as in earlier versions.
         split_seed: The seed of the splits.
         verify: Decode all images on ``setup``, not only some of each split.
         seed: The seed of the training stream.
@@ -152,13 +165,13 @@ class Shards(SplitData):
     >>> from PIL import Image
     >>> root = Path(tempfile.mkdtemp())
     >>> with tarfile.open(root / "0.tar", "w") as tar:
-    ...     for k in range(20):
-    ...         Image.new("L", (12, 8), 10 * k).save(root / f"{k}.png")
-    ...         tar.add(root / f"{k}.png", f"{k}.png")
+    ...     for k in range(100):
+    ...         Image.new("L", (12, 8), 2 * k).save(root / f"{k}.bmp")
+    ...         tar.add(root / f"{k}.bmp", f"{k}.bmp")
     >>> data = Shards(root, image_size=8, channels=1, val_fraction=0.1, test_fraction=0.1)
     >>> data.setup()
     >>> data.summary()
-    'Shards: 16 train, 2 val, 2 test samples of shape (1, 8, 8), no classes'
+    'Shards: 76 train, 10 val, 14 test samples of shape (1, 8, 8), no classes'
     """
 
     def __init__(
@@ -171,6 +184,7 @@ class Shards(SplitData):
         mix: int = 4,
         val_fraction: float = 0.01,
         test_fraction: float = 0.01,
+        split_by: str = "content",
         split_seed: int = 0,
         verify: bool = False,
         seed: int = 0,
@@ -183,13 +197,13 @@ class Shards(SplitData):
         check_image_format(image_size, channels)
         check_at_least(mix, 1, "mix")
         self.root, self.image_size, self.channels = Path(root), image_size, channels
-        self.mix, self.split_seed, self.verify = mix, split_seed, verify
-        self.fractions = (val_fraction, test_fraction)
+        check_choice(split_by, ("content", "order"), "split_by")
+        self.mix, self.split_by, self.split_seed, self.verify = mix, split_by, split_seed, verify
+        self.fractions = {"val": val_fraction, "test": test_fraction}
 
     def load(self) -> Mapping[str, Tars]:
         """Find the samples and divide them into splits."""
-        if not self.root.is_dir():
-            raise FileNotFoundError(f"root must be a folder, got {self.root}")
+        check_root(self.root)
         files = sorted(self.root.glob("*.tar"))
         if not files:
             raise ValueError(f"root must hold tar files, got no tar file in {self.root}")
@@ -198,11 +212,16 @@ class Shards(SplitData):
         labels = columns.get("label")
         if labels is not None:
             self.num_classes = int(labels.max()) + 1
-        parts = partition(len(columns["shard"]), self.fractions, self.split_seed, labels)
+        keys = columns.pop("key").tolist()
+        if self.split_by == "order":
+            places = partition(len(keys), [*self.fractions.values()], self.split_seed, labels)
+            parts = dict(zip(SPLITS, places, strict=True))
+        else:
+            parts = content_splits([*map(str, keys)], self.fractions, self.split_seed)
         form = (self.image_size, self.channels, self.mix)
         splits = {
             name: Tars(files, hashes, columns, part.sort().values, *form)
-            for name, part in zip(SPLITS, parts, strict=True)
+            for name, part in parts.items()
         }
         probe(splits, self.verify)
         self.files = {file.name: (h, None) for file, h in zip(files, hashes, strict=True)}
@@ -223,8 +242,9 @@ def read_index(
         hashes: The SHA-256 of the content of each tar file.
 
     Returns:
-        ``shard``, ``offset``, ``size`` and with labels ``label`` ``(N,)``, see `Tars`, and notes on
-        members that were not read.
+        ``shard``, ``offset``, ``size`` and with labels ``label`` ``(N,)``, see `Tars`, ``key``
+        ``(N,)``, a hash of the name and the image of each sample, and notes on members that were
+        not read.
 
     Raises:
         ValueError: If a tar file cannot be read, a sample has no image or several, or only some
@@ -234,20 +254,20 @@ def read_index(
     digest, index = hashlib.sha256(found.encode()).hexdigest(), root / INDEX
     with suppress(FileNotFoundError, SafetensorError), safe_open(index, framework="pt") as stored:
         tag = stored.metadata() or {}
-        if tag.get("files") == digest:
+        if tag.get("files") == digest and "key" in stored.keys():  # noqa: SIM118
             columns = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
             if int(columns["shard"].min()) < 0 or int(columns["shard"].max()) >= len(files):
                 raise ValueError(f"shard in {index} must number a tar file, got another number")
             return columns, tag["notes"].splitlines()
     other: Counter[str] = Counter()
     samples = [(n, *sample) for n, file in enumerate(files) for sample in _samples(file, other)]
-    labels = [sample[3] for sample in samples]
+    labels = [sample[4] for sample in samples]
     if None in labels and any(label is not None for label in labels):
         first = files[samples[labels.index(None)][0]]
         raise ValueError(
             f"labels must be given for all samples or for no sample, got one without in {first}"
         )
-    names = ("shard", "offset", "size", "label")[: 3 if None in labels else 4]
+    names = ("shard", "offset", "size", "key", "label")[: 4 if None in labels else 5]
     columns = {name: torch.tensor([s[k] for s in samples]) for k, name in enumerate(names)}
     count, kinds = other.total(), count_of_kinds(other)
     notes = [f"{count:,} members of other types not read ({kinds})"] if other else []
@@ -257,9 +277,12 @@ def read_index(
     return columns, notes
 
 
-def _samples(file: Path, other: Counter[str]) -> list[tuple[int, int, int | None]]:
-    """Return offset, size and label (or None) of each image in a tar file; count other members."""
-    images: dict[str, tuple[int, int]] = {}
+def _samples(file: Path, other: Counter[str]) -> list[tuple[int, int, int, int | None]]:
+    """Return offset, size, key and label (or None) of each image in a tar file.
+
+    Other members are counted.
+    """
+    images: dict[str, tuple[int, int, int]] = {}
     labels: dict[str, int] = {}
     dotted: dict[str, list[str]] = {}  # names like a.b.png, whose sample is a
     double: list[str] = []
@@ -279,10 +302,13 @@ def _samples(file: Path, other: Counter[str]) -> list[tuple[int, int, int | None
                 elif kind in SUFFIXES:
                     _check_size(member.size)
                     double += [member.name] if key in images else []
-                    images[key] = (member.offset_data, member.size)
-                elif kind == ".cls" and (content := tar.extractfile(member)) is not None:
+                    content = cast(BinaryIO, tar.extractfile(member)).read()
+                    digest = hashlib.sha256(f"{key}\n".encode() + content).digest()
+                    number = int.from_bytes(digest[:8], "big", signed=True)
+                    images[key] = (member.offset_data, member.size, number)
+                elif kind == ".cls" and (label := tar.extractfile(member)) is not None:
                     double += [member.name] if key in labels else []
-                    labels[key] = int(content.read(32))
+                    labels[key] = int(label.read(32))
                     check_at_least(labels[key], 0, "label")
                 elif PurePath(name).suffix.lower() in SUFFIXES:
                     dotted.setdefault(key, []).append(member.name)

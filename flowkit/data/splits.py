@@ -213,7 +213,8 @@ class SplitData(LightningDataModule):
         cond, names = first.get("cond"), self.class_names or []
         if self.num_classes:
             listed = ", ".join([*names[:3], *(["…"] if len(names) > 3 else [])])
-            found += f", {self.num_classes} classes" + (f" ({listed})" if listed else "")
+            kind = "class" if self.num_classes == 1 else "classes"
+            found += f", {self.num_classes} {kind}" + (f" ({listed})" if listed else "")
         elif isinstance(cond, Tensor) and cond.shape[1:] == first["x1"].shape[2:] != ():
             found += ", masks"
         else:
@@ -234,8 +235,9 @@ class SplitData(LightningDataModule):
 
         Returns:
             ``kind``, ``root``, ``classes``, ``num_classes``, ``preprocessing``, the number of
-            samples and the fingerprint of each of the ``splits``, and SHA-256 and split of all
-            ``files``; without files, or with too many of them, ``files`` is empty.
+            samples and the fingerprint of each of the ``splits``, ``split_by`` for data that may
+            be divided in several ways, and SHA-256 and split of all ``files``; without files, or
+            with too many of them, ``files`` is empty.
         """
         root = getattr(self, "root", None) or getattr(self, "path", None)
         settings = ("image_size", "channels", "colors")
@@ -249,6 +251,7 @@ class SplitData(LightningDataModule):
                 name: {"samples": len(split), "fingerprint": split.fingerprint()}
                 for name, split in self._splits.items()
             },
+            "split_by": getattr(self, "split_by", None),
             "files": {
                 name: list(entry)
                 for name, entry in sorted(self.files.items())

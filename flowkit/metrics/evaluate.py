@@ -24,6 +24,8 @@ from flowkit.metrics.unbiased import enough, frechet_unbiased
 from flowkit.provenance import tensor_hash
 from flowkit.sampling import Solution
 
+FEW = 100  # images; values that depend on their number are unreliable below it, see docs
+UNRELIABLE = ("frechet_distance", "precision", "recall", "density", "coverage")
 MOST_WORK = 1e12  # decompositions of covariances, one a class, times features cubed: minutes
 
 
@@ -56,6 +58,10 @@ def image_metrics(
     The ``…_interval`` of a value has a nominal coverage of 95 %. ``stratified`` says for which sets
     the numbers of samples of the classes count as fixed: those with given classes, if no class has
     only one sample. The images of the floor are drawn at random.
+
+    ``unreliable`` lists the values that depend on the number of images so much that they say little
+    if there are fewer than 100 images of a kind: the biased distance, precision, recall, density
+    and coverage.
 
     Args:
         real_train: Training images ``(N, C, H, W)`` in [-1, 1], for the floor; at least 4.
@@ -212,14 +218,15 @@ def _compare(
     if enough(a) and enough(b) and classes * a.shape[1] ** 3 <= MOST_WORK:
         record |= _named("frechet_distance_unbiased", *frechet_unbiased(a, b, strata=strata))
     record |= _named("kernel_distance", *kernel_distance(a, b, strata=strata))
-    neighbors = min(5, count - 1)
-    if neighbors <= count // 4:
+    neighbors = max(1, min(5, count // 4))  # with the farthest sample as neighbor, noise is precise
+    if count >= 4 * 5:
         found, intervals = prdc_intervals(b, a, neighbors, strata=(strata[1], strata[0]))
     else:
         found, intervals = prdc(b, a, neighbors), dict[str, Interval]()
     for name, value in found._asdict().items():
         record |= _named(name, value, intervals.get(name))
-    return record | {"neighbors": neighbors}
+    unreliable = UNRELIABLE if count < FEW else ()
+    return record | {"neighbors": neighbors, "unreliable": list(unreliable)}
 
 
 def _several(labels: Tensor | None) -> Tensor | None:

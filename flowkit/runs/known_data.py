@@ -101,7 +101,7 @@ def changes(then: Record, now: Record) -> list[str]:
     for name, value in then["preprocessing"].items():
         if (other := now["preprocessing"].get(name)) != value:
             told.append(f"{name} {other} instead of {value}")
-    told += _changed_files(then["files"], now["files"])
+    told += _changed_files(then["files"], now["files"], then["classes"] or [])
     if not told:
         prints = {
             name: [record["splits"].get(name, {}).get("fingerprint") for record in (then, now)]
@@ -112,8 +112,10 @@ def changes(then: Record, now: Record) -> list[str]:
     return told
 
 
-def _changed_files(then: Mapping[str, Sequence], now: Mapping[str, Sequence]) -> list[str]:
-    """Return how many files are new, gone, changed, renamed or in another split."""
+def _changed_files(
+    then: Mapping[str, Sequence], now: Mapping[str, Sequence], classes: Sequence[str]
+) -> list[str]:
+    """Return which classes are gone, and how many files are new, gone, changed or elsewhere."""
     gone, new = then.keys() - now.keys(), now.keys() - then.keys()
     contents = {then[name][0] for name in gone}
     renamed = {name for name in new if now[name][0] in contents}
@@ -121,14 +123,22 @@ def _changed_files(then: Mapping[str, Sequence], now: Mapping[str, Sequence]) ->
     both = then.keys() & now.keys()
     changed = {name for name in both if then[name][0] != now[name][0]}
     moved = {name for name in both - changed if then[name][1] != now[name][1]}
+    removed = {name for name in gone if then[name][0] not in found}
+    members: dict[str, set[str]] = {name: set() for name in classes}
+    for name in then:
+        for part in members.keys() & set(name.split("/")[:-1]):
+            members[part].add(name)
+    lost = {name: files for name, files in members.items() if files and files <= removed}
+    removed = removed.difference(*lost.values())
     kinds = {
         "added": new - renamed,
-        "removed": {name for name in gone if then[name][0] not in found},
+        "removed": removed,
         "changed": changed,
         "renamed": renamed,
         "in another split": moved,
     }
-    return [
+    told = [f"class {name} removed, with {len(files):,} files" for name, files in lost.items()]
+    return told + [
         f"{len(names):,} {'file' if len(names) == 1 else 'files'} {kind} ({_some(sorted(names))})"
         for kind, names in kinds.items()
         if names

@@ -8,14 +8,15 @@ from flowkit.checks import check_choice
 from flowkit.data import SplitData
 from flowkit.data.cache import INDEX
 from flowkit.data.pairs import RECORD as PAIRS
+from flowkit.metrics.evaluate import FEW
 from flowkit.modules.checkpoints import build
 from flowkit.modules.earlier import current
 from flowkit.modules.trust import trusting
 from flowkit.runs.known_data import Record, changes, classes_of, record_of
 from flowkit.runs.processes import say
 
-SMALL = 50  # images of a test split
-BY_CONTENT = ("flowkit.data.Folder", "flowkit.data.MaskFolder")
+SINCE_RECORDS = ("flowkit.data.Folder", "flowkit.data.MaskFolder")  # by content since then
+LATER = ("flowkit.data.Hub", "flowkit.data.Shards")  # since records say so
 
 
 def stored_data(
@@ -60,14 +61,14 @@ def stored_data(
 def as_trained(node: dict[str, Any], record: Record | None) -> dict[str, Any]:
     """Return the configuration of data with the splits of its training.
 
-    Before version 0.2, splits of files depended on the order of all files, and there was no record.
+    Splits once depended on the order of all samples. Then there was no record, or it does not say
+    how tar files and data of the hub were divided.
     """
-    if record is not None:
-        return node
-    if node.get("_target_") in BY_CONTENT:
+    earlier = (() if record else SINCE_RECORDS) + (() if record and "split_by" in record else LATER)
+    if node.get("_target_") in earlier:
         return {"split_by": "order", **node}
     inner = node.get("images")
-    return {**node, "images": as_trained(inner, None)} if isinstance(inner, dict) else node
+    return {**node, "images": as_trained(inner, record)} if isinstance(inner, dict) else node
 
 
 def located(
@@ -127,6 +128,8 @@ def opened(
             "data_changed=accept"
         )
     say(f"data      changed since the training: {told}")
+    say("data      no number of before can be compared with those of now: classifier, floor and")
+    say("          test images follow the data")
     if (data.num_classes or 0) > (record["num_classes"] or 0):
         raise ValueError(
             f"data must have no other classes than the run, {classes_of(record)}, got "
@@ -149,7 +152,7 @@ def prepared(data: SplitData, stage: str | None = None) -> SplitData:
         )
     data.prepare_data()
     data.setup(stage)
-    if (count := data.sizes().get("test", SMALL)) < SMALL:
+    if (count := data.sizes().get("test", FEW)) < FEW:
         fix = "; images need 4 for flowkit evaluate: raise data.test_fraction" if count < 4 else ""
         say(f"data      a test split of {count}: measures against it are uncertain{fix}")
     return data

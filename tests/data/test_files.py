@@ -144,8 +144,9 @@ def test_other_content_of_the_same_size_and_time_is_another_fingerprint(tmp_path
             for file in sorted((tmp_path / part).iterdir()):
                 tar.add(file, file.name)
     root = tmp_path / part if kind is Folder else tmp_path
-    first = ready(root, kind).fingerprint("train")
-    assert ready(root, kind).fingerprint("train") == first
+    share = {"test_fraction": 0.05}
+    first = ready(root, kind, **share).fingerprint("train")
+    assert ready(root, kind, **share).fingerprint("train") == first
     file = tmp_path / "0.tar" if kind is Shards else tmp_path / part / "7.bmp"
     before = file.stat()
     content = bytearray(file.read_bytes())
@@ -154,7 +155,7 @@ def test_other_content_of_the_same_size_and_time_is_another_fingerprint(tmp_path
     file.write_bytes(content)
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert file.stat().st_size == before.st_size
-    prints = [ready(root, kind).fingerprint(name) for name in ("train", "val", "test")]
+    prints = [ready(root, kind, **share).fingerprint(name) for name in ("train", "val", "test")]
     assert first not in prints
 
 
@@ -196,11 +197,11 @@ def test_hidden_files_are_left_out_and_counted(tmp_path):
     (tmp_path / "cat" / "labels.csv").write_text("x")
     (tmp_path / "cat" / "a.HEIC").write_text("x")
     (tmp_path / "LICENSE").write_text("x")
-    data = ready(tmp_path)
+    data = ready(tmp_path, test_fraction=0.1)
     assert data.class_names == ["cat"]
     assert len(data.files) == 12
     assert data.summary().endswith(
-        "1 classes (cat); 5 hidden files or folders skipped; 3 files of other types not read "
+        "1 class (cat); 5 hidden files or folders skipped; 3 files of other types not read "
         "(1 .csv, 1 .heic, 1 without suffix)"
     )
 

@@ -108,7 +108,7 @@ def test_flat_folders_have_no_labels(tmp_path):
     assert (data.num_classes, data.class_names) == (None, None)
     assert data.train[:].keys() == {"x1"}
     assert data.train[[]]["x1"].shape == (0, 3, 4, 4)
-    assert data.summary().endswith(", no classes")
+    assert ", no classes; test takes a share of 0.2" in data.summary()
 
 
 def test_fingerprint_follows_names_sizes_and_labels(tmp_path):
@@ -172,6 +172,13 @@ def test_images_of_16_bits_are_named_before_training(tmp_path):
 
 
 def test_folders_that_make_no_data_set_are_refused(tmp_path):
+    (files := tmp_path / "files").mkdir()
+    (files / "a.zip").touch()
+    (files / "a.png").touch()
+    for name, fix in (("a.zip", "unpack it, and give the folder"), ("a.png", "give its folder")):
+        with pytest.raises(NotADirectoryError, match=f"got the file .*{name}; {fix}"):
+            Folder(files / name, 4).setup()
+    files.rename(tmp_path.with_name("away"))
     with pytest.raises(FileNotFoundError, match=r"root must be a folder, got .*nowhere"):
         Folder(tmp_path / "nowhere", 4).setup()
     with pytest.raises(ValueError, match=r"root must hold images \(.bmp, .* got no image in"):

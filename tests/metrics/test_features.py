@@ -26,6 +26,7 @@ from flowkit.metrics import (
     kernel_distance,
     normalized_path_energy,
     point_metrics,
+    prdc,
     prdc_intervals,
     to_uint8,
     train_classifier,
@@ -297,7 +298,7 @@ def test_image_metrics_of_few_samples_claims_no_interval(digits, classifier):
     assert record["frechet_distance_unbiased"] is None
     assert record["frechet_distance_unbiased_interval"] is None
     assert record["precision_interval"] is None
-    assert record["neighbors"] == 3
+    assert record["neighbors"] == 1
     # More samples than training images: the floor says how many it has.
     many = image_metrics(train[:50], digits[2], train[:200], Pixels())
     assert (many["num_samples"], many["floor"]["num_samples"]) == (200, 50)
@@ -316,6 +317,21 @@ def test_twenty_images_and_two_of_a_class_are_enough_for_intervals(digits):
     )
     assert record["kernel_distance"] == pytest.approx(value, rel=1e-12)
     assert record["kernel_distance_interval"] == pytest.approx(interval, rel=1e-12)
+
+
+def test_values_of_few_images_are_marked_and_noise_among_six_is_not_precise():
+    """Six gray images, and samples far off: the fifth nearest neighbor of each is as far."""
+    gray = torch.linspace(-1, 1, 6)[:, None, None, None].expand(-1, 1, 1, 2)
+    far = torch.tensor([1.0, -1.0]).expand(8, 1, 1, 2)
+    assert image_metrics(gray, gray, far, Pixels())["precision"] == 0
+    assert prdc(gray.flatten(1), far.flatten(1), 5).precision == 1
+    images = torch.rand(100, 1, 2, 2, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    assert image_metrics(images, images, images, Pixels())["unreliable"] == []
+    for test, made in ((images[1:], images), (images, images[1:])):
+        record = image_metrics(images, test, made, Pixels())
+        marked = ["frechet_distance", "precision", "recall", "density", "coverage"]
+        assert record["unreliable"] == marked
+    assert record["floor"]["unreliable"] == marked
 
 
 def test_image_metrics_errors(digits, classifier, judge):

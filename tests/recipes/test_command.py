@@ -181,7 +181,7 @@ def test_only_checks_are_a_line_and_bugs_keep_their_traceback(monkeypatch):
             ) from error
 
     checked(lambda: build(lambda: check_at_least(0, 1, "depth")))
-    with ends_in("model must have fitting values, got: invalid literal"), ErrorInALine():
+    with ends_in("values of model must fit, got an error: invalid literal"), ErrorInALine():
         build(lambda: int("no number"))
     with ends_in("run must be given, as run=..."), ErrorInALine():
         OmegaConf.create({"run": "???"}).run  # noqa: B018

@@ -259,7 +259,7 @@ def test_the_command(tiny_run, digit, tmp_path):
         check=False,
     )
     assert result.returncode == 0, result.stderr
-    assert "status    iterations, 141 evaluations" in result.stdout
+    assert "status    all 12 iterations made, 141 evaluations" in result.stdout
     assert (tmp_path / "o" / "strip.png").is_file()
 
 

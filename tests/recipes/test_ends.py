@@ -15,7 +15,6 @@ import pytest
 import torch
 from hydra.errors import InstantiationException
 from PIL import Image
-from safetensors.torch import load_file
 
 import flowkit.__main__ as command
 from flowkit.data import Digits
@@ -151,75 +150,6 @@ def _in_child(work):
     process.start()
     process.join()
     return process.exitcode
-
-
-def _killed_at(number, work):
-    """Kill a process at its write of this number; returns False if it needs fewer writes."""
-
-    def doomed():
-        count, replace = itertools.count(), os.replace
-
-        def counted(*args):
-            if next(count) == number:
-                os._exit(9)
-            replace(*args)
-
-        os.replace = counted
-        work()
-        os._exit(0)
-
-    code = _in_child(doomed)
-    assert code in (0, 9)
-    return code == 9
-
-
-def _read(file):
-    """Read a file whole; a half one is an error."""
-    if file.suffix == ".json":
-        content = json.loads(file.read_text())
-        return {k: v for k, v in content.items() if k != "sampling"}  # it holds seconds
-    if file.suffix == ".png":
-        with Image.open(file) as picture:
-            return picture.tobytes()
-    if file.suffix == ".safetensors":
-        return {k: v.tolist() for k, v in load_file(file).items() if "cost" not in k}
-    if file.suffix == ".pt":
-        return {k: v.tolist() for k, v in torch.load(file, weights_only=True).items()}
-    return None
-
-
-def _files(folder):
-    return {f.relative_to(folder).as_posix(): _read(f) for f in folder.rglob("*") if f.is_file()}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["sample", "evaluate", "pairs"])
-def test_a_command_killed_at_any_write_leaves_whole_files_and_goes_on(
-    recipe, tiny_run, configure, tmp_path
-):
-    options = {
-        "sample": ["num_samples=4", "batch_size=2", "sampler.grid=1"],
-        "evaluate": ["num_samples=8", "batch_size=4", "sampler.grid=1", "metric=pixels"],
-        "pairs": ["num_noises=4", "shard_size=2", "fine_steps=2", "grid=[1,2]"],
-    }[recipe]
-    calls = {"sample": sample, "evaluate": evaluate, "pairs": pairs}
-
-    def call(folder):
-        calls[recipe](configure(recipe, f"run={tiny_run}", f"out={folder}", *options))
-
-    call(tmp_path / "whole")
-    expected = _files(tmp_path / "whole")
-    numbers = itertools.takewhile(
-        lambda k: _killed_at(k, partial(call, tmp_path / str(k))), itertools.count()
-    )
-    for k in numbers:
-        for name, content in _files(tmp_path / str(k)).items():
-            assert content == expected.get(name, content)
-        record = {"sample": "samples.json", "evaluate": "metrics.json"}.get(recipe, "nothing")
-        assert not (tmp_path / str(k) / record).exists()  # it is written last
-        call(tmp_path / str(k))
-        assert _files(tmp_path / str(k)) == expected
-    assert k >= len(expected) - 1  # there was one death for each file at least
 
 
 def test_two_samplings_in_one_folder_work(tiny_run, configure, tmp_path, monkeypatch):

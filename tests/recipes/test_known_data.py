@@ -11,13 +11,14 @@ from PIL import Image
 from flowkit.data import Folder
 from flowkit.data.splits import partition
 from flowkit.modules.checkpoints import read_config
+from flowkit.recipes.blockwise import blockwise
 from flowkit.recipes.evaluate import evaluate
 from flowkit.recipes.pairs import pairs
 from flowkit.recipes.report import report
 from flowkit.recipes.train import train
 from flowkit.runs import Run
 from flowkit.runs.resuming import resumed
-from flowkit.runs.splits import stored_data
+from flowkit.runs.splits import as_trained, stored_data
 from tests.recipes.conftest import TINY
 from tests.recipes.test_fuzz import _status as status
 
@@ -97,6 +98,10 @@ CHANGES = {
         lambda root: [(root / "ape" / f"{k}.bmp").unlink() for k in (3, 5)],
         "2 files removed (ape/3.bmp, ape/5.bmp)",
     ),
+    "a class less": (
+        lambda root: shutil.rmtree(root / "ape"),
+        "got class ape removed, with 80 files; if this",
+    ),
     "other pixels": (lambda root: write(root, "ape", [255] * 3), "3 files changed (ape/0.bmp, "),
     "another name of a class": (
         lambda root: (root / "ape").rename(root / "zebra"),
@@ -110,7 +115,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_changed_data_are_told_and_refused(place, change):
+def test_changed_data_are_told_and_refused(place, change, capsys):
     make, told = CHANGES[change]
     make(place / "photos")
     with pytest.raises(ValueError, match="data must be those of the run's training, got") as error:
@@ -121,7 +126,10 @@ def test_changed_data_are_told_and_refused(place, change):
         with pytest.raises(ValueError, match="no other classes than the run, ape, bee, got ape, "):
             opened(place, data_changed="accept")
     else:
-        assert told in opened(place, data_changed="accept").changes
+        capsys.readouterr()
+        accepted = opened(place, data_changed="accept").changes
+        assert accepted in told or told in accepted
+        assert "data      no number of before can be compared with" in capsys.readouterr().out
 
 
 def test_accepted_data_keep_splits_and_classes(place):
@@ -180,7 +188,7 @@ def test_data_are_found_from_elsewhere_and_in_a_new_place(place, configure, monk
     assert contents(opened(place, data_root="here/moved"), "test") == expected
     evaluate(configure("evaluate", f"run={place}/run", *SHORT, "data.root=here/moved"))
     write(tmp_path / "other", "ape", range(80))
-    with pytest.raises(ValueError, match="got 80 files removed"):
+    with pytest.raises(ValueError, match="got class bee removed, with 80 files"):
         opened(place, data_root="other")
     overrides = [f"resume={place}/run", "data.root=here/moved", "trainer.max_steps=3"]
     cfg = configure("train", f"resume={place}/run")
@@ -198,6 +206,33 @@ def test_a_resumed_command_finds_its_data_in_a_new_place(place, monkeypatch, cap
     assert "data.root=" in capsys.readouterr().err
     assert status([*words, "data.root=moved"], monkeypatch) == 0
     assert "run       run" in capsys.readouterr().out
+
+
+def test_blocks_of_a_run_find_its_data_in_a_new_place(place, configure):
+    (place / "photos").rename(place / "moved")
+    options = ["run=run", "stage=flow", "edges=2", *TINY[2:-1], "trainer.max_steps=1"]
+    with pytest.raises(FileNotFoundError, match=r"got photos; a relative .*, and data.root= names"):
+        blockwise(configure("blockwise", *options, "run_dir=blocks"))
+    blockwise(configure("blockwise", *options, "run_dir=blocks", "data.root=moved"))
+    record = json.loads((place / "blocks" / "data.json").read_text())
+    assert record["root"] == str(place / "moved")
+    write(place / "moved", "bee", [99], 500)
+    with pytest.raises(ValueError, match="got 1 file added"):
+        blockwise(configure("blockwise", *options, "run_dir=more", "data.root=moved"))
+
+
+def test_runs_before_splits_by_content_keep_those_by_order():
+    """Of tar files and of the hub: their records do not say how they were divided."""
+    for name, since in (("Folder", {}), ("Shards", {"split_by": "content"})):
+        node = {"_target_": f"flowkit.data.{name}", "root": "x"}
+        assert as_trained(node, None)["split_by"] == "order"
+        assert as_trained({**node, "split_by": "content"}, None)["split_by"] == "content"
+        assert as_trained(node, {"files": {}, **since}) == node
+        inner = {"_target_": "flowkit.data.Masks", "images": node}
+        assert as_trained(inner, None)["images"]["split_by"] == "order"
+    for name in ("Hub", "Shards"):
+        node = {"_target_": f"flowkit.data.{name}"}
+        assert as_trained(node, {"files": {}})["split_by"] == "order"
 
 
 def test_students_of_pairs_know_the_data_of_their_teacher(place, configure):
