@@ -46,15 +46,15 @@ class DormandPrince:
 
     def __init__(self, field: Field, x: Tensor, rtol: float, atol: float) -> None:
         self.field, self.rtol, self.atol, self.graph = field, rtol, atol, False
-        stages = x.new_empty((STAGES, *x.shape))
-        self.stages, self.times = list(stages), [0.0] * STAGES
-        self.next, *self.scratch = x.new_empty((4, *x.shape))
-        self.weights = x.new_tensor([row + (0,) * (STAGES - len(row)) for row in WEIGHTS])
+        buffers = x.new_empty((STAGES + 4, *x.shape))
+        *self.stages, self.next, self.error, self.size, self.other = buffers
+        self.times = [0.0] * STAGES
+        self.weights = x.new_tensor([weight for row in WEIGHTS for weight in row])
         self.scaled = torch.empty_like(self.weights)  # times the step
-        columns = stages.view(STAGES, -1).t()
+        columns = buffers[:STAGES].view(STAGES, -1).t()
         self.products = [
-            (columns[:, : len(row)], scaled[: len(row)])
-            for row, scaled in zip(WEIGHTS, self.scaled, strict=True)
+            (columns.narrow(1, 0, len(row)), row)
+            for row in self.scaled.split([len(row) for row in WEIGHTS])
         ]
 
     def __call__(self, x: Tensor, t: float, end: float) -> Tensor:
@@ -64,7 +64,6 @@ class DormandPrince:
         ends = torch.tensor([end, t], dtype=self.field.t.dtype)
         before_end = torch.nextafter(*ends).item()  # at the end itself a velocity may jump
         self._evaluate(0, x, t)
-        self._require_finite(0)  # all steps depend on it
         size = self._first_size(x, t, end, before_end)
         while t != end:
             left = end - t
@@ -83,32 +82,33 @@ class DormandPrince:
 
     def _first_size(self, x: Tensor, t: float, end: float, before_end: float) -> float:
         """The size of the first step, by the velocity and its change along a very small one."""
-        with torch.no_grad():
-            scale = self.atol + self.rtol * x.abs()
-            d0, d1 = _rms(x / scale), _rms(self.stages[0] / scale)
+        v = self.stages[0].detach()
+        scale = x.detach().abs().mul_(self.rtol).add_(self.atol)
+        d0, d1 = _rms(x.detach() / scale), _rms(v / scale)
+        if not math.isfinite(d1):
+            self._require_finite(0)
         size = 0.01 * d0 / d1 if min(d0, d1) >= 1e-5 else SMALL
         is_whole = size >= abs(end - t)
         h = end - t if is_whole else math.copysign(size, end - t)
         self._evaluate(1, x.add(self.stages[0], alpha=h), before_end if is_whole else t + h)
-        self._require_finite(1)
+        change = _rms((self.stages[1].detach() - v).div_(scale))
+        if not math.isfinite(change):
+            self._require_finite(1)
         if h == 0:  # the velocity is too large for the tolerances
             return 0.0
-        with torch.no_grad():
-            change = _rms((self.stages[1] - self.stages[0]) / scale) / abs(h)
-        steepest = max(d1, change)
+        steepest = max(d1, change / abs(h))
         tried = (0.01 / steepest) ** (1 / ORDER) if steepest > 1e-15 else max(SMALL, abs(h) / 1000)
         return min(100 * abs(h), tried)
 
     def _step(self, x: Tensor, t: float, h: float, end: float) -> Tensor:
         """Evaluate the stages 2 to 7 of a step; the state of the last is the new state."""
         torch.mul(self.weights, h, out=self.scaled)
-        new = x
+        new, flat, out = self.next, x.view(-1), self.next.view(-1)
         for stage in range(1, STAGES):
             if self.graph:
                 new = self._sum(x, stage - 1, h)
             else:
-                new = self.next
-                torch.addmv(x.view(-1), *self.products[stage - 1], out=new.view(-1))
+                torch.addmv(flat, *self.products[stage - 1], out=out)
             self._evaluate(stage, new, end if NODES[stage] == 1 else t + NODES[stage] * h)
         return new
 
@@ -118,15 +118,15 @@ class DormandPrince:
             x = x.add(v, alpha=h * weight)
         return x
 
-    @torch.no_grad()
     def _error(self, x: Tensor, new: Tensor, h: float) -> float:
         """The error of the step in units of the tolerances."""
-        error, size, other = self.scratch
+        error, size = self.error, self.size
         if self.graph:
-            error = self._sum(error.zero_(), -1, h)
+            x, new = x.detach(), new.detach()
+            error = self._sum(torch.zeros_like(x), -1, h).detach()
         else:
             torch.mv(*self.products[-1], out=error.view(-1))
-        torch.maximum(torch.abs(x, out=size), torch.abs(new, out=other), out=size)
+        torch.maximum(torch.abs(x, out=size), torch.abs(new, out=self.other), out=size)
         ratio = _rms(error.div_(size.mul_(self.rtol).add_(self.atol)))
         if not math.isnan(ratio):
             return ratio
@@ -137,7 +137,8 @@ class DormandPrince:
     def _evaluate(self, stage: int, x: Tensor, t: float) -> None:
         v = self.field.at(x, t)
         self.times[stage], self.velocity_dtype = t, v.dtype
-        self.graph |= v.requires_grad
+        if v.requires_grad:
+            self.graph = True
         self._store(stage, v)
 
     def _store(self, stage: int, v: Tensor) -> None:
