@@ -49,13 +49,15 @@ class Solution(NamedTuple):
     ``x``: the final state. ``nfe``: velocity evaluations, counted. ``rows``: rows that went
     through the network in all of them (a guided velocity needs up to two per sample and
     evaluation). ``path``: the states ``(n + 1, B, *)`` at the grid's times, in the order of the
-    solve, if asked for.
+    solve, if asked for. ``log_prob``: log densities ``(n, B)`` of the steps of an
+    `SDESampler`, if asked for.
     """
 
     x: Tensor
     nfe: int
     rows: int
     path: Tensor | None
+    log_prob: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
