@@ -18,7 +18,7 @@ from flowkit.distributed import batches_seen
 from flowkit.metrics.pictures import save_picture
 from flowkit.modules.flow import FlowModule, Guidance, brings_start
 from flowkit.provenance import write_atomically
-from flowkit.sampling import ODESampler, seeded_noise
+from flowkit.sampling import Sampler, seeded_noise
 from flowkit.stopping import Stopped
 from flowkit.types import take
 
@@ -123,7 +123,7 @@ class SampleGrid(Callback):
     def __init__(
         self,
         folder: str | Path,
-        sampler: ODESampler | None = None,
+        sampler: Sampler | None = None,
         guidance: Guidance = None,
         rows: int = 4,
     ) -> None:

@@ -12,7 +12,7 @@ from flowkit.checks import check_at_least
 from flowkit.metrics.pictures import save_picture
 from flowkit.modules.flow import Guidance
 from flowkit.modules.latent import LatentFlowMatching
-from flowkit.sampling import ODESampler, sample_seeds
+from flowkit.sampling import Sampler, sample_seeds
 from flowkit.types import Batch
 
 
@@ -38,7 +38,7 @@ class ConditionGrid(Callback):
     def __init__(
         self,
         folder: str | Path,
-        sampler: ODESampler | None = None,
+        sampler: Sampler | None = None,
         guidance: Guidance = None,
         rows: int = 8,
         samples: int = 4,
@@ -92,7 +92,7 @@ def condition_grid(
     batch: Batch,
     rows: int,
     samples: int,
-    sampler: ODESampler | None = None,
+    sampler: Sampler | None = None,
     guidance: Guidance = None,
     seed: int = 0,
     seeding: int = 2,

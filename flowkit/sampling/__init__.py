@@ -2,7 +2,7 @@
 
 from flowkit.sampling.adaptive import ADAPTIVE
 from flowkit.sampling.ode import ODESampler, Solution, sample_seeds, seeded_noise
-from flowkit.sampling.sde import SDESampler
+from flowkit.sampling.sde import Sampler, SDESampler
 from flowkit.sampling.solvers import FIXED
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "FIXED",
     "ODESampler",
     "SDESampler",
+    "Sampler",
     "Solution",
     "sample_seeds",
     "seeded_noise",

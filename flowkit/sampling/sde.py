@@ -22,7 +22,7 @@ from torch import Tensor
 
 from flowkit.checks import as_grid, check_at_least, check_choice, check_number, check_state
 from flowkit.paths import Interpolant, Linear
-from flowkit.sampling.ode import Solution
+from flowkit.sampling.ode import ODESampler, Solution
 from flowkit.sampling.solvers import STEPS, After, Field, widest_float, with_edges
 from flowkit.types import Cond
 from flowkit.velocity import Velocity, bind
@@ -194,6 +194,9 @@ class SDESampler:
                 )
             widths.append(g)
         return [*pairwise(widths), (0.0, 0.0)]
+
+
+Sampler = ODESampler | SDESampler
 
 
 class _Step:
