@@ -376,6 +376,9 @@ def test_a_stochastic_sampler_needs_independent_noise(configure, tmp_path):
         "given": (["data.source=8gaussians"], "bring their source samples, got SDESampler"),
     }.items():
         _train_toy(configure, tmp_path / name, *settings)
+        if name == "ot":
+            with pytest.raises(TypeError, match=message):
+                _train_toy(configure, tmp_path / "pictures", *settings, "sampler=sde")
         cfg = configure("sample", f"run={tmp_path / name}", "num_samples=4", "sampler=sde")
         with pytest.raises(TypeError, match=f"sampler must be an ODESampler .*{message}"):
             sample(cfg)

@@ -81,7 +81,7 @@ def test_the_score_is_that_of_the_path(path, monkeypatch):
     a, b, _, _ = path.coefficients(torch.zeros(1, dtype=torch.float64))
     start = (a * a * 0.25 + b * b).item()
     errors = []
-    for n in (100, 200):
+    for n in (60, 120):
         sampler = SDESampler(n, "sigma", 1.0, "heun", path)
         x = torch.zeros(n + 2, 1, dtype=torch.float64) + 2 * a
         x[-1] += math.sqrt(start)
@@ -96,8 +96,8 @@ def test_the_score_is_that_of_the_path(path, monkeypatch):
 @pytest.mark.parametrize("method", ["euler", "heun"])
 @pytest.mark.parametrize("flow", [FLOW, MODES], ids=["gaussian", "mixture"])
 def test_marginals_are_those_of_the_data(flow, method, diffusion):
-    """Of 20,000 points, within their sampling error; Euler with steps short enough for it."""
-    n, points = (100 if method == "euler" else 30), 20_000
+    """Of 10,000 points, within their sampling error; Euler with steps short enough for it."""
+    n, points = (100 if method == "euler" else 30), 10_000
     x = seeded_noise((points,), [3])
     found = SDESampler(n, diffusion, 1.0, method).solve(Points(flow), x, seeds=[3]).x[0].double()
     if flow is FLOW:
@@ -289,12 +289,12 @@ def test_log_densities_of_float32_states_are_in_float64():
 def test_gradients_of_log_densities_hold_states_fixed():
     """The mean of their gradient over paths is 0, as a policy gradient needs; states' is not."""
     theta = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
-    x = torch.randn(20_000, 1, dtype=torch.float64)
+    x = torch.randn(5000, 1, dtype=torch.float64)
     found = SDESampler(3, scale=0.5).solve(
-        lambda x, t, cond: theta * x, x, seeds=range(20_000), return_path=True, return_log_prob=True
+        lambda x, t, cond: theta * x, x, seeds=range(5000), return_path=True, return_log_prob=True
     )
     assert not found.x.requires_grad
-    gradient = torch.zeros(20_000).double()
+    gradient = torch.zeros(5000).double()
     for k, t in ((0, 0.0), (1, 1 / 3)):
         # mean(theta) = x + h (theta x + g²/2 score), score = -(x - t theta x) / (1 - t)
         h, variance, y = 1 / 3, 0.25 / 3, found.path[k, :, 0]
@@ -303,7 +303,7 @@ def test_gradients_of_log_densities_hold_states_fixed():
         gradient += (found.path[k + 1, :, 0] - mean) * slope / variance
     found.log_prob.sum().backward()
     assert theta.grad.item() == pytest.approx(gradient.sum().item(), rel=1e-9)
-    assert abs(gradient.mean()) < 4 * gradient.std() / math.sqrt(20_000)
+    assert abs(gradient.mean()) < 4 * gradient.std() / math.sqrt(5000)
 
 
 # --- the protocol of a solve ----------------------------------------------------------------------

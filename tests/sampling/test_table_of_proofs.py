@@ -279,6 +279,7 @@ def test_fixed_steps():
     assert_written(fixed_steps, rows, 1.1)
 
 
+@pytest.mark.slow
 def test_adaptive():
     rows = adaptive()
     for coarse, _, _, fine, _, back in rows.values():
