@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from flowkit.likelihood import LogLikelihood, log_likelihood
     from flowkit.losses import flow_matching_loss
     from flowkit.paths import VP, Affine, BrownianBridge, Cosine, Linear
-    from flowkit.sampling import ODESampler, Solution, seeded_noise
+    from flowkit.sampling import ODESampler, SDESampler, Solution, seeded_noise
     from flowkit.times import Beta, LogitNormal, Stratified, Uniform
     from flowkit.types import Batch, Cond
     from flowkit.velocity import Velocity
@@ -68,7 +68,7 @@ _HOMES = {
     "likelihood": ("LogLikelihood", "log_likelihood"),
     "losses": ("flow_matching_loss",),
     "paths": ("VP", "Affine", "BrownianBridge", "Cosine", "Linear"),
-    "sampling": ("ODESampler", "Solution", "seeded_noise"),
+    "sampling": ("ODESampler", "SDESampler", "Solution", "seeded_noise"),
     "times": ("Beta", "LogitNormal", "Stratified", "Uniform"),
     "types": ("Batch", "Cond"),
     "velocity": ("Velocity",),
@@ -134,6 +134,7 @@ __all__ = [
     "MixtureFlow",
     "ODESampler",
     "Pairs",
+    "SDESampler",
     "Sinkhorn",
     "Solution",
     "Stratified",

@@ -44,7 +44,7 @@ def consistency(cfg: DictConfig) -> dict[str, Any]:
     check_at_least(cfg.batch_size, 1, "batch_size")
     run = Run.load(cfg.run, cfg.weights, cfg.device, cfg.guidance, cfg.trust, **place_of(cfg))
     out = Path(cfg.out) if cfg.out else run.folder / "consistency"
-    module, data, sampler = symmetrical(run), run.data, run.sampler(cfg.sampler)
+    module, data, sampler = symmetrical(run), run.data, run.ode_sampler(cfg.sampler)
     test = data.test[: cfg.num_samples]
     labels = test.get("cond")
     if data.num_classes is not None:

@@ -40,7 +40,7 @@ from flowkit.runs.parts import Columns, Parts, hash_of
 from flowkit.runs.processes import launch
 from flowkit.runs.records import recording
 from flowkit.runs.starts import given_source
-from flowkit.sampling import ADAPTIVE, ODESampler
+from flowkit.sampling import ADAPTIVE, Sampler, SDESampler
 from flowkit.types import Batch
 
 
@@ -79,9 +79,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     return record
 
 
-def _measure_images(
-    cfg: DictConfig, run: Run, sampler: ODESampler, fabric: Fabric
-) -> Measured | None:
+def _measure_images(cfg: DictConfig, run: Run, sampler: Sampler, fabric: Fabric) -> Measured | None:
     """Draw and measure images; None on all processes but the first."""
     data = run.data
     with fabric.rank_zero_first():  # one process trains the classifier
@@ -139,12 +137,14 @@ def picture_rows(labels: Tensor) -> tuple[Tensor, int]:
     return torch.stack(columns, 1).flatten(), len(columns)
 
 
-def _measure_points(cfg: DictConfig, run: Run, sampler: ODESampler) -> Measured:
+def _measure_points(cfg: DictConfig, run: Run, sampler: Sampler) -> Measured:
     """Draw and measure points; one process does all work."""
     test = run.data.test[: cfg.num_samples]
     size = len(test["x1"])
     x0, source = start(run, cfg, size, given_source(test, run.data))
-    if sampler.method in ADAPTIVE and (steps := len(sampler.times) - 1) < 100:
+    stochastic = isinstance(sampler, SDESampler)  # then the path has no energy
+    steps = len(sampler.times) - 1
+    if not stochastic and sampler.method in ADAPTIVE and steps < 100:
         # The path energy is a sum over the grid, so it needs a fine grid. Adaptive solvers choose
         # their own steps.
         if steps > 1:
@@ -154,7 +154,9 @@ def _measure_points(cfg: DictConfig, run: Run, sampler: ODESampler) -> Measured:
             )
         sampler = replace(sampler, grid=100)
     cond = test.get("cond")
-    solution = run.module.solve(torch.cat(list(x0)), sampler, cond, run.guidance, return_path=True)
+    solution = run.module.solve(
+        torch.cat(list(x0)), sampler, cond, run.guidance, return_path=not stochastic
+    )
     path = solution.path if solution.path is None else solution.path.cpu()
     metrics = point_metrics(test["x1"], solution.x.cpu(), path, sampler.times)
     sampling = {
@@ -185,10 +187,13 @@ def _report(metrics: dict[str, Any]) -> None:
         for name in ("precision", "recall", "density", "coverage"):
             rows[name] = f"{_with_interval(metrics, name)}  (floor {floor[name]:.3f}){few}"
     else:
-        rows["W2"] = _with_interval(metrics, "w2", 4)
-        rows["W2²"] = _with_interval(metrics, "w2_squared", 4)
-        rows["path energy"] = _with_interval(metrics, "path_energy", 4)
-        rows["normalized path energy"] = _with_interval(metrics, "normalized_path_energy", 4)
+        names = {"W2": "w2", "W2²": "w2_squared", "path energy": "path_energy"}
+        names["normalized path energy"] = "normalized_path_energy"
+        rows |= {
+            shown: _with_interval(metrics, name, 4)
+            for shown, name in names.items()
+            if name in metrics
+        }
     if "class_agreement" in metrics:
         rows["recognized as their class"] = (
             f"{_with_interval(metrics, 'class_agreement')}  "

@@ -20,7 +20,7 @@ from flowkit.modules.flow import Guidance, labels_of
 from flowkit.runs import Run
 from flowkit.runs.known_data import place_of
 from flowkit.runs.records import recording
-from flowkit.sampling import ODESampler, sample_seeds
+from flowkit.sampling import Sampler, sample_seeds
 
 SHOWN = 25  # images in the picture, one a row
 
@@ -81,7 +81,7 @@ def fill(
     images: Tensor,
     mask: Tensor,
     labels: Tensor | None,
-    sampler: ODESampler,
+    sampler: Sampler,
     guidance: Guidance,
     seeds: range,
 ) -> Tensor:

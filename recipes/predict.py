@@ -45,7 +45,7 @@ def predict(cfg: DictConfig) -> dict[str, Any]:
     check_at_least(cfg.batch_size, 1, "batch_size")
     run = Run.load(cfg.run, cfg.weights, cfg.device, 1, cfg.trust, **place_of(cfg))
     out = Path(cfg.out) if cfg.out else run.folder / "predicted"
-    module, sampler = symmetrical(run), run.sampler(cfg.sampler)
+    module, sampler = symmetrical(run), run.ode_sampler(cfg.sampler)
     data = _data(cfg, run)
     found, cost = label(module, data.split(cfg.split), sampler, cfg)
     metrics = _measure(module, found, _comparable(found.pop("truth", None), data, run))

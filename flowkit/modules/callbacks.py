@@ -18,7 +18,7 @@ from flowkit.distributed import batches_seen
 from flowkit.metrics.pictures import save_picture
 from flowkit.modules.flow import FlowModule, Guidance, brings_start
 from flowkit.provenance import write_atomically
-from flowkit.sampling import ODESampler, seeded_noise
+from flowkit.sampling import Sampler, SDESampler, seeded_noise
 from flowkit.stopping import Stopped
 from flowkit.types import take
 
@@ -123,12 +123,17 @@ class SampleGrid(Callback):
     def __init__(
         self,
         folder: str | Path,
-        sampler: ODESampler | None = None,
+        sampler: Sampler | None = None,
         guidance: Guidance = None,
         rows: int = 4,
     ) -> None:
         check_at_least(rows, 1, "rows")
         self.folder, self.sampler, self.guidance, self.rows = Path(folder), sampler, guidance, rows
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse a stochastic sampler that the module cannot use, before the work."""
+        if isinstance(self.sampler, SDESampler) and isinstance(pl_module, FlowModule):
+            pl_module.with_score(self.sampler)
 
     def on_validation_batch_start(
         self,

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from flowkit.checks import check_at_least
 from flowkit.metrics.pictures import save_picture
-from flowkit.modules.flow import Guidance
+from flowkit.modules.flow import FlowModule, Guidance
 from flowkit.modules.latent import LatentFlowMatching
-from flowkit.sampling import ODESampler, sample_seeds
+from flowkit.sampling import Sampler, SDESampler, sample_seeds
 from flowkit.types import Batch
 
 
@@ -38,7 +38,7 @@ class ConditionGrid(Callback):
     def __init__(
         self,
         folder: str | Path,
-        sampler: ODESampler | None = None,
+        sampler: Sampler | None = None,
         guidance: Guidance = None,
         rows: int = 8,
         samples: int = 4,
@@ -47,6 +47,11 @@ class ConditionGrid(Callback):
         check_at_least(samples, 1, "samples")
         self.folder, self.sampler, self.guidance = Path(folder), sampler, guidance
         self.rows, self.samples = rows, samples
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse a stochastic sampler that the module cannot use, before the work."""
+        if isinstance(self.sampler, SDESampler) and isinstance(pl_module, FlowModule):
+            pl_module.with_score(self.sampler)
 
     def on_validation_batch_start(
         self,
@@ -92,7 +97,7 @@ def condition_grid(
     batch: Batch,
     rows: int,
     samples: int,
-    sampler: ODESampler | None = None,
+    sampler: Sampler | None = None,
     guidance: Guidance = None,
     seed: int = 0,
     seeding: int = 2,

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -15,9 +16,18 @@ from flowkit.autoencoders import (
     identity,
 )
 from flowkit.checks import check_at_least
+from flowkit.couplings import Independent
 from flowkit.guidance import ClassifierFree, DropCond
 from flowkit.modules.resume import ADAMW, ExactResume, MakeOptimizer, MakeScheduler
-from flowkit.sampling import ODESampler, Solution, sample_seeds, seeded_noise
+from flowkit.paths import Interpolant
+from flowkit.sampling import (
+    ODESampler,
+    Sampler,
+    SDESampler,
+    Solution,
+    sample_seeds,
+    seeded_noise,
+)
 from flowkit.types import Batch, Cond, to_device
 from flowkit.velocity import Velocity
 
@@ -103,7 +113,7 @@ class FlowModule(ExactResume, frozen=("autoencoder",)):
     def sample(
         self,
         num_samples: int,
-        sampler: ODESampler | None = None,
+        sampler: Sampler | None = None,
         cond: Cond = None,
         seeds: Sequence[int] | Tensor | None = None,
         guidance: Guidance = None,
@@ -146,7 +156,7 @@ class FlowModule(ExactResume, frozen=("autoencoder",)):
     def solve(
         self,
         x0: Tensor,
-        sampler: ODESampler | None = None,
+        sampler: Sampler | None = None,
         cond: Cond = None,
         guidance: Guidance = None,
         *,
@@ -161,9 +171,27 @@ class FlowModule(ExactResume, frozen=("autoencoder",)):
         data's part of a state.
         """
         sampler = sampler or ODESampler(25, "heun")
+        if isinstance(sampler, SDESampler):
+            sampler = self.with_score(sampler)
         field, cond = self.guided(guidance), to_device(cond, self.device)
         with evaluating(self):
             return sampler.solve(field, self.as_state(x0), cond, return_path=return_path)
+
+    def with_score(self, sampler: SDESampler) -> SDESampler:
+        """Return a stochastic sampler with the path of this module.
+
+        Raises:
+            TypeError: If the score does not follow from the velocity of this module: it needs a
+                path ``x_t = a x1 + b x0`` from noise ``x0`` that is independent of ``x1``.
+        """
+        path, coupling = getattr(self, "path", None), getattr(self, "coupling", None)
+        if not (isinstance(path, Interpolant) and isinstance(coupling, Independent)):
+            raise TypeError(
+                "sampler must be an ODESampler (such as sampler=heun) for a flow that was not "
+                "trained on independent noise, got SDESampler; its score does not follow from its "
+                f"velocity ({type(self).__name__}, {type(coupling).__name__} coupling)"
+            )
+        return replace(sampler, path=path)
 
     def as_state(self, x: Tensor) -> Tensor:
         """Return states ``(B, *)`` on the device and in the type of the network's weights.

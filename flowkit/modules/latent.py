@@ -16,7 +16,7 @@ from flowkit.losses import flow_matching_loss
 from flowkit.modules.flow import FlowModule, Guidance
 from flowkit.modules.resume import ADAMW, MakeOptimizer, MakeScheduler
 from flowkit.paths import Linear, Path
-from flowkit.sampling import ODESampler
+from flowkit.sampling import Sampler
 from flowkit.times import Times, Uniform
 from flowkit.types import Batch, Cond
 from flowkit.velocity import Velocity
@@ -117,7 +117,7 @@ class LatentFlowMatching(FlowModule):
         images: Tensor,
         mask: Tensor,
         num_samples: int = 1,
-        sampler: ODESampler | None = None,
+        sampler: Sampler | None = None,
         labels: Tensor | None = None,
         seeds: Sequence[int] | Tensor | None = None,
         guidance: Guidance = None,

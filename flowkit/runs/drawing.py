@@ -18,7 +18,7 @@ from flowkit.modules.flow import brings_start, labels_of
 from flowkit.runs.parts import Columns, Parts
 from flowkit.runs.run import Run
 from flowkit.runs.starts import given_source, noise_batches
-from flowkit.sampling import ODESampler, sample_seeds
+from flowkit.sampling import Sampler, sample_seeds
 from flowkit.types import Batch, Cond, take
 
 
@@ -87,7 +87,7 @@ def draw_parts(
     run: Run,
     x0: Sequence[Tensor],
     cond: Cond,
-    sampler: ODESampler,
+    sampler: Sampler,
     finish: Callable[[Tensor], Columns] = lambda samples: {"samples": samples},
     parts: Parts | None = None,
 ) -> tuple[Columns, dict[str, Any]]:
@@ -144,7 +144,7 @@ COST = "cost "  # prefix of the cost of a batch among its columns
 
 
 def _drawn(
-    run: Run, x0: Tensor, cond: Cond, sampler: ODESampler, finish: Callable[[Tensor], Columns]
+    run: Run, x0: Tensor, cond: Cond, sampler: Sampler, finish: Callable[[Tensor], Columns]
 ) -> Columns:
     """Sample one batch; return its columns, and its cost under names with the prefix `COST`."""
     flow = run.module.velocity
@@ -177,7 +177,7 @@ def block_cost(module: FlowModule, x0: Tensor, cond: Cond, num_samples: int) -> 
 
 
 def draw(
-    run: Run, x0: Sequence[Tensor], cond: Cond, sampler: ODESampler
+    run: Run, x0: Sequence[Tensor], cond: Cond, sampler: Sampler
 ) -> tuple[Tensor, dict[str, Any]]:
     """Carry batches of source samples to data in one process; return samples and cost.
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from hydra.utils import instantiate
@@ -25,8 +25,7 @@ from flowkit.runs.processes import say
 from flowkit.runs.records import weights
 from flowkit.runs.splits import stored_data
 from flowkit.runs.starts import Starts
-from flowkit.sampling import ODESampler
-from flowkit.sampling.solvers import ADAPTIVE
+from flowkit.sampling import ADAPTIVE, ODESampler, Sampler, SDESampler
 from flowkit.velocity import Velocity
 
 
@@ -173,21 +172,45 @@ class Run:
         data = self.data if self.brings_starts else None
         return Starts(self.sample_shape, self.num_classes, seed, self.device, data, seeding)
 
-    def sampler(self, node: DictConfig, *, needs_path: bool = False) -> ODESampler:
+    def sampler(self, node: DictConfig, *, needs_path: bool = False) -> Sampler:
         """Build a sampler. A grid file of another model, solver or guidance gives a warning.
+
+        A stochastic sampler gets the path of the run.
 
         Args:
             node: Configuration of the sampler.
             needs_path: True if the states at the times of the grid are used.
 
         Raises:
+            TypeError: If the sampler is stochastic, and the score of the run does not follow from
+                its velocity.
             ValueError: If the method would ignore an option, see `build_sampler`.
         """
         follows_steps = isinstance(self.module.velocity, Blockwise)
         sampler = build_sampler(node, needs_path or follows_steps)
+        if isinstance(sampler, SDESampler):
+            sampler = self.module.with_score(sampler)
+            if not self.starts(0).are_noise:
+                raise TypeError(
+                    "sampler must be an ODESampler (such as sampler=heun) for a run whose data "
+                    "bring their source samples, got SDESampler"
+                )
         if OmegaConf.is_dict(node.grid) and (file := node.grid.get("file")):
             grids.load(file, self.made_with(sampler.method))
         return sampler
+
+    def ode_sampler(self, node: DictConfig) -> ODESampler:
+        """Build a sampler that can also run a flow backwards.
+
+        Raises:
+            TypeError: If the sampler is stochastic.
+        """
+        if not isinstance(instantiate(node), ODESampler):
+            raise TypeError(
+                "sampler must be an ODESampler (such as sampler=heun) to run a flow from data to "
+                "noise, too, got SDESampler"
+            )
+        return cast(ODESampler, self.sampler(node))
 
     # --- records ------------------------------------------------------------------------------
 
@@ -204,15 +227,14 @@ class Run:
         guidance = None if self.guidance == 1 else _recorded(self.guidance)
         return {"model_hash": self.weights["hash"], "method": method, "guidance": guidance}
 
-    def describe(self, sampler: ODESampler) -> dict[str, Any]:
-        """Return the settings of sampling: solver, grid, tolerances and guidance."""
-        return {
-            "method": sampler.method,
-            "grid": sampler.times.tolist(),
-            "rtol": sampler.rtol,
-            "atol": sampler.atol,
-            "guidance": _recorded(self.guidance),
-        }
+    def describe(self, sampler: Sampler) -> dict[str, Any]:
+        """Return the settings of sampling: solver, grid, tolerances or diffusion, and guidance."""
+        if isinstance(sampler, SDESampler):
+            own = {"diffusion": str(sampler.diffusion), "scale": sampler.scale}
+        else:
+            own = {"rtol": sampler.rtol, "atol": sampler.atol}
+        settings = {"method": sampler.method, "grid": sampler.times.tolist(), **own}
+        return {**settings, "guidance": _recorded(self.guidance)}
 
     def record(self, sampling: dict[str, Any], **parts: Any) -> dict[str, Any]:
         """Return a record: other parts, weights, sampling, data and versions.
@@ -277,7 +299,7 @@ class Run:
         return feature_drift(flow, x0, grid, cond, velocity=self.velocity)
 
 
-def build_sampler(node: DictConfig, stops: bool = False) -> ODESampler:
+def build_sampler(node: DictConfig, stops: bool = False) -> Sampler:
     """Build a sampler whose method uses all of its options.
 
     Args:

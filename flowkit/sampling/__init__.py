@@ -1,14 +1,18 @@
-"""Samplers: ODE solvers on any grid, in both directions, with every evaluation counted."""
+"""Samplers: ODE and SDE solvers on any grid, with every evaluation counted."""
 
+from flowkit.sampling.adaptive import ADAPTIVE
 from flowkit.sampling.mean import MeanVelocity
 from flowkit.sampling.ode import ODESampler, Solution, sample_seeds, seeded_noise
-from flowkit.sampling.solvers import ADAPTIVE, FIXED
+from flowkit.sampling.sde import Sampler, SDESampler
+from flowkit.sampling.solvers import FIXED
 
 __all__ = [
     "ADAPTIVE",
     "FIXED",
     "MeanVelocity",
     "ODESampler",
+    "SDESampler",
+    "Sampler",
     "Solution",
     "sample_seeds",
     "seeded_noise",

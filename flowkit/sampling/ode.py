@@ -2,7 +2,8 @@
 
 ``dx/dt = v(x, t)`` is solved from noise at ``t = 0`` to data at ``t = 1``, or the other way by
 `ODESampler.invert`. The fixed-step methods are the short loops of `flowkit.sampling.solvers`; they
-hold a fixed number of states whatever the number of steps. Adaptive methods are torchdiffeq's.
+hold a fixed number of states whatever the number of steps. Of the adaptive methods,
+`flowkit.sampling.dormand_prince` is our own, the others are torchdiffeq's.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,15 +22,14 @@ from flowkit.checks import (
     check_same_shape,
     check_state,
 )
+from flowkit.sampling.adaptive import ADAPTIVE, adaptive
 from flowkit.sampling.solvers import (
-    ADAPTIVE,
     FIXED,
     STEPS,
     After,
     Corrected,
     Field,
     Step,
-    adaptive,
     fixed,
     with_edges,
 )
@@ -49,13 +49,15 @@ class Solution(NamedTuple):
     ``x``: the final state. ``nfe``: velocity evaluations, counted. ``rows``: rows that went
     through the network in all of them (a guided velocity needs up to two per sample and
     evaluation). ``path``: the states ``(n + 1, B, *)`` at the grid's times, in the order of the
-    solve, if asked for.
+    solve, if asked for. ``log_prob``: log densities ``(n, B)`` of the steps of an
+    `SDESampler`, if asked for.
     """
 
     x: Tensor
     nfe: int
     rows: int
     path: Tensor | None
+    log_prob: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,8 +70,8 @@ class ODESampler:
             only stop at the grid's times.
         method: ``"euler"`` (order 1), ``"midpoint"``, ``"heun"``, ``"ab2"`` (order 2; ab2 needs
             one evaluation a step: Adams-Bashforth with variable steps, started by a midpoint
-            step), ``"rk4"`` (order 4); or by torchdiffeq ``"dopri5"``, ``"dopri8"``, ``"bosh3"``,
-            ``"fehlberg2"``, ``"adaptive_heun"``.
+            step), ``"rk4"`` (order 4); adaptive ``"dopri5"``, and by torchdiffeq ``"dopri8"``,
+            ``"bosh3"``, ``"fehlberg2"``, ``"adaptive_heun"``.
         rtol: Relative tolerance of the adaptive methods.
         atol: Absolute tolerance of the adaptive methods.
 
@@ -208,8 +210,7 @@ class ODESampler:
         times, after = with_edges(times, bound.edges, after)
         try:
             if self.method in ADAPTIVE:
-                tolerances = {"rtol": self.rtol, "atol": self.atol}
-                state = adaptive(field, state, times, after, method=self.method, **tolerances)
+                state = adaptive(field, state, times, after, self.method, self.rtol, self.atol)
             else:
                 state = fixed(field, state, times.tolist(), after, step or STEPS[self.method]())
         finally:  # a solve that fails has called the velocity, too

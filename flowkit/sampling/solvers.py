@@ -1,8 +1,8 @@
-"""The loops of `flowkit.sampling.ODESampler`: fixed steps of our own, torchdiffeq's adaptive."""
+"""The loop of fixed steps of `flowkit.sampling.ODESampler`, and how it calls a velocity."""
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any, NoReturn, cast
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -96,6 +96,24 @@ def with_edges(
     return stops, seen
 
 
+# --- what ends an adaptive solve ----------------------------------------------------------------
+
+
+def check_velocity(v: Tensor, t: float) -> None:
+    """Require a finite velocity ``v`` at the time ``t``."""
+    if not bool(torch.isfinite(v).all()):
+        found = "NaN" if bool(v.isnan().any()) else "infinity"
+        raise ValueError(f"velocity must be finite, got {found} at t={t:.6g}")
+
+
+def refuse_tolerances(t: float, dtype: torch.dtype, rtol: float, atol: float) -> NoReturn:
+    """Raise the error of steps that become too small."""
+    raise ValueError(
+        f"rtol and atol must be within reach of a velocity in {str(dtype)[6:]}, got {rtol} and "
+        f"{atol}; steps become too small at t={t:.6g}"
+    )
+
+
 # --- fixed steps -------------------------------------------------------------------------------
 #
 # A step is a function step(f, x, t, end) -> x from t to end. The state is updated in place unless
@@ -187,73 +205,3 @@ STEPS: dict[str, Callable[[], Step]] = {  # makers of the step function of one s
     "rk4": lambda: _rk4,
     "ab2": _AB2,
 }
-
-# --- adaptive steps ----------------------------------------------------------------------------
-
-ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun")
-
-
-def adaptive(field: Field, x: Tensor, times: Tensor, after: After | None, **options: Any) -> Tensor:
-    """Carry ``x (B, *)`` through the times by torchdiffeq, whose tolerances choose the steps.
-
-    Every step ends within the interval between two of the times, and so does every evaluation.
-    """
-    from torchdiffeq import odeint
-
-    begin_step, dtype = field.begin_step, widest_float(x.device)
-    for k, (t, end) in enumerate(pairwise(times.tolist()), 1):
-        if begin_step:
-            begin_step(t, end)
-        interval = torch.tensor([t, end], dtype=dtype, device=x.device)
-        velocity = _Between(field, t, end)
-        # a step ends at `end`: left alone, torchdiffeq steps past it and interpolates
-        options["options"] = {"step_t": interval[1:], "dtype": dtype}
-        try:
-            x = cast(Tensor, odeint(velocity, x, interval, **options))[-1]
-        except AssertionError as error:  # torchdiffeq's only way to say that a step fails
-            velocity.failed(error, options)
-        if after:
-            x = after(k, end, x)
-    return x
-
-
-class _Between:
-    """The velocity as torchdiffeq calls it, at times between the ends of a solve alone."""
-
-    def __init__(self, field: Field, t: float, end: float) -> None:
-        self.field, self.low, self.high = field, min(t, end), max(t, end)
-        self.before = field.nfe
-        self.last: tuple[Tensor, Tensor] | None = None  # time and result; None during a call
-
-    def __call__(self, t: Tensor, x: Tensor) -> Tensor:
-        field, self.last = self.field, None
-        # To choose its first step, torchdiffeq moves the state by a hundredth along the velocity,
-        # whatever the time that takes; and its times are rounded. Gradients flow through the sizes
-        # of the steps, so the time keeps its graph.
-        t = t.to(field.t).clamp(self.low, self.high)
-        v = field.velocity(x, t.expand_as(field.t), field.cond)
-        check_same_shape(v, x, ("velocity(x, t, cond)", "x"))
-        if field.nfe == self.before:  # the size of the first step depends on it
-            _check_velocity(t, v)
-        field.nfe += 1
-        self.last = t, v
-        return v.to(x.dtype, copy=True)  # torchdiffeq keeps it; the velocity may reuse it
-
-    def failed(self, error: AssertionError, tolerances: dict[str, Any]) -> NoReturn:
-        """Say why torchdiffeq cannot go on after the last evaluation."""
-        if self.last is None:  # an assertion of the velocity itself
-            raise error
-        t, v = self.last
-        _check_velocity(t, v)
-        raise ValueError(
-            f"rtol and atol must be within reach of a velocity in {str(v.dtype)[6:]}, got "
-            f"{tolerances['rtol']} and {tolerances['atol']}; steps become too small at "
-            f"t={t.item():.6g}"
-        ) from error
-
-
-def _check_velocity(t: Tensor, v: Tensor) -> None:
-    """Require a finite velocity ``v`` at the time ``t ()``."""
-    if not bool(torch.isfinite(v).all()):
-        found = "NaN" if bool(v.isnan().any()) else "infinity"
-        raise ValueError(f"velocity must be finite, got {found} at t={t.item():.6g}")

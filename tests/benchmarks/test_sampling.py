@@ -87,3 +87,54 @@ def test_a_solve_costs_little_more_than_its_evaluations(benchmark, network, limi
         hand, other = 1e6 * hand / STEPS, 1e6 * other / STEPS
         print(f"  {name:12} {other:9.2f}, by hand {hand:9.2f}: {ratios[name]:6.2f}x")
     assert ratios["flowkit"] <= limit
+
+
+class ResidualMLP(nn.Module):
+    """Two hidden layers of 256, so small that a solver's own work shows."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.first, self.second = nn.Linear(dim + 1, 256), nn.Linear(256, 256)
+        self.last = nn.Linear(256, dim)
+
+    def forward(self, x, t, cond=None):
+        h = nn.functional.silu(self.first(torch.cat([x, t[:, None]], dim=1)))
+        return self.last(h + nn.functional.silu(self.second(h)))
+
+
+@pytest.mark.benchmark
+@pytest.mark.parametrize("dim", [2, 64])
+@pytest.mark.parametrize("batch", [64, 256])
+@torch.no_grad()
+def test_an_adaptive_solve_costs_little_more_than_its_evaluations(benchmark, batch, dim):
+    """Beside the network alone, called as often on one state, and torchdiffeq's dopri5."""
+    torch.manual_seed(0)
+    net, x, t = ResidualMLP(dim), torch.randn(batch, dim), torch.full((batch,), 0.5)
+    sampler, times = ODESampler(1, "dopri5"), torch.tensor([0.0, 1.0]).double()
+    calls = sampler.solve(net, x).nfe
+    loops = {
+        "flowkit": sampler,
+        "torchdiffeq": lambda velocity, x: odeint(
+            lambda t, x: velocity(x, t.to(x).expand(len(x))),
+            x,
+            times,
+            rtol=1e-5,
+            atol=1e-5,
+            method="dopri5",
+            options={"step_t": times[1:]},
+        )[-1],
+    }
+    torch.testing.assert_close(*(loop(net, x) for loop in loops.values()), rtol=1e-5, atol=1e-5)
+
+    def alone(velocity, x):
+        for _ in range(calls):
+            velocity(x, t)
+
+    benchmark.pedantic(sampler, args=(net, x))
+    print(f"\ndopri5, state ({batch}, {dim}), {calls} evaluations: time over the network's alone")
+    ratios = {}
+    for name, loop in loops.items():
+        pairs = [[seconds(f, net, x) for f in (alone, loop)] for _ in range(41)]
+        ratios[name] = median(total / network for network, total in pairs)
+        print(f"  {name:12} {ratios[name]:6.2f}x")
+    assert ratios["flowkit"] <= 1.35

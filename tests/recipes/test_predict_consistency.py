@@ -59,6 +59,10 @@ def test_predictions_are_the_modules_own_on_the_whole_test_split(class_run, conf
     assert (record["sampling"]["nfe"], record["sampling"]["network_rows_per_image"]) == (1, 1)
     assert json.loads((tmp_path / "predicted.json").read_text()) == record
     assert (tmp_path / "predicted.png").is_file()
+    with pytest.raises(
+        TypeError, match=r"sampler must be an ODESampler .* to run a flow from data"
+    ):
+        predict(configure("predict", f"run={class_run}", f"out={tmp_path}", "sampler=sde"))
     # left out where they are not wanted, but measured
     options = [f"run={class_run}", f"out={tmp_path / 'few'}", "probabilities=false"]
     few = predict(configure("predict", *options))

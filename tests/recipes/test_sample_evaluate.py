@@ -14,6 +14,7 @@ from flowkit.data.arrays import Arrays
 from flowkit.data.splits import SplitData
 from flowkit.metrics import Pixels
 from flowkit.modules import FlowModule, load_run
+from flowkit.paths import Cosine
 from flowkit.provenance import tensor_hash
 from flowkit.recipes.evaluate import evaluate, picture_rows
 from flowkit.recipes.sample import sample
@@ -22,7 +23,7 @@ from flowkit.runs import Run, features_for
 from flowkit.runs.drawing import draw_parts, proportional_rows
 from flowkit.runs.parts import Parts
 from flowkit.runs.starts import choose_labels
-from flowkit.sampling import ODESampler, sample_seeds
+from flowkit.sampling import ODESampler, SDESampler, sample_seeds, seeded_noise
 from tests.recipes.conftest import TINY
 
 EVALUATE = ["num_samples=40", "sampler.grid=2", "metric=pixels"]
@@ -376,3 +377,54 @@ def test_times_of_the_grid_serve_the_path_energy_by_adaptive_methods(configure, 
     assert energies[100] == pytest.approx(energies[300], rel=0.02)
     with pytest.raises(ValueError, match=r"must be 1, or have 100 steps at least .* got 8 steps"):
         evaluate(configure("evaluate", *options[:-1], "sampler.grid=8"))
+
+
+def test_a_stochastic_sampler(tiny_run, configure, tmp_path):
+    """Fresh noise on the way; the same samples in any batch; the record names it all."""
+    options = [f"run={tiny_run}", "sampler=sde", "sampler.grid=3", "num_samples=12", "guidance=2"]
+    drawn = [
+        sample(configure("sample", *options, f"out={tmp_path}/{size}", f"batch_size={size}"))
+        for size in (5, 12)
+    ]
+    torch.testing.assert_close(drawn[0], drawn[1], rtol=1e-4, atol=1e-4)
+    drawing = json.loads((tmp_path / "12" / "samples.json").read_text())["sampling"]
+    settings = {"method": "euler", "diffusion": "sigma", "scale": 1.0, "guidance": 2}
+    assert {name: drawing[name] for name in settings} == settings
+    assert drawing["grid"] == pytest.approx([0, 1 / 3, 2 / 3, 1])
+    assert "rtol" not in drawing
+    plain = sample(configure("sample", *options, f"out={tmp_path}/0", "sampler.scale=0"))
+    ode = [*options[:1], "sampler=euler", *options[2:], f"out={tmp_path}/ode"]
+    assert torch.equal(plain, sample(configure("sample", *ode)))
+    assert (plain - drawn[1]).abs().max() > 0.1
+
+
+def test_a_stochastic_sampler_has_no_path_energy_and_the_path_of_its_run(configure, tmp_path):
+    settings = ["data=toy", "data.size=300", "trainer.max_steps=20", "path=cosine"]
+    train(configure("train", *TINY, *settings, f"run_dir={tmp_path}"))
+    options = [f"run={tmp_path}", "num_samples=40"]
+    metrics = evaluate(configure("evaluate", *options, "sampler=sde", "sampler.grid=4"))["metrics"]
+    assert metrics["w2"] > 0
+    assert "path_energy" not in metrics
+    module = load_run(tmp_path)
+    x0 = seeded_noise((2,), range(5))
+    found = module.solve(x0, SDESampler(4, "sigma")).x
+    expected = SDESampler(4, "sigma", path=Cosine())(module.velocity, x0)
+    assert torch.equal(found, expected)
+
+
+def test_a_stochastic_sampler_needs_independent_noise(configure, tmp_path):
+    """A coupled run's velocity does not give the score; nor do source samples of the data."""
+    for name, (settings, message) in {
+        "ot": (
+            ["coupling=minibatch_ot"],
+            "trained on independent noise, got SDESampler; its score",
+        ),
+        "given": (["data.source=8gaussians"], "bring their source samples, got SDESampler"),
+    }.items():
+        _train_toy(configure, tmp_path / name, *settings)
+        if name == "ot":
+            with pytest.raises(TypeError, match=message):
+                _train_toy(configure, tmp_path / "pictures", *settings, "sampler=sde")
+        cfg = configure("sample", f"run={tmp_path / name}", "num_samples=4", "sampler=sde")
+        with pytest.raises(TypeError, match=f"sampler must be an ODESampler .*{message}"):
+            sample(cfg)
