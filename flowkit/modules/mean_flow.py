@@ -16,7 +16,7 @@ from flowkit.modules.flow import FlowModule, Guidance
 from flowkit.modules.resume import ADAMW, MakeOptimizer, MakeScheduler
 from flowkit.paths import Linear
 from flowkit.paths import Path as ProbabilityPath
-from flowkit.sampling import MeanVelocity, ODESampler, Solution
+from flowkit.sampling import MeanVelocity, ODESampler, Sampler, Solution
 from flowkit.times import Times, Uniform
 from flowkit.types import Batch, Cond
 from flowkit.velocity import Velocity
@@ -160,7 +160,7 @@ class MeanFlowMatching(FlowModule, frozen=("teacher",)):
     def solve(
         self,
         x0: Tensor,
-        sampler: ODESampler | None = None,
+        sampler: Sampler | None = None,
         cond: Cond = None,
         guidance: Guidance = None,
         *,

@@ -18,12 +18,12 @@ from scipy.stats import norm
 from torchdiffeq import odeint
 
 from flowkit.exact import GaussianFlow, MixtureFlow
-from flowkit.sampling import ADAPTIVE, FIXED, ODESampler, SDESampler, sde
+from flowkit.sampling import ADAPTIVE, FIXED, MeanVelocity, ODESampler, SDESampler, sde
 from tests.sampling.test_ode import Census
 from tests.sampling.test_sde import Basis, moments
 
 PAGE = Path(__file__).parents[2] / "docs" / "samplers.md"
-NOT_RUN = "*not yet run*"
+EXACT = "exact"
 
 PARTS = [(0.3, -2.0, 0.4), (0.7, 1.0, 0.6)]  # weight, mean, standard deviation
 WEIGHTS, MEANS, STDS = torch.tensor(PARTS, dtype=torch.float64).T
@@ -37,13 +37,16 @@ CORRECTED = {"`euler`, `correct=True`": 1, "`euler`, `correct=3`": 3}
 
 def solution():
     """In one dimension the flow keeps the order of points: quantiles of noise go to the data's."""
+    return torch.tensor([[quantile(norm.cdf(x.item()), 1)] for x in X0], dtype=torch.float64)
 
-    def quantile(p):
-        return brentq(
-            lambda y: sum(w * norm.cdf(y, m, s) for w, m, s in PARTS) - p, -9, 9, xtol=1e-15
-        )
 
-    return torch.tensor([[quantile(norm.cdf(x.item()))] for x in X0], dtype=torch.float64)
+def cdf(y, t):
+    """The probability of values below ``y`` at a time ``t`` of `MIXTURE`."""
+    return sum(w * norm.cdf(y, t * m, math.hypot(1 - t, t * s)) for w, m, s in PARTS)
+
+
+def quantile(p, t):
+    return brentq(lambda y: cdf(y, t) - p, -9, 9, xtol=1e-15)
 
 
 def rms(a, b):
@@ -91,8 +94,31 @@ def fixed_steps():
             held = states_held(lambda f, x, c=correct: ODESampler(8).invert(f, x, correct=c))
         shown = f"`{name}`" if name in FIXED else name
         rows[shown] = [order(errors[2:]), *errors[:2], back(100)[0], calls, held]
-    rows["mean velocity"] = [NOT_RUN] * 6
+    rows["mean velocity, `euler`"] = means(x1)
     return rows
+
+
+def means(x1):
+    """Steps by the mean of the same velocity: exact at any number; the way back is not a mean."""
+    exact = MeanVelocity(mean_velocity)
+    assert all(rms(ODESampler(n)(exact, X0), x1) < 1e-12 for n in (1, 2, 10, 100))
+    with pytest.warns(UserWarning, match="instantaneous"):
+        noise = ODESampler(100).invert(exact, x1).x
+    held = states_held(
+        lambda f, x: ODESampler(8)(MeanVelocity(lambda x, t, cond: f(x, t[:, 0])), x)
+    )
+    return [EXACT, EXACT, EXACT, rms(ODESampler(100)(exact, noise), x1), 1, held]
+
+
+def mean_velocity(x, t, cond=None):
+    """The mean velocity of `MIXTURE` from t to s: points keep their quantile."""
+    moved = []
+    for x_t, (t_, s) in zip(x.flatten().tolist(), t.tolist(), strict=True):
+        if t_ == s:
+            moved.append(MIXTURE(x.new_tensor([[x_t]]), x.new_tensor([t_])).item())
+        else:
+            moved.append((quantile(cdf(x_t, t_), s) - x_t) / (s - t_))
+    return x.new_tensor(moved)[:, None]
 
 
 def adaptive():
@@ -274,6 +300,7 @@ def test_fixed_steps():
         assert back < 2.5 * hundred
         assert ODESampler(5, method).solve(MIXTURE, X0).nfe == 5 * calls + (method == "ab2")
     euler = rows["`euler`"][3]
+    assert rows["mean velocity, `euler`"][3] < 1.5 * euler
     assert rows["`euler`, `correct=True`"][0] == pytest.approx(2, abs=0.1)
     assert rows["`euler`, `correct=3`"][3] < rows["`euler`, `correct=True`"][3] < euler / 30
     assert_written(fixed_steps, rows, 1.1)
