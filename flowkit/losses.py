@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
@@ -213,7 +213,7 @@ def mean_flow_loss(
     generator: torch.Generator | None = None,
     *,
     tangent: str = "network",
-    flow_share: float = 0.75,
+    flow_share: float = 0.5,
     power: float = 1.0,
     field: Callable[[Draw], Tensor] | None = None,
 ) -> dict[str, Tensor]:
@@ -243,8 +243,8 @@ def mean_flow_loss(
         times: Distribution of both times.
         drop_cond: Hides some conditions from the network.
         generator: Draws noise, coupling, times and dropped conditions.
-        tangent: Velocity ``v`` of the tangent: ``"network"`` is the network's own ``u(x, t, t)``, of
-            less variance; ``"conditional"`` is ``v̂``, as published first.
+        tangent: Velocity ``v`` of the tangent: ``"network"`` is the network's own ``u(x, t, t)``,
+            of less variance; ``"conditional"`` is ``v̂``, as published first.
         flow_share: Share of the batch with ``s = t``, in [0, 1].
         power: Exponent of the weights, at least 0; 0 weights all pairs equally.
         field: Returns ``v̂ (B, *)``, without gradient, for training examples. None takes the
@@ -288,14 +288,14 @@ def mean_flow_loss(
             target[means] += expand_like(s - t, target)[means] * slope
 
     error, mask = u.to(dtype) - target, batch.get("mask")
-    mask = None if mask is None else mask.to(dtype).expand(error.shape)
+    if mask is not None:
+        mask = mask.to(dtype).expand(error.shape)
     weight = _adaptive(error.detach(), mask, power)
-    for more in (pair_weights(pairs, error), mask):
-        weight = weight if more is None else weight * more
-    flows = slice(means.stop, None)
+    for factor in (pair_weights(pairs, error), mask):
+        weight = weight if factor is None else weight * factor
     return {
         "loss": _mean_square(error, weight, mask),
-        "explained": _explained(error, target, mask, flows),
+        "explained": _explained(error, target, mask, slice(means.stop, None)),
         "explained_mean": _explained(error, target, mask, means),
     }
 
@@ -306,11 +306,13 @@ def _slope(net: Velocity, draw: Draw, s: Tensor, tangent: str) -> Tensor:
     if tangent == "network":
         v = net(x, torch.stack([t, t], 1), cond)
 
-    # Fused attention has no forward-mode derivative.
+    # Compiled networks and fused attention have no forward-mode derivative.
+    call = net.forward if isinstance(net, nn.Module) else net
     with sdpa_kernel(SDPBackend.MATH), _ContiguousNorms(), forward_ad.dual_level():
         along = forward_ad.make_dual(x, v.to(x)), forward_ad.make_dual(t, torch.ones_like(t))
-        u = net(along[0], torch.stack([along[1], s], 1), cond)
-        return forward_ad.unpack_dual(u).tangent.to(t.dtype)
+        u = call(along[0], torch.stack([along[1], s], 1), cond)
+        slope = forward_ad.unpack_dual(u).tangent
+    return torch.zeros_like(x, dtype=t.dtype) if slope is None else slope.to(t.dtype)
 
 
 class _ContiguousNorms(TorchFunctionMode):

@@ -50,7 +50,6 @@ from flowkit.runs.splits import opened
 from flowkit.symmetrical import LabelStates
 from flowkit.symmetrical.inputs import check_labeled
 
-
 PREDICTIONS = {
     "velocity": None,
     "data": "flowkit.adapters.DataPrediction",
@@ -133,16 +132,16 @@ def _report(trainer: Trainer) -> None:
 
 
 def _follow_start(cfg: DictConfig) -> None:
-    """Give a student of straightening the network and the autoencoder of its teacher.
+    """Give a student the network and the autoencoder of the run it starts from.
 
     Blocks that start from a run keep their own network, which may differ from the run's network.
     """
-    student = cfg.module._target_.endswith((".Straightening", ".MeanFlowMatching"))
+    student = cfg.module._target_.endswith(".Straightening") or _learns_means(cfg)
     if student and (start := cfg.module.get("start")) is not None:
         taught = read_network(start)["module"]
         check(taught, f"module of {start}")
         cfg.model, cfg.autoencoder = taught["velocity"], taught.get("autoencoder", cfg.autoencoder)
-        if "guidance_scale" in cfg.module:
+        if _learns_means(cfg):
             cfg.model.num_times = 2
 
 
@@ -161,18 +160,36 @@ def _module(cfg: DictConfig, data: Any) -> FlowModule:
     if "mixed" in str(cfg.trainer.precision) and "fused" in cfg.optimizer:
         cfg.optimizer.fused = False  # Lightning cannot clip its gradients in mixed precision
     _check_null(cfg, data)
-    if (wrapper := PREDICTIONS[cfg.get("prediction", "velocity")]) is not None:
-        node = {"_target_": wrapper, "net": "${model}", "path": "${path}"}
-        OmegaConf.update(cfg, "module.velocity", node, merge=False)
+    _convert_prediction(cfg)
     module = instantiate(cfg.module, autoencoder=autoencoder)
     _check_kinds(module)
+    network = module.net if _learns_means(cfg) else module.velocity
     if cfg.compile:
-        module.velocity.compile()  # in place, so that names in checkpoints stay the same
+        network.compile()  # in place, so that names in checkpoints stay the same
     module.guided(cfg.guidance)  # refuses a wrong scale now and not at the first picture
     parameters = sum(p.numel() for p in module.parameters())
-    name = f"{type(module).__name__} of {type(module.velocity).__name__}"
+    name = f"{type(module).__name__} of {type(network).__name__}"
     say(f"model     {name}, {parameters:,} parameters")
     return module
+
+
+def _convert_prediction(cfg: DictConfig) -> None:
+    """Make a velocity of a network that predicts data or noise."""
+    wrapper = PREDICTIONS[cfg.get("prediction", "velocity")]
+    if wrapper is None:
+        return
+    if _learns_means(cfg):
+        raise ValueError(
+            f"prediction must be velocity for module=mean_flow, got {cfg.prediction}; a mean "
+            "velocity is no prediction of data or noise"
+        )
+    node = {"_target_": wrapper, "net": "${model}", "path": "${path}"}
+    OmegaConf.update(cfg, "module.velocity", node, merge=False)
+
+
+def _learns_means(cfg: DictConfig) -> bool:
+    """Return True for mean flows, whose networks take two times."""
+    return cfg.module._target_.endswith(".MeanFlowMatching")
 
 
 def _check_null(cfg: DictConfig, data: Any) -> None:
@@ -214,7 +231,7 @@ def tell(cfg: DictConfig, data: Any, autoencoder: Any) -> None:
     cfg.needs_data = brings_start(data.train[:1], data)
     net = cfg.network
     net.shape, net.num_classes = list(cfg.shape), cfg.num_classes
-    if cfg.module._target_.endswith(".MeanFlowMatching"):
+    if _learns_means(cfg):
         net.num_times, net.time_scale = 2, 10
     if "codec" in cfg.module:
         labels, codec = check_labeled(batch), cfg.module.codec

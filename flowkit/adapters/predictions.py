@@ -42,10 +42,10 @@ class DataPrediction(_Prediction):
         v(x, t) = ((a' b − a b') net(x, t) + b' x) / b,
 
     on the linear path ``(net(x, t) − x) / (1 − t)``. The loss stays that of the velocity. Where
-    ``b < min_gap``, near the data, ``t`` is the time with ``b(t) = min_gap``, in the formula and for
-    the network: so nothing is divided by less, and the velocity is finite up to ``t = 1``, also
-    where an inversion starts. For the exact prediction of Gaussian data that costs an error of the
-    order of ``min_gap²`` at ``t = 1``.
+    ``b < min_gap``, near the data, ``t`` is the time with ``b(t) = min_gap``, in the formula and
+    for the network: so nothing is divided by less, and the velocity is finite up to ``t = 1``,
+    also where an inversion starts. With the exact prediction of Gaussian data, samples have an
+    error of the order of ``min_gap²``.
 
     Data of few dimensions in a space of many are easier to predict than their noise or velocity,
     which fill the space: a network narrower than the space then still finds the data.
@@ -118,7 +118,9 @@ def _times_of(path: Interpolant, end: int, min_gap: float) -> tuple[float, float
     last = torch.ones((), dtype=torch.float64)
     bounded = bool(path.coefficients(last).db.isfinite())
     low = 0.0 if end else _first(lambda t: path.coefficients(t).a >= min_gap)
-    high = 1 - _first(lambda t: path.coefficients(1 - t).b >= min_gap) if end or not bounded else 1.0
+    high = (
+        1 - _first(lambda t: path.coefficients(1 - t).b >= min_gap) if end or not bounded else 1.0
+    )
     return low, high
 
 

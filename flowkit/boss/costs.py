@@ -288,7 +288,7 @@ def anchors(
 
 
 def kind_of_step(velocity: Velocity, cond: Cond, method: str) -> str:
-    """Return the key of `SLOPES`: the method, or ``"mean"`` for Euler's steps of mean velocities."""
+    """Return the key of `SLOPES`: the method, or ``"mean"`` for Euler's steps by means."""
     return "mean" if method == "euler" and bind(velocity, cond).has_means else method
 
 

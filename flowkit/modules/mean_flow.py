@@ -22,18 +22,17 @@ from flowkit.types import Batch, Cond
 from flowkit.velocity import Velocity
 
 
-class MeanFlowMatching(FlowModule, frozen=("teacher",)):
+class MeanFlowMatching(FlowModule):
     """Train a network on the mean velocity between any two times: one network, any number of steps.
 
     Euler steps of any size then carry noise to data, also a single one; see
     `flowkit.sampling.MeanVelocity` for the velocity and `flowkit.losses.mean_flow_loss` for the
-    loss. Other solvers, inversion and likelihood use the instantaneous velocity of the same network.
+    loss. Other solvers, inversion and likelihood use the instantaneous velocity of the network.
 
-    With ``start``, the trained flow of a run is distilled: the network starts as that flow exactly
-    (its second time has no effect yet), and the velocities of the flow, with ``guidance_scale`` if
-    given, are those that the network learns the means of. Without ``start`` they are the velocities
-    of the pairs; a ``guidance_scale`` ω replaces them by ``ω (x1 − x0) + (1 − ω) u(x, t, t | null)``.
-    Guidance that is learnt costs nothing in sampling, and cannot be added again.
+    With ``start`` the network begins as the trained flow of a run, exactly: its second time has no
+    effect yet. It then has to learn only the means. A ``guidance_scale`` ω replaces the velocities
+    of the pairs by ``ω (x1 − x0) + (1 − ω) u(x, t, t | null)``. Guidance that is learnt costs
+    nothing in sampling, and cannot be added again.
 
     Sources: Geng et al., *Mean Flows for One-step Generative Modeling*, 2025 (arXiv 2505.13447);
     Geng et al., *Improved Mean Flows*, 2025 (arXiv 2512.02012).
@@ -41,12 +40,11 @@ class MeanFlowMatching(FlowModule, frozen=("teacher",)):
     Args:
         velocity: The network, called as ``net(x, t, cond)`` with ``t (B, 2)``: the start and the
             end of a step. The networks of `flowkit.nn` have ``num_times=2`` for this.
-        tangent: ``"network"`` or ``"conditional"``, see `flowkit.losses.mean_flow_loss`. A network
-            that is distilled has the tangent of the flow it learns from.
+        tangent: ``"network"`` or ``"conditional"``, see `flowkit.losses.mean_flow_loss`.
         flow_share: Share of a batch that trains the instantaneous velocity, in [0, 1].
         guidance_scale: Scale of the classifier-free guidance that is learnt; None for none.
         power: Exponent of the adaptive weights of pairs, at least 0.
-        start: Run folder of the flow to distil: its initial weights, averaged, and its velocity.
+        start: Run folder of a flow, the source of the initial weights (the averaged ones).
         path: Gives the state of a pair at time ``t``, and its velocity.
         coupling: Pairs noise with data.
         times: Distribution of both training times in [0, 1].
@@ -57,7 +55,7 @@ class MeanFlowMatching(FlowModule, frozen=("teacher",)):
 
     Raises:
         ValueError: If an option is out of its range, the network takes one time, or guidance is to
-            be learnt without dropped conditions and without ``start``.
+            be learnt without dropped conditions.
 
     >>> from flowkit.nn import MLP
     >>> module = MeanFlowMatching(MLP((2,), num_times=2))
@@ -67,8 +65,6 @@ class MeanFlowMatching(FlowModule, frozen=("teacher",)):
     torch.Size([3, 2])
     """
 
-    teacher: FlowModule | None
-
     num_times = 2
     """Times per sample that the network takes."""
 
@@ -76,7 +72,7 @@ class MeanFlowMatching(FlowModule, frozen=("teacher",)):
         self,
         velocity: nn.Module,
         tangent: Literal["network", "conditional"] = "network",
-        flow_share: float = 0.75,
+        flow_share: float = 0.5,
         guidance_scale: float | None = None,
         power: float = 1.0,
         start: str | Path | None = None,
@@ -98,41 +94,43 @@ class MeanFlowMatching(FlowModule, frozen=("teacher",)):
         check_at_least(power, 0, "power")
         if guidance_scale is not None:
             check_number(guidance_scale, "guidance_scale")
-            if start is None and (drop_cond is None or drop_cond.prob == 0):
+            if drop_cond is None or drop_cond.prob == 0:
                 raise ValueError(
                     "guidance_scale must be None for a network that never trains without its "
-                    f"condition, got {guidance_scale}; set drop_cond, or start"
+                    f"condition, got {guidance_scale}; train it on data with classes and "
+                    "module.drop_cond.prob=0.1"
                 )
         self.tangent, self.flow_share, self.power = tangent, flow_share, power
         self.guidance_scale, self.start = guidance_scale, start
-        self.path, self.coupling, self.times, self.teacher = path, coupling, times, None
+        self.path, self.coupling, self.times = path, coupling, times
 
     @property
     def net(self) -> nn.Module:
         """The network of two times."""
-        return cast(MeanVelocity, self.velocity).net
+        return cast(nn.Module, cast(MeanVelocity, self.velocity).net)
 
     def setup(self, stage: str) -> None:
-        """Load the averaged weights of the run to distil."""
+        """Load the averaged weights of the run.
+
+        This happens before a resumed training loads the weights of its checkpoint.
+        """
         if stage == "fit" and self.start is not None:
             self.begin(load_run(self.start))
 
-    def begin(self, teacher: FlowModule) -> None:
-        """Set the flow to distil, and copy its weights to the network.
+    def begin(self, flow: FlowModule) -> None:
+        """Copy the weights of a flow to the network.
 
         Raises:
-            ValueError: If the flow is more than its network, if it cannot be guided as asked, or if
-                its network is another one.
+            ValueError: If the flow is more than its network, or has another path or network.
         """
-        if teacher.guided(None) is not teacher.velocity or isinstance(teacher, MeanFlowMatching):
+        if flow.guided(None) is not flow.velocity or isinstance(flow, MeanFlowMatching):
             raise ValueError(
                 "start must be a run whose network is the velocity of its states, got "
-                f"{type(teacher).__name__}"
+                f"{type(flow).__name__}"
             )
-        if (path := getattr(teacher, "path", Linear())) != self.path:
+        if (path := getattr(flow, "path", Linear())) != self.path:
             raise ValueError(f"path must be that of the run in start, {path}, got {self.path}")
-        teacher.guided(self.guidance_scale)  # refuses a scale that its training forbids
-        given = cast(nn.Module, teacher.velocity).state_dict()
+        given = cast(nn.Module, flow.velocity).state_dict()
         try:
             self.net.load_state_dict(cast(Any, self.net).with_second_time(given))
         except (AttributeError, KeyError, RuntimeError) as error:
@@ -140,8 +138,7 @@ class MeanFlowMatching(FlowModule, frozen=("teacher",)):
                 f"velocity must be the network of the run {self.start} with num_times=2, got "
                 f"{type(self.net).__name__} with other parameters"
             ) from error
-        self.sample_shape = teacher.sample_shape
-        self.teacher = teacher.to(self.device)
+        self.sample_shape = flow.sample_shape
 
     def guided(self, guidance: Guidance) -> Velocity:
         """Return the mean velocity under guidance.
@@ -180,18 +177,14 @@ class MeanFlowMatching(FlowModule, frozen=("teacher",)):
             times=self.times,
             drop_cond=self.drop_cond,
             generator=generator,
-            tangent=self.tangent if self.teacher is None else "conditional",
+            tangent=self.tangent,
             flow_share=self.flow_share,
             power=self.power,
-            field=self._field,
+            field=None if self.guidance_scale is None else self._guided_field,
         )
 
-    def _field(self, draw: Draw) -> Tensor:
-        """Return the instantaneous velocities whose means are learnt."""
-        x, t, u, cond = draw
-        if self.teacher is not None:
-            return self.teacher.guided(self.guidance_scale)(x, t, cond)
-        if self.guidance_scale is None:
-            return u
-        null = replace_cond(cond, cast(DropCond, self.drop_cond).null)
-        return combine(u, self.velocity(x, t, null), self.guidance_scale)
+    def _guided_field(self, draw: Draw) -> Tensor:
+        """Return the velocities of pairs under the guidance that is learnt."""
+        null = replace_cond(draw.cond, cast(DropCond, self.drop_cond).null)
+        unguided = self.velocity(draw.x_t, draw.t, null)
+        return combine(draw.u, unguided, cast(float, self.guidance_scale))

@@ -116,7 +116,7 @@ class DiffusersVelocity(nn.Module):
         return out.chunk(2, 1)[0] if self.drop_sigma else out
 
     def with_second_time(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the weights of this network of one time for two times; the second has no effect."""
+        """Return weights of a network of one time for this one; the second has no effect."""
         new = {k: v for k, v in self.state_dict().items() if k.startswith(SECOND_TIME)}
         return {**new, **state}
 

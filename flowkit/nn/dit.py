@@ -226,9 +226,7 @@ class DiT(nn.Module):
         self.gradient_checkpointing = gradient_checkpointing
         self.in_shape = (in_channels or channels, height, columns)
         self.patches = PatchEmbed(self.in_shape, patch, width)
-        self.embedding = TimeLabelEmbedding(
-            width, num_classes, num_times, time_scale=time_scale
-        )
+        self.embedding = TimeLabelEmbedding(width, num_classes, num_times, time_scale=time_scale)
         self.blocks = nn.ModuleList(DiTBlock(width, heads, mlp_ratio) for _ in range(depth))
         self.outputs = PatchOutput(width, channels * patch**2)
 
@@ -257,8 +255,9 @@ class DiT(nn.Module):
         return cls(shape, int(match[2]), width, depth, heads, **options)
 
     def with_second_time(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the weights of this network of one time for two times; the second has no effect."""
-        return with_columns(state, "embedding.inputs.weight", self.embedding.frequencies, self.embedding.frequencies)
+        """Return weights of a network of one time for this one; the second has no effect."""
+        size = self.embedding.frequencies
+        return with_columns(state, "embedding.inputs.weight", at=size, count=size)
 
     def forward(
         self, x: Tensor, t: Tensor, cond: Cond = None, return_features: int | None = None

@@ -121,8 +121,8 @@ def check_even(size: int, name: str) -> None:
 class TimeLabelEmbedding(nn.Module):
     """Embedding ``c (B, width)`` of time and label, the condition of a network.
 
-    Each time becomes a sinusoid of ``time_scale · t`` and passes a two-layer SiLU perceptron. A label adds
-    a row of a table. The last row, number ``num_classes``, means *no label*.
+    Each time becomes a sinusoid of ``time_scale · t`` and passes a two-layer SiLU perceptron. A
+    label adds a row of a table. The last row, number ``num_classes``, means *no label*.
 
     Args:
         width: Size of the embedding.

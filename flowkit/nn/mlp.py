@@ -90,7 +90,7 @@ class MLP(nn.Module):
         self.layers = nn.Sequential(*layers, nn.Linear(size, pixels))
 
     def with_second_time(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the weights of this network of one time for two times; the second has no effect."""
+        """Return weights of a network of one time for this one; the second has no effect."""
         return with_columns(state, "layers.0.weight", at=math.prod(self.shape) + 1, count=1)
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
@@ -166,9 +166,7 @@ class ResidualMLP(nn.Module):
         check_at_least(depth, 1, "depth")
         self.shape, self.num_times = tuple(int(n) for n in shape), num_times
         pixels = math.prod(self.shape)
-        self.embedding = TimeLabelEmbedding(
-            width, num_classes, num_times, time_scale=time_scale
-        )
+        self.embedding = TimeLabelEmbedding(width, num_classes, num_times, time_scale=time_scale)
         self.inputs = nn.Linear(pixels, width)
         self.blocks = nn.ModuleList(_ResidualBlock(width, dropout) for _ in range(depth))
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
@@ -176,8 +174,9 @@ class ResidualMLP(nn.Module):
         self.outputs = zeroed(nn.Linear(width, pixels))
 
     def with_second_time(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the weights of this network of one time for two times; the second has no effect."""
-        return with_columns(state, "embedding.inputs.weight", self.embedding.frequencies, self.embedding.frequencies)
+        """Return weights of a network of one time for this one; the second has no effect."""
+        size = self.embedding.frequencies
+        return with_columns(state, "embedding.inputs.weight", at=size, count=size)
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
         """Return the velocity ``(B, *shape)`` at ``x (B, *shape)`` and ``t (B,)``.

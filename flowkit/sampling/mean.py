@@ -23,7 +23,7 @@ class MeanVelocity(nn.Module):
     t)``: other methods, inversion, likelihoods. A solve by another method says so in a warning.
 
     Args:
-        net: Network ``net(x, t, cond)`` with ``t (B, 2)``: the times ``t`` and ``s`` of each sample.
+        net: Network ``net(x, t, cond)`` with ``t (B, 2)``: times ``t`` and ``s`` of each sample.
 
     Raises:
         TypeError: If ``net`` cannot be called, or is a mean velocity itself.

@@ -277,7 +277,9 @@ def test_training_and_validation_are_those_of_the_joint_batch(found, kind):
     assert ours["global_step"] == expected["global_step"] == STEPS // 2
     for name, value in expected["state_dict"].items():
         assert_close(ours["state_dict"][name], value, rtol=1e-5, atol=1e-6)
-        assert "label" in name or not value.equal(start[name.removeprefix("velocity.").removeprefix("net.")])
+        assert "label" in name or not value.equal(
+            start[name.removeprefix("velocity.").removeprefix("net.")]
+        )
     for name, value in alone["fits"][kind].items():
         for rank in ranks:
             assert_close(rank["fits"][kind][name], value, rtol=1e-5, atol=1e-6)
