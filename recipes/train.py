@@ -51,7 +51,6 @@ from flowkit.runs.training_cost import TrainingCost
 from flowkit.symmetrical import LabelStates
 from flowkit.symmetrical.inputs import check_labeled
 
-
 PREDICTIONS = {
     "velocity": None,
     "data": "flowkit.adapters.DataPrediction",
