@@ -258,6 +258,8 @@ def _check_composed(recipe: str, own: str | None, overrides: list[str]) -> Path 
 def _check_places(values: dict[str, Any], folder: Path | None) -> None:
     """Require that the folders can be written to which the results go."""
     out, run = values.get("out"), values.get("run")
+    if isinstance(run, list):  # of flowkit report
+        run, out = None, out or "runs/report"
     if "out" in values and out is None and run is not None:
         check_writable(Path(run), "run", "; choose another folder by out=")
     elif out and "${" not in str(out):

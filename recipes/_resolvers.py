@@ -8,6 +8,8 @@ from omegaconf import ListConfig, OmegaConf
 RESOLVERS = {
     # A resumed run keeps its own folder; Hydra would make a new folder.
     "run_folder": lambda old, new: old if old is not None and Path(old).is_dir() else new,
+    # The folder of the first of several runs.
+    "first": lambda runs: runs if isinstance(runs, str) else runs[0],
     # Batches between validations: a run has four at least, and one every 1000 batches at least.
     "quarter": lambda steps: 1000 if steps < 0 else min(1000, max(1, -(-steps // 4))),
     # Shapes of networks within other networks, see flowkit.symmetrical.networks.

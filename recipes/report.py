@@ -1,17 +1,23 @@
-"""Tabulate and plot quality and cost of samples: solvers x grids x evaluations.
+"""Tabulate and plot quality and cost of samples: runs x solvers x grids x evaluations.
 
 flowkit report run=runs/quickstart
 flowkit report run=runs/quickstart solvers=[euler,heun] nfe=[4,8,16] num_samples=5000
 flowkit report run=runs/latent guidance=[1,1.5,2] solvers=[heun] nfe=[50] grids.shifted=null
+flowkit report run=[runs/flow,runs/reflow,runs/mean] names=[flow,reflow,mean flow] \\
+  solvers=[euler] grids.shifted=null
 
 Quality is the distance to the test split: the Fréchet distance of images, or the W2 of points. The
 floor is the distance of equally many training samples. Images also have precision, recall and the
 share that a judge recognizes as their class. Several scales of guidance give a further picture,
 with each metric over the scale. Times count only the sampling, summed over all processes.
+
+Several runs have the same data, labels, seeds and features, and each its own guidance and grids. A
+run of mean velocities takes Euler steps only. The cost of a training, with that of the run it
+learnt from, is what `flowkit train` has recorded.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,15 +45,17 @@ from flowkit.runs.drawing import draw_parts, like_test
 from flowkit.runs.features import judge_of
 from flowkit.runs.known_data import place_of
 from flowkit.runs.parts import Columns, Parts, hash_of
-from flowkit.runs.processes import launch
+from flowkit.runs.processes import launch, say
 from flowkit.runs.records import kept_record
-from flowkit.runs.report_plots import Row, plot, plot_guidance
-from flowkit.runs.tables import markdown
-from flowkit.sampling import ODESampler
+from flowkit.runs.report_plots import Row, plot, plot_guidance, tables
+from flowkit.runs.training_cost import read_cost
+from flowkit.sampling import MeanVelocity, ODESampler
 from flowkit.types import Batch, Cond
 
 STEP = {"euler": 1, "ab2": 1, "midpoint": 2, "heun": 2, "rk4": 4}
 """Evaluations per step; ab2 needs one more evaluation to start."""
+
+VERSION = 2  # of report.json
 
 
 class Measure(NamedTuple):
@@ -70,56 +78,136 @@ def report(cfg: DictConfig) -> list[Row]:
     Several scales of guidance also give ``guidance.png``.
 
     Returns:
-        A row per cell: ``solver``, ``grid``, ``guidance``, ``nfe``, ``steps``, ``distance``,
-        ``milliseconds``, ``network_rows_per_sample``; for images also ``precision``, ``recall``,
-        ``density``, ``coverage``, and with classes ``class_agreement``. The list is empty on all
-        processes but the first.
+        A row per cell: ``name`` of the run, ``solver``, ``grid``, ``guidance``, ``nfe``, ``steps``,
+        ``distance``, ``milliseconds``, ``network_rows_per_sample``; for images also ``precision``,
+        ``recall``, ``density``, ``coverage``, and with classes ``class_agreement``. The list is
+        empty on all processes but the first.
     """
     fabric = launch(cfg)
     check_at_least(cfg.num_samples, 2, "num_samples")
     scales = list(cfg.guidance) if OmegaConf.is_list(cfg.guidance) else [cfg.guidance]
     if not scales or (None in scales and len(scales) > 1):
         raise ValueError(f"guidance must be null, a number or a list of numbers, got {scales}")
-    first = Run.load(cfg.run, cfg.weights, fabric.device, scales[0], cfg.trust, **place_of(cfg))
-    runs = [first, *(replace(first, guidance=scale) for scale in scales[1:])]
-    for run in runs:
-        run.module.guided(run.guidance)  # refuses a scale that the run's training does not allow
-    first.reuse_features(cfg.feature_mode, cfg.tolerance, cfg.seed, cfg.seeding)
-    out = Path(cfg.out) if cfg.out else first.folder / "report"
-    cells = [(*cell, run) for cell in _cells(cfg) for run in runs]
-    x0, cond, source, _ = like_test(first, cfg)
+    runs = _runs(cfg, scales[0], fabric.device)
+    cells = list(_cells(cfg, runs, scales))
+    for run in runs.values():
+        run.reuse_features(cfg.feature_mode, cfg.tolerance, cfg.seed, cfg.seeding)
+    first, out = next(iter(runs.values())), _folder(cfg)
+    starts = {name: like_test(run, cfg) for name, run in runs.items()}
     with fabric.rank_zero_first():
-        measure = _measure(cfg, first, cond)
+        measure = _measure(cfg, first, next(iter(starts.values()))[1])
     record = _record(cfg, first, measure)
-    used = {**record, **source, "cond": hash_of(cond)}
+    told = [_told(name, run) for name, run in runs.items()]
     kept = _kept(out / "report.json", record)
     fabric.barrier()  # every process reads the file before the first process writes
     rows: list[Row] = []
-    for solver, name, sampler, run in cells:
-        key = json.dumps(run.describe(sampler))
+    for cell, run, sampler in cells:
+        x0, cond, source, _ = starts[cell["name"]]
+        own = {**_model(run), **run.describe(sampler)}
+        key = json.dumps(own)
         if key not in kept:
-            parts = Parts(out, {**used, **run.describe(sampler)}, fabric)
+            parts = Parts(out, {**record, **source, "cond": hash_of(cond), **own}, fabric)
             drawn, cost = draw_parts(run, x0, cond, sampler, measure.see, parts)
             kept[key] = {}
             if fabric.is_global_zero:
                 kept[key] = _measured(measure, drawn, cost, sampler)
                 parts.remove()
-        cell = {"solver": solver, "grid": name, "guidance": run.guidance}
         rows.append({**cell, **kept[key], "key": key})
         if fabric.is_global_zero:  # after every cell, so that a growing table can be read
-            write_json(out / "report.json", {**record, "rows": rows})
+            write_json(out / "report.json", {**record, "runs": told, "rows": rows})
     if not fabric.is_global_zero:
         return []
-    _show(rows, measure, out)
+    _show(rows, measure, told, out, len(scales) > 1)
     return rows
+
+
+def _show(
+    rows: list[Row], measure: Measure, runs: list[dict[str, Any]], out: Path, scales: bool
+) -> None:
+    """Write the tables and the pictures; with several scales also the picture of guidance."""
+    text = tables(rows, measure.name, measure.real, runs)
+    write_text(out / "report.md", text)
+    plot(rows, measure.name, measure.real["distance"], out / "report.png")
+    print(f"{text}\npicture   {out / 'report.png'}")
+    if scales:
+        plot_guidance(rows, measure.name, measure.real, out / "guidance.png")
+        print(f"guidance  {out / 'guidance.png'}")
+
+
+# --- runs and cells ---------------------------------------------------------------------------
+
+
+def _folders(cfg: DictConfig) -> list[Path]:
+    """Return the folders of the runs."""
+    return [Path(run) for run in ([cfg.run] if isinstance(cfg.run, str) else cfg.run)]
+
+
+def _folder(cfg: DictConfig) -> Path:
+    """Return the folder of the report."""
+    folders = _folders(cfg)
+    return Path(cfg.out or (folders[0] / "report" if len(folders) == 1 else "runs/report"))
+
+
+def _runs(cfg: DictConfig, guidance: float | None, device: torch.device) -> dict[str, Run]:
+    """Load the runs, by their names.
+
+    Raises:
+        ValueError: If there is not a name of its own for each run, or if their data differ.
+    """
+    folders = _folders(cfg)
+    names = [folder.name for folder in folders] if cfg.names is None else list(cfg.names)
+    if len(names) != len(folders) or len(set(names)) < len(names):
+        fix = "; give names=[...]" if cfg.names is None else ""
+        raise ValueError(f"names must be {len(folders)} different names, got {names}{fix}")
+    options = (cfg.weights, device, guidance, cfg.trust)
+    runs = {
+        name: Run.load(folder, *options, **place_of(cfg))
+        for name, folder in zip(names, folders, strict=True)
+    }
+    _check_same_data(list(runs.values()))
+    return runs
+
+
+def _check_same_data(runs: Sequence[Run]) -> None:
+    """Require the same data of all runs; features, judge, labels and floor then are the same, too.
+
+    Raises:
+        ValueError: If the data of two runs differ.
+    """
+    first, *others = runs
+    for run in others:
+        differing = [
+            f"{name} split"
+            for name in ("train", "test")
+            if first.data.fingerprint(name) != run.data.fingerprint(name)
+        ]
+        if first.data.num_classes != run.data.num_classes:
+            differing.append("number of classes")
+        if differing:
+            raise ValueError(
+                f"run must hold runs of the same data, got {first.folder} and {run.folder}, which "
+                f"differ in {' and '.join(differing)}"
+            )
+
+
+def _model(run: Run) -> dict[str, Any]:
+    """Return the record of what the samples of a run depend on beside sampler and seeds."""
+    mode = getattr(run.module.velocity, "feature_mode", None)
+    return {"weights": run.weights, "feature_mode": mode}
+
+
+def _told(name: str, run: Run) -> dict[str, Any]:
+    """Return the record of a run: name, folder, weights, guidance that is learnt, cost."""
+    learnt = getattr(run.module, "guidance_scale", None)
+    folder, cost = str(run.folder), read_cost(run.folder)
+    return {"name": name, "folder": folder, **_model(run), "learnt_guidance": learnt, "cost": cost}
 
 
 def _record(cfg: DictConfig, run: Run, measure: Measure) -> dict[str, Any]:
     """Return the part of the record that all cells share."""
     return {
-        "weights": run.weights,
+        "version": VERSION,
         "sampling": {
-            "feature_mode": getattr(run.module.velocity, "feature_mode", None),
             "tolerance": cfg.tolerance,
             "seed": cfg.seed,
             "seeding": cfg.seeding,
@@ -136,42 +224,73 @@ def _record(cfg: DictConfig, run: Run, measure: Measure) -> dict[str, Any]:
     }
 
 
-def _show(rows: list[Row], measure: Measure, out: Path) -> None:
-    """Write the table and the pictures; with several scales also the picture of guidance."""
-    table = _table(rows, measure)
-    write_text(out / "report.md", table)
-    plot(rows, measure.name, measure.real["distance"], out / "report.png")
-    print(f"{table}\npicture   {out / 'report.png'}")
-    if len({row["guidance"] for row in rows}) > 1:
-        plot_guidance(rows, measure.name, measure.real, out / "guidance.png")
-        print(f"guidance  {out / 'guidance.png'}")
+def _cells(
+    cfg: DictConfig, runs: Mapping[str, Run], scales: Sequence[float | None]
+) -> Iterator[tuple[Row, Run, ODESampler]]:
+    """Yield the words of every cell, its run under its guidance, and its sampler.
+
+    Raises:
+        ValueError: If the training of a run does not allow a scale of guidance.
+    """
+    for name, run in runs.items():
+        guided = [replace(run, guidance=s) for s in scales] if cfg.guidance is not None else [run]
+        for one in guided:
+            one.module.guided(one.guidance)  # refuses a wrong scale now
+        for solver, grid, sampler in _samplers(cfg, run):
+            for one in guided:
+                cell = {"name": name, "solver": solver, "grid": grid, "guidance": one.guidance}
+                yield cell, one, sampler
 
 
-def _cells(cfg: DictConfig) -> list[tuple[str, str, ODESampler]]:
-    """Return solver, name of the grid and sampler of every cell.
+def _samplers(cfg: DictConfig, run: Run) -> list[tuple[str, str, ODESampler]]:
+    """Return solver, name of the grid and sampler of every cell of a run.
 
     Raises:
         TypeError: If ``nfe`` is not a list.
-        ValueError: If a solver is unknown, or if no solver fits a number of evaluations.
+        ValueError: If a solver is unknown or would not use the means of a run of mean velocities,
+            or if no solver fits a number of evaluations.
     """
     if not OmegaConf.is_list(cfg.nfe):
         raise TypeError(f"nfe must be a list of numbers, such as [4, 8], got {cfg.nfe}")
-    made = {name: instantiate(node) for name, node in cfg.grids.items() if node}
-    cells = []
-    for solver in cfg.solvers:
-        if solver not in STEP:
-            raise ValueError(f"solvers must be among {', '.join(STEP)}, got {solver}")
+    solvers = _solvers(list(cfg.solvers), run)
+    counts = sorted({*cfg.nfe, *([2, 4] if 1 in cfg.nfe else [])})
+    nodes = OmegaConf.merge(cfg, {"run": str(run.folder)}).grids  # in a grid ${run} is this run
+    made = {name: instantiate(node) for name, node in nodes.items() if node}
+    samplers = []
+    for solver in solvers:
         for name, make in made.items():
-            for nfe in cfg.nfe:
+            for nfe in counts:
                 steps = nfe // STEP[solver] - (solver == "ab2")
                 if steps > 0 and (grid := make(steps)) is not None:
-                    cells.append((solver, name, ODESampler(grid, solver)))
-    if not cells:
+                    samplers.append((solver, name, ODESampler(grid, solver)))
+    if not samplers:
         raise ValueError(
             f"nfe must hold a number that fits a solver, got {list(cfg.nfe)} for "
-            f"{', '.join(cfg.solvers)}"
+            f"{', '.join(solvers)}"
         )
-    return cells
+    return samplers
+
+
+def _solvers(solvers: list[str], run: Run) -> list[str]:
+    """Return the solvers of a run: of mean velocities Euler alone, which uses the means.
+
+    Raises:
+        ValueError: If a solver is unknown, or if Euler is missing for mean velocities.
+    """
+    if unknown := [solver for solver in solvers if solver not in STEP]:
+        raise ValueError(f"solvers must be among {', '.join(STEP)}, got {unknown[0]}")
+    if not isinstance(run.module.velocity, MeanVelocity) or solvers == ["euler"]:
+        return solvers
+    if "euler" not in solvers:
+        raise ValueError(
+            f"solvers must hold euler for the mean velocities of {run.folder}, got "
+            f"{', '.join(solvers)}"
+        )
+    say(f"solvers   euler alone for {run.folder}, since others do not use mean velocities")
+    return ["euler"]
+
+
+# --- measures ---------------------------------------------------------------------------------
 
 
 def _measure(cfg: DictConfig, run: Run, cond: Cond) -> Measure:
@@ -246,23 +365,8 @@ def _kept(file: Path, record: Mapping[str, Any]) -> dict[str, Row]:
     earlier = kept_record(file)
     if any(earlier.get(name) != value for name, value in record.items()):
         return {}
-    cell = ("solver", "grid", "guidance", "key")
+    cell = ("name", "solver", "grid", "guidance", "key")
     return {row["key"]: {k: v for k, v in row.items() if k not in cell} for row in earlier["rows"]}
-
-
-def _table(rows: list[Row], measure: Measure) -> str:
-    """Return a Markdown table: one line per cell, with the columns that have numbers."""
-    several = len({row["guidance"] for row in rows}) > 1
-    more = [n for n in ("class_agreement", "precision", "recall") if n in rows[0]]
-    header = ["solver", "grid", *(["guidance"] if several else []), "steps", "NFE", measure.name]
-    lines = []
-    for row in rows:
-        scale = [str(row["guidance"])] if several else []
-        cost = [str(row["steps"]), str(row["nfe"])]
-        numbers = [f"{row[n]:.3f}" for n in ("distance", *more)] + [f"{row['milliseconds']:.2f}"]
-        lines.append([row["solver"], row["grid"], *scale, *cost, *numbers])
-    text = markdown([*header, *(n.replace("_", " ") for n in more), "ms per sample"], lines, (0, 1))
-    return f"{text}\nFloor, equally many training samples: {measure.real['distance']:.3f}\n"
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="report")

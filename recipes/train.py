@@ -47,6 +47,7 @@ from flowkit.runs.records import composed, recorded
 from flowkit.runs.resuming import find_checkpoint, folder_of, resumed, unfinished
 from flowkit.runs.run import build_sampler
 from flowkit.runs.splits import opened
+from flowkit.runs.training_cost import TrainingCost
 from flowkit.symmetrical import LabelStates
 from flowkit.symmetrical.inputs import check_labeled
 
@@ -87,7 +88,8 @@ def _train(cfg: DictConfig) -> FlowModule:
     averaged = state is not None and "current_model_state" in state
     del state
 
-    callbacks = [*_parts(cfg.callback), LastValidation(), StopOnInterrupt(folder)]
+    cost = TrainingCost(folder, _sources(cfg))
+    callbacks = [*_parts(cfg.callback), cost, LastValidation(), StopOnInterrupt(folder)]
     if averaged and not any(isinstance(callback, WeightAveraging) for callback in callbacks):
         raise ValueError(
             "callback.ema must stay for a run that averages its weights, got no average; the raw "
@@ -129,6 +131,12 @@ def _report(trainer: Trainer) -> None:
     for logger in trainer.loggers:
         if isinstance(logger, CSVLogger):
             say(f"numbers   {Path(logger.log_dir) / 'metrics.csv'}")
+
+
+def _sources(cfg: DictConfig) -> dict[str, str | None]:
+    """Return the folders of what the training learns from: a run, and pairs of another run."""
+    pairs = cfg.data._target_ == "flowkit.data.Pairs"
+    return {"start": cfg.module.get("start"), "pairs": cfg.data.root if pairs else None}
 
 
 def _follow_start(cfg: DictConfig) -> None:

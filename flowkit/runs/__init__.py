@@ -1,9 +1,9 @@
 """Tools of the recipes that read and write run folders.
 
-A run folder is the output of ``flowkit train``. `Run` loads a run folder to sample from its module,
-and `saved_grid` reads a grid that ``flowkit boss`` wrote. The feature functions build the networks
-of ``conf/metric`` and ``conf/perceptual``. The other files of this package hold starts, parts,
-records, tables and plots for the recipes.
+A run folder is the output of ``flowkit train``. `Run` loads a run folder to sample from its module.
+`saved_grid` and `own_grid` read grids that ``flowkit boss`` wrote. The feature functions build the
+networks of ``conf/metric`` and ``conf/perceptual``. The other files of this package hold starts,
+parts, records, tables and plots for the recipes.
 """
 
 from flowkit.runs.features import (
@@ -13,7 +13,7 @@ from flowkit.runs.features import (
     inception_features,
     pixel_features,
 )
-from flowkit.runs.run import Run, saved_grid
+from flowkit.runs.run import Run, own_grid, saved_grid
 
 __all__ = [
     "Run",
@@ -21,6 +21,7 @@ __all__ = [
     "classifier_features",
     "features_for",
     "inception_features",
+    "own_grid",
     "pixel_features",
     "saved_grid",
 ]

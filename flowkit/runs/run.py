@@ -340,6 +340,23 @@ def saved_grid(num_steps: int, folder: str) -> Tensor | None:
     return grids.load(file) if file.is_file() else None
 
 
+def own_grid(num_steps: int, run: str) -> Tensor | None:
+    """Return the grid of ``num_steps`` steps that is a run's own, or None.
+
+    It is a grid of ``flowkit boss run=...``, or one that the run was straightened onto: a grid of
+    its pairs, or the times of its module.
+    """
+    config = read_config(run)
+    data, taught = config["data"], config["module"].get("grid")
+    if (found := saved_grid(num_steps, str(Path(run) / "boss"))) is not None:
+        return found
+    if data.get("_target_") == "flowkit.data.Pairs":
+        return saved_grid(num_steps, data["root"])
+    if isinstance(taught, list) and len(taught) == num_steps + 1:
+        return torch.tensor(taught, dtype=torch.float64)
+    return None
+
+
 def symmetrical(run: Run) -> SymmetricalFlowMatching:
     """Return the module of a symmetrical run, which can label images.
 
