@@ -336,9 +336,8 @@ def _adaptive(error: Tensor, mask: Tensor | None, power: float) -> Tensor:
 
 def _explained(error: Tensor, target: Tensor, mask: Tensor | None, rows: slice) -> Tensor:
     """Return the explained share of the energy of some rows; 0 if there are none."""
-    squares = [value[rows].detach().square() for value in (error, target)]
-    if mask is not None:
-        squares = [mask[rows] * square for square in squares]
+    counted = 1.0 if mask is None else mask[rows]
+    squares = (counted * value[rows].detach().square() for value in (error, target))
     return explained_share(*(square.sum() for square in squares))
 
 

@@ -59,6 +59,7 @@ def test_option(option, configure, tmp_path):
     rules.check("train", OmegaConf.to_container(cfg))
     cfg.shape, cfg.num_classes = [1, 8, 8], 10
     cfg.network.shape, cfg.network.num_classes = [1, 8, 8], 10
+    cfg.network.num_times = 2 if option == "module/mean_flow" else 1
     node = cfg[group]
     if group in ("callback", "logger"):
         parts = [instantiate(part) for part in node.values() if part and part._target_]
@@ -77,6 +78,13 @@ def test_option(option, configure, tmp_path):
         with torch.device("meta" if option == "model/blockwise_xl2" else "cpu"):
             again = build(resolved)
         assert type(getattr(again, "func", again)) is type(made)
+
+
+def _given(value):
+    """A configuration whose user has given all that must be given."""
+    if isinstance(value, dict):
+        return {key: _given(part) for key, part in value.items()}
+    return "r" if value == "???" else value
 
 
 EXPERIMENTS = [(recipe, name) for recipe in recipes() for name in experiments(recipe)]
@@ -101,7 +109,7 @@ def test_experiment_composes_under_its_recipe_and_states_its_result(
     cfg = configure(recipe, f"experiment={name}")
     monkeypatch.setattr(rules, "_of_kind", lambda *_: True)  # runs and files are made elsewhere
     values = OmegaConf.to_container(cfg)
-    rules.check(recipe, {key: "r" if value == "???" else value for key, value in values.items()})
+    rules.check(recipe, _given(values))
     written = OmegaConf.create(text)
     written.pop("defaults", None)
     both = OmegaConf.merge(cfg, written)
