@@ -26,6 +26,7 @@ from flowkit.data.pairs import FORMAT, FORMAT_VERSION, RECORD, to_columns
 from flowkit.provenance import read_json, versions, write_atomically, write_json
 from flowkit.runs import Run
 from flowkit.runs.known_data import copy_data_record, place_of
+from flowkit.runs.training_cost import clocks, origin, read_cost, write_cost
 from flowkit.sampling import sample_seeds
 from flowkit.types import Cond
 from flowkit.velocity import Velocity
@@ -34,7 +35,7 @@ from flowkit.velocity import Velocity
 def pairs(cfg: DictConfig) -> Path:
     """Solve as configured; write ``pairs-*.safetensors`` and ``pairs.json`` to a folder.
 
-    The grids of segments go to ``grid-<steps>.json``.
+    The grids of segments go to ``grid-<steps>.json``, the time of the solves to ``training.json``.
     """
     from safetensors.torch import save_file
 
@@ -61,13 +62,16 @@ def pairs(cfg: DictConfig) -> Path:
         if (out / name).is_file():
             bar.update(stop - start)
             continue
-        parts = []
+        parts, began = [], clocks()
         for first in range(start, stop, cfg.batch_size):
             x0, cond = starts(first, min(cfg.batch_size, stop - first))
             parts.append(make(velocity, x0, cfg.fine_steps, wanted, cond))
             bar.update(len(x0))
         shard = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
         write_atomically(out / name, partial(save_file, shard))
+        if k == 0 or read_cost(out):  # else the cost of earlier files is not known
+            source = origin(run.folder, run.weights["hash"])
+            write_cost(out, began, run.device, {"start": source})
     bar.close()
     print(f"pairs     {out}, {cfg.num_noises * record['rows_per_noise']:,} rows")
     return out

@@ -88,7 +88,8 @@ def _train(cfg: DictConfig) -> FlowModule:
     averaged = state is not None and "current_model_state" in state
     del state
 
-    cost = TrainingCost(folder, _sources(cfg))
+    pairs = cfg.data.root if cfg.data._target_ == "flowkit.data.Pairs" else None
+    cost = TrainingCost(folder, cfg.module.get("start"), pairs)
     callbacks = [*_parts(cfg.callback), cost, LastValidation(), StopOnInterrupt(folder)]
     if averaged and not any(isinstance(callback, WeightAveraging) for callback in callbacks):
         raise ValueError(
@@ -131,12 +132,6 @@ def _report(trainer: Trainer) -> None:
     for logger in trainer.loggers:
         if isinstance(logger, CSVLogger):
             say(f"numbers   {Path(logger.log_dir) / 'metrics.csv'}")
-
-
-def _sources(cfg: DictConfig) -> dict[str, str | None]:
-    """Return the folders of what the training learns from: a run, and pairs of another run."""
-    pairs = cfg.data._target_ == "flowkit.data.Pairs"
-    return {"start": cfg.module.get("start"), "pairs": cfg.data.root if pairs else None}
 
 
 def _follow_start(cfg: DictConfig) -> None:

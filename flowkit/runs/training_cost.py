@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from flowkit.runs.records import weights
 
 RECORD, VERSION = "training.json", 1
 COSTS = ("seconds", "processor_seconds")
+NOTHING = {"version": VERSION, "steps": 0, "seconds": 0.0, "processor_seconds": 0.0, "machines": []}
 Cost = dict[str, float]
 
 
@@ -31,12 +32,13 @@ class TrainingCost(Callback):
 
     Args:
         folder: The run folder.
-        sources: What the training learns from, by the names ``start`` (a run folder) and ``pairs``
-            (a folder of ``flowkit pairs``). Their own cost becomes a part of the record.
+        start: Folder of the run that the training learns from, or None. Its cost becomes a part of
+            the record.
+        pairs: Folder of ``flowkit pairs`` that the training learns from, or None, in the same way.
     """
 
-    def __init__(self, folder: Path, sources: Mapping[str, str | Path | None]) -> None:
-        self.folder, self.sources = folder, sources
+    def __init__(self, folder: Path, start: str | None, pairs: str | None) -> None:
+        self.folder, self.start, self.pairs = folder, start, pairs
         self.earlier: dict[str, Any] | None = None
         self.known = True
         self.spent, self.began = (0.0, 0.0), None
@@ -48,15 +50,20 @@ class TrainingCost(Callback):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Take the record of the steps before."""
-        self.earlier = checkpoint.get("training_cost")
-        self.known = self.earlier is not None
+        found = checkpoint.get("training_cost")
+        self.earlier = None if found is None else _checked(found, "the checkpoint")
+        self.known = found is not None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clocks. The record of a new training takes up the costs of its sources."""
         if self.earlier is None and self.known and trainer.is_global_zero:
-            origins = {name: _origin(name, folder) for name, folder in self.sources.items()}
-            self.earlier = dict.fromkeys(COSTS, 0.0) | {"machines": [], **origins}
-        self.began = _clocks()
+            start, pairs = self.start, self.pairs
+            self.earlier = {
+                **NOTHING,
+                "start": start and origin(start, weights(load_run(start))["hash"]),
+                "pairs": pairs and origin(pairs),
+            }
+        self.began = clocks()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop the clocks."""
@@ -64,7 +71,7 @@ class TrainingCost(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clocks again."""
-        self.began = None if trainer.sanity_checking else _clocks()
+        self.began = None if trainer.sanity_checking else clocks()
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -75,15 +82,9 @@ class TrainingCost(Callback):
         processor = own if trainer.world_size == 1 else shared.item() * trainer.world_size
         if self.earlier is None:
             return
-        machine, known = _machine(trainer, pl_module), self.earlier["machines"]
-        record = {
-            "version": VERSION,
-            "steps": trainer.global_step,
-            "seconds": round(self.earlier["seconds"] + seconds, 3),
-            "processor_seconds": round(self.earlier["processor_seconds"] + processor, 3),
-            "machines": known if machine in known else [*known, machine],
-            **{name: self.earlier[name] for name in self.sources},
-        }
+        machine = _machine(pl_module.device, trainer.world_size)
+        record = _added(self.earlier, (seconds, processor), machine)
+        record |= {"steps": trainer.global_step}
         checkpoint["training_cost"] = record
         if trainer.is_global_zero:
             write_json(self.folder / RECORD, record)
@@ -92,30 +93,52 @@ class TrainingCost(Callback):
         """Return the seconds of this process in this fit: of the wall clock and of processors."""
         if self.began is None:
             return self.spent
-        now = _clocks()
+        now = clocks()
         wall, processor = (now[k] - self.began[k] + self.spent[k] for k in range(2))
         return wall, processor
 
 
-def _clocks() -> tuple[float, float]:
+def clocks() -> tuple[float, float]:
     """Return the wall clock and the processor time of this process, all threads together."""
     return time.perf_counter(), time.process_time()
 
 
-def _machine(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
+def write_cost(
+    folder: Path, began: tuple[float, float], device: torch.device, sources: Mapping[str, Any]
+) -> None:
+    """Write the time since ``began`` (see `clocks`) to a folder, added to its earlier record."""
+    spent = tuple(now - then for now, then in zip(clocks(), began, strict=True))
+    earlier = read_cost(folder) or {**NOTHING, **sources}
+    write_json(folder / RECORD, _added(earlier, spent, _machine(device, 1)))
+
+
+def _added(
+    earlier: Mapping[str, Any], spent: Sequence[float], machine: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return a record with more seconds on a machine."""
+    more = dict(zip(COSTS, spent, strict=True))
+    known = earlier["machines"]
+    return {
+        **earlier,
+        **{name: round(earlier[name] + more[name], 3) for name in COSTS},
+        "machines": known if machine in known else [*known, machine],
+    }
+
+
+def _machine(device: torch.device, processes: int) -> dict[str, Any]:
     """Return the device, the cores that this process may use, and the number of processes."""
-    cuda = module.device.type == "cuda"
-    name = torch.cuda.get_device_name(module.device) if cuda else module.device.type
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     free = getattr(os, "sched_getaffinity", None)
-    cores = len(free(0)) if free else os.cpu_count()
-    return {"device": name, "cores": cores, "processes": trainer.world_size}
+    return {
+        "device": name,
+        "cores": len(free(0)) if free else os.cpu_count(),
+        "processes": processes,
+    }
 
 
-def _origin(name: str, folder: str | Path | None) -> dict[str, Any] | None:
-    """Return the record of a source: its folder and cost, and of a run the hash of its weights."""
-    if folder is None:
-        return None
-    whose = {} if name == "pairs" else {"hash": weights(load_run(folder))["hash"]}
+def origin(folder: str | Path, weights_hash: str | None = None) -> dict[str, Any]:
+    """Return the record of a source: its folder, its cost, and of a run the hash of its weights."""
+    whose = {} if weights_hash is None else {"hash": weights_hash}
     return {"folder": str(folder), **whose, "training": read_cost(folder)}
 
 
@@ -126,14 +149,16 @@ def read_cost(folder: str | Path) -> dict[str, Any] | None:
         ValueError: If the file is not such a record.
     """
     file = Path(folder) / RECORD
-    if not file.is_file():
-        return None
-    record = read_json(file)
+    return _checked(read_json(file), file) if file.is_file() else None
+
+
+def _checked(record: Any, place: str | Path) -> dict[str, Any]:
+    """Return the record of a cost after a check."""
     try:
         total_cost(record)
         machines_of(record)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{file} must hold the cost of a training, got {error!r}") from error
+        raise ValueError(f"{place} must hold the cost of a training, got {error!r}") from error
     return record
 
 

@@ -52,7 +52,7 @@ def test_one_class_is_measured_without_a_judge(cats, configure, tmp_path, capsys
     assert "class_agreement" not in metrics
     assert metrics["features"]["name"] == "pixels"
     assert "judge     left out, since the training images have one class" in capsys.readouterr().out
-    few = ["solvers=[euler]", "nfe=[1]", "grids.shifted=null", "metric=pixels"]
+    few = ["solvers=[euler]", "nfe=[2]", "grids.shifted=null", "metric=pixels"]
     (row,) = report(configure("report", *measured[:2], *few))
     assert "class_agreement" not in row
     with pytest.raises(ValueError, match="metric must be pixels or inception for data without"):
@@ -176,7 +176,7 @@ def test_damaged_records_do_not_block_later_calls(tiny_run, configure, tmp_path)
     draw()
     assert (tmp_path / "samples-1.json").read_bytes() == b"\xff\x00{"
     assert json.loads((tmp_path / "samples.json").read_text())["sampling"]["num_samples"] == 2
-    few = ["num_samples=8", "solvers=[euler]", "nfe=[1]", "grids.shifted=null", "metric=pixels"]
+    few = ["num_samples=8", "solvers=[euler]", "nfe=[2]", "grids.shifted=null", "metric=pixels"]
     (row,) = report(configure("report", *options, *few))
     (tmp_path / "report.json").write_text('{"rows": [')
     with pytest.warns(UserWarning, match=r"record must be JSON, got .*report.json"):

@@ -151,7 +151,7 @@ def test_recipes_refuse_and_accept(place, configure):
     root = place / "photos"
     for file in (root / "ape").iterdir():
         Image.fromarray(255 - np.asarray(Image.open(file))).save(file)
-    for recipe, options in ((evaluate, SHORT), (report, ["num_samples=40", "nfe=[1]"])):
+    for recipe, options in ((evaluate, SHORT), (report, ["num_samples=40", "nfe=[2]"])):
         cfg = configure(recipe.__name__, "run=run", *options)
         with pytest.raises(ValueError, match="got 80 files changed"):
             recipe(cfg)
