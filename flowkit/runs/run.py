@@ -25,7 +25,7 @@ from flowkit.runs.processes import say
 from flowkit.runs.records import weights
 from flowkit.runs.splits import stored_data
 from flowkit.runs.starts import Starts
-from flowkit.sampling import ADAPTIVE, ODESampler, Sampler, SDESampler
+from flowkit.sampling import ADAPTIVE, MeanVelocity, ODESampler, Sampler, SDESampler
 from flowkit.velocity import Velocity
 
 
@@ -234,6 +234,9 @@ class Run:
         else:
             own = {"rtol": sampler.rtol, "atol": sampler.atol}
         settings = {"method": sampler.method, "grid": sampler.times.tolist(), **own}
+        if isinstance(self.module.velocity, MeanVelocity):
+            means = isinstance(sampler, ODESampler) and sampler.method == "euler"
+            settings["velocity"] = "mean over each step" if means else "instantaneous"
         return {**settings, "guidance": _recorded(self.guidance)}
 
     def record(self, sampling: dict[str, Any], **parts: Any) -> dict[str, Any]:

@@ -10,8 +10,8 @@ from diffusers import UNet2DModel
 from lightning import Trainer
 from torch.utils.data import DataLoader
 
-from flowkit.modules import ConditionalFlowMatching
-from flowkit.nn import DiffusersVelocity
+from flowkit.modules import ConditionalFlowMatching, MeanFlowMatching
+from flowkit.nn import DiffusersVelocity, DiT, ResidualMLP, unet2d
 
 pytestmark = pytest.mark.benchmark
 
@@ -104,3 +104,28 @@ def test_training_step(benchmark, tmp_path):
     benchmark.extra_info.update(seconds)
     benchmark.pedantic(lambda: _ours(module, optimizers["ours"], x1), rounds=1)
     assert seconds["flowkit"] <= 1.03 * hand
+
+
+NETWORKS = {
+    "perceptron": (lambda n: ResidualMLP((1, 8, 8), num_times=n), (128, 1, 8, 8)),
+    "DiT": (lambda n: DiT((4, 8, 8), 2, 96, 4, 3, num_times=n), (32, 4, 8, 8)),
+    "UNet": (lambda n: unet2d((1, 16, 16), width=32, num_times=n), (16, 1, 16, 16)),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_step_of_a_mean_flow(benchmark, name):
+    """Beside a step of a plain flow; half of the batch needs a derivative along the flow."""
+    make, shape = NETWORKS[name]
+    x1 = torch.randn(shape)
+    modules = [ConditionalFlowMatching(make(1)), MeanFlowMatching(make(2))]
+    optimizers = [_optimizer(module) for module in modules]
+    steps = {
+        type(module).__name__: lambda m=module, o=optimizer: _ours(m, o, x1)
+        for module, optimizer in zip(modules, optimizers, strict=True)
+    }
+    plain, mean = _medians(steps).values()
+    benchmark.extra_info["ratio"] = mean / plain
+    print(f"\n{name}: a step of a mean flow takes {mean / plain:.2f} of a plain one")
+    benchmark.pedantic(steps["MeanFlowMatching"], rounds=1)
+    assert mean < 2.6 * plain

@@ -2,6 +2,7 @@
 
 import json
 import time
+import warnings
 
 import hypothesis.strategies as st
 import pytest
@@ -9,6 +10,7 @@ import torch
 from hypothesis import given
 from omegaconf import open_dict
 
+from flowkit.adapters import DataPrediction
 from flowkit.data import Toy
 from flowkit.data.arrays import Arrays
 from flowkit.data.splits import SplitData
@@ -377,6 +379,33 @@ def test_times_of_the_grid_serve_the_path_energy_by_adaptive_methods(configure, 
     assert energies[100] == pytest.approx(energies[300], rel=0.02)
     with pytest.raises(ValueError, match=r"must be 1, or have 100 steps at least .* got 8 steps"):
         evaluate(configure("evaluate", *options[:-1], "sampler.grid=8"))
+
+
+def test_a_mean_flow_is_sampled_by_its_means_and_the_record_says_so(configure, tmp_path):
+    train(configure("train", "module=mean_flow", *TINY, f"run_dir={tmp_path}"))
+    module, noise = load_run(tmp_path), seeded_noise((1, 8, 8), range(3))
+    for sampler, said in (("few_steps", "mean over each step"), ("heun", "instantaneous")):
+        options = [f"run={tmp_path}", f"sampler={sampler}", "sampler.grid=2", "num_samples=3"]
+        with warnings.catch_warnings(record=True) as heard:
+            warnings.simplefilter("always")
+            drawn = sample(configure("sample", *options, f"out={tmp_path}/{sampler}"))
+        assert len([w for w in heard if "instantaneous" in str(w.message)]) == (sampler == "heun")
+        record = json.loads((tmp_path / sampler / "samples.json").read_text())["sampling"]
+        assert record["velocity"] == said
+        field = module.velocity if sampler == "few_steps" else module.velocity.forward
+        method = "euler" if sampler == "few_steps" else "heun"
+        expected = ODESampler(2, method)(field, noise, torch.arange(3))
+        torch.testing.assert_close(drawn, expected)
+
+
+def test_networks_that_predict_the_data_are_runs(configure, tmp_path):
+    train(configure("train", "prediction=data", "path=cosine", *TINY, f"run_dir={tmp_path}"))
+    velocity = load_run(tmp_path).velocity
+    assert isinstance(velocity, DataPrediction)
+    assert velocity.path == Cosine()
+    options = ["module=mean_flow", "prediction=noise", *TINY, f"run_dir={tmp_path}/2"]
+    with pytest.raises(ValueError, match="prediction must be velocity for module=mean_flow, got n"):
+        train(configure("train", *options))
 
 
 def test_a_stochastic_sampler(tiny_run, configure, tmp_path):
