@@ -67,6 +67,7 @@ NAMES: dict[str, tuple[str, ...]] = {
         "features_for",
         "inception_features",
         "pixel_features",
+        "own_grid",
         "saved_grid",
     ),
     "functools": ("partial",),
