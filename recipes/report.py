@@ -253,7 +253,7 @@ def _samplers(cfg: DictConfig, run: Run) -> list[tuple[str, str, ODESampler]]:
     if not OmegaConf.is_list(cfg.nfe):
         raise TypeError(f"nfe must be a list of numbers, such as [4, 8], got {cfg.nfe}")
     solvers = _solvers(list(cfg.solvers), run)
-    counts = sorted({*cfg.nfe, *([2, 4] if 1 in cfg.nfe else [])})
+    counts: list[int] = sorted({*cfg.nfe, *([2, 4] if 1 in cfg.nfe else [])})
     nodes = OmegaConf.merge(cfg, {"run": str(run.folder)}).grids  # in a grid ${run} is this run
     made = {name: instantiate(node) for name, node in nodes.items() if node}
     samplers = []

@@ -66,6 +66,7 @@ NAMES: dict[str, tuple[str, ...]] = {
         "classifier_features",
         "features_for",
         "inception_features",
+        "own_grid",
         "pixel_features",
         "saved_grid",
     ),

@@ -155,7 +155,7 @@ def plot(rows: list[Row], measure: str, floor: float, file: Path) -> None:
     figure = Figure(figsize=(11, 4.4), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     lines = lines_of(rows, "solver", "grid", "guidance")
-    palette = colormaps["tab10"].colors if len(lines) <= 10 else colormaps["tab20"].colors
+    palette = colormaps["tab10" if len(lines) <= 10 else "tab20"]
     names = list(dict.fromkeys(row["grid"] for row in rows))
     labels = {
         "nfe": "evaluations of the network (NFE)",
@@ -164,7 +164,7 @@ def plot(rows: list[Row], measure: str, floor: float, file: Path) -> None:
     for axes, (key, label) in zip(panels, labels.items(), strict=True):
         for k, (name, mine) in enumerate(lines.items()):
             style = ["-", "--", ":", "-."][names.index(mine[0]["grid"]) % 4]
-            line = {"color": palette[k % len(palette)], "linestyle": style, "marker": "o", "ms": 4}
+            line = {"color": palette(k % palette.N), "linestyle": style, "marker": "o", "ms": 4}
             mine = sorted(mine, key=lambda row: row[key])
             axes.plot(*([row[k] for row in mine] for k in (key, "distance")), label=name, **line)
         axes.axhline(floor, color="0.4", lw=1, ls="--", label="floor: training samples")
