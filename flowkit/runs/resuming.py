@@ -77,6 +77,10 @@ def _check_states(states: Mapping[str, Any], checkpoint: Path) -> None:
                 )
 
 
+ADDED = {"prediction": "velocity"}
+"""Options that runs of earlier versions do not have, and what those runs did."""
+
+
 def resumed(cfg: DictConfig, overrides: list[str]) -> DictConfig:
     """Return the configuration of a run folder to resume, with overrides of values applied.
 
@@ -99,7 +103,8 @@ def resumed(cfg: DictConfig, overrides: list[str]) -> DictConfig:
             f"{error}; copy {CONFIG} to {UNRESOLVED} to resume: a schedule then keeps its length"
         ) from error
     now = {"trust": cfg.trust, "data_changed": cfg.data_changed}  # never those of an earlier call
-    stored = OmegaConf.create({**content, **now})
+    added = {key: value for key, value in ADDED.items() if key in cfg}
+    stored = OmegaConf.create({**added, **content, **now})
     if missing := set(cfg) - set(stored):
         raise ValueError(
             f"resume must be a run of the same recipe, got {folder} without the options "
