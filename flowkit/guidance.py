@@ -6,6 +6,7 @@ A sampler, BOSS, FlowOpt or a likelihood sees a guided field as just another fie
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -86,6 +87,22 @@ def replace_cond(cond: Cond, null: Null, where: Tensor | None = None) -> Cond:
 def _replace(cond: Tensor, null: float | Tensor, where: Tensor | None) -> Tensor:
     value = torch.as_tensor(null, dtype=cond.dtype, device=cond.device).expand(cond.shape)
     return value if where is None else torch.where(expand_like(where, cond), value, cond)
+
+
+def is_null(cond: Cond, null: Null) -> Tensor:
+    """Return which samples ``(B,)`` have the null condition, in all that it names.
+
+    >>> is_null(torch.tensor([3, 10]), 10)
+    tensor([False,  True])
+    """
+    hidden = replace_cond(cond, null)
+    if isinstance(cond, Mapping) and isinstance(hidden, Mapping):
+        return torch.stack([_equal(cond[name], hidden[name]) for name in cond]).all(0)
+    return _equal(cast(Tensor, cond), cast(Tensor, hidden))
+
+
+def _equal(a: Tensor, b: Tensor) -> Tensor:
+    return (a == b).reshape(len(a), -1).all(1)
 
 
 def _check_null(null: object) -> None:

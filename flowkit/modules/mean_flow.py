@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from flowkit.autoencoders import Autoencoder, Identity
-from flowkit.checks import check_at_least, check_between, check_choice, check_number
+from flowkit.checks import expand_like, check_at_least, check_between, check_choice, check_number
 from flowkit.couplings import Coupling, Independent
-from flowkit.guidance import DropCond, combine, replace_cond
+from flowkit.guidance import DropCond, combine, is_null, replace_cond
 from flowkit.losses import Draw, mean_flow_loss
 from flowkit.modules.checkpoints import load_run
 from flowkit.modules.flow import FlowModule, Guidance
@@ -184,7 +184,11 @@ class MeanFlowMatching(FlowModule):
         )
 
     def _guided_field(self, draw: Draw) -> Tensor:
-        """Return the velocities of pairs under the guidance that is learnt."""
-        null = replace_cond(draw.cond, cast(DropCond, self.drop_cond).null)
-        unguided = self.velocity(draw.x_t, draw.t, null)
-        return combine(draw.u, unguided, cast(float, self.guidance_scale))
+        """Return the velocities of pairs under the guidance that is learnt.
+
+        Without a condition there is nothing to guide to: the velocity is that of the pair.
+        """
+        null = cast(DropCond, self.drop_cond).null
+        unguided = self.velocity(draw.x_t, draw.t, replace_cond(draw.cond, null))
+        guided = combine(draw.u, unguided.to(draw.u), cast(float, self.guidance_scale))
+        return torch.where(expand_like(is_null(draw.cond, null), guided), draw.u, guided)
