@@ -68,9 +68,9 @@ class BoundVelocity:
         takes_part = prepared or tells
         self.velocity, self.prepared = velocity, prepared
         self._begin_step: Callable[[float, float], Any] | None = begin_step if tells else None
-        self._average_steps: Callable[[], Any] | None = getattr(velocity, "average_steps", None)
-        if not takes_part:
-            self._average_steps = None
+        self._average_steps: Callable[[], Any] | None = (
+            getattr(velocity, "average_steps", None) if takes_part else None
+        )
         self._source: Any = velocity if takes_part and hasattr(velocity, "rows") else None
         self.edges: tuple[float, ...] = _times(getattr(velocity, "edges", ())) if takes_part else ()
         self.nfe = self._rows = 0
