@@ -1,5 +1,6 @@
 """Flow-matching loss, for any training loop."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -226,10 +227,9 @@ def mean_flow_loss(
 
     whose right side is the target, without gradient. The derivative along the tangent
     ``(v, 1, 0)`` of ``(x, t, s)`` is one forward-mode product. A share ``flow_share`` of the batch
-    has ``s = t``, which is plain flow matching; the others have two times in order, and only these
-    cost the product. Each pair has the weight ``w = sg((‖Δ‖² + 1e-3) / d)^−power`` for the error
-    ``Δ`` in ``d`` elements. With ``power = 0`` and ``flow_share = 1`` this is
-    `flow_matching_loss`.
+    (rounded down) has ``s = t``, which is plain flow matching; the others have two times in order,
+    and only these cost the product. Each pair has the weight ``w = sg((‖Δ‖² + 1e-3) / d)^−power``
+    for the error ``Δ`` in ``d`` elements. ``power = 0, flow_share = 1`` is `flow_matching_loss`.
 
     Sources: Geng et al., *Mean Flows for One-step Generative Modeling*, 2025 (arXiv 2505.13447),
     algorithm 1 and equation 22; Geng et al., *Improved Mean Flows*, 2025 (arXiv 2512.02012), for
@@ -273,7 +273,7 @@ def mean_flow_loss(
     pairs = draw_pairs(batch, coupling, generator)
     size, dtype = len(pairs.x1), at_least_float32(pairs.x1.dtype)
     first, second = (times(size, pairs.x1.device, generator).to(dtype) for _ in range(2))
-    means = slice(round((1 - flow_share) * size))  # the first rows: batches are in random order
+    means = slice(math.ceil((1 - flow_share) * size))  # the first: batches are in random order
     t, s = first.clone(), first.clone()
     t[means], s[means] = torch.minimum(first, second)[means], torch.maximum(first, second)[means]
     draw = draw_states(pairs, t, path, drop_cond, generator)
@@ -282,21 +282,22 @@ def mean_flow_loss(
     check_same_shape(u, draw.u, ("net(x, t, cond)", "x"))
     with torch.no_grad():
         target = (draw.u if field is None else field(draw)).to(dtype, copy=True)
+        check_same_shape(target, draw.u, ("field(draw)", "x"))
         if means.stop:
             part = Draw(draw.x_t[means], t[means], target[means], take(draw.cond, means))
             slope = _slope(net, part, s[means], tangent)
-            target[means] += expand_like(s - t, target)[means] * slope
+            target[means] += expand_like(s - t, slope)[means] * slope
 
     error, mask = u.to(dtype) - target, batch.get("mask")
     if mask is not None:
         mask = mask.to(dtype).expand(error.shape)
-    weight = _adaptive(error.detach(), mask, power)
+    counted = torch.ones_like(error)
     for factor in (pair_weights(pairs, error), mask):
-        weight = weight if factor is None else weight * factor
+        counted = counted if factor is None else counted * factor
     return {
-        "loss": _mean_square(error, weight, mask),
-        "explained": _explained(error, target, mask, slice(means.stop, None)),
-        "explained_mean": _explained(error, target, mask, means),
+        "loss": _mean_square(error, counted * _adaptive(error.detach(), mask, power), mask),
+        "explained": _explained(error, target, counted, slice(means.stop, None)),
+        "explained_mean": _explained(error, target, counted, means),
     }
 
 
@@ -334,11 +335,10 @@ def _adaptive(error: Tensor, mask: Tensor | None, power: float) -> Tensor:
     return expand_like(((square + 1e-3) / count.clamp(min=1)) ** -power, error)
 
 
-def _explained(error: Tensor, target: Tensor, mask: Tensor | None, rows: slice) -> Tensor:
+def _explained(error: Tensor, target: Tensor, counted: Tensor, rows: slice) -> Tensor:
     """Return the explained share of the energy of some rows; 0 if there are none."""
-    counted = 1.0 if mask is None else mask[rows]
-    squares = (counted * value[rows].detach().square() for value in (error, target))
-    return explained_share(*(square.sum() for square in squares))
+    squares = (counted * value.detach().square() for value in (error, target))
+    return explained_share(*(square[rows].sum() for square in squares))
 
 
 def pair_weights(pairs: Pairs, x: Tensor) -> Tensor | None:

@@ -68,9 +68,10 @@ class BoundVelocity:
         takes_part = prepared or tells
         self.velocity, self.prepared = velocity, prepared
         self._begin_step: Callable[[float, float], Any] | None = begin_step if tells else None
-        self._average_steps: Callable[[], Any] | None = getattr(velocity, "average_steps", None)
-        if not takes_part:
-            self._average_steps = None
+        can = takes_part and getattr(velocity, "has_means", False)
+        self._average_steps: Callable[[bool], Any] | None = (
+            getattr(velocity, "average_steps", None) if can else None
+        )
         self._source: Any = velocity if takes_part and hasattr(velocity, "rows") else None
         self.edges: tuple[float, ...] = _times(getattr(velocity, "edges", ())) if takes_part else ()
         self.nfe = self._rows = 0
@@ -105,10 +106,10 @@ class BoundVelocity:
         """True if the velocity may give its mean over an Euler step."""
         return self._average_steps is not None
 
-    def average_steps(self) -> None:
-        """Allow the velocity to give its mean over each step: all steps are Euler's, forward."""
+    def average_steps(self, on: bool) -> None:
+        """Ask for means over the steps, which are all Euler's and forward, or for velocities."""
         if self._average_steps is not None:
-            self._average_steps()
+            self._average_steps(on)
 
     def wrapped(self, call: Velocity) -> "BoundVelocity":
         """Return another velocity of the same solve: same steps, edges and rows, another call.

@@ -26,6 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import flowkit.recipes._resolvers  # noqa: F401  # functions that configurations refer to
 from flowkit.blockwise import Blockwise
+from flowkit.checks import check_choice
 from flowkit.modules import ConditionGrid, FlowModule, SampleGrid
 from flowkit.modules.callbacks import LastValidation, StepProgress, StopOnInterrupt
 from flowkit.modules.checkpoints import (
@@ -57,6 +58,9 @@ PREDICTIONS = {
     "noise": "flowkit.adapters.NoisePrediction",
 }
 """Modules that make velocities of what a network predicts."""
+
+OF_THEIR_OWN = (".MeanFlowMatching", ".SymmetricalFlowMatching", ".BlockwiseFlowMatching")
+"""Methods whose networks do not give one velocity of one time."""
 
 
 def train(cfg: DictConfig) -> FlowModule:
@@ -145,7 +149,7 @@ def _follow_start(cfg: DictConfig) -> None:
         check(taught, f"module of {start}")
         cfg.model, cfg.autoencoder = taught["velocity"], taught.get("autoencoder", cfg.autoencoder)
         if _learns_means(cfg):
-            cfg.model.num_times = 2
+            OmegaConf.update(cfg, "model.num_times", 2, force_add=True)
 
 
 def _module(cfg: DictConfig, data: Any) -> FlowModule:
@@ -178,13 +182,16 @@ def _module(cfg: DictConfig, data: Any) -> FlowModule:
 
 def _convert_prediction(cfg: DictConfig) -> None:
     """Make a velocity of a network that predicts data or noise."""
-    wrapper = PREDICTIONS[cfg.get("prediction", "velocity")]
+    prediction = cfg.get("prediction", "velocity")
+    check_choice(prediction, PREDICTIONS, "prediction")
+    wrapper = PREDICTIONS[prediction]
     if wrapper is None:
         return
-    if _learns_means(cfg):
+    if cfg.module._target_.endswith(OF_THEIR_OWN):
+        name = cfg.module._target_.rpartition(".")[2]
         raise ValueError(
-            f"prediction must be velocity for module=mean_flow, got {cfg.prediction}; a mean "
-            "velocity is no prediction of data or noise"
+            f"prediction must be velocity for {name}, whose network gives something of its own, "
+            f"got {prediction}"
         )
     node = {"_target_": wrapper, "net": "${model}", "path": "${path}"}
     OmegaConf.update(cfg, "module.velocity", node, merge=False)
@@ -198,7 +205,7 @@ def _learns_means(cfg: DictConfig) -> bool:
 def _check_null(cfg: DictConfig, data: Any) -> None:
     """Refuse a class as the label that means no label; training would lose this class."""
     null = (cfg.module.get("drop_cond") or {}).get("null")
-    labels = null.values() if OmegaConf.is_dict(null) else [null]
+    labels = cast(Any, null).values() if OmegaConf.is_dict(null) else [null]
     classes = data.num_classes or 0
     if any(label in range(classes) for label in labels):
         raise ValueError(

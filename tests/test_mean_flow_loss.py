@@ -135,7 +135,7 @@ def test_the_slope_of_every_network(name):
 
     def keep(draw):
         draws.append(draw)
-        return torch.zeros_like(draw.u)
+        return draw.u
 
     def recorded(x, t, cond):
         targets.append((t, net(x, t, cond)))
@@ -146,12 +146,12 @@ def test_the_slope_of_every_network(name):
     (times, u), draw = targets[0], draws[0]
     t, s = times.unbind(1)
 
-    def of_time(t):  # the field is 0, so the state rests
-        return net(draw.x_t, torch.stack([t, s], 1), draw.cond)
+    def along(x, t):
+        return net(x, torch.stack([t, s], 1), draw.cond)
 
     with sdpa_kernel(SDPBackend.MATH):  # by two backward passes
-        _, slope = torch.autograd.functional.jvp(of_time, t, torch.ones_like(t))
-    expected = (u - (s - t)[:, None, None, None] * slope).square().mean()
+        _, slope = torch.autograd.functional.jvp(along, (draw.x_t, t), (draw.u, torch.ones_like(t)))
+    expected = (u - draw.u - (s - t)[:, None, None, None] * slope).square().mean()
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
     found.backward()
     assert all(p.grad is not None for p in net.parameters())

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from flowkit.adapters.conventions import check_noiseless, coefficients
+from flowkit.checks import check_number
 from flowkit.paths import Interpolant, Linear
 from flowkit.types import Cond
 
@@ -23,6 +24,7 @@ class _Prediction(nn.Module):
                 f"yet, got {type(net).__name__}"
             )
         check_noiseless(path)
+        check_number(min_gap, "min_gap")
         if not 0 < min_gap < 1:
             raise ValueError(f"min_gap must lie in (0, 1), got {min_gap}")
         self.net, self.path, self.min_gap = net, path, min_gap

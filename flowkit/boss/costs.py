@@ -102,6 +102,7 @@ def step_costs(
     check_at_least(parts, 1, "groups")
     if len(x0) % parts:
         raise ValueError(f"groups must divide the {len(x0)} noises into equal parts, got {parts}")
+    method = kind_of_step(velocity, cond, method)
     n, size = len(fine), len(x0) // parts
     if chunk_size is None:
         held = HELD if x0.device.type == "cpu" else HELD_ON_ACCELERATOR
@@ -112,7 +113,6 @@ def step_costs(
     cond = per_sample(cond, len(x0))
     costs = torch.zeros(parts, n, n, dtype=torch.float64)
     energy = torch.zeros(parts, n, dtype=torch.float64)
-    method = kind_of_step(velocity, cond, method)
     walk = _gram_walk if method == "euler" else _direct_walk
     for rows in chunks(0, len(x0), chunk_size):
         sums = walk(velocity, x0[rows], fine, take(cond, rows), method, reference)
@@ -300,8 +300,7 @@ def make_field(
     With ``means`` it is a mean velocity, a function of the end of a step, too.
     """
     bound = bind(velocity, cond, grid)
-    if means:
-        bound.average_steps()
+    bound.average_steps(means)
     dtype = torch.promote_types(x.dtype, torch.float32)
 
     def field(x: Tensor, t: float, end: float | None = None) -> Tensor:

@@ -163,8 +163,8 @@ class Sinkhorn:
         reg: Positive, in units of the cost.
         cost: Cost of a pair, as for `MinibatchOT`.
         cond_weight: Weight of the conditions, as for `MinibatchOT`.
-        max_iters: Largest number of Sinkhorn iterations, at least 1. A warning appears if the plan
-            has not converged by then.
+        max_iters: Largest number of iterations, at least 1; each takes two products of a ``(B, B)``
+            kernel with a vector. A warning appears if the plan has not converged by then.
         across_ranks: Joint transport of all ranks, as for `MinibatchOT`.
 
     Raises:

@@ -7,7 +7,7 @@ and entropic plans.
 import math
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from flowkit.checks import check_choice, check_same_shape, check_samples
+from flowkit.couplings.sinkhorn import sinkhorn
 
 if TYPE_CHECKING:
     from threadpoolctl import ThreadpoolController
@@ -155,11 +156,8 @@ def potentials(cost: np.ndarray, num_stages: int, num_iters: int) -> tuple[np.nd
     temperature = -float(kernel.mean()) / 4
     if not (num_stages and temperature):
         return f, g
-    # BLAS splits large matrix-vector products over threads. That gains little, and it is slow
-    # when other processes (workers of a data loader) use the same cores.
-    one_thread = _blas().limit(limits=1, user_api="blas") if len(f) > 512 else nullcontext()
     # The loop ends at an underflow or overflow, so NumPy's warnings are off.
-    with one_thread, np.errstate(all="ignore"):
+    with _one_thread(len(f)), np.errstate(all="ignore"):
         kernel /= temperature
         np.exp(np.maximum(kernel, -80, out=kernel), out=kernel)
         last = None
@@ -187,9 +185,9 @@ def potentials(cost: np.ndarray, num_stages: int, num_iters: int) -> tuple[np.nd
 def entropic_plan(cost: Tensor, reg: float, max_iters: int, tol: float = 1e-6) -> Tensor:
     """Return the plan ``(N, M)`` that minimizes ``⟨P, cost⟩ − reg H(P)`` with uniform marginals.
 
-    The function runs POT's Sinkhorn iteration in the log domain, in float64 on the CPU. The
-    iteration starts from the potentials of problems with a higher temperature. A warning appears if
-    the marginals still differ by more than ``tol`` (Euclidean norm) after ``max_iters`` iterations.
+    The function anneals Sinkhorn's iteration, in float64 on the CPU, and takes Newton steps where
+    the iteration is slow: see `flowkit.couplings.sinkhorn`. A warning appears if the marginals
+    still differ by more than ``tol`` (Euclidean norm) after ``max_iters`` iterations.
 
     Args:
         cost: ``(N, M)`` and finite, on any device.
@@ -202,24 +200,10 @@ def entropic_plan(cost: Tensor, reg: float, max_iters: int, tol: float = 1e-6) -
     >>> entropic_plan(torch.tensor([[0.0, 1.0], [1.0, 0.0]]), reg=0.1, max_iters=100)
     tensor([[0.5000, 0.0000], [0.0000, 0.5000]], dtype=torch.float64)
     """
-    from ot import sinkhorn
-
-    # Each stage divides the temperature by four; the last temperature is close to reg.
-    spread = float(cost.std(correction=0))
-    num_stages = int(math.log(max(1, min(spread / reg, 1e5)), 4))
-    rows, columns = (np.full(size, 1 / size) for size in cost.shape)
-    plan, log = sinkhorn(
-        rows,
-        columns,
-        _reduced(cost, num_stages, num_iters=5),
-        reg,
-        method="sinkhorn_log",
-        numItermax=max_iters,
-        stopThr=tol,
-        log=True,
-        warn=False,
-    )
-    if not log["err"][-1] <= tol:
+    matrix = cost.detach().cpu().numpy().astype(np.float64)
+    with _one_thread(max(matrix.shape)):
+        plan, error = sinkhorn(matrix, reg, max_iters, tol)
+    if not error <= tol:
         warnings.warn(
             f"Sinkhorn has not converged: the marginals are off by more than {tol:.0e} after "
             f"{max_iters} iterations at reg {reg}; raise reg or max_iters",
@@ -263,6 +247,15 @@ def check_cost(cost: Cost) -> None:
 def _function(cost: Cost) -> Callable[[Tensor, Tensor], Tensor]:
     """Return the cost as a function."""
     return COSTS[cost] if isinstance(cost, str) else cost
+
+
+def _one_thread(size: int) -> AbstractContextManager[object]:
+    """Keep products of large matrices with vectors on one thread.
+
+    BLAS splits them over threads. That gains little, and it is slow when other processes (workers
+    of a data loader) use the same cores.
+    """
+    return _blas().limit(limits=1, user_api="blas") if size > 512 else nullcontext()
 
 
 @cache

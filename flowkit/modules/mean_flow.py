@@ -6,8 +6,9 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from flowkit.adapters import DataPrediction, NoisePrediction
 from flowkit.autoencoders import Autoencoder, Identity
-from flowkit.checks import expand_like, check_at_least, check_between, check_choice, check_number
+from flowkit.checks import check_at_least, check_between, check_choice, check_number, expand_like
 from flowkit.couplings import Coupling, Independent
 from flowkit.guidance import DropCond, combine, is_null, replace_cond
 from flowkit.losses import Draw, mean_flow_loss
@@ -54,6 +55,7 @@ class MeanFlowMatching(FlowModule):
         lr_scheduler: Makes a learning-rate scheduler, which steps after every training step.
 
     Raises:
+        TypeError: If the network predicts data or noise.
         ValueError: If an option is out of its range, the network takes one time, or guidance is to
             be learnt without dropped conditions.
 
@@ -84,6 +86,11 @@ class MeanFlowMatching(FlowModule):
         optimizer: MakeOptimizer = ADAMW,
         lr_scheduler: MakeScheduler | None = None,
     ) -> None:
+        if isinstance(velocity, DataPrediction | NoisePrediction):
+            raise TypeError(
+                "velocity must be a network whose result is a mean velocity, got "
+                f"{type(velocity).__name__}"
+            )
         if (found := getattr(velocity, "num_times", 2)) != 2:
             raise ValueError(
                 f"velocity must take two times, got num_times={found}; build it with num_times=2"
@@ -147,7 +154,7 @@ class MeanFlowMatching(FlowModule):
             TypeError: If guidance is neither a number nor a function.
             ValueError: If guidance is given that is learnt already, or that the training forbids.
         """
-        if self.guidance_scale is not None and guidance not in (None, 1):
+        if self.guidance_scale not in (None, 1) and guidance not in (None, 1):
             raise ValueError(
                 f"guidance must be null or 1 for a network that has learnt guidance "
                 f"{self.guidance_scale}, got {guidance}"

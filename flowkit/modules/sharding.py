@@ -11,6 +11,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 
 from flowkit.modules.flow import FlowModule
+from flowkit.sampling import MeanVelocity
 
 
 class FullySharded(ModelParallelStrategy):
@@ -49,6 +50,11 @@ def shard_if_asked(module: FlowModule, trainer: Trainer) -> None:
         raise ValueError(
             "callback must be raw with trainer=fsdp, got averaged weights; Lightning does not "
             "average sharded weights"
+        )
+    if isinstance(module.velocity, MeanVelocity):
+        raise ValueError(
+            "module must be no mean flow with trainer=fsdp, since sharded weights have no "
+            f"derivative along the flow, got {type(module).__name__}; use trainer=ddp"
         )
     inside = {id(p) for p in cast(nn.Module, module.velocity).parameters()}
     outside = [n for n, p in module.named_parameters() if p.requires_grad and id(p) not in inside]

@@ -77,10 +77,11 @@ class DiffusersVelocity(nn.Module):
         self.time_scale, self.drop_sigma = time_scale, drop_sigma
         self.num_times = num_times
         if num_times != 1:
-            if num_times != 2 or not hasattr(net, "class_embedding"):
+            table = getattr(net, "class_embedding", net)
+            if num_times != 2 or not isinstance(table, nn.Embedding | None):
                 raise ValueError(
-                    f"num_times must be 1, or 2 for a UNet2DModel, got {num_times} for "
-                    f"{type(net).__name__}"
+                    "num_times must be 1, or 2 for a UNet2DModel with a table of labels or without "
+                    f"labels, got {num_times} for {type(net).__name__}"
                 )
             net.class_embedding = _SecondTime(net, time_scale)
         self.channels_last = channels_last
@@ -118,6 +119,7 @@ class DiffusersVelocity(nn.Module):
     def with_second_time(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return weights of a network of one time for this one; the second has no effect."""
         new = {k: v for k, v in self.state_dict().items() if k.startswith(SECOND_TIME)}
+        new.pop(LABELS, None)
         return {**new, **state}
 
     def _labels(self, cond: Tensor | None, batch: int) -> dict[str, Tensor]:
@@ -131,7 +133,7 @@ class DiffusersVelocity(nn.Module):
         return {} if labels is None else {"class_labels": labels}
 
 
-SECOND_TIME = "net.class_embedding."
+SECOND_TIME, LABELS = "net.class_embedding.", "net.class_embedding.weight"
 
 
 class _SecondTime(nn.Module):

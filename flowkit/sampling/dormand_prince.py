@@ -78,7 +78,7 @@ class DormandPrince:
                 x, self.next = new, x
                 self._store(0, self.stages[-1])  # the first velocity of the next step
             size = abs(h) * _factor(ratio)
-        return x
+        return x if self.graph else x.clone()  # not a part of all buffers
 
     def _first_size(self, x: Tensor, t: float, end: float, before_end: float) -> float:
         """The size of the first step, by the velocity and its change along a very small one."""

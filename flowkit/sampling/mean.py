@@ -64,14 +64,14 @@ class MeanVelocity(nn.Module):
 class _Bound:
     """A mean velocity during one solve."""
 
+    has_means = True
+
     def __init__(self, net: Callable[[Tensor, Tensor, Cond], Tensor]) -> None:
-        self.net = net
-        self.averages, self.end = False, None
+        self.net, self.averages = net, False
+        self.end: float | None = None
 
-    end: float | None
-
-    def average_steps(self) -> None:
-        self.averages = True
+    def average_steps(self, on: bool) -> None:
+        self.averages, self.end = on, None
 
     def begin_step(self, t_left: float, t_right: float) -> None:
         if not self.averages and self.end is None:

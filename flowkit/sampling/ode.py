@@ -165,7 +165,8 @@ class ODESampler:
                 from the old point with the new velocity (Uni-Inv, second order). A number ``k``
                 repeats the evaluation and the step ``k`` times, which is fixed-point inversion: it
                 converges to the state that Euler's step started from where ``h ‖∂v/∂x‖ < 1``.
-                ``n`` steps cost ``1 + n · correct`` evaluations. Sources: Jiao et al.,
+                ``n`` steps cost ``1 + n · correct`` evaluations. A mean velocity is inverted by its
+                instantaneous velocity, so its own steps are not undone. Sources: Jiao et al.,
                 *UniEdit-Flow*, 2025 (arXiv 2504.13109); Pan et al., *Effective Real Image Editing
                 with Accelerated Iterative Diffusion Inversion*, 2023 (arXiv 2309.04907).
             return_path: Keep the states, from the last time to the first.
@@ -199,8 +200,7 @@ class ODESampler:
     ) -> Solution:
         check_state(x)
         bound = bind(velocity, cond, self.times)
-        if self.method == "euler" and times is self.times:
-            bound.average_steps()
+        bound.average_steps(self.method == "euler" and times is self.times)
         path = x.new_empty((len(times), *x.shape)) if return_path else None
         state = x.to(torch.promote_types(x.dtype, torch.float32))
         field, rows = Field(bound, state, cond, x.dtype), bound.rows

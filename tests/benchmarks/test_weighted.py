@@ -113,8 +113,6 @@ def test_training_step_by_batch_size(benchmark, problem):
         network, x0, x1 = problem(size)
         optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, fused=True)
         batch, found = {"x0": x0, "x1": x1}, couplings()
-        if size > 256:
-            del found["Sinkhorn"]  # seconds a step
         steps = {
             name: lambda c=c, a=(network, optimizer, batch): step(*a, c)
             for name, c in found.items()

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from flowkit.adapters import DataPrediction
 from flowkit.exact import GaussianFlow
 from flowkit.guidance import ClassifierFree, DropCond
 from flowkit.losses import mean_flow_loss
@@ -75,7 +76,7 @@ def test_guidance_is_learnt_from_the_network_itself():
     def field(draw):
         both = torch.stack([draw.t, draw.t], 1)
         null = module.net(draw.x_t, both, torch.full_like(draw.cond, 3)).detach()
-        return 3 * draw.u - 2 * null
+        return torch.where(draw.cond[:, None] == 3, draw.u, 3 * draw.u - 2 * null)
 
     expected = mean_flow_loss(
         module.net, batch, flow_share=0.5, field=field, generator=torch.Generator().manual_seed(4)
@@ -122,6 +123,11 @@ def test_learnt_guidance_is_not_added_again():
 def test_bad_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         MeanFlowMatching(**{"velocity": _net(), **options})
+
+
+def test_a_prediction_is_no_mean_velocity():
+    with pytest.raises(TypeError, match="velocity must be a network whose result is a mean vel"):
+        MeanFlowMatching(DataPrediction(_net()))
 
 
 def test_flows_that_cannot_be_distilled_are_refused(flow, monkeypatch):

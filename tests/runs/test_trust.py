@@ -479,7 +479,7 @@ def _unsafe(call):
         return name
     if name.endswith("Image.open") and "formats" not in keys:
         return name
-    return "allow_pickle" if "allow_pickle" in keys else None
+    return "allow_pickle" if keys.get("allow_pickle", "False") != "False" else None
 
 
 def _broken(text):

@@ -7,6 +7,7 @@ from flowkit import boss, grids
 from flowkit.exact import GaussianFlow
 from flowkit.guidance import Autoguidance, ClassifierFree
 from flowkit.sampling import MeanVelocity, ODESampler
+from flowkit.velocity import bind
 from tests.exact_means import gaussian_mean
 
 F64 = torch.float64
@@ -75,14 +76,49 @@ def test_guided_means_are_combined_means():
 
 
 def test_solves_do_not_share_their_steps():
-    x0, outer = _noise(), ODESampler([0.0, 0.5, 1.0])
-    inner = []
+    x0, inner = _noise(), []
 
-    def look(step, t, x):
-        inner.append(ODESampler([0.0, 1.0])(MEAN, x0))
+    def net(x, t, cond):  # another solve begins and ends within each call
+        if not inner:
+            inner.append(x0)
+            inner[0] = ODESampler(1)(velocity, x0)
+        return MEAN.net(x, t)
 
-    torch.testing.assert_close(outer.solve(MEAN, x0, callback=look).x, FLOW.solution(x0))
+    velocity = MeanVelocity(net)
+    torch.testing.assert_close(ODESampler([0.0, 0.5, 1.0])(velocity, x0), FLOW.solution(x0))
     torch.testing.assert_close(inner[0], FLOW.solution(x0))
+
+
+def test_a_bound_velocity_serves_one_solve_after_another():
+    x0, bound = _noise(), bind(MEAN)
+    torch.testing.assert_close(ODESampler(2)(bound, x0), FLOW.solution(x0))
+    with pytest.warns(UserWarning, match="instantaneous"):
+        found = ODESampler(3, "heun")(bound, x0)
+    torch.testing.assert_close(found, ODESampler(3, "heun")(FLOW, x0))
+
+
+def test_means_do_not_mix_with_velocities():
+    mixed = Autoguidance(MEAN, FLOW, 2.0)
+    with pytest.warns(UserWarning, match="instantaneous"):
+        found = ODESampler(2)(mixed, _noise())
+    torch.testing.assert_close(found, ODESampler(2)(FLOW, _noise()))
+
+
+@pytest.mark.parametrize("field", [FLOW, MEAN], ids=["velocity", "mean"])
+def test_costs_of_guided_velocities_take_the_short_way(field):
+    """One evaluation per time, and two rows for guidance; only means need one per step."""
+    guided = ClassifierFree(lambda x, t, cond: FLOW(x, t), 2.0, 0.0) if field is FLOW else field
+    counted, cond = bind(guided, torch.zeros(3)), torch.zeros(3)
+
+    class Once:
+        def __call__(self, x, t, cond=None):
+            return counted(x, t, cond)
+
+        def bind(self, cond, grid=None):
+            return counted
+
+    boss.step_costs(Once(), _noise(3), 8, cond)
+    assert counted.rows == (3 * 8 * 2 if field is FLOW else 3 * (8 + 8 + 36))
 
 
 def test_costs_of_means_are_those_of_their_steps():
