@@ -47,7 +47,8 @@ class DataPrediction(_Prediction):
     ``b < min_gap``, near the data, ``t`` is the time with ``b(t) = min_gap``, in the formula and
     for the network: so nothing is divided by less, and the velocity is finite up to ``t = 1``,
     also where an inversion starts. With the exact prediction of Gaussian data, samples have an
-    error of the order of ``min_gap²``.
+    error of the order of ``min_gap²``. In directions without data, many fine steps leave noise of
+    about ``min_gap / e``; a grid whose last step is ``min_gap`` long ends at the prediction.
 
     Data of few dimensions in a space of many are easier to predict than their noise or velocity,
     which fill the space: a network narrower than the space then still finds the data.

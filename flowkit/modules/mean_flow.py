@@ -44,7 +44,9 @@ class MeanFlowMatching(FlowModule):
         tangent: ``"network"`` or ``"conditional"``, see `flowkit.losses.mean_flow_loss`.
         flow_share: Share of a batch that trains the instantaneous velocity, in [0, 1].
         guidance_scale: Scale of the classifier-free guidance that is learnt; None for none.
-        power: Exponent of the adaptive weights of pairs, at least 0.
+        power: Exponent of the adaptive weights of pairs, at least 0. With 1, as published for
+            images, the mean is biased where errors differ much from pair to pair, as they do in few
+            dimensions: take 0 for points.
         start: Run folder of a flow, the source of the initial weights (the averaged ones).
         path: Gives the state of a pair at time ``t``, and its velocity.
         coupling: Pairs noise with data.
