@@ -113,7 +113,10 @@ def test_new_samples_move_no_other_and_equal_ones_stay_together():
     x1 = torch.randn(2000, 2, generator=torch.Generator().manual_seed(0))
     rows = [
         {name: set(map(tuple, data.split(name)[:]["x1"].tolist())) for name in data.sizes()}
-        for data in (ready(x1[:1200]), ready(torch.cat([x1, x1]).flip(0)))
+        for data in (
+            ready(x1[:1200], test_fraction=0.1),
+            ready(torch.cat([x1, x1]).flip(0), test_fraction=0.1),
+        )
     ]
     for name in ("train", "val", "test"):
         assert rows[0][name] < rows[1][name]

@@ -175,7 +175,7 @@ def read(file):
 
 def timeless(value):
     """A record without what depends on the time."""
-    names = {"seconds", "milliseconds", "sampling", "cost"}
+    names = {"seconds", "processor_seconds", "milliseconds", "sampling", "cost"}
     if isinstance(value, dict):
         return {k: timeless(v) for k, v in value.items() if k not in names}
     return [timeless(v) for v in value] if isinstance(value, list) else value

@@ -404,7 +404,9 @@ def test_networks_that_predict_the_data_are_runs(configure, tmp_path):
     assert isinstance(velocity, DataPrediction)
     assert velocity.path == Cosine()
     options = ["module=mean_flow", "prediction=noise", *TINY, f"run_dir={tmp_path}/2"]
-    with pytest.raises(ValueError, match="prediction must be velocity for module=mean_flow, got n"):
+    with pytest.raises(
+        ValueError, match="prediction must be velocity for MeanFlowMatching, .* got noise"
+    ):
         train(configure("train", *options))
 
 
