@@ -68,10 +68,10 @@ def pairs(cfg: DictConfig) -> Path:
             parts.append(make(velocity, x0, cfg.fine_steps, wanted, cond))
             bar.update(len(x0))
         shard = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-        write_atomically(out / name, partial(save_file, shard))
         if k == 0 or read_cost(out):  # else the cost of earlier files is not known
             source = origin(run.folder, run.weights["hash"])
             write_cost(out, began, run.device, {"start": source})
+        write_atomically(out / name, partial(save_file, shard))  # last: its work is then recorded
     bar.close()
     print(f"pairs     {out}, {cfg.num_noises * record['rows_per_noise']:,} rows")
     return out

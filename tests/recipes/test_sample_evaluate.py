@@ -405,7 +405,7 @@ def test_networks_that_predict_the_data_are_runs(configure, tmp_path):
     assert velocity.path == Cosine()
     options = ["module=mean_flow", "prediction=noise", *TINY, f"run_dir={tmp_path}/2"]
     with pytest.raises(
-        ValueError, match="prediction must be velocity for MeanFlowMatching, .* got noise"
+        ValueError, match=r"prediction must be velocity for MeanFlowMatching, .* got noise"
     ):
         train(configure("train", *options))
 
