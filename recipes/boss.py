@@ -180,7 +180,7 @@ def _announce(cfg: DictConfig, budgets: list[int], extra_noises: int, model: Mod
     for name, count in rows.items():
         print(f"  {name:<44} {factor * count:>14,}")
     seconds = sum(rows.values()) * _seconds_per_row(cfg, model)
-    print(f"time      about {duration(seconds)} on this machine at most, by 3 evaluations")
+    print(f"time      {duration(seconds)} by 3 evaluations; small batches take a few times as long")
     return sum(list(rows.values())[:3])
 
 

@@ -337,10 +337,12 @@ def _recorded(guidance: Guidance) -> float | str | None:
 def saved_grid(num_steps: int, folder: str) -> Tensor | None:
     """Return the grid of ``num_steps`` steps that ``flowkit boss`` wrote to a folder.
 
-    Without such a file the result is None.
+    Without such a file the result is None. The main grid of a search is ``grid.json``.
     """
-    file = Path(folder) / f"grid-{num_steps}.json"
-    return grids.load(file) if file.is_file() else None
+    for file in (Path(folder) / f"grid-{num_steps}.json", Path(folder) / "grid.json"):
+        if file.is_file() and len(grid := grids.load(file)) == num_steps + 1:
+            return grid
+    return None
 
 
 def own_grid(num_steps: int, run: str) -> Tensor | None:

@@ -13,7 +13,7 @@ from flowkit.modules import FlowModule
 from flowkit.recipes.evaluate import evaluate
 from flowkit.recipes.report import report
 from flowkit.recipes.train import train
-from flowkit.runs import Run, own_grid, report_plots
+from flowkit.runs import Run, own_grid, report_plots, saved_grid
 from flowkit.runs.training_cost import read_cost
 from tests.conftest import CONF
 from tests.recipes.conftest import TINY
@@ -233,3 +233,11 @@ def test_a_straightened_run_owns_the_grid_of_its_segments(kind, tmp_path):
     (tmp_path / "config.yaml").write_text(json.dumps({"data": data, "module": module}))
     assert torch.equal(own_grid(4, str(tmp_path)), grid)
     assert own_grid(3, str(tmp_path)) is None
+
+
+def test_the_main_grid_of_a_search_is_found_by_its_number_of_steps(tmp_path):
+    grids.save(grids.power(8, 2.0), tmp_path / "grid.json")
+    grids.save(grids.power(4, 3.0), tmp_path / "grid-4.json")
+    assert torch.equal(saved_grid(8, str(tmp_path)), grids.power(8, 2.0))
+    assert torch.equal(saved_grid(4, str(tmp_path)), grids.power(4, 3.0))
+    assert saved_grid(2, str(tmp_path)) is None
