@@ -126,7 +126,7 @@ def test_the_rows_are_announced(tiny_run, configure, tmp_path, capsys, monkeypat
         sum(e["scores"] for e in each),
         20 * (3 * (2 + 3) + 12 + 100),
     ]
-    assert f"\ntime      about {duration(sum(stated) / 2)} on this machine at most" in said
+    assert f"\ntime      {duration(sum(stated) / 2)} by 3 evaluations; small batches" in said
     assert "| 3 | " in said
 
 

@@ -127,6 +127,13 @@ def _compose(recipe, *overrides):
 
 
 @pytest.fixture(scope="module")
+def tiny_run(tiny_run, tmp_path_factory):
+    """The tiny run without the grids that tests of other files may have searched for it."""
+    folder = tmp_path_factory.mktemp("report") / "run"
+    return shutil.copytree(tiny_run, folder, ignore=shutil.ignore_patterns("boss", "report"))
+
+
+@pytest.fixture(scope="module")
 def mean_run(tiny_run, tmp_path_factory):
     """A mean flow that learns from the tiny run under guidance 1.5."""
     folder = tmp_path_factory.mktemp("mean") / "run"
