@@ -17,9 +17,9 @@ from flowkit.modules.flow import FlowModule, Guidance
 from flowkit.modules.resume import ADAMW, MakeOptimizer, MakeScheduler
 from flowkit.paths import Linear
 from flowkit.paths import Path as ProbabilityPath
-from flowkit.sampling import MeanVelocity, ODESampler, Sampler, Solution
+from flowkit.sampling import MeanVelocity, ODESampler
 from flowkit.times import Times, Uniform
-from flowkit.types import Batch, Cond
+from flowkit.types import Batch
 from flowkit.velocity import Velocity
 
 
@@ -69,8 +69,7 @@ class MeanFlowMatching(FlowModule):
     torch.Size([3, 2])
     """
 
-    num_times = 2
-    """Times per sample that the network takes."""
+    default_sampler = ODESampler(4)
 
     def __init__(
         self,
@@ -162,19 +161,6 @@ class MeanFlowMatching(FlowModule):
                 f"{self.guidance_scale}, got {guidance}"
             )
         return super().guided(guidance)
-
-    def solve(
-        self,
-        x0: Tensor,
-        sampler: Sampler | None = None,
-        cond: Cond = None,
-        guidance: Guidance = None,
-        *,
-        return_path: bool = False,
-    ) -> Solution:
-        """Carry source samples along the flow; in 4 Euler steps by default."""
-        sampler = sampler or ODESampler(4)
-        return super().solve(x0, sampler, cond, guidance, return_path=return_path)
 
     def loss(self, batch: Batch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Return the ``loss`` of a batch, and the explained shares of energy of both its parts."""

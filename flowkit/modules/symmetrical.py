@@ -192,7 +192,7 @@ class SymmetricalFlowMatching(FlowModule):
             TypeError: If ``cond`` is not a tensor.
             ValueError: If the codec has no such labels, or their number is wrong.
         """
-        sampler, x0 = sampler or ODESampler(25, "heun"), self.as_state(x0)
+        sampler, x0 = sampler or self.default_sampler, self.as_state(x0)
         if isinstance(cond, Tensor) and len(cond) != len(x0):
             raise ValueError(f"cond must hold one label per sample, {len(x0)}, got {len(cond)}")
         options: dict[str, Any] = {"return_path": return_path, "callback": callback}
@@ -276,7 +276,7 @@ class SymmetricalFlowMatching(FlowModule):
             raise RuntimeError(
                 "times must be 'two-time' to sample pairs, got 'symmetric'; give labels to generate"
             )
-        sampler = sampler or ODESampler(25, "heun")
+        sampler = sampler or self.default_sampler
         checks.check_whole(sampler.times)
         seeds = seeds_or_drawn(seeds, num_samples)
         x = self.as_state(seeded_noise(known_shape(self.sample_shape), seeds))
