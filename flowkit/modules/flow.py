@@ -57,7 +57,7 @@ class FlowModule(ExactResume, frozen=("autoencoder",)):
     sample_shape: tuple[int, ...] | None = None
     """Shape of one state, taken from the first batch passed to `loss`."""
 
-    default_sampler: Sampler = ODESampler(25, "heun")
+    default_sampler: ODESampler = ODESampler(25, "heun")
     """Sampler of `sample` and `solve` if none is given."""
 
     weights: Mapping[str, Any] | None = None
