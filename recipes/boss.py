@@ -35,7 +35,7 @@ from flowkit.boss import (
     optimize_grid,
     search_rows,
 )
-from flowkit.boss.costs import check_num_steps, make_field
+from flowkit.boss.costs import check_num_steps, kind_of_step, make_field, rows_per_step
 from flowkit.boss.guard import LEVEL
 from flowkit.metrics import Features, as_saved, frechet_distance
 from flowkit.modules.callbacks import duration
@@ -162,10 +162,11 @@ def _announce(cfg: DictConfig, budgets: list[int], extra_noises: int, model: Mod
     Returns:
         The number of samples in all evaluations of the search, at most.
     """
-    options = {"method": cfg.method, "fine_steps": cfg.fine_steps, "extra_noises": extra_noises}
+    method = kind_of_step(model.velocity, model.starts(0, 1)[1], cfg.method)
+    options = {"method": method, "fine_steps": cfg.fine_steps, "extra_noises": extra_noises}
     by_budget = [search_rows(cfg.search_noises, budget, **options) for budget in budgets]
     per_noise = search_rows(3, cfg.num_steps, **options)["costs"] // 2
-    factor, per_step = 2 if model.guided else 1, 1 if cfg.method == "euler" else 2
+    factor, per_step = 2 if model.guided else 1, rows_per_step(method)
     steps = per_step * 3 * sum(budgets)
     accurate = per_step * cfg.fine_steps + 4 * ACCURATE_STEPS
     rows = {

@@ -18,7 +18,7 @@ from typing import Any, cast
 import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
+from hydra.utils import get_object, instantiate
 from lightning import Trainer, seed_everything
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.loggers import CSVLogger
@@ -27,7 +27,15 @@ from omegaconf import DictConfig, OmegaConf
 import flowkit.recipes._resolvers  # noqa: F401  # functions that configurations refer to
 from flowkit.blockwise import Blockwise
 from flowkit.checks import check_choice
-from flowkit.modules import ConditionGrid, FlowModule, SampleGrid
+from flowkit.modules import (
+    BlockwiseFlowMatching,
+    ConditionGrid,
+    FlowModule,
+    MeanFlowMatching,
+    SampleGrid,
+    Straightening,
+    SymmetricalFlowMatching,
+)
 from flowkit.modules.callbacks import LastValidation, StepProgress, StopOnInterrupt
 from flowkit.modules.checkpoints import (
     CONFIG,
@@ -59,7 +67,7 @@ PREDICTIONS = {
 }
 """Modules that make velocities of what a network predicts."""
 
-OF_THEIR_OWN = (".MeanFlowMatching", ".SymmetricalFlowMatching", ".BlockwiseFlowMatching")
+OF_THEIR_OWN = (MeanFlowMatching, SymmetricalFlowMatching, BlockwiseFlowMatching)
 """Methods whose networks do not give one velocity of one time."""
 
 
@@ -143,12 +151,14 @@ def _follow_start(cfg: DictConfig) -> None:
 
     Blocks that start from a run keep their own network, which may differ from the run's network.
     """
-    student = cfg.module._target_.endswith(".Straightening") or _learns_means(cfg)
-    if student and (start := cfg.module.get("start")) is not None:
+    if (
+        _is_a(cfg, (Straightening, MeanFlowMatching))
+        and (start := cfg.module.get("start")) is not None
+    ):
         taught = read_network(start)["module"]
         check(taught, f"module of {start}")
         cfg.model, cfg.autoencoder = taught["velocity"], taught.get("autoencoder", cfg.autoencoder)
-        if _learns_means(cfg):
+        if _is_a(cfg, MeanFlowMatching):
             OmegaConf.update(cfg, "model.num_times", 2, force_add=True)
 
 
@@ -170,7 +180,7 @@ def _module(cfg: DictConfig, data: Any) -> FlowModule:
     _convert_prediction(cfg)
     module = instantiate(cfg.module, autoencoder=autoencoder)
     _check_kinds(module)
-    network = module.net if _learns_means(cfg) else module.velocity
+    network = module.net if _is_a(cfg, MeanFlowMatching) else module.velocity
     if cfg.compile:
         network.compile()  # in place, so that names in checkpoints stay the same
     module.guided(cfg.guidance)  # refuses a wrong scale now and not at the first picture
@@ -187,7 +197,7 @@ def _convert_prediction(cfg: DictConfig) -> None:
     wrapper = PREDICTIONS[prediction]
     if wrapper is None:
         return
-    if cfg.module._target_.endswith(OF_THEIR_OWN):
+    if _is_a(cfg, OF_THEIR_OWN):
         name = cfg.module._target_.rpartition(".")[2]
         raise ValueError(
             f"prediction must be velocity for {name}, whose network gives something of its own, "
@@ -197,9 +207,13 @@ def _convert_prediction(cfg: DictConfig) -> None:
     OmegaConf.update(cfg, "module.velocity", node, merge=False)
 
 
-def _learns_means(cfg: DictConfig) -> bool:
-    """Return True for mean flows, whose networks take two times."""
-    return cfg.module._target_.endswith(".MeanFlowMatching")
+def _is_a(cfg: DictConfig, methods: type | tuple[type, ...]) -> bool:
+    """Say whether the configured module is of one of these classes or derived from them."""
+    try:
+        found = get_object(cfg.module._target_)
+    except ImportError:  # the error of building the module says more
+        return False
+    return isinstance(found, type) and issubclass(found, methods)
 
 
 def _check_null(cfg: DictConfig, data: Any) -> None:
@@ -241,7 +255,7 @@ def tell(cfg: DictConfig, data: Any, autoencoder: Any) -> None:
     cfg.needs_data = brings_start(data.train[:1], data)
     net = cfg.network
     net.shape, net.num_classes = list(cfg.shape), cfg.num_classes
-    if _learns_means(cfg):
+    if _is_a(cfg, MeanFlowMatching):
         net.num_times, net.time_scale = 2, 10
     if "codec" in cfg.module:
         labels, codec = check_labeled(batch), cfg.module.codec

@@ -292,6 +292,11 @@ def kind_of_step(velocity: Velocity, cond: Cond, method: str) -> str:
     return "mean" if method == "euler" and bind(velocity, cond).has_means else method
 
 
+def rows_per_step(method: str) -> int:
+    """Return the evaluations of the velocity in one step of a sampler."""
+    return 1 if method in ("euler", "mean") else 2
+
+
 def make_field(
     velocity: Velocity, x: Tensor, cond: Cond, grid: Tensor, means: bool = False
 ) -> Field:

@@ -15,7 +15,15 @@ import torch
 from torch import Tensor
 
 from flowkit.boss.bellman import bellman_grid
-from flowkit.boss.costs import METHODS, anchors, check_num_steps, chunks, round_off, step_costs
+from flowkit.boss.costs import (
+    SLOPES,
+    anchors,
+    check_num_steps,
+    chunks,
+    round_off,
+    rows_per_step,
+    step_costs,
+)
 from flowkit.boss.endpoint import PROGRAM_NOISES, SEARCH_WALKS, endpoint_grid
 from flowkit.boss.guard import LEVEL, is_gain, is_noise
 from flowkit.boss.precision import precise
@@ -257,13 +265,13 @@ def search_rows(
     Args:
         num_noises: Number of samples in ``x0``.
         num_steps: Steps of the grid.
-        method: Solver, as for `optimize_grid`.
+        method: Solver, as for `optimize_grid`, or ``"mean"`` for Euler steps by a mean velocity.
         fine_steps: Steps of the fine grid, which is also the reference.
         extra_noises: Number of noise samples that `optimize_grid` draws.
 
     Returns:
         ``costs`` (exact), ``endpoint`` (upper bound) and ``scores`` (exact). A guided velocity
-        computes twice as many network rows, a mean velocity as many for costs as midpoint.
+        computes twice as many network rows.
 
     Raises:
         ValueError: If the method is unknown.
@@ -271,11 +279,11 @@ def search_rows(
     >>> search_rows(96, num_steps=8)
     {'costs': 6400, 'endpoint': 108224, 'scores': 257920}
     """
-    check_choice(method, METHODS, "method")
-    n, per_step, made = fine_steps, 1 if method == "euler" else 2, num_noises * 2 // 3
+    check_choice(method, tuple(SLOPES), "method")
+    n, made, per_step = fine_steps, num_noises * 2 // 3, rows_per_step(method)
     costs, program, search = n, 0, 0
     if method != "euler":
-        costs += 2 * n + n * (n + 1) // 2
+        costs += per_step * n + n * (n + 1) // 2
     if 1 < num_steps < n:
         # The dynamic program holds `width` states at a time. A slope that depends on both ends is
         # evaluated for every pair of times.

@@ -1,9 +1,10 @@
 """Tools of the recipes that read and write run folders.
 
 A run folder is the output of ``flowkit train``. `Run` loads a run folder to sample from its module.
-`saved_grid` and `own_grid` read grids that ``flowkit boss`` wrote. The feature functions build the
-networks of ``conf/metric`` and ``conf/perceptual``. The other files of this package hold starts,
-parts, records, tables and plots for the recipes.
+`saved_grid` and `own_grid` read grids that ``flowkit boss`` wrote. `own_sampler` is the sampler of
+a run if nothing else is asked for. The feature functions build the networks of ``conf/metric`` and
+``conf/perceptual``. The other files of this package hold starts, parts, records, tables and plots
+for the recipes.
 """
 
 from flowkit.runs.features import (
@@ -13,7 +14,7 @@ from flowkit.runs.features import (
     inception_features,
     pixel_features,
 )
-from flowkit.runs.run import Run, own_grid, saved_grid
+from flowkit.runs.run import Run, own_grid, own_sampler, saved_grid
 
 __all__ = [
     "Run",
@@ -22,6 +23,7 @@ __all__ = [
     "features_for",
     "inception_features",
     "own_grid",
+    "own_sampler",
     "pixel_features",
     "saved_grid",
 ]

@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from hydra.utils import instantiate
@@ -187,7 +187,7 @@ class Run:
             ValueError: If the method would ignore an option, see `build_sampler`.
         """
         follows_steps = isinstance(self.module.velocity, Blockwise)
-        sampler = build_sampler(node, needs_path or follows_steps)
+        sampler = build_sampler(node, needs_path or follows_steps, self.module)
         if isinstance(sampler, SDESampler):
             sampler = self.module.with_score(sampler)
             if not self.starts(0).are_noise:
@@ -205,12 +205,13 @@ class Run:
         Raises:
             TypeError: If the sampler is stochastic.
         """
-        if not isinstance(instantiate(node), ODESampler):
+        sampler = self.sampler(node)
+        if not isinstance(sampler, ODESampler):
             raise TypeError(
                 "sampler must be an ODESampler (such as sampler=heun) to run a flow from data to "
                 "noise, too, got SDESampler"
             )
-        return cast(ODESampler, self.sampler(node))
+        return sampler
 
     # --- records ------------------------------------------------------------------------------
 
@@ -302,18 +303,37 @@ class Run:
         return feature_drift(flow, x0, grid, cond, velocity=self.velocity)
 
 
-def build_sampler(node: DictConfig, stops: bool = False) -> Sampler:
+def own_sampler(
+    module: FlowModule, grid: Any = None, method: str | None = None, **tolerances: float
+) -> ODESampler:
+    """Return the default sampler of a module, with another grid or method if given."""
+    own = module.default_sampler
+    return ODESampler(own.grid if grid is None else grid, method or own.method, **tolerances)
+
+
+def build_sampler(
+    node: DictConfig, stops: bool = False, module: FlowModule | None = None
+) -> Sampler:
     """Build a sampler whose method uses all of its options.
 
     Args:
         node: Configuration of the sampler.
         stops: True if an adaptive method stops at all times of the grid.
+        module: The module whose own sampler ``sampler=auto`` stands for.
 
     Raises:
+        TypeError: If the sampler is that of a module, and there is none.
         ValueError: If the grid has times between its ends, where an adaptive method does not stop,
             or if tolerances are given for a method with fixed steps.
     """
-    sampler, method = instantiate(node), node.get("method", "euler")
+    sampler = instantiate(node)
+    if isinstance(sampler, partial):
+        if module is None:
+            raise TypeError(
+                "sampler must be another than auto, which is for trained runs, got auto"
+            )
+        sampler = sampler(module)
+    method = sampler.method
     if method in ADAPTIVE and len(sampler.times) > 2 and not stops:
         grid = f"{len(sampler.times) - 1} steps"
         raise ValueError(

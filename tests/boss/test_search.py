@@ -8,7 +8,7 @@ import torch
 from flowkit import boss, grids
 from flowkit.boss import endpoint, search
 from flowkit.exact import GaussianFlow, MixtureFlow
-from flowkit.sampling import ODESampler
+from flowkit.sampling import MeanVelocity, ODESampler
 from tests.boss.fields import F64, linear_in_time, noise, ring
 
 EXACT = {
@@ -90,6 +90,22 @@ def test_the_search_takes_the_rows_that_it_states(num_steps, method):
     boss.optimize_grid(field, x0, num_steps, **options)
     assert field.rows == of_endpoint + stated["scores"]
     assert stated["scores"] == (11 + 7) * (20 + 3 * num_steps) * (1 if method == "euler" else 2)
+
+
+@pytest.mark.parametrize("num_steps", [1, 3, 9])
+def test_the_search_for_steps_by_means_takes_the_rows_that_it_states(num_steps):
+    def mean(x, t, cond=None):
+        field.rows += len(x)
+        return torch.sin(2 * x) - t[:, :1] * t[:, 1:] * x
+
+    field = Counting(None)
+    velocity, x0 = MeanVelocity(mean), noise(31, 2)
+    stated = boss.search_rows(31, num_steps, method="mean", fine_steps=12, extra_noises=7)
+    costs = boss.step_costs(velocity, x0[:20], 12)
+    assert field.rows == stated["costs"] == 20 * (12 + 12 + 12 * 13 // 2)
+    field.rows = 0
+    boss.optimize_grid(velocity, x0, num_steps, fine_steps=12, costs=costs, extra_noises=7)
+    assert stated["scores"] <= field.rows <= stated["endpoint"] + stated["scores"]
 
 
 @pytest.mark.parametrize("num_steps", [2, 5, 19])

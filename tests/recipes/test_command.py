@@ -246,7 +246,7 @@ def test_help_names_the_choices_and_explains_the_options(tmp_path):
     result = _run(tmp_path, "sample", "sampler=euler", "--help")
     assert result.returncode == 0
     assert "flowkit sample run=runs/quickstart labels=[3,8]" in result.stdout
-    assert "sampler=heun  # ab2, blockwise, bosh3" in result.stdout
+    assert "sampler=auto  # ab2, auto, blockwise, bosh3" in result.stdout
     assert "num_samples: 100 # int >= 1; at most the test split" in result.stdout
     assert "hydra" not in result.stdout
 

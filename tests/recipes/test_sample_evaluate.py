@@ -398,6 +398,25 @@ def test_a_mean_flow_is_sampled_by_its_means_and_the_record_says_so(configure, t
         torch.testing.assert_close(drawn, expected)
 
 
+def test_without_a_sampler_it_is_that_of_the_method(tiny_run, configure, tmp_path):
+    train(configure("train", "module=mean_flow", *TINY, f"run_dir={tmp_path}/mean"))
+    taken = {
+        (tiny_run,): (25, "heun"),
+        (f"{tmp_path}/mean",): (4, "euler"),
+        (f"{tmp_path}/mean", "sampler.grid=1"): (1, "euler"),
+        (f"{tmp_path}/mean", "sampler.method=heun"): (4, "heun"),
+        (tiny_run, "sampler.grid=[0,.3,1]"): (2, "heun"),
+    }
+    for (run, *options), (steps, method) in taken.items():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that Heun does not use the means
+            sample(configure("sample", f"run={run}", *options, "num_samples=2", f"out={tmp_path}"))
+        record = json.loads((tmp_path / "samples.json").read_text())["sampling"]
+        assert (len(record["grid"]) - 1, record["method"]) == (steps, method)
+    with pytest.raises(TypeError, match="sampler must be another than auto, which is for trained"):
+        train(configure("train", *TINY, "sampler=auto", f"run_dir={tmp_path}/other"))
+
+
 def test_networks_that_predict_the_data_are_runs(configure, tmp_path):
     train(configure("train", "prediction=data", "path=cosine", *TINY, f"run_dir={tmp_path}"))
     velocity = load_run(tmp_path).velocity
