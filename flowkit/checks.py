@@ -6,8 +6,9 @@ Every message reads ``<argument> must <rule>, got <value>[; <fix>]``. A wrong va
 
 import functools
 import math
+import operator
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -183,6 +184,26 @@ def as_labels(labels: Tensor, name: str = "cond") -> Tensor:
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise TypeError(f"{name} must hold integer labels, got {labels.dtype}")
     return labels.long()
+
+
+def as_seeds(seeds: Iterable[int] | Tensor, count: int | None = None) -> list[int]:
+    """Return the seeds of samples as a list.
+
+    Raises:
+        TypeError: If ``seeds`` is no sequence of integers.
+        ValueError: If there are not ``count`` of them.
+    """
+    listed = seeds.tolist() if isinstance(seeds, Tensor) else seeds
+    try:
+        found = [operator.index(seed) for seed in listed]
+    except TypeError:
+        raise TypeError(
+            f"seeds must be a sequence of integers, one per sample, got {seeds!r}; for example "
+            "range(8)"
+        ) from None
+    if count is not None and len(found) != count:
+        raise ValueError(f"seeds must hold one seed per sample, {count}, got {len(found)}")
+    return found
 
 
 def check_labels(labels: Tensor, num_classes: int, name: str = "cond", fix: str = "") -> None:

@@ -15,7 +15,7 @@ from flowkit.autoencoders import (
     check_identity,
     identity,
 )
-from flowkit.checks import check_at_least
+from flowkit.checks import as_seeds, check_at_least
 from flowkit.couplings import Independent
 from flowkit.guidance import ClassifierFree, DropCond
 from flowkit.modules.resume import ADAMW, ExactResume, MakeOptimizer, MakeScheduler
@@ -146,8 +146,7 @@ class FlowModule(ExactResume, frozen=("autoencoder",)):
                 "sample_shape must be known to sample, got None; train the module, load a "
                 "trained one or set module.sample_shape"
             )
-        if seeds is None:
-            seeds = drawn_seeds(num_samples)
+        seeds = drawn_seeds(num_samples) if seeds is None else as_seeds(seeds)
         cond = to_device(cond, self.device)
         sizes = {"seeds": len(seeds), **_sizes(cond)}
         for name, size in sizes.items():
@@ -302,13 +301,10 @@ def seeds_of(seeds: Seeds, count: int) -> list[int]:
     """Return one seed per sample; by default 0, 1, ..., ``count - 1``.
 
     Raises:
+        TypeError: If ``seeds`` is no sequence of integers.
         ValueError: If the number of seeds is not ``count``.
     """
-    if seeds is None:
-        return list(range(count))
-    if len(seeds) != count:
-        raise ValueError(f"seeds must hold one seed per sample, {count}, got {len(seeds)}")
-    return [int(seed) for seed in seeds]
+    return list(range(count)) if seeds is None else as_seeds(seeds, count)
 
 
 def seeds_or_drawn(seeds: Seeds, count: int) -> list[int]:

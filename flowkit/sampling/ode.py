@@ -16,6 +16,7 @@ from torch import Tensor
 
 from flowkit.checks import (
     as_grid,
+    as_seeds,
     check_at_least,
     check_choice,
     check_positive,
@@ -230,15 +231,17 @@ def seeded_noise(
         seeds: One integer per sample; torch's generator on the CPU takes them modulo 2³².
         device: Where to put the result.
 
+    Raises:
+        TypeError: If ``seeds`` is no sequence of integers.
+
     >>> a, b = seeded_noise((2,), [3, 4]), seeded_noise((2,), [4])
     >>> bool((a[1] == b[0]).all())
     True
     """
-    seeds = seeds.tolist() if isinstance(seeds, Tensor) else seeds
-    generator = torch.Generator()
+    seeds, generator = as_seeds(seeds), torch.Generator()
     noise = torch.empty(len(seeds), *shape)
     for row, seed in zip(noise, seeds, strict=True):
-        row.normal_(generator=generator.manual_seed(int(seed)))
+        row.normal_(generator=generator.manual_seed(seed))
     return noise.to(device)
 
 

@@ -16,11 +16,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from flowkit.checks import as_grid, check_at_least, check_choice, check_number, check_state
+from flowkit.checks import (
+    as_grid,
+    as_seeds,
+    check_at_least,
+    check_choice,
+    check_number,
+    check_state,
+)
 from flowkit.paths import Interpolant, Linear
 from flowkit.sampling.ode import ODESampler, Solution
 from flowkit.sampling.solvers import STEPS, After, Field, widest_float, with_edges
@@ -145,7 +153,8 @@ class SDESampler:
                 so that gradients of the log densities are those of policy gradients.
 
         Raises:
-            TypeError: As in `ODESampler.solve`.
+            TypeError: As in `ODESampler.solve`; if ``seeds`` holds other things than integers, or
+                ``diffusion`` returns no number.
             ValueError: As in `ODESampler.solve`; if the number of seeds is not ``B``; if ``g`` is
                 negative or not finite at an edge; or if log densities are asked of Heun's method,
                 whose steps are not Gaussian.
@@ -156,15 +165,14 @@ class SDESampler:
                 f"method must be 'euler' for log densities, got {self.method!r}; only its steps "
                 "are Gaussian"
             )
-        if seeds is not None and len(seeds) != len(x):
-            raise ValueError(f"seeds must hold one seed per sample, {len(x)}, got {len(seeds)}")
+        starts = _seeds_of(x) if seeds is None else as_seeds(seeds, len(x))
         bound = bind(velocity, cond, self.times)
         path = x.new_empty((len(self.times), *x.shape)) if return_path else None
         times, after = with_edges(self.times, bound.edges, _keep(path, x))
         widths = self._widths(times)
         state = x.to(torch.promote_types(x.dtype, torch.float32), copy=True)
         calls, rows = Field(bound, state, cond, x.dtype), bound.rows
-        noise = _Noise(_seeds_of(x) if seeds is None else seeds, state)
+        noise = _Noise(starts, state)
         step = _Step(self, calls, noise, [] if return_log_prob else None)
         begin_step = calls.begin_step
         try:
@@ -186,7 +194,7 @@ class SDESampler:
             if isinstance(self.diffusion, str):
                 g = self.scale * DIFFUSIONS[self.diffusion](self.path, t)
             else:
-                g = float(self.diffusion(t))
+                g = _as_number(self.diffusion(t), t)
             if not 0 <= g < math.inf:
                 raise ValueError(
                     f"diffusion must be finite and at least 0 before the end of the grid, got {g} "
@@ -239,9 +247,8 @@ class _Step:
 class _Noise:
     """Standard normal noise of each step, from one generator per sample."""
 
-    def __init__(self, seeds: Sequence[int] | Tensor, x: Tensor) -> None:
-        seeds = seeds.tolist() if isinstance(seeds, Tensor) else seeds
-        self.generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+    def __init__(self, seeds: Sequence[int], x: Tensor) -> None:
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self.like, self.noise = x, torch.empty(x.shape)
         self.draws = -1  # of steps; the draw before the first is the start of a sample
 
@@ -267,6 +274,14 @@ def _log_density(x: Tensor, mean: Tensor, variance: float) -> Tensor:
     if variance == 0:
         return z.new_zeros(len(z))
     return -0.5 * (z.square().sum(1) / variance + z.shape[1] * math.log(2 * math.pi * variance))
+
+
+def _as_number(g: object, t: float) -> float:
+    """Return what a function gave as the amount of noise at a time."""
+    try:
+        return float(cast(float, g))
+    except (TypeError, ValueError):
+        raise TypeError(f"diffusion must return one number, got {g!r} at t={t:.6g}") from None
 
 
 def _keep(path: Tensor | None, x: Tensor) -> After | None:

@@ -72,6 +72,9 @@ def test_sample_refuses_what_it_cannot_do():
     fresh.sample_shape = (2,)
     with pytest.raises(ValueError, match="seeds must hold num_samples = 2, got 1"):
         fresh.sample(2, seeds=[1])
+    for wrong in (2, "ab", [0.5, 1], torch.tensor(3)):
+        with pytest.raises(TypeError, match="seeds must be a sequence of integers, one per sample"):
+            fresh.sample(2, seeds=wrong)
     with pytest.raises(ValueError, match="cond must hold num_samples = 2, got 3"):
         fresh.sample(2, cond=torch.zeros(3))
     with pytest.raises(ValueError, match=r"got 2.0; .* module.drop_cond.prob=0.1"):

@@ -429,6 +429,21 @@ def test_the_input_is_not_changed():
             "seeds must hold one seed per sample, 2, got 1",
         ),
         (
+            lambda: SDESampler(4).solve(FLOW, torch.zeros(2, 1), seeds=2),
+            TypeError,
+            "seeds must be a sequence of integers, one per sample, got 2",
+        ),
+        (
+            lambda: SDESampler(4, lambda t: torch.ones(2)).solve(FLOW, torch.zeros(2, 1)),
+            TypeError,
+            r"diffusion must return one number, got tensor\(\[1., 1.\]\) at t=0",
+        ),
+        (
+            lambda: SDESampler(4, lambda t: None).solve(FLOW, torch.zeros(2, 1)),
+            TypeError,
+            "diffusion must return one number, got None at t=0",
+        ),
+        (
             lambda: SDESampler(4, method="heun").solve(
                 FLOW, torch.zeros(2, 1), return_log_prob=True
             ),
