@@ -10,14 +10,21 @@ from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from tempfile import TemporaryFile
 from textwrap import fill
 from typing import Any, NoReturn, cast
 
 import flowkit.recipes
 from flowkit import __version__
 from flowkit.errors import ErrorInALine, errors_to_us, is_hydras
-from flowkit.rules import CONF, check, did_you_mean, fits, no_such_option, rules_of
+from flowkit.rules import (
+    CONF,
+    check,
+    check_writable,
+    did_you_mean,
+    fits,
+    no_such_option,
+    rules_of,
+)
 from flowkit.stopping import stops_in_a_line
 
 EXPERIMENTS = CONF / "experiment"
@@ -264,6 +271,8 @@ def _check_places(values: dict[str, Any], folder: Path | None) -> None:
         check_writable(Path(run), "run", "; choose another folder by out=")
     elif out and "${" not in str(out):
         check_writable(Path(out), "out")
+    elif folder and str(folder) == values.get("pipeline"):
+        check_writable(folder, "pipeline", "; choose another folder by out=")
     elif folder:
         check_writable(folder, "hydra.run.dir")
 
@@ -303,20 +312,6 @@ def _keys(node: dict[str, Any], place: str = "") -> Iterator[str]:
 def _groups() -> list[str]:
     """Return the names of all groups."""
     return [file.name for file in CONF.iterdir() if file.is_dir()]
-
-
-def check_writable(path: Path, key: str, fix: str = "") -> None:
-    """Require a folder that can be written or created.
-
-    Raises:
-        PermissionError: If it cannot.
-    """
-    made = next(p for p in (path, *path.absolute().parents) if p.exists())
-    try:
-        with TemporaryFile(dir=made):
-            pass
-    except OSError as error:
-        raise PermissionError(f"{key} must be a writable folder, got {path}{fix}") from error
 
 
 def check_former(recipe: str, overrides: list[str]) -> None:

@@ -4,7 +4,8 @@ flowkit compare experiment=toy_table hydra.run.dir=runs/toy_table
 flowkit compare experiment=toy_table seeds=[42] 'evaluate=["sampler=euler", "sampler.grid=20"]'
 
 Every cell of the table is an ordinary run folder. Finished cells are kept. So the same command
-continues a stopped table, and a longer list adds cells.
+continues a stopped table, and a longer list adds cells. With other options for a cell, its earlier
+folder and the earlier table get new names, as ``seed-0-1`` and ``table-1.md``.
 """
 
 import csv
@@ -32,7 +33,7 @@ from flowkit.recipes.evaluate import evaluate
 from flowkit.recipes.train import train
 from flowkit.rules import check
 from flowkit.runs.locks import locked
-from flowkit.runs.records import file_names, kept_record
+from flowkit.runs.records import file_names, kept_record, set_aside
 from flowkit.runs.tables import markdown
 
 Row = dict[str, Any]
@@ -64,23 +65,45 @@ def _run_cells(cfg: DictConfig, out: Path, cells: list[tuple[int, str, str]]) ->
     problems, couplings = (
         dict(zip(names, file_names(names), strict=True)) for names in (cfg.problems, cfg.couplings)
     )
-    bar = tqdm(cells, desc="cells", disable=None)
-    for seed, problem, coupling in bar:
-        bar.set_postfix_str(f"{problem}, {coupling}, seed {seed}")
+    folders, options = {}, {}
+    for seed, problem, coupling in cells:
+        cell = seed, problem, coupling
+        folders[cell] = out / problems[problem] / couplings[coupling] / f"seed-{seed}"
         overrides = [*cfg.overrides, *cfg.problems[problem], *cfg.couplings[coupling]]
-        folder = out / problems[problem] / couplings[coupling] / f"seed-{seed}"
+        options[cell] = {"train": [*overrides, f"seed={seed}"], "evaluate": list(cfg.evaluate)}
+    _keep_earlier(out, {folders[cell]: options[cell] for cell in cells})
+    bar = tqdm(cells, desc="cells", disable=None)
+    for cell in bar:
+        seed, problem, coupling = cell
+        bar.set_postfix_str(f"{problem}, {coupling}, seed {seed}")
         with trusting(cfg.trust):
-            numbers = run_cell(folder, [*overrides, f"seed={seed}"], list(cfg.evaluate))
+            numbers = run_cell(folders[cell], *options[cell].values())
         rows.append({"problem": problem, "coupling": coupling, "seed": seed, **numbers})
         # Written after every cell, so that a long table can be read while it grows.
         write_table(rows, out, cfg.metrics)
     return rows
 
 
+def _keep_earlier(out: Path, cells: dict[Path, dict[str, list[str]]]) -> None:
+    """Rename the table, and all trained cells whose options of training were others.
+
+    The table is also renamed if a cell was evaluated with other options; its evaluation keeps its
+    own record.
+    """
+    other: dict[str, list[Path]] = {"train": [], "evaluate": []}
+    for folder, options in cells.items():
+        done = kept_record(folder / "cell.json")
+        for kind, found in other.items():
+            if done.get(kind, options[kind]) != options[kind]:
+                found.append(folder)
+    if any(other.values()):
+        set_aside([*other["train"], *(out / f"table.{kind}" for kind in ("md", "csv", "png"))])
+
+
 def run_cell(folder: Path, train_with: list[str], evaluate_with: list[str]) -> dict[str, float]:
     """Train and evaluate in a folder, unless the folder already has these results.
 
-    The folder is emptied first if its training had other overrides or did not finish.
+    The folder is emptied first if its training did not finish.
 
     Returns:
         The numbers of the evaluation, and the ``seconds`` of training.
