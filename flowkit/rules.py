@@ -206,6 +206,14 @@ def check_writable(folder: Path, key: str, fix: str = "") -> None:
         raise PermissionError(f"{key} must be a writable folder, got {folder}{fix}") from error
 
 
+def keys_of(node: Mapping[str, Any], place: str = "") -> Iterator[str]:
+    """Yield the dotted keys of a configuration."""
+    for name, value in node.items():
+        yield f"{place}{name}"
+        if isinstance(value, Mapping):
+            yield from keys_of(value, f"{place}{name}.")
+
+
 def no_such_option(key: str, known: list[str]) -> str:
     """Return the message for an option that does not exist, with the nearest one that does."""
     return f"option must exist, got {key}{did_you_mean(key, known, '; see --help')}"

@@ -16,6 +16,7 @@ from flowkit.modules.checkpoints import (
     read_config,
 )
 from flowkit.modules.trust import check, trusting
+from flowkit.rules import keys_of, no_such_option
 from flowkit.runs.known_data import read_data_record
 from flowkit.runs.splits import as_trained, located
 
@@ -127,9 +128,9 @@ def resumed(cfg: DictConfig, overrides: list[str]) -> DictConfig:
 
     Raises:
         FileNotFoundError: If the folder is not a run.
-        ValueError: If the run is a run of another recipe, if an override is not of `CHANGEABLE`, or
-            if the stored configuration names a class that is neither listed nor trusted, or a place
-            outside of the run folder to write to.
+        ValueError: If the run is a run of another recipe, if an override is not of `CHANGEABLE` or
+            no option of the run, or if the stored configuration names a class that is neither
+            listed nor trusted, or a place outside of the run folder to write to.
     """
     folder = Path(cfg.resume)
     if not (folder / UNRESOLVED).is_file():
@@ -152,16 +153,19 @@ def resumed(cfg: DictConfig, overrides: list[str]) -> DictConfig:
     node = OmegaConf.to_container(stored.data)
     stored.data = located(as_trained(cast(dict, node), record), record, None)
     OmegaConf.set_struct(stored, True)
+    known = list(keys_of(cast(dict, OmegaConf.to_container(stored))))
     for override in OverridesParser.create().parse_overrides(overrides):
-        key = override.key_or_group
+        key, given = override.key_or_group, str(override.input_line).lstrip("+")
         if key in ("resume", "trust", "data_changed") or key.startswith("hydra."):
             continue
         if not key.startswith(CHANGEABLE) or key.endswith("._target_") or override.is_delete():
             raise ValueError(
-                f"{key} must stay as it is when a run is resumed, got {override.input_line}; "
+                f"{key} must stay as it is when a run is resumed, got {given}; "
                 "only values of trainer.*, callback.*, logger.*, optimizer.*, lr_scheduler.* and "
                 "data.root may change"
             )
+        if not override.is_add() and key not in known:
+            raise ValueError(no_such_option(key, known))
         OmegaConf.update(stored, key, override.value(), force_add=override.is_add())
     stored.resume = stored.run_dir = str(folder)
     with trusting(cfg.trust):  # after the overrides, which may remove a part
