@@ -52,6 +52,7 @@ from flowkit.runs.resuming import (
     resumed,
 )
 from flowkit.runs.splits import opened
+from flowkit.runs.tables import titled
 
 METRICS = "metrics.json"  # written last
 
@@ -134,7 +135,9 @@ def _measure(
     write_json(folder / METRICS, record)
     rows = {
         "PSNR of reconstructions": f"{metrics['psnr']:.2f} dB",
-        f"Fréchet distance ({features.name})": f"{metrics['frechet_distance']:.3f}",
+        titled(f"Fréchet distance ({features.name})", "frechet_distance", [metrics]): (
+            f"{metrics['frechet_distance']:.3f}"
+        ),
         "  floor: training images": f"{metrics['floor']['frechet_distance']:.3f}",
     }
     for name, value in rows.items():

@@ -39,6 +39,7 @@ from flowkit.boss import (
 from flowkit.boss.costs import check_num_steps, make_field
 from flowkit.boss.guard import LEVEL
 from flowkit.metrics import Features, as_saved, frechet_distance
+from flowkit.metrics.evaluate import unreliable
 from flowkit.modules.callbacks import duration
 from flowkit.provenance import versions, write_text
 from flowkit.rules import check_writable
@@ -274,6 +275,7 @@ def _distance(cfg: DictConfig, run: Run) -> Callable[[ODESampler], dict[str, Any
             "frechet_nfe": cost["nfe"],
             "num_samples": source["num_samples"],
             "features": features.name,
+            "unreliable": unreliable(source["num_samples"], len(real)),
         }
 
     return measure

@@ -34,7 +34,7 @@ from flowkit.recipes.train import train
 from flowkit.rules import check
 from flowkit.runs.locks import locked
 from flowkit.runs.records import file_names, kept_record, set_aside
-from flowkit.runs.tables import markdown
+from flowkit.runs.tables import markdown, titled
 
 Row = dict[str, Any]
 
@@ -100,13 +100,14 @@ def _keep_earlier(out: Path, cells: dict[Path, dict[str, list[str]]]) -> None:
         set_aside([*other["train"], *(out / f"table.{kind}" for kind in ("md", "csv", "png"))])
 
 
-def run_cell(folder: Path, train_with: list[str], evaluate_with: list[str]) -> dict[str, float]:
+def run_cell(folder: Path, train_with: list[str], evaluate_with: list[str]) -> Row:
     """Train and evaluate in a folder, unless the folder already has these results.
 
     The folder is emptied first if its training did not finish.
 
     Returns:
-        The numbers of the evaluation, and the ``seconds`` of training.
+        The numbers of the evaluation, the ``seconds`` of training, and the names of the numbers
+        that are ``unreliable``, if there are such.
     """
     record = folder / "cell.json"
     done = kept_record(record)
@@ -121,8 +122,10 @@ def run_cell(folder: Path, train_with: list[str], evaluate_with: list[str]) -> d
             metrics = evaluate(_composed("evaluate", evaluate_with, run=folder))["metrics"]
             numbers = {k: v for k, v in metrics.items() if type(v) in (int, float)}
             done |= {"evaluate": evaluate_with, "metrics": numbers}
+            done["unreliable"] = metrics.get("unreliable", [])
             write_json(record, done)
-    return {**done["metrics"], "seconds": done["seconds"]}
+    few = {"unreliable": done["unreliable"]} if done.get("unreliable") else {}
+    return {**done["metrics"], "seconds": done["seconds"], **few}
 
 
 def _check_cells(cfg: DictConfig) -> None:
@@ -155,7 +158,7 @@ def write_table(rows: list[Row], out: Path, metrics: Iterable[str] | None = None
     """
     # Points and images have different numbers. A cell without a number stays empty.
     keys = dict.fromkeys(key for row in rows for key in row)
-    known = [key for key in keys if key not in ("problem", "coupling", "seed")]
+    known = [key for key in keys if key not in ("problem", "coupling", "seed", "unreliable")]
     columns = known if metrics is None else list(metrics)
     if unknown := [name for name in columns if name not in known]:
         raise ValueError(f"metrics must be among {', '.join(known)}, got {', '.join(unknown)}")
@@ -177,7 +180,7 @@ def write_table(rows: list[Row], out: Path, metrics: Iterable[str] | None = None
             cells.append(f"{mean:.3f}" if std is None else f"{mean:.3f} ± {std:.3f}")
         records.append(record)
         lines.append([problem, coupling, str(len(group)), *cells])
-    header = ["problem", "coupling", "seeds", *columns]
+    header = ["problem", "coupling", "seeds", *(titled(name, name, rows) for name in columns)]
     write_text(out / "table.md", markdown(header, lines, names=(0, 1)))
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, records[0])
@@ -215,7 +218,7 @@ def _plot(rows: list[Row], columns: list[str], file: Path) -> None:
                 axes.minorticks_off()
             axes.set_yticks(range(len(couplings)), couplings, fontsize=8)
             axes.tick_params(axis="x", labelsize=8)
-            axes.set_title(name.replace("_", " "), fontsize=10)
+            axes.set_title(titled(name.replace("_", " "), name, rows), fontsize=10)
             axes.grid(alpha=0.3)
     grid[0, 0].set_ylim(len(couplings) - 0.5, -0.5)  # in the order of the table
     save_figure(figure, file)

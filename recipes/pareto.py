@@ -40,6 +40,7 @@ from flowkit.blockwise import (
 from flowkit.boss import step_costs
 from flowkit.data import SplitData
 from flowkit.metrics import Features, as_saved, frechet_distance
+from flowkit.metrics.evaluate import unreliable
 from flowkit.modules import FlowModule
 from flowkit.modules.flow import labels_of
 from flowkit.provenance import versions, write_text
@@ -148,13 +149,17 @@ class Measure:
         """Return the features of images."""
         return self.features(as_saved(images))
 
-    def __call__(self, samples: Tensor) -> dict[str, float | None]:
-        """Return ``frechet_distance``, and ``class_agreement`` or None without classes."""
+    def __call__(self, samples: Tensor) -> dict[str, Any]:
+        """Return ``frechet_distance``, and ``class_agreement`` or None without classes.
+
+        Also return the names of the values that are ``unreliable``, since there are few images.
+        """
         agreement = None
         if self.judge is not None and self.labels is not None:
             agreement = (self.judge.predict(samples) == self.labels).float().mean().item()
         distance = frechet_distance(self._embed(samples), self.reference)
-        return {"frechet_distance": distance, "class_agreement": agreement}
+        few = unreliable(len(samples), len(self.reference))
+        return {"frechet_distance": distance, "class_agreement": agreement, "unreliable": few}
 
     @torch.no_grad()
     def held_out_loss(self, module: FlowModule) -> float:

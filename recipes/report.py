@@ -38,6 +38,7 @@ from flowkit.metrics import (
     to_uint8,
     wasserstein2,
 )
+from flowkit.metrics.evaluate import unreliable
 from flowkit.modules.flow import labels_of
 from flowkit.provenance import cache_folder, versions, write_json, write_text
 from flowkit.rules import check_writable
@@ -68,8 +69,9 @@ class Measure(NamedTuple):
     """Hash of the features."""
     see: Callable[[Tensor], Columns]
     """Maps a batch of samples to the columns that are measured."""
-    numbers: Callable[[Columns], dict[str, float]]
-    """Maps the columns of all samples to ``distance`` and other numbers."""
+    numbers: Callable[[Columns], Row]
+    """Maps the columns of all samples to ``distance`` and other numbers, and those of few images to
+    their names as ``unreliable``."""
     real: dict[str, float]
     """Numbers of equally many training samples; ``class_agreement`` is of the test split."""
 
@@ -318,15 +320,17 @@ def _measure(cfg: DictConfig, run: Run, cond: Cond) -> Measure:
         images = to_uint8(samples)
         return {"images": images, "features": features(as_saved(images))}
 
-    def distances(seen: Tensor) -> dict[str, float]:
+    def distances(seen: Tensor) -> Row:
         neighbors = min(5, len(seen) - 1, len(reference) - 1)
         near = prdc(reference, seen, k=neighbors)._asdict()
         return {"distance": frechet_distance(seen, reference), **near}
 
     recognized, real = _judge(run, order, cond)
 
-    def numbers(drawn: Columns) -> dict[str, float]:
-        return {**distances(drawn["features"]), **recognized(drawn["images"])}
+    def numbers(drawn: Columns) -> Row:
+        few = unreliable(len(drawn["features"]), len(reference))
+        marked = {"unreliable": [{"frechet_distance": "distance"}.get(name, name) for name in few]}
+        return {**distances(drawn["features"]), **recognized(drawn["images"]), **marked}
 
     real |= distances(stored(as_saved(data.train[order[:count]]["x1"])))
     return Measure(f"Fréchet distance ({features.name})", features.hash, see, numbers, real)

@@ -119,6 +119,7 @@ def test_distances_are_those_of_an_evaluation(searched, tiny_run, configure, tmp
         assert row["frechet_nfe"] == found["sampling"]["nfe"]
         assert (row["features"], row["num_samples"]) == ("pixels", 20)
     table = (out / "table.md").read_text()
+    assert "| Fréchet distance, unreliable |" in table  # of 20 samples
     assert all(f" {row['frechet_distance']:.2f} |" in table for row in record["comparison"])
 
 

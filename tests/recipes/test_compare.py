@@ -163,9 +163,11 @@ def test_metrics_choose_the_columns(tmp_path):
 
 
 def test_numbers_of_some_cells_only_leave_the_others_empty(tmp_path):
-    image = {"problem": "q", "coupling": "a", "seed": 0, "distance": 2.0}
+    image: dict = {"problem": "q", "coupling": "a", "seed": 0, "distance": 2.0}
+    image["unreliable"] = ["distance", "recall"]
     write_table([*ROWS, image], tmp_path, ["w2", "distance"])
     lines = (tmp_path / "table.md").read_text().splitlines()
+    assert lines[0] == "| problem | coupling | seeds | w2 | distance, unreliable |"
     assert lines[2:] == [
         "| p | a | 2 | 1.500 ± 0.707 |  |",
         "| p | b | 1 | 4.000 |  |",

@@ -48,6 +48,8 @@ def test_cells_are_those_of_evaluate_and_are_measured_once(
     table = (tmp_path / "report.md").read_text()
     assert table in capsys.readouterr().out
     assert f"| heun | uniform | 2 | 4 | {heun['distance']:.3f} |" in table
+    title = "Fréchet distance (pixels), unreliable | class agreement | precision, unreliable |"
+    assert title in table  # of 40 samples
     assert (tmp_path / "report.png").is_file()
     assert not list(tmp_path.glob("parts-*"))
 
