@@ -376,7 +376,7 @@ def _kept(
 ) -> tuple[dict[str, Row], bool]:
     """Return the numbers of an earlier call with the same record, by the key of the cell.
 
-    Also return whether the earlier report has cells that are none of ``keys``, or another record.
+    Also return True if the earlier report has another record, or cells beside those of ``keys``.
     """
     earlier = kept_record(file)
     if any(earlier.get(name) != value for name, value in record.items()):

@@ -81,7 +81,7 @@ def lacks_its_end(cfg: DictConfig, step: int) -> bool:
         Path(node.folder) / f"step-{step:06d}.png" for node in callbacks if node._target_ in kinds
     ]
     tables = [
-        Path(node.save_dir, node.name).glob("version_*/metrics.csv")
+        Path(node.save_dir, node.name).glob("*/metrics.csv")
         for node in loggers
         if node._target_ == "lightning.pytorch.loggers.CSVLogger"
     ]
