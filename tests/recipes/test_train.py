@@ -211,7 +211,7 @@ def test_resume_takes_the_runs_configuration_and_values_only(tiny_run, configure
         key = override.split("=")[0]
         with pytest.raises(ValueError, match=f"{key} must stay as it is when a run is resumed"):
             resumed(cfg, [override])
-    with pytest.raises(ValueError, match="got trainer.max_stepz; did you mean trainer.max_steps"):
+    with pytest.raises(ValueError, match=r"max_stepz; did you mean trainer.max_steps"):
         resumed(cfg, ["trainer.max_stepz=99"])
 
 
