@@ -10,14 +10,22 @@ from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from tempfile import TemporaryFile
 from textwrap import fill
 from typing import Any, NoReturn, cast
 
 import flowkit.recipes
 from flowkit import __version__
 from flowkit.errors import ErrorInALine, errors_to_us, is_hydras
-from flowkit.rules import CONF, check, did_you_mean, fits, no_such_option, rules_of
+from flowkit.rules import (
+    CONF,
+    check,
+    check_writable,
+    did_you_mean,
+    fits,
+    keys_of,
+    no_such_option,
+    rules_of,
+)
 from flowkit.stopping import stops_in_a_line
 
 EXPERIMENTS = CONF / "experiment"
@@ -77,8 +85,7 @@ def main() -> None:
             return
         sys.argv[1:] = [null_of_group(name, argument) for argument in sys.argv[1:]]
         if any(argument.startswith("resume=") for argument in sys.argv):
-            # A place of the run's own data, which the default data may not have.
-            sys.argv[1:] = [re.sub("^data.root=", "++data.root=", arg) for arg in sys.argv[1:]]
+            sys.argv[1:] = [of_a_part(argument) for argument in sys.argv[1:]]
         import hydra
 
         if os.getcwd() not in sys.path:
@@ -156,6 +163,18 @@ def null_of_group(recipe: str, argument: str) -> str:
         fix = f"; {group}.<part>=null removes a part" if group in ("logger", "callback") else ""
         raise ValueError(f"{group} must be a choice, got null{fix}")
     return f"~{group}"
+
+
+def of_a_part(argument: str) -> str:
+    """Return ``++key=value`` for a value of a part.
+
+    A resumed run has parts of its own, whose keys the default parts may not have. Hydra would
+    refuse these keys. `flowkit.runs.resuming.resumed` looks for them in the run.
+
+    >>> of_a_part("data.root=photos"), of_a_part("hydra.run.dir=new"), of_a_part("seed=1")
+    ('++data.root=photos', 'hydra.run.dir=new', 'seed=1')
+    """
+    return re.sub(r"^(?!hydra\.)(?=\w+\.[\w.]+=)", "++", argument)
 
 
 def check_command(recipe: str, arguments: list[str]) -> Path | None:
@@ -244,6 +263,8 @@ def _check_composed(recipe: str, own: str | None, overrides: list[str]) -> Path 
         HydraConfig.instance().set_config(cfg)
         values: Any = OmegaConf.to_container(cfg)
         values.pop("hydra")
+        if values.get("resume") and "_target_" not in (values["lr_scheduler"] or {}):
+            values["lr_scheduler"] = None  # values alone, for the schedule of the run
         check(recipe, values)
         name = None
         with suppress(Exception):  # a reference that only the run itself can follow
@@ -264,6 +285,8 @@ def _check_places(values: dict[str, Any], folder: Path | None) -> None:
         check_writable(Path(run), "run", "; choose another folder by out=")
     elif out and "${" not in str(out):
         check_writable(Path(out), "out")
+    elif folder and str(folder) == values.get("pipeline"):
+        check_writable(folder, "pipeline", "; choose another folder by out=")
     elif folder:
         check_writable(folder, "hydra.run.dir")
 
@@ -284,7 +307,7 @@ def _composed(recipe: str, overrides: list[str]) -> Any:
             if rules_of(recipe).get(("", key.rpartition(".")[0]), "").startswith("{"):
                 raise ValueError(f"{key} must be added with a plus sign, as +{key}=...") from error
             rest = [o for o in overrides if o.lstrip("+~").partition("=")[0] != unknown[1]]
-            known = _keys(cast(Any, OmegaConf.to_container(compose(recipe, rest))))
+            known = keys_of(cast(Any, OmegaConf.to_container(compose(recipe, rest))))
             raise ValueError(no_such_option(key, [*known, *_groups()])) from error
         if not is_hydras(error):
             text = " ".join(overrides)
@@ -292,31 +315,9 @@ def _composed(recipe: str, overrides: list[str]) -> Any:
         raise
 
 
-def _keys(node: dict[str, Any], place: str = "") -> Iterator[str]:
-    """Yield the dotted keys of a configuration."""
-    for name, value in node.items():
-        yield f"{place}{name}"
-        if isinstance(value, dict):
-            yield from _keys(value, f"{place}{name}.")
-
-
 def _groups() -> list[str]:
     """Return the names of all groups."""
     return [file.name for file in CONF.iterdir() if file.is_dir()]
-
-
-def check_writable(path: Path, key: str, fix: str = "") -> None:
-    """Require a folder that can be written or created.
-
-    Raises:
-        PermissionError: If it cannot.
-    """
-    made = next(p for p in (path, *path.absolute().parents) if p.exists())
-    try:
-        with TemporaryFile(dir=made):
-            pass
-    except OSError as error:
-        raise PermissionError(f"{key} must be a writable folder, got {path}{fix}") from error
 
 
 def check_former(recipe: str, overrides: list[str]) -> None:

@@ -34,6 +34,7 @@ from difflib import get_close_matches
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 CONF = Path(str(files("flowkit.conf")))
@@ -184,6 +185,33 @@ def check(recipe: str, config: Mapping[str, Any]) -> None:
     for (cls, key), rule in rules.items():
         if not cls and "." not in key and key not in config and rule != "part or null":
             raise ValueError(f"{key} must stay, got ~{key}")
+
+
+def check_writable(folder: Path, key: str, fix: str = "") -> None:
+    """Require a folder that can be written or created, by a test file.
+
+    Args:
+        folder: The folder.
+        key: Name of its option, for the error.
+        fix: Advice at the end of the error message.
+
+    Raises:
+        PermissionError: If it cannot.
+    """
+    made = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    try:
+        with TemporaryFile(dir=made):
+            pass
+    except OSError as error:
+        raise PermissionError(f"{key} must be a writable folder, got {folder}{fix}") from error
+
+
+def keys_of(node: Mapping[str, Any], place: str = "") -> Iterator[str]:
+    """Yield the dotted keys of a configuration."""
+    for name, value in node.items():
+        yield f"{place}{name}"
+        if isinstance(value, Mapping):
+            yield from keys_of(value, f"{place}{name}.")
 
 
 def no_such_option(key: str, known: list[str]) -> str:

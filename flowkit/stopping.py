@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-CONTINUED = ("compare", "encode", "evaluate", "pairs", "report", "sample")
+CONTINUED = ("compare", "encode", "evaluate", "pairs", "report", "sample", "tokens")
 """Recipes that keep finished parts on the disk."""
 TRAINING = ("autoencoder", "blockwise", "train")
 

@@ -44,8 +44,15 @@ from flowkit.runs.known_data import record_of, write_data_record
 from flowkit.runs.locks import locked
 from flowkit.runs.processes import check_trainer, quiet
 from flowkit.runs.records import composed, kept_record, recorded
-from flowkit.runs.resuming import find_checkpoint, folder_of, resumed, unfinished
+from flowkit.runs.resuming import (
+    check_unfinished,
+    continued,
+    find_checkpoint,
+    folder_of,
+    resumed,
+)
 from flowkit.runs.splits import opened
+from flowkit.runs.tables import titled
 
 METRICS = "metrics.json"  # written last
 
@@ -61,7 +68,8 @@ def autoencoder(cfg: DictConfig) -> KLAutoencoder:
     # Killed after the training, before the last file: the network is still to be written.
     trained = checkpoint is not None and _only_unwritten(cfg, checkpoint)
     if checkpoint is not None and not trained:
-        unfinished(checkpoint, cfg.trainer.max_steps)
+        step = continued(checkpoint)["global_step"]
+        check_unfinished(checkpoint, step, cfg.trainer.max_steps)
     seed_everything(cfg.seed, workers=True, verbose=False)
     origin = None if checkpoint is None else folder_of(checkpoint)
     data = opened(instantiate(cfg.data), record_of(origin), cfg.data_changed)
@@ -127,7 +135,9 @@ def _measure(
     write_json(folder / METRICS, record)
     rows = {
         "PSNR of reconstructions": f"{metrics['psnr']:.2f} dB",
-        f"Fréchet distance ({features.name})": f"{metrics['frechet_distance']:.3f}",
+        titled(f"Fréchet distance ({features.name})", "frechet_distance", [metrics]): (
+            f"{metrics['frechet_distance']:.3f}"
+        ),
         "  floor: training images": f"{metrics['floor']['frechet_distance']:.3f}",
     }
     for name, value in rows.items():

@@ -15,6 +15,7 @@ flowkit boss pipeline=stable-diffusion-3 prompt="a cat" num_steps=8
 ``sigmas.json`` then holds arguments of the pipeline's call, which draws with the found steps.
 """
 
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -38,17 +39,21 @@ from flowkit.boss import (
 from flowkit.boss.costs import check_num_steps, kind_of_step, make_field, rows_per_step
 from flowkit.boss.guard import LEVEL
 from flowkit.metrics import Features, as_saved, frechet_distance
+from flowkit.metrics.evaluate import unreliable
 from flowkit.modules.callbacks import duration
 from flowkit.provenance import versions, write_text
+from flowkit.rules import check_writable
 from flowkit.runs import Run
 from flowkit.runs.drawing import draw, like_test
 from flowkit.runs.grid_plots import Row, plot, table_of
+from flowkit.runs.records import kept_record, set_aside
 from flowkit.runs.searching import PipelineModel, RunModel, Watched, load
 from flowkit.runs.starts import FRESH
 from flowkit.sampling import ODESampler
 from flowkit.types import Cond
 
 Model = RunModel | PipelineModel
+FILES = ("grid-*.json", "sigmas*.json", "table.md", "grid.png")  # beside the main grid
 ACCURATE_STEPS = 25  # RK4 steps of the reference for grids and adaptive solves
 
 
@@ -56,7 +61,8 @@ def boss(cfg: DictConfig) -> dict[str, Any]:
     """Search as configured; write ``grid.json``, ``table.md`` and ``grid.png``.
 
     The recommended grids of the other budgets go to ``grid-<steps>.json``. For a pipeline, each
-    grid also has a file ``sigmas....json`` with the arguments of the pipeline's call.
+    grid also has a file ``sigmas....json`` with the arguments of the pipeline's call. The files of
+    an earlier, different search go to ``earlier-1`` (or the next free number).
 
     Returns:
         The provenance of the grid with all scores.
@@ -66,6 +72,7 @@ def boss(cfg: DictConfig) -> dict[str, Any]:
         check_num_steps(budget, grids.uniform(cfg.fine_steps))
     model = load(cfg)
     out = Path(cfg.out) if cfg.out else model.folder / "boss"
+    check_writable(out, "out")
     distance = None if cfg.metric is None else _distance(cfg, cast(RunModel, model).run)
     # Only standard normal noise can be drawn anew; source samples of data are few.
     extra_noises = cfg.extra_noises if model.starts.are_noise else 0
@@ -133,27 +140,36 @@ def _write(
     bellman: dict[str, Any],
     model: Model,
 ) -> dict[str, Any]:
-    """Write all grids, the table and the picture; return the provenance of the main grid."""
+    """Write all grids, the table and the picture; return the provenance of the main grid.
+
+    The main grid is written last and stands for all files.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    record: dict[str, Any] = {}
+    table, best, main = table_of(made["comparison"]), found[num_steps], out / "grid.json"
+    record = {**_own(best), "bellman": bellman, **made}
+    earlier = kept_record(main) if main.is_file() else None
+    if earlier is not None and earlier.get("provenance") != json.loads(json.dumps(record)):
+        others = [file for name in FILES for file in sorted(out.glob(name))]
+        set_aside([main, *others], "earlier")  # numbers in their names are budgets
     for budget, result in found.items():
-        candidates = {name: grid.tolist() for name, grid in result.grids.items()}
-        own = {"objective": result.winner, "scores": result.scores, "grids": candidates}
-        if budget == num_steps:
-            record = {**own, "bellman": bellman, **made}
-            grids.save(result.grid, out / "grid.json", **record)
-        else:
-            grids.save(result.grid, out / f"grid-{budget}.json", **own, **made)
+        if budget != num_steps:
+            grids.save(result.grid, out / f"grid-{budget}.json", **_own(result), **made)
         name = "sigmas.json" if budget == num_steps else f"sigmas-{budget}.json"
         model.write_sigmas(result.grid, out / name)
-    table, best = table_of(made["comparison"]), found[num_steps]
     write_text(out / "table.md", table)
     plot(best.grids, best.winner, made["comparison"], out / "grid.png")
+    grids.save(best.grid, main, **record)
     print(f"{table}\nbest      {best.winner}, {num_steps} steps\ngrid      {out / 'grid.json'}")
     if isinstance(model, PipelineModel):
         print(f"sigmas    {out / 'sigmas.json'}  arguments of the pipeline's call")
     print(f"picture   {out / 'grid.png'}")
     return record
+
+
+def _own(result: OptimizedGrid) -> dict[str, Any]:
+    """Return the record of the search for one budget."""
+    candidates = {name: grid.tolist() for name, grid in result.grids.items()}
+    return {"objective": result.winner, "scores": result.scores, "grids": candidates}
 
 
 def _announce(cfg: DictConfig, budgets: list[int], extra_noises: int, model: Model) -> int:
@@ -260,6 +276,7 @@ def _distance(cfg: DictConfig, run: Run) -> Callable[[ODESampler], dict[str, Any
             "frechet_nfe": cost["nfe"],
             "num_samples": source["num_samples"],
             "features": features.name,
+            "unreliable": unreliable(source["num_samples"], len(real)),
         }
 
     return measure

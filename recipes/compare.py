@@ -4,7 +4,8 @@ flowkit compare experiment=toy_table hydra.run.dir=runs/toy_table
 flowkit compare experiment=toy_table seeds=[42] 'evaluate=["sampler=euler", "sampler.grid=20"]'
 
 Every cell of the table is an ordinary run folder. Finished cells are kept. So the same command
-continues a stopped table, and a longer list adds cells.
+continues a stopped table, and a longer list adds cells. With other options for a cell, its earlier
+folder and the earlier table get new names, as ``seed-0-1`` and ``table-1.md``.
 """
 
 import csv
@@ -32,8 +33,8 @@ from flowkit.recipes.evaluate import evaluate
 from flowkit.recipes.train import train
 from flowkit.rules import check
 from flowkit.runs.locks import locked
-from flowkit.runs.records import file_names, kept_record
-from flowkit.runs.tables import markdown
+from flowkit.runs.records import file_names, kept_record, set_aside
+from flowkit.runs.tables import markdown, titled
 
 Row = dict[str, Any]
 
@@ -64,26 +65,49 @@ def _run_cells(cfg: DictConfig, out: Path, cells: list[tuple[int, str, str]]) ->
     problems, couplings = (
         dict(zip(names, file_names(names), strict=True)) for names in (cfg.problems, cfg.couplings)
     )
-    bar = tqdm(cells, desc="cells", disable=None)
-    for seed, problem, coupling in bar:
-        bar.set_postfix_str(f"{problem}, {coupling}, seed {seed}")
+    folders, options = {}, {}
+    for seed, problem, coupling in cells:
+        cell = seed, problem, coupling
+        folders[cell] = out / problems[problem] / couplings[coupling] / f"seed-{seed}"
         overrides = [*cfg.overrides, *cfg.problems[problem], *cfg.couplings[coupling]]
-        folder = out / problems[problem] / couplings[coupling] / f"seed-{seed}"
+        options[cell] = {"train": [*overrides, f"seed={seed}"], "evaluate": list(cfg.evaluate)}
+    _keep_earlier(out, {folders[cell]: options[cell] for cell in cells})
+    bar = tqdm(cells, desc="cells", disable=None)
+    for cell in bar:
+        seed, problem, coupling = cell
+        bar.set_postfix_str(f"{problem}, {coupling}, seed {seed}")
         with trusting(cfg.trust):
-            numbers = run_cell(folder, [*overrides, f"seed={seed}"], list(cfg.evaluate))
+            numbers = run_cell(folders[cell], *options[cell].values())
         rows.append({"problem": problem, "coupling": coupling, "seed": seed, **numbers})
         # Written after every cell, so that a long table can be read while it grows.
         write_table(rows, out, cfg.metrics)
     return rows
 
 
-def run_cell(folder: Path, train_with: list[str], evaluate_with: list[str]) -> dict[str, float]:
+def _keep_earlier(out: Path, cells: dict[Path, dict[str, list[str]]]) -> None:
+    """Rename the table, and all trained cells whose options of training were others.
+
+    The table is also renamed if a cell was evaluated with other options; its evaluation keeps its
+    own record.
+    """
+    other: dict[str, list[Path]] = {"train": [], "evaluate": []}
+    for folder, options in cells.items():
+        done = kept_record(folder / "cell.json")
+        for kind, found in other.items():
+            if done.get(kind, options[kind]) != options[kind]:
+                found.append(folder)
+    if any(other.values()):
+        set_aside([*other["train"], *(out / f"table.{kind}" for kind in ("md", "csv", "png"))])
+
+
+def run_cell(folder: Path, train_with: list[str], evaluate_with: list[str]) -> Row:
     """Train and evaluate in a folder, unless the folder already has these results.
 
-    The folder is emptied first if its training had other overrides or did not finish.
+    The folder is emptied first if its training did not finish.
 
     Returns:
-        The numbers of the evaluation, and the ``seconds`` of training.
+        The numbers of the evaluation, the ``seconds`` of training, and the names of the numbers
+        that are ``unreliable``, if there are such.
     """
     record = folder / "cell.json"
     done = kept_record(record)
@@ -98,8 +122,10 @@ def run_cell(folder: Path, train_with: list[str], evaluate_with: list[str]) -> d
             metrics = evaluate(_composed("evaluate", evaluate_with, run=folder))["metrics"]
             numbers = {k: v for k, v in metrics.items() if type(v) in (int, float)}
             done |= {"evaluate": evaluate_with, "metrics": numbers}
+            done["unreliable"] = metrics.get("unreliable", [])
             write_json(record, done)
-    return {**done["metrics"], "seconds": done["seconds"]}
+    few = {"unreliable": done["unreliable"]} if done.get("unreliable") else {}
+    return {**done["metrics"], "seconds": done["seconds"], **few}
 
 
 def _check_cells(cfg: DictConfig) -> None:
@@ -132,7 +158,7 @@ def write_table(rows: list[Row], out: Path, metrics: Iterable[str] | None = None
     """
     # Points and images have different numbers. A cell without a number stays empty.
     keys = dict.fromkeys(key for row in rows for key in row)
-    known = [key for key in keys if key not in ("problem", "coupling", "seed")]
+    known = [key for key in keys if key not in ("problem", "coupling", "seed", "unreliable")]
     columns = known if metrics is None else list(metrics)
     if unknown := [name for name in columns if name not in known]:
         raise ValueError(f"metrics must be among {', '.join(known)}, got {', '.join(unknown)}")
@@ -154,7 +180,7 @@ def write_table(rows: list[Row], out: Path, metrics: Iterable[str] | None = None
             cells.append(f"{mean:.3f}" if std is None else f"{mean:.3f} ± {std:.3f}")
         records.append(record)
         lines.append([problem, coupling, str(len(group)), *cells])
-    header = ["problem", "coupling", "seeds", *columns]
+    header = ["problem", "coupling", "seeds", *(titled(name, name, rows) for name in columns)]
     write_text(out / "table.md", markdown(header, lines, names=(0, 1)))
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, records[0])
@@ -192,7 +218,7 @@ def _plot(rows: list[Row], columns: list[str], file: Path) -> None:
                 axes.minorticks_off()
             axes.set_yticks(range(len(couplings)), couplings, fontsize=8)
             axes.tick_params(axis="x", labelsize=8)
-            axes.set_title(name.replace("_", " "), fontsize=10)
+            axes.set_title(titled(name.replace("_", " "), name, rows), fontsize=10)
             axes.grid(alpha=0.3)
     grid[0, 0].set_ylim(len(couplings) - 0.5, -0.5)  # in the order of the table
     save_figure(figure, file)

@@ -29,6 +29,7 @@ from flowkit.metrics.pictures import save_figure, save_picture
 from flowkit.modules.flow import labels_of
 from flowkit.paths import Linear
 from flowkit.provenance import versions, write_text
+from flowkit.rules import check_writable
 from flowkit.runs.editing import RunFlow
 from flowkit.runs.features import judge_of
 from flowkit.runs.records import recorded, recording
@@ -46,7 +47,9 @@ def compare_edits(cfg: DictConfig) -> dict[str, Any]:
     for name in ("source", "target"):
         cfg[name] = model.run.class_number(cfg[name], name)
     folder = Path(cfg.out or Path(cfg.run) / "edits" / "comparison")
-    files = [folder / f for f in ("report.json", "inversions.png", "edits.png", "strip.png")]
+    check_writable(folder, "out")
+    names = ("report.json", "inversions.png", "edits.png", "strip.png", "inversions.md", "edits.md")
+    files = [folder / name for name in names]
     judge = _judge(cfg, model, data) if cfg.num_edited else None
     inversions = compare_inversions(cfg, model, data) if cfg.num_inverted else []
     edits, strip = ([], None) if judge is None else compare_targets(cfg, model, data, judge)
@@ -59,11 +62,11 @@ def compare_edits(cfg: DictConfig) -> dict[str, Any]:
     }
     with recording(record, files):
         if inversions:
-            write_text(folder / "inversions.md", table := inversion_table(inversions))
+            write_text(files[4], table := inversion_table(inversions))
             plot(inversions, "nfe", "rmse", files[1], log=True)
             print(f"{table}\npicture   {files[1]}\n")
         if strip is not None:
-            write_text(folder / "edits.md", table := edit_table(edits, cfg.scores))
+            write_text(files[5], table := edit_table(edits, cfg.scores))
             plot(edits, "distance", "score", files[2])
             save_picture(strip.flatten(0, 1), files[3], columns=strip.shape[1])
             print(f"{table}\npicture   {files[2]}\nstrip     {files[3]}")

@@ -26,6 +26,7 @@ from flowkit.metrics import agreement
 from flowkit.metrics.labels import segmentation_metrics
 from flowkit.metrics.pictures import colored, save_picture
 from flowkit.modules import SymmetricalFlowMatching
+from flowkit.rules import check_writable
 from flowkit.runs import Run
 from flowkit.runs.drawing import draw
 from flowkit.runs.features import judge_of
@@ -44,6 +45,7 @@ def consistency(cfg: DictConfig) -> dict[str, Any]:
     check_at_least(cfg.batch_size, 1, "batch_size")
     run = Run.load(cfg.run, cfg.weights, cfg.device, cfg.guidance, cfg.trust, **place_of(cfg))
     out = Path(cfg.out) if cfg.out else run.folder / "consistency"
+    check_writable(out, "out")
     module, data, sampler = symmetrical(run), run.data, run.ode_sampler(cfg.sampler)
     test = data.test[: cfg.num_samples]
     labels = test.get("cond")

@@ -26,6 +26,7 @@ from flowkit.metrics import from_uint8, to_uint8
 from flowkit.metrics.gaussianity import gaussianity
 from flowkit.metrics.pictures import save_figure, save_image, save_picture
 from flowkit.provenance import versions, write_atomically
+from flowkit.rules import check_writable
 from flowkit.runs.editing import PipelineFlow, RunFlow, Settings
 from flowkit.runs.records import recording
 from flowkit.sampling import ODESampler
@@ -39,6 +40,7 @@ def edit(cfg: DictConfig) -> Edit:
         raise ValueError(
             f"run or pipeline must be given, but not both, got {cfg.run} and {cfg.pipeline}"
         )
+    check_writable(folder_of(cfg), "out")
     model = RunFlow.load(cfg) if cfg.pipeline is None else PipelineFlow.load(cfg)
     chosen = {k: cfg[k] for k in Settings._fields if cfg[k] is not None}
     settings = model.defaults(inverting=cfg.target is None)._replace(**chosen)
@@ -157,14 +159,18 @@ def describe(flowopt: FlowOpt, settings: Settings, found: Edit) -> dict[str, Any
     }
 
 
-def write(cfg: DictConfig, model: Any, image: Tensor, found: Edit, record: dict[str, Any]) -> None:
-    """Write record, pictures, latent and iterates to one folder."""
+def folder_of(cfg: DictConfig) -> Path:
+    """Return the folder of the results; by default the edit is its name."""
     parts = [Path(cfg.image).name, cfg.source, *([] if cfg.target is None else ["to", cfg.target])]
     name = "-".join(str(part) for part in parts if part is not None)
     name = "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
-    folder = Path(cfg.out) if cfg.out else Path(cfg.run or "runs") / "edits" / name
+    return Path(cfg.out) if cfg.out else Path(cfg.run or "runs") / "edits" / name
+
+
+def write(cfg: DictConfig, model: Any, image: Tensor, found: Edit, record: dict[str, Any]) -> None:
+    """Write record, pictures, latent and iterates to one folder."""
     names = ("edit.json", "strip.png", "residuals.png", "edit.pt", "iterates")
-    files = [folder / name for name in names]
+    files = [folder_of(cfg) / name for name in names]
     images = torch.cat([model.decode(x).float().cpu() for x in found.trace])
     pixels = to_uint8(images)
     some = torch.linspace(0, len(images) - 1, SHOWN).long().unique()

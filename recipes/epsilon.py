@@ -18,12 +18,14 @@ from flowkit.checks import check_at_least
 from flowkit.couplings import EpsilonChoice, cost_matrix, suggest_epsilon
 from flowkit.couplings.epsilon import variance_components
 from flowkit.metrics.pictures import save_figure
-from flowkit.provenance import write_json
+from flowkit.rules import check_writable
+from flowkit.runs.records import recording
 from flowkit.runs.splits import prepared
 
 
 def epsilon(cfg: DictConfig) -> EpsilonChoice:
     """Choose as configured; write ``epsilon.json`` and ``epsilon.png``."""
+    check_writable(Path(cfg.out), "out")
     data = prepared(instantiate(cfg.data))
     generator = torch.Generator().manual_seed(cfg.seed)
     order = torch.randperm(len(data.train), generator=generator)[: cfg.num_samples]
@@ -38,8 +40,7 @@ def epsilon(cfg: DictConfig) -> EpsilonChoice:
     share = rest / (x0_part + x1_part + rest)
     _print(choice, math.sqrt(x1[0].numel()), share)
 
-    out = Path(cfg.out)
-    out.mkdir(parents=True, exist_ok=True)
+    files = [Path(cfg.out) / name for name in ("epsilon.json", "epsilon.png")]
     curves = {name: value.tolist() for name, value in choice._asdict().items() if name != "epsilon"}
     record = {
         "epsilon": choice.epsilon,
@@ -49,9 +50,9 @@ def epsilon(cfg: DictConfig) -> EpsilonChoice:
         "data": {"name": type(data).__name__, "train": data.fingerprint("train")},
         **curves,
     }
-    write_json(out / "epsilon.json", record)
-    save_figure(choice.plot(), out / "epsilon.png")
-    print(f"picture   {out / 'epsilon.png'}\nnumbers   {out / 'epsilon.json'}")
+    with recording(record, files):
+        save_figure(choice.plot(), files[1])
+    print(f"picture   {files[1]}\nnumbers   {files[0]}")
     return choice
 
 

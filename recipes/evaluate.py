@@ -32,6 +32,7 @@ from flowkit.metrics.evaluate import FEW
 from flowkit.metrics.pictures import as_saved, save_picture
 from flowkit.modules.flow import labels_of
 from flowkit.provenance import cache_folder
+from flowkit.rules import check_writable
 from flowkit.runs import Run
 from flowkit.runs.drawing import block_cost, draw_parts, like_test, start
 from flowkit.runs.features import judge_of
@@ -63,6 +64,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     run = Run.load(cfg.run, cfg.weights, fabric.device, cfg.guidance, cfg.trust, **place_of(cfg))
     run.reuse_features(cfg.feature_mode, cfg.tolerance, cfg.seed, cfg.seeding)
     images, out = len(run.data.shape) == 3, Path(cfg.out or cfg.run)
+    check_writable(out, "out")
     sampler = run.sampler(cfg.sampler, needs_path=not images)
     if images:
         found = _measure_images(cfg, run, sampler, fabric)

@@ -17,6 +17,7 @@ from flowkit.inpainting import RandomMasks
 from flowkit.metrics.pictures import save_picture
 from flowkit.modules import LatentFlowMatching
 from flowkit.modules.flow import Guidance, labels_of
+from flowkit.rules import check_writable
 from flowkit.runs import Run
 from flowkit.runs.known_data import place_of
 from flowkit.runs.records import recording
@@ -33,6 +34,8 @@ def inpaint(cfg: DictConfig) -> Tensor:
     run = Run.load(
         cfg.run, cfg.weights, cfg.device, cfg.guidance if labeled else 1, cfg.trust, **place_of(cfg)
     )
+    folder = Path(cfg.out) if cfg.out else run.folder / "inpainted"
+    check_writable(folder, "out")
     module = run.module
     if not isinstance(module, LatentFlowMatching) or module.masks is None:
         raise TypeError(
@@ -62,7 +65,6 @@ def inpaint(cfg: DictConfig) -> Tensor:
         "labels": labels is not None,
         "masks": {"kind": masks.kind, "most": masks.most, "seed": cfg.seed},
     }
-    folder = Path(cfg.out) if cfg.out else run.folder / "inpainted"
     files = [folder / "inpainted.json", folder / "inpainted.png"]
     shown = pasted if cfg.paste_back else filled
     given = torch.where(mask > 0, 0.0, images)

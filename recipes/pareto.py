@@ -11,7 +11,8 @@ repetitions in which all points take turns.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from glob import glob
 from pathlib import Path
 from statistics import median
@@ -39,17 +40,21 @@ from flowkit.blockwise import (
 from flowkit.boss import step_costs
 from flowkit.data import SplitData
 from flowkit.metrics import Features, as_saved, frechet_distance
+from flowkit.metrics.evaluate import unreliable
 from flowkit.modules import FlowModule
 from flowkit.modules.flow import labels_of
-from flowkit.provenance import versions, write_json, write_text
+from flowkit.provenance import versions, write_text
+from flowkit.rules import check_writable
 from flowkit.runs import Run
 from flowkit.runs.drawing import draw, start
 from flowkit.runs.features import judge_of
 from flowkit.runs.known_data import place_of
 from flowkit.runs.pareto_plots import Row, plot, short, write_table
-from flowkit.runs.records import file_names
+from flowkit.runs.records import file_names, recording
 from flowkit.runs.starts import choose_labels
 from flowkit.sampling import ODESampler, seeded_noise
+
+Writes = dict[Path, Callable[[], None]]  # what is written beside the table, by file
 
 
 class Point(NamedTuple):
@@ -72,11 +77,13 @@ class Point(NamedTuple):
 def pareto(cfg: DictConfig) -> list[Row]:
     """Measure as configured; write ``pareto.md``, ``pareto.json``, ``pareto.png`` and drifts.
 
+    Files of an earlier call keep their content under new names, see `recording`.
+
     Returns:
         One row per run, mode and number of steps.
     """
-    out = Path(cfg.out)
-    out.mkdir(parents=True, exist_ok=True)
+    out, beside = Path(cfg.out), Writes()
+    check_writable(out, "out")
     groups = {name: folders(chosen) for name, chosen in cfg.runs.items()}
     labels = iter(file_names(f"{n}-{folder.name}" for n, runs in groups.items() for folder in runs))
     measure, rows, timed = None, [], []
@@ -87,7 +94,7 @@ def pareto(cfg: DictConfig) -> list[Row]:
             )
             measure = measure or Measure(cfg, run.data)  # the data of the first run
             held_out = measure.held_out_loss(run.module)
-            for point in points(cfg, next(labels), run):
+            for point in points(cfg, next(labels), run, beside):
                 samples, cost = sample(cfg, point, measure.labels)
                 row = {"name": name, "run": str(folder), "mode": point.mode}
                 row |= {"variant": point.variant, "held_out_loss": held_out, **cost}
@@ -98,10 +105,13 @@ def pareto(cfg: DictConfig) -> list[Row]:
         row["seconds"] = seconds
     gains = measured_gains(rows)
     record = {"rows": rows, "gains": gains, "features": measure.name, "versions": versions()}
-    write_json(out / "pareto.json", record)
-    write_table(rows, gains, out / "pareto.md")
-    plot(rows, out / "pareto.png")
-    print(f"\n{(out / 'pareto.md').read_text()}\npicture   {out / 'pareto.png'}")
+    files = [out / f"pareto.{kind}" for kind in ("json", "md", "png")]
+    with recording(record, [*files, *beside]):
+        for write in beside.values():
+            write()
+        write_table(rows, gains, files[1])
+        plot(rows, files[2])
+    print(f"\n{files[1].read_text()}\npicture   {files[2]}")
     return rows
 
 
@@ -139,13 +149,17 @@ class Measure:
         """Return the features of images."""
         return self.features(as_saved(images))
 
-    def __call__(self, samples: Tensor) -> dict[str, float | None]:
-        """Return ``frechet_distance``, and ``class_agreement`` or None without classes."""
+    def __call__(self, samples: Tensor) -> dict[str, Any]:
+        """Return ``frechet_distance``, and ``class_agreement`` or None without classes.
+
+        Also return the names of the values that are ``unreliable``, since there are few images.
+        """
         agreement = None
         if self.judge is not None and self.labels is not None:
             agreement = (self.judge.predict(samples) == self.labels).float().mean().item()
         distance = frechet_distance(self._embed(samples), self.reference)
-        return {"frechet_distance": distance, "class_agreement": agreement}
+        few = unreliable(len(samples), len(self.reference))
+        return {"frechet_distance": distance, "class_agreement": agreement, "unreliable": few}
 
     @torch.no_grad()
     def held_out_loss(self, module: FlowModule) -> float:
@@ -158,10 +172,10 @@ class Measure:
         return loss.mean().item()
 
 
-def points(cfg: DictConfig, label: str, run: Run) -> Iterator[Point]:
-    """Yield the points of a run; measure and write the drift of features if they are reused.
+def points(cfg: DictConfig, label: str, run: Run, beside: Writes) -> Iterator[Point]:
+    """Yield the points of a run; measure the drift of features if they are reused.
 
-    Files have the label in their names.
+    Drift and allocated grids are added to the files to write, with the label in their names.
     """
     flow = run.module.velocity
     if not isinstance(flow, Blockwise):
@@ -170,8 +184,8 @@ def points(cfg: DictConfig, label: str, run: Run) -> Iterator[Point]:
         return
     known = {"full": True, "cached": flow.trunk, "fra": flow.feature_residual}
     modes = [mode for mode in cfg.modes if known[mode] is not None]
-    errors = {} if modes == ["full"] else drift_errors(cfg, label, run)
-    allocate = Allocator(cfg, label, run) if cfg.allocate else None
+    errors = {} if modes == ["full"] else drift_errors(cfg, label, run, beside)
+    allocate = Allocator(cfg, label, run, beside) if cfg.allocate else None
     for nfe in cfg.nfe:
         steps, rest = divmod(nfe, flow.num_segments)
         if rest:
@@ -191,11 +205,13 @@ def points(cfg: DictConfig, label: str, run: Run) -> Iterator[Point]:
                     yield point._replace(variant=variant, drift_limit=limit)
 
 
-def drift_errors(cfg: DictConfig, name: str, run: Run) -> dict[str, list[ReuseErrors]]:
-    """Return the errors of reused features; print the drift and write a file."""
+def drift_errors(
+    cfg: DictConfig, name: str, run: Run, beside: Writes
+) -> dict[str, list[ReuseErrors]]:
+    """Return the errors of reused features; print the drift and add its file."""
     drift = run.feature_drift(cfg.seed, cfg.seeding)
     file = Path(cfg.out) / f"drift-{name}.txt"
-    write_text(file, drift.table() + "\n")
+    beside[file] = partial(write_text, file, drift.table() + "\n")
     print(f"drift     {file}\n{drift.table()}")
     return drift.pairs
 
@@ -203,12 +219,13 @@ def drift_errors(cfg: DictConfig, name: str, run: Run) -> dict[str, list[ReuseEr
 class Allocator:
     """Sampler with more steps in the segments that need them, called as ``allocate(mode, steps)``.
 
-    The sampler costs at most as much as ``steps`` steps in every segment. Its grid is written to
-    a file beside the table.
+    The sampler costs at most as much as ``steps`` steps in every segment. Its grid is added to the
+    files beside the table.
     """
 
-    def __init__(self, cfg: DictConfig, name: str, run: Run) -> None:
+    def __init__(self, cfg: DictConfig, name: str, run: Run, beside: Writes) -> None:
         self.flow: Any = run.module.velocity
+        self.beside = beside
         self.stem = f"{Path(cfg.out) / 'grid'}-{name}"
         self.fine_steps = 2 * max(cfg.nfe) // self.flow.num_segments
         # These noises differ from the noises of the samples.
@@ -225,7 +242,8 @@ class Allocator:
         options = {"fine_steps": self.fine_steps, "costs": self.costs}
         found = allocate_steps(self.flow, self.x0, prices, budget, **options)
         print(f"steps     {found.steps} instead of {steps} per segment, with {mode} features")
-        grids.save(found.grid, f"{self.stem}-{mode}-{steps}.json", **self.made, steps=found.steps)
+        file, made = Path(f"{self.stem}-{mode}-{steps}.json"), {**self.made, "steps": found.steps}
+        self.beside[file] = partial(grids.save, found.grid, file, **made)
         return ODESampler(found.grid)
 
 

@@ -25,6 +25,7 @@ from flowkit.metrics.labels import classification_metrics, segmentation_metrics
 from flowkit.metrics.pictures import colored, save_figure, save_picture
 from flowkit.modules import SymmetricalFlowMatching
 from flowkit.provenance import write_atomically
+from flowkit.rules import check_writable
 from flowkit.runs import Run
 from flowkit.runs.known_data import place_of
 from flowkit.runs.records import recording
@@ -45,6 +46,7 @@ def predict(cfg: DictConfig) -> dict[str, Any]:
     check_at_least(cfg.batch_size, 1, "batch_size")
     run = Run.load(cfg.run, cfg.weights, cfg.device, 1, cfg.trust, **place_of(cfg))
     out = Path(cfg.out) if cfg.out else run.folder / "predicted"
+    check_writable(out, "out")
     module, sampler = symmetrical(run), run.ode_sampler(cfg.sampler)
     data = _data(cfg, run)
     found, cost = label(module, data.split(cfg.split), sampler, cfg)

@@ -17,7 +17,7 @@ learnt from, is what `flowkit train` has recorded.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,15 +38,17 @@ from flowkit.metrics import (
     to_uint8,
     wasserstein2,
 )
+from flowkit.metrics.evaluate import unreliable
 from flowkit.modules.flow import labels_of
 from flowkit.provenance import cache_folder, versions, write_json, write_text
+from flowkit.rules import check_writable
 from flowkit.runs import Run
 from flowkit.runs.drawing import draw_parts, like_test
 from flowkit.runs.features import judge_of
 from flowkit.runs.known_data import place_of
 from flowkit.runs.parts import Columns, Parts, hash_of
 from flowkit.runs.processes import launch, say
-from flowkit.runs.records import kept_record
+from flowkit.runs.records import kept_record, set_aside
 from flowkit.runs.report_plots import Row, plot, plot_guidance, tables
 from flowkit.runs.training_cost import read_cost
 from flowkit.sampling import MeanVelocity, ODESampler
@@ -56,6 +58,7 @@ STEP = {"euler": 1, "ab2": 1, "midpoint": 2, "heun": 2, "rk4": 4}
 """Evaluations per step; ab2 needs one more evaluation to start."""
 
 VERSION = 2  # of report.json
+FILES = ("report.json", "report.md", "report.png", "guidance.png")
 
 
 class Measure(NamedTuple):
@@ -66,8 +69,9 @@ class Measure(NamedTuple):
     """Hash of the features."""
     see: Callable[[Tensor], Columns]
     """Maps a batch of samples to the columns that are measured."""
-    numbers: Callable[[Columns], dict[str, float]]
-    """Maps the columns of all samples to ``distance`` and other numbers."""
+    numbers: Callable[[Columns], Row]
+    """Maps the columns of all samples to ``distance`` and other numbers, and those of few images to
+    their names as ``unreliable``."""
     real: dict[str, float]
     """Numbers of equally many training samples; ``class_agreement`` is of the test split."""
 
@@ -75,7 +79,8 @@ class Measure(NamedTuple):
 def report(cfg: DictConfig) -> list[Row]:
     """Measure as configured; write ``report.json``, ``report.md`` and ``report.png``.
 
-    Several scales of guidance also give ``guidance.png``.
+    Several scales of guidance also give ``guidance.png``. An earlier report with cells that this
+    one does not have keeps its files under new names, see `set_aside`.
 
     Returns:
         A row per cell: ``name`` of the run, ``solver``, ``grid``, ``guidance``, ``nfe``, ``steps``,
@@ -88,22 +93,26 @@ def report(cfg: DictConfig) -> list[Row]:
     scales = list(cfg.guidance) if OmegaConf.is_list(cfg.guidance) else [cfg.guidance]
     if not scales or (None in scales and len(scales) > 1):
         raise ValueError(f"guidance must be null, a number or a list of numbers, got {scales}")
+    out = _folder(cfg)
+    check_writable(out, "out")
     runs = _runs(cfg, scales[0], fabric.device)
     cells = list(_cells(cfg, runs, scales))
     for run in runs.values():
         run.reuse_features(cfg.feature_mode, cfg.tolerance, cfg.seed, cfg.seeding)
-    first, out = next(iter(runs.values())), _folder(cfg)
+    first = next(iter(runs.values()))
     starts = {name: like_test(run, cfg) for name, run in runs.items()}
     with fabric.rank_zero_first():
         measure = _measure(cfg, first, next(iter(starts.values()))[1])
     record = _record(cfg, first, measure)
     told = [_told(name, run) for name, run in runs.items()]
-    kept = _kept(out / "report.json", record)
+    settings = [{**_model(run), **run.describe(sampler)} for _, run, sampler in cells]
+    kept, others = _kept(out / "report.json", record, {json.dumps(own) for own in settings})
     fabric.barrier()  # every process reads the file before the first process writes
+    if others and fabric.is_global_zero:
+        set_aside([out / name for name in FILES])
     rows: list[Row] = []
-    for cell, run, sampler in cells:
+    for (cell, run, sampler), own in zip(cells, settings, strict=True):
         x0, cond, source, _ = starts[cell["name"]]
-        own = {**_model(run), **run.describe(sampler)}
         key = json.dumps(own)
         if key not in kept:
             parts = Parts(out, {**record, **source, "cond": hash_of(cond), **own}, fabric)
@@ -311,15 +320,17 @@ def _measure(cfg: DictConfig, run: Run, cond: Cond) -> Measure:
         images = to_uint8(samples)
         return {"images": images, "features": features(as_saved(images))}
 
-    def distances(seen: Tensor) -> dict[str, float]:
+    def distances(seen: Tensor) -> Row:
         neighbors = min(5, len(seen) - 1, len(reference) - 1)
         near = prdc(reference, seen, k=neighbors)._asdict()
         return {"distance": frechet_distance(seen, reference), **near}
 
     recognized, real = _judge(run, order, cond)
 
-    def numbers(drawn: Columns) -> dict[str, float]:
-        return {**distances(drawn["features"]), **recognized(drawn["images"])}
+    def numbers(drawn: Columns) -> Row:
+        few = unreliable(len(drawn["features"]), len(reference))
+        marked = {"unreliable": [{"frechet_distance": "distance"}.get(name, name) for name in few]}
+        return {**distances(drawn["features"]), **recognized(drawn["images"]), **marked}
 
     real |= distances(stored(as_saved(data.train[order[:count]]["x1"])))
     return Measure(f"Fréchet distance ({features.name})", features.hash, see, numbers, real)
@@ -360,13 +371,19 @@ def _measured(
     }
 
 
-def _kept(file: Path, record: Mapping[str, Any]) -> dict[str, Row]:
-    """Return the numbers of an earlier call with the same record, by the key of the cell."""
+def _kept(
+    file: Path, record: Mapping[str, Any], keys: Collection[str]
+) -> tuple[dict[str, Row], bool]:
+    """Return the numbers of an earlier call with the same record, by the key of the cell.
+
+    Also return True if the earlier report has another record, or cells beside those of ``keys``.
+    """
     earlier = kept_record(file)
     if any(earlier.get(name) != value for name, value in record.items()):
-        return {}
+        return {}, bool(earlier)
     cell = ("name", "solver", "grid", "guidance", "key")
-    return {row["key"]: {k: v for k, v in row.items() if k not in cell} for row in earlier["rows"]}
+    kept = {row["key"]: {k: v for k, v in row.items() if k not in cell} for row in earlier["rows"]}
+    return kept, not kept.keys() <= set(keys)
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="report")

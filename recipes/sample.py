@@ -21,6 +21,7 @@ from torch import Tensor
 
 from flowkit.metrics.pictures import save_picture
 from flowkit.provenance import write_atomically
+from flowkit.rules import check_writable
 from flowkit.runs import Run
 from flowkit.runs.drawing import draw_parts, start
 from flowkit.runs.known_data import place_of
@@ -42,6 +43,8 @@ def sample(cfg: DictConfig) -> Tensor:
     """
     fabric = launch(cfg)
     run = Run.load(cfg.run, cfg.weights, fabric.device, cfg.guidance, cfg.trust, **place_of(cfg))
+    folder = Path(cfg.out) if cfg.out else run.folder / "drawn"
+    check_writable(folder, "out")
     run.reuse_features(cfg.feature_mode, cfg.tolerance, cfg.seed, cfg.seeding)
     sampler = run.sampler(cfg.sampler)
     labels = cfg.labels
@@ -55,7 +58,6 @@ def sample(cfg: DictConfig) -> Tensor:
     else:
         cond = choose_labels(labels, cfg.num_samples, run.num_classes)
         x0, source = start(run, cfg, cfg.num_samples)
-    folder = Path(cfg.out) if cfg.out else run.folder / "drawn"
     used = {"weights": run.weights, **run.describe(sampler), **source}
     used |= {"mode": [cfg.feature_mode, cfg.tolerance], "cond": hash_of(cond)}
     parts = Parts(folder, used, fabric)

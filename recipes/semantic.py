@@ -18,6 +18,7 @@ from flowkit.metrics import agreement
 from flowkit.metrics.pictures import save_picture
 from flowkit.modules import LatentFlowMatching
 from flowkit.modules.condition_grid import condition_grid
+from flowkit.rules import check_writable
 from flowkit.runs import Run
 from flowkit.runs.drawing import draw, start
 from flowkit.runs.features import judge_of
@@ -29,6 +30,8 @@ def semantic(cfg: DictConfig) -> dict[str, Any]:
     """Draw as configured; write ``semantic.json`` and a picture: map, image, samples."""
     check_at_least(cfg.num_images, 1, "num_images")
     run = Run.load(cfg.run, cfg.weights, cfg.device, cfg.guidance, cfg.trust, **place_of(cfg))
+    folder = Path(cfg.out) if cfg.out else run.folder / "semantic"
+    check_writable(folder, "out")
     module, data = run.module, run.data
     if not isinstance(data, Masks) or not isinstance(module, LatentFlowMatching):
         raise TypeError(
@@ -58,7 +61,6 @@ def semantic(cfg: DictConfig) -> dict[str, Any]:
     rule = {"threshold": data.rule.threshold, "classes": data.rule.classes}
     seen = {"name": type(data.images).__name__, "test": data.fingerprint("test")}
     record = run.record(sampling, metrics=metrics, rule=rule, data=seen)
-    folder = Path(cfg.out) if cfg.out else run.folder / "semantic"
     files = [folder / "semantic.json", folder / "semantic.png"]
     rows = min(cfg.rows, len(maps))
     shown = condition_grid(

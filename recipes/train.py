@@ -53,7 +53,14 @@ from flowkit.runs.known_data import record_of, write_data_record
 from flowkit.runs.locks import locked
 from flowkit.runs.processes import check_trainer, quiet, say
 from flowkit.runs.records import composed, recorded
-from flowkit.runs.resuming import find_checkpoint, folder_of, resumed, unfinished
+from flowkit.runs.resuming import (
+    check_unfinished,
+    continued,
+    find_checkpoint,
+    folder_of,
+    lacks_its_end,
+    resumed,
+)
 from flowkit.runs.run import build_sampler
 from flowkit.runs.splits import opened
 from flowkit.runs.training_cost import TrainingCost
@@ -85,19 +92,22 @@ def _train(cfg: DictConfig) -> FlowModule:
     folder = Path(cfg.run_dir)
     unresolved = composed(cfg)  # now, since building parts resolves their references
     checkpoint = _requeued(folder) if cfg.resume is None else find_checkpoint(Path(cfg.resume))
-    state = None if checkpoint is None else unfinished(checkpoint, cfg.trainer.max_steps)
+    state = None if checkpoint is None else continued(checkpoint)
+    ended = _ended(cfg, checkpoint, state)
     _refuse_overwriting(folder, checkpoint, cfg.resume)
     seed_everything(cfg.seed, workers=True, verbose=False)
     origin = cfg.get("run") if checkpoint is None else folder_of(checkpoint)
     data = opened(instantiate(cfg.data), record_of(origin), cfg.data_changed)
     say(f"data      {data.summary()}")
     count_in_steps(cfg, data)
+    ended = ended or _ended(cfg, checkpoint, state)  # by a number of epochs
     module = _module(cfg, data)
     if checkpoint is None and cfg.get("sampler") is not None:  # of the pictures
         build_sampler(cfg.sampler, isinstance(module.velocity, Blockwise))
     if checkpoint is not None and state is not None:
         restore(module, state, checkpoint)  # refuses another model before any file is written
     averaged = state is not None and "current_model_state" in state
+    progress = state["loops"]["fit_loop"] if state is not None and ended else None
     del state
 
     pairs = cfg.data.root if cfg.data._target_ == "flowkit.data.Pairs" else None
@@ -121,7 +131,11 @@ def _train(cfg: DictConfig) -> FlowModule:
             write_text(folder / UNRESOLVED, unresolved)
             write_data_record(folder, data, recorded(cfg)["data"])
         try:
-            trainer.fit(module, data, ckpt_path=checkpoint, weights_only=checkpoint and True)
+            if progress is not None:  # the training has ended, but not its last validation
+                trainer.fit_loop.load_state_dict(progress)  # for the step in names and tables
+                trainer.validate(module, data, verbose=False)
+            else:
+                trainer.fit(module, data, ckpt_path=checkpoint, weights_only=checkpoint and True)
         except Exception:
             if fresh and trainer.is_global_zero and trainer.global_step == 0:
                 _empty(folder)  # a training that could not start
@@ -129,6 +143,21 @@ def _train(cfg: DictConfig) -> FlowModule:
     say(f"run       {folder}")
     _report(trainer)
     return module
+
+
+def _ended(cfg: DictConfig, checkpoint: Path | None, state: dict[str, Any] | None) -> bool:
+    """Return True if only the validation after the last step is left to make.
+
+    Raises:
+        ValueError: If nothing is left to make.
+    """
+    if checkpoint is None or state is None:
+        return False
+    step = state["global_step"]
+    ended = lacks_its_end(cfg, step)
+    if not ended:
+        check_unfinished(checkpoint, step, cfg.trainer.max_steps)
+    return ended
 
 
 def _report(trainer: Trainer) -> None:

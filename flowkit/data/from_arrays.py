@@ -27,7 +27,8 @@ class FromArrays(SplitData):
     - **Images** are bytes ``(N, C, H, W)``, ``(N, H, W, C)`` or ``(N, H, W)`` with 1 or 3 channels,
       or four-dimensional floats in [-1, 1]. With a ``value_range`` any numbers are images, and the
       range is mapped to [-1, 1]. Batches hold ``(B, C, H, W)``.
-    - **Other data** are floats ``(N, *)``, for example points ``(N, d)``. They are not changed.
+    - **Other data** are floats ``(N, *)``, for example points ``(N, d)`` or sequences
+      ``(N, T, C)``. They are not changed. `summary` says how to make images of the latter.
     - **Conditions** are labels ``(N,)``, whole numbers from 0, or floats ``(N, *)`` with at least
       two dimensions.
 
@@ -118,8 +119,13 @@ class FromArrays(SplitData):
             columns["cond"] = self._conditions(cond, len(x1))
         keys = [hashlib.sha256(row.numpy().data).hexdigest() for row in columns["x1"].contiguous()]
         share, self.notes = share_of_test(self.fractions[1], len(x1))
-        if columns["x1"].ndim == 3:
-            self.notes.append("floats (N, H, W) are no images; value_range makes images of them")
+        if columns["x1"].ndim == 3:  # the commonest such arrays are images
+            self.notes.append(
+                "read as sequences (N, T, C), not as gray images (N, H, W): with "
+                f"{_range(x1)} they are images"
+            )
+        elif columns["x1"].ndim == 4 and columns["x1"].shape[1] not in (1, 3):
+            self.notes.append("not read as images, which have 1 or 3 channels")
         shares = {"val": self.fractions[0], "test": share}
         parts = content_splits(keys, shares, self.split_seed)
         return {
@@ -285,14 +291,25 @@ def _states(x1: Tensor, value_range: Sequence[float] | None) -> Tensor:
     low, high = value_range or (-1, 1)
     least, most = x1.min().item(), x1.max().item()
     if not (low <= least and most <= high) or (value_range is None and least >= 0):
-        tops = [top for top in (1, 255, 65535) if least >= 0 and most <= top]
-        fix = f"value_range=[0,{tops[0]}]" if tops else "value_range"
         raise ValueError(
             f"x1 must hold images in [{low:g}, {high:g}], got values in [{least:g}, {most:g}]; "
-            f"{fix} maps them"
+            f"{_range(x1)} maps them"
             + (", value_range=[-1,1] keeps them" if low <= least and most <= high else "")
         )
     return (2 * (x1.double() - low) / (high - low) - 1).float()
+
+
+def _range(x1: Tensor) -> str:
+    """Return the option that makes images of numbers, with the usual range that holds them.
+
+    >>> _range(torch.tensor([0.0, 0.5])), _range(torch.tensor([0.0, 9.0]))
+    ('value_range=[0,1]', 'value_range=[0,255]')
+    """
+    least, most = x1.min().item(), x1.max().item()
+    for low, high in ((0, 1), (-1, 1), (0, 255), (0, 65535)):
+        if low <= least and most <= high:
+            return f"value_range=[{low},{high}]"
+    return "value_range=[<black>,<white>]"
 
 
 def _channels_first(x1: Tensor) -> Tensor:

@@ -225,8 +225,16 @@ def _compare(
         found, intervals = prdc(b, a, neighbors), dict[str, Interval]()
     for name, value in found._asdict().items():
         record |= _named(name, value, intervals.get(name))
-    unreliable = UNRELIABLE if count < FEW else ()
-    return record | {"neighbors": neighbors, "unreliable": list(unreliable)}
+    return record | {"neighbors": neighbors, "unreliable": unreliable(count)}
+
+
+def unreliable(*counts: int) -> list[str]:
+    """Return the names of the values that say little over sets of so many images.
+
+    >>> unreliable(1000, 100), unreliable(1000, 99)[:2]
+    ([], ['frechet_distance', 'precision'])
+    """
+    return list(UNRELIABLE) if min(counts) < FEW else []
 
 
 def _several(labels: Tensor | None) -> Tensor | None:

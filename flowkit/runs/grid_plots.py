@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from flowkit.metrics.pictures import save_figure
-from flowkit.runs.tables import markdown
+from flowkit.runs.tables import markdown, titled
 
 Row = dict[str, Any]
 
@@ -24,7 +24,9 @@ def table_of(rows: list[Row]) -> str:
         if distances:
             line.append(f"{row['frechet_distance']:.2f}" if "frechet_distance" in row else "")
         lines.append(line)
-    return markdown([*header, "Fréchet distance"] if distances else header, lines, names=[1])
+    if distances:
+        header.append(titled("Fréchet distance", "frechet_distance", rows))
+    return markdown(header, lines, names=[1])
 
 
 def plot(candidates: dict[str, Tensor], winner: str, table: list[Row], file: Path) -> None:
@@ -41,7 +43,7 @@ def plot(candidates: dict[str, Tensor], winner: str, table: list[Row], file: Pat
 
     columns = {"error": "end-point error (RMS per element)"}
     if any("frechet_distance" in row for row in table):
-        columns["frechet_distance"] = "Fréchet distance"
+        columns["frechet_distance"] = titled("Fréchet distance", "frechet_distance", table)
     figure = Figure(figsize=(4.6 * (1 + len(columns)), 3.6), layout="constrained")
     steps, *panels = figure.subplots(1, 1 + len(columns))
     colors = {

@@ -6,7 +6,7 @@ from typing import Any
 
 from flowkit.metrics.pictures import save_figure
 from flowkit.provenance import write_text
-from flowkit.runs.tables import markdown
+from flowkit.runs.tables import markdown, titled
 
 Row = dict[str, Any]
 
@@ -23,7 +23,8 @@ def grouped(rows: list[Row]) -> dict[tuple[Any, ...], list[Row]]:
 def write_table(rows: list[Row], gains: list[Row], file: Path) -> None:
     """Write a Markdown table of means and standard deviations over seeds, and a table of gains."""
     columns = ("held_out_loss", "gflops", "seconds", "frechet_distance", "class_agreement")
-    header = ["name", "features", "NFE", "seeds", *(c.replace("_", " ") for c in columns)]
+    titles = (titled(name.replace("_", " "), name, rows) for name in columns)
+    header = ["name", "features", "NFE", "seeds", *titles]
     lines = []
     for (name, mode, variant, nfe), group in grouped(rows).items():
         label = mode if variant is None else f"{mode}, {variant}"
@@ -75,7 +76,8 @@ def plot(rows: list[Row], file: Path) -> None:
             row[0].plot(gflops, value, marker="o", ms=4, **style)
             row[1].plot([1e3 * s for s in seconds], value, marker="o", ms=4, **style)
     for row, quality in zip(panels, qualities, strict=True):
-        row[0].set_ylabel(quality.replace("_", " ").replace("frechet", "Fréchet"))
+        title = quality.replace("_", " ").replace("frechet", "Fréchet")
+        row[0].set_ylabel(titled(title, quality, rows))
         for axes in row:
             axes.grid(alpha=0.3)
             axes.set_xscale("log")

@@ -3,7 +3,7 @@
 import json
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain, count
 from pathlib import Path
@@ -26,17 +26,41 @@ def recording(record: dict[str, Any], files: list[Path]) -> Iterator[None]:
     """Write a record to the first of ``files``, after the body has written the other files.
 
     So a record stands for all its files. An earlier record that differs in more than its seconds
-    keeps its files under new names: ``metrics.json`` becomes ``metrics-1.json`` (or the next free
-    number), and the other files get the same number.
+    keeps its files under new names, see `set_aside`.
     """
     file, text = files[0], json.dumps(record, indent=2) + "\n"
     if file.is_file() and _timeless(file.read_text(errors="replace")) != _timeless(text):
-        number = next(n for n in count(1) if not file.with_stem(f"{file.stem}-{n}").exists())
-        for earlier in filter(Path.exists, files):
-            earlier.rename(earlier.with_stem(f"{earlier.stem}-{number}"))
+        set_aside(files)
     file.parent.mkdir(parents=True, exist_ok=True)
     yield
     write_text(file, text)
+
+
+def set_aside(files: Sequence[Path], folder: str | None = None) -> None:
+    """Give the files of an earlier call new names, so that a new call overwrites none of them.
+
+    ``metrics.json`` becomes ``metrics-1.json`` (or the next free number), and the other files get
+    the same number. If numbers in their names mean something else, the files go to a folder with
+    the number instead, under their own names.
+
+    Args:
+        files: The files, the record first. It is renamed last: if a kill comes between, the next
+            call finds it still, and renames the rest.
+        folder: Name of the folder, which lies beside the record, without the number.
+    """
+
+    def renamed(file: Path, number: int) -> Path:
+        if folder is None:
+            return file.with_stem(f"{file.stem}-{number}")
+        return file.with_name(f"{folder}-{number}") / file.name
+
+    there = [file for file in files if file.exists()]
+    taken = lambda n: any(renamed(f, n).exists() for f in (files[0], *there))  # noqa: E731
+    number = next(n for n in count(1) if not taken(n))
+    for file in reversed(there):
+        new = renamed(file, number)
+        new.parent.mkdir(exist_ok=True)
+        file.rename(new)
 
 
 def kept_record(file: Path) -> dict[str, Any]:

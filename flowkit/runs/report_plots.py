@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from flowkit.metrics.pictures import save_figure
-from flowkit.runs.tables import markdown
+from flowkit.runs.tables import markdown, titled
 from flowkit.runs.training_cost import Cost, machines_of, own_cost, total_cost
 
 Row = dict[str, Any]
@@ -59,6 +59,7 @@ def tables(
         runs: Records of the runs.
     """
     agreement = " (class agreement)" if "class_agreement" in rows[0] else ""
+    measure = titled(measure, "distance", rows)
     of_real = f"{real['distance']:.3f}"
     if agreement:
         of_real += f"; class agreement of the test split: {real['class_agreement']:.3f}"
@@ -129,7 +130,7 @@ def _cells(rows: list[Row], measure: str) -> str:
         cost = [f"{row['network_rows_per_sample']:g}", f"{row['milliseconds']:.2f}"]
         told = [str(row[name]) for name in words]
         lines.append([*told, str(row["steps"]), str(row["nfe"]), *numbers, *cost])
-    titles = [name.replace("_", " ") for name in more]
+    titles = [titled(name.replace("_", " "), name, rows) for name in more]
     header = [*words, "steps", "NFE", measure, *titles, "rows per sample", "ms per sample"]
     return markdown(header, lines, range(len(words)))
 
@@ -176,7 +177,7 @@ def plot(rows: list[Row], measure: str, floor: float, file: Path) -> None:
         counts = _apart(sorted({row[key] for row in rows}))
         axes.set_xticks(counts, [f"{count:g}" for count in counts])
         axes.grid(alpha=0.3)
-    panels[0].set_ylabel(measure)
+    panels[0].set_ylabel(titled(measure, "distance", rows))
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize=9)
     save_figure(figure, file)
 
@@ -216,7 +217,7 @@ def plot_guidance(rows: list[Row], measure: str, real: Mapping[str, float], file
         whose = "test samples" if name == "class_agreement" else "training samples"
         axes.axhline(real[name], color="0.6", lw=1, label=whose)
         title = measure if name == "distance" else name.replace("_", " ")
-        axes.set(title=title, xlabel="guidance")
+        axes.set(title=titled(title, name, rows), xlabel="guidance")
         axes.legend(fontsize=8)
         axes.grid(alpha=0.3)
     save_figure(figure, file)

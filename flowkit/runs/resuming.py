@@ -1,5 +1,6 @@
-"""Resuming of a stopped run: its checkpoint and its configuration."""
+"""Resuming of a stopped run: its checkpoint, its configuration, and what it still lacks."""
 
+import csv
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -15,6 +16,7 @@ from flowkit.modules.checkpoints import (
     read_config,
 )
 from flowkit.modules.trust import check, trusting
+from flowkit.rules import keys_of, no_such_option
 from flowkit.runs.known_data import read_data_record
 from flowkit.runs.splits import as_trained, located
 
@@ -40,21 +42,58 @@ def folder_of(checkpoint: Path) -> Path:
     return next((f for f in checkpoint.parents[:2] if (f / CONFIG).is_file()), checkpoint.parent)
 
 
-def unfinished(checkpoint: Path, max_steps: int) -> dict[str, Any]:
-    """Read a checkpoint whose step is below ``max_steps``; a negative ``max_steps`` is no limit.
+def continued(checkpoint: Path) -> dict[str, Any]:
+    """Read a checkpoint to continue.
 
     Raises:
-        ValueError: If no step is left, or if a callback would go on with files outside of the run.
+        ValueError: If a callback would go on with files outside of the run.
     """
     state = read_checkpoint(checkpoint)
     _check_states(state.get("callbacks", {}), checkpoint)
-    step = state["global_step"]
+    return state
+
+
+def check_unfinished(checkpoint: Path, step: int, max_steps: int) -> None:
+    """Require steps to make after that of a checkpoint; a negative ``max_steps`` is no limit.
+
+    Raises:
+        ValueError: If no step is left.
+    """
     if 0 <= max_steps <= step:
         raise ValueError(
             f"trainer.max_steps must exceed the steps already made, got {max_steps}; {checkpoint} "
             f"is at step {step}: raise trainer.max_steps to resume"
         )
-    return state
+
+
+def lacks_its_end(cfg: DictConfig, step: int) -> bool:
+    """Return True if a training has made its last step, but not the validation that follows.
+
+    So it is after a kill between the last checkpoint and the end: a picture of this step is not
+    there, or no table of the training has a validation of this step.
+    """
+    if step != cfg.trainer.max_steps or cfg.trainer.get("limit_val_batches") == 0:
+        return False
+    groups = (cfg.get("callback") or {}, cfg.get("logger") or {})
+    callbacks, loggers = ([node for node in group.values() if node] for group in groups)
+    kinds = ("flowkit.modules.SampleGrid", "flowkit.modules.ConditionGrid")
+    pictures = [
+        Path(node.folder) / f"step-{step:06d}.png" for node in callbacks if node._target_ in kinds
+    ]
+    tables = [
+        Path(node.save_dir, node.name).glob("*/metrics.csv")
+        for node in loggers
+        if node._target_ == "lightning.pytorch.loggers.CSVLogger"
+    ]
+    shown = all(picture.is_file() for picture in pictures)
+    return not shown or not all(any(_validated(t, step) for t in files) for files in tables)
+
+
+def _validated(table: Path, step: int) -> bool:
+    """Return True if a table of Lightning's has a validation after a step, which counts from 0."""
+    with table.open(newline="", errors="replace") as lines:
+        rows = list(csv.DictReader(lines))
+    return any(row.get("val/loss") and row.get("step") == str(step - 1) for row in rows)
 
 
 def _check_states(states: Mapping[str, Any], checkpoint: Path) -> None:
@@ -89,9 +128,9 @@ def resumed(cfg: DictConfig, overrides: list[str]) -> DictConfig:
 
     Raises:
         FileNotFoundError: If the folder is not a run.
-        ValueError: If the run is a run of another recipe, if an override is not of `CHANGEABLE`, or
-            if the stored configuration names a class that is neither listed nor trusted, or a place
-            outside of the run folder to write to.
+        ValueError: If the run is a run of another recipe, if an override is not of `CHANGEABLE` or
+            no option of the run, or if the stored configuration names a class that is neither
+            listed nor trusted, or a place outside of the run folder to write to.
     """
     folder = Path(cfg.resume)
     if not (folder / UNRESOLVED).is_file():
@@ -114,16 +153,19 @@ def resumed(cfg: DictConfig, overrides: list[str]) -> DictConfig:
     node = OmegaConf.to_container(stored.data)
     stored.data = located(as_trained(cast(dict, node), record), record, None)
     OmegaConf.set_struct(stored, True)
+    known = list(keys_of(cast(dict, OmegaConf.to_container(stored))))
     for override in OverridesParser.create().parse_overrides(overrides):
-        key = override.key_or_group
+        key, given = override.key_or_group, str(override.input_line).lstrip("+")
         if key in ("resume", "trust", "data_changed") or key.startswith("hydra."):
             continue
         if not key.startswith(CHANGEABLE) or key.endswith("._target_") or override.is_delete():
             raise ValueError(
-                f"{key} must stay as it is when a run is resumed, got {override.input_line}; "
+                f"{key} must stay as it is when a run is resumed, got {given}; "
                 "only values of trainer.*, callback.*, logger.*, optimizer.*, lr_scheduler.* and "
                 "data.root may change"
             )
+        if not override.is_add() and key not in known:
+            raise ValueError(no_such_option(key, known))
         OmegaConf.update(stored, key, override.value(), force_add=override.is_add())
     stored.resume = stored.run_dir = str(folder)
     with trusting(cfg.trust):  # after the overrides, which may remove a part

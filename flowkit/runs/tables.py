@@ -1,6 +1,17 @@
 """Tables in Markdown."""
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+
+def titled(title: str, name: str, rows: Iterable[Mapping[str, Any]]) -> str:
+    """Return the title of a column, with a mark if a row says that its value is unreliable.
+
+    >>> titled("distance", "far", [{"far": 3.0}, {"far": 4.0, "unreliable": ["far"]}])
+    'distance, unreliable'
+    """
+    marked = any(name in row.get("unreliable", ()) for row in rows)
+    return f"{title}, unreliable" if marked else title
 
 
 def markdown(

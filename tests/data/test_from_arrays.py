@@ -303,5 +303,24 @@ def test_streams_and_wrong_options_are_refused():
 
 
 def test_what_may_be_a_mistake_is_said():
-    assert "floats (N, H, W) are no images; value_range makes" in ready(FLOATS[:, 0]).summary()
+    gray = FLOATS[:, 0]
+    for x1, option in (
+        (gray.abs() / gray.abs().max(), "value_range=[0,1]"),
+        (gray / gray.abs().max(), "value_range=[-1,1]"),
+        (gray.abs() / gray.abs().max() * 200, "value_range=[0,255]"),
+        (gray / gray.abs().max() * 9, "value_range=[<black>,<white>]"),
+    ):
+        data = ready(x1)
+        said = f"read as sequences (N, T, C), not as gray images (N, H, W): with {option} they are"
+        assert said in data.summary()
+        assert data.shape == gray.shape[1:]
+        if "<" not in option:  # what the line says makes images
+            low, high = (float(n) for n in option[13:-1].split(","))
+            images = ready(x1, value_range=(low, high))
+            assert images.shape == (1, *gray.shape[1:])
+            assert "not as" not in images.summary()
+            expected = 2 * (x1 - low) / (high - low) - 1
+            assert content(images)[0].sum() == pytest.approx(expected.sum().item(), rel=1e-4)
+    four = torch.rand(40, 4, 2, 2)
+    assert "not read as images, which have 1 or 3 channels" in ready(four).summary()
     assert "test takes a share of 0.2, since" in ready(LEVELS).summary()

@@ -1,8 +1,12 @@
-"""A tiny trained run, made once."""
+"""A tiny trained run, made once; and commands within this process."""
+
+import sys
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 
+from flowkit.__main__ import main
 from flowkit.recipes.train import train
 from tests.conftest import CONF
 
@@ -28,3 +32,20 @@ def tiny_run(tmp_path_factory):
         cfg = compose("train", overrides=[*TINY, f"run_dir={folder}"])
     train(cfg)
     return folder
+
+
+def status_of(words, monkeypatch):
+    """Run a command in this process, and return its exit status."""
+    GlobalHydra.instance().clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "argv", ["flowkit", *words])
+        patch.setattr(sys, "path", sys.path[:])
+        patch.setattr("hydra.main", sys.modules["hydra"].main)
+        patch.setenv("HYDRA_FULL_ERROR", "0")
+        try:
+            main()
+        except SystemExit as end:
+            return end.code or 0
+        finally:
+            GlobalHydra.instance().clear()
+    return 0

@@ -49,6 +49,21 @@ def searched(tiny_run, tmp_path_factory):
     return out, boss(cfg)
 
 
+def test_an_earlier_search_keeps_its_files_in_a_folder(searched, tiny_run, configure, tmp_path):
+    """Numbers of steps are in their names, so these get no other numbers."""
+    first = {file.name: file.read_bytes() for file in searched[0].iterdir()}
+    assert first.keys() == {"grid.json", "grid-2.json", "grid.png", "table.md"}
+    shutil.copytree(searched[0], tmp_path / "boss")
+    small = [*SEARCH, "budgets=[]", "num_steps=2", "fine_steps=4", "extra_noises=0", "adaptive=[]"]
+    for _ in range(2):  # the second call is the same search
+        boss(configure("boss", f"run={tiny_run}", f"out={tmp_path}/boss", *small))
+        found = {file.name for file in (tmp_path / "boss").iterdir()}
+        assert found == {"earlier-1", "grid.json", "grid.png", "table.md"}
+        assert len(grids.load(tmp_path / "boss" / "grid.json")) == 3
+    earlier = (tmp_path / "boss" / "earlier-1").iterdir()
+    assert {file.name: file.read_bytes() for file in earlier} == first
+
+
 def test_the_grid_is_saved_with_its_provenance(searched, tiny_run):
     out, record = searched
     grid = grids.load(
@@ -104,6 +119,7 @@ def test_distances_are_those_of_an_evaluation(searched, tiny_run, configure, tmp
         assert row["frechet_nfe"] == found["sampling"]["nfe"]
         assert (row["features"], row["num_samples"]) == ("pixels", 20)
     table = (out / "table.md").read_text()
+    assert "| Fréchet distance, unreliable |" in table  # of 20 samples
     assert all(f" {row['frechet_distance']:.2f} |" in table for row in record["comparison"])
 
 

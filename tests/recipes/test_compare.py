@@ -111,9 +111,13 @@ def test_other_overrides_are_another_cell(table, tmp_path):
     table.seeds = [1]
     table.couplings = {"I-CFM": []}
     (before,) = compare(table)
+    texts = [(tmp_path / "out" / "table.md").read_text()]
     table.overrides = [*table.overrides, "optimizer.lr=0.1"]
     (after,) = compare(table)
     assert after["w2"] != before["w2"]
+    texts.append((tmp_path / "out" / "table.md").read_text())
+    (cell,) = (tmp_path / "out").rglob("seed-1-1/cell.json")
+    assert json.loads(cell.read_text())["metrics"]["w2"] == before["w2"]
 
     # Evaluated otherwise, the training stays.
     trained = _written(tmp_path / "out")
@@ -121,6 +125,7 @@ def test_other_overrides_are_another_cell(table, tmp_path):
     (fewer,) = compare(table)
     assert (fewer["num_samples"], fewer["seconds"]) == (30, after["seconds"])
     assert _written(tmp_path / "out") == trained
+    assert [(tmp_path / "out" / f"table-{n}.md").read_text() for n in (1, 2)] == texts
 
 
 def test_a_cell_keeps_its_numbers_whatever_is_evaluated_in_it(table, configured, tmp_path):
@@ -158,9 +163,11 @@ def test_metrics_choose_the_columns(tmp_path):
 
 
 def test_numbers_of_some_cells_only_leave_the_others_empty(tmp_path):
-    image = {"problem": "q", "coupling": "a", "seed": 0, "distance": 2.0}
+    image: dict = {"problem": "q", "coupling": "a", "seed": 0, "distance": 2.0}
+    image["unreliable"] = ["distance", "recall"]
     write_table([*ROWS, image], tmp_path, ["w2", "distance"])
     lines = (tmp_path / "table.md").read_text().splitlines()
+    assert lines[0] == "| problem | coupling | seeds | w2 | distance, unreliable |"
     assert lines[2:] == [
         "| p | a | 2 | 1.500 ± 0.707 |  |",
         "| p | b | 1 | 4.000 |  |",

@@ -3,6 +3,9 @@
 import itertools
 import json
 import os
+import re
+from contextlib import nullcontext
+from shutil import copytree
 
 import pytest
 import torch
@@ -10,23 +13,31 @@ from hydra import compose, initialize_config_dir
 from PIL import Image
 from safetensors.torch import load_file
 
-from flowkit import provenance
+from flowkit import __main__ as command
+from flowkit import provenance, rules
 from flowkit.errors import line_of
 from flowkit.recipes.autoencoder import autoencoder
 from flowkit.recipes.blockwise import blockwise
+from flowkit.recipes.boss import boss
+from flowkit.recipes.compare import compare
 from flowkit.recipes.compare_edits import compare_edits
+from flowkit.recipes.consistency import consistency
+from flowkit.recipes.edit import edit
 from flowkit.recipes.encode import encode
 from flowkit.recipes.epsilon import epsilon
 from flowkit.recipes.evaluate import evaluate
+from flowkit.recipes.inpaint import inpaint
 from flowkit.recipes.pairs import pairs
 from flowkit.recipes.pareto import pareto
 from flowkit.recipes.predict import predict
 from flowkit.recipes.report import report
 from flowkit.recipes.sample import sample
+from flowkit.recipes.semantic import semantic
+from flowkit.recipes.tokens import tokens
 from flowkit.recipes.train import train
 from flowkit.runs.resuming import resumed
 from tests.conftest import CONF
-from tests.recipes.conftest import TINY
+from tests.recipes.conftest import TINY, status_of
 
 SHORT = [*TINY[2:-1], "batch_size=8", "trainer.max_steps=2", "trainer.val_check_interval=2"]
 SHORT += ["+trainer.limit_val_batches=1", "logger.tensorboard=null", "callback.samples=null"]
@@ -39,10 +50,37 @@ LATENT += [
     "batch_size=4",
     "logger.tensorboard=null",
 ]
+DIT = [*SHORT, "model.net.width=16", "model.net.depth=1", "model.net.heads=2"]
+POINTS = ["data=toy", "data.size=50", "model=mlp", "batch_size=16", "trainer.max_steps=1"]
+POINTS += ["trainer.enable_progress_bar=false", "trainer.accelerator=cpu", "callback.samples=null"]
+POINTS += ["logger.csv=null", "logger.tensorboard=null"]
 PLAIN = "plain"  # the run that a recipe starts from
+RUNS = {
+    "holes": [*DIT, "module=inpainting", "model=inpainting_dit", "model.net.in_channels=3"],
+    "maps": [*DIT, "module=latent", "model=semantic_dit", "data=digits_masks"],
+    "symmetrical": [*SHORT, "module=symmetrical"],
+}
+RUNS["maps"] += ["model.num_classes=11", "model.factor=1", "module.drop_cond.null=11"]
+RUNS["maps"] += ["model.net.in_channels=5"]
 RECIPES = {
     "autoencoder": (autoencoder, None, LATENT),
     "blockwise": (blockwise, PLAIN, [*SHORT, "stage=flow", "edges=2"]),
+    "boss": (
+        boss,
+        PLAIN,
+        [
+            *("budgets=[2]", "num_steps=3", "fine_steps=6", "start=16", "limit=16"),
+            *("search_noises=12", "extra_noises=0", "fresh_noises=4", "adaptive=[]"),
+        ],
+    ),
+    "compare": (
+        compare,
+        None,
+        [
+            *("couplings={A:['coupling=independent']}", "problems={B:['data.target=moons']}"),
+            *("seeds=[0]", f"overrides={POINTS}", "evaluate=['num_samples=40','sampler=euler']"),
+        ],
+    ),
     "compare_edits": (
         compare_edits,
         PLAIN,
@@ -51,6 +89,8 @@ RECIPES = {
             *("solves=[2]", "rows=1"),
         ],
     ),
+    "consistency": (consistency, "symmetrical", ["num_samples=8", "sampler.grid=1"]),
+    "edit": (edit, PLAIN, ["source=3", "target=8", "num_steps=2", "num_iters=1"]),
     "encode": (encode, "network", ["shard_size=600"]),
     "epsilon": (epsilon, None, ["num_samples=40"]),
     "evaluate": (
@@ -58,6 +98,7 @@ RECIPES = {
         PLAIN,
         ["num_samples=8", "batch_size=4", "sampler.grid=1", "metric=pixels"],
     ),
+    "inpaint": (inpaint, "holes", ["num_images=2", "num_samples=1", "sampler.grid=1"]),
     "pairs": (pairs, PLAIN, ["num_noises=4", "shard_size=2", "fine_steps=2", "grid=[1,2]"]),
     "pareto": (pareto, "blocks", ["num_samples=4", "nfe=[2]", "repetitions=1", "metric=pixels"]),
     "predict": (predict, "symmetrical", ["batch_size=200"]),
@@ -67,11 +108,24 @@ RECIPES = {
         ["num_samples=8", "solvers=[euler]", "nfe=[1,2]", "grids.shifted=null", "metric=pixels"],
     ),
     "sample": (sample, PLAIN, ["num_samples=4", "batch_size=2", "sampler.grid=1"]),
+    "semantic": (semantic, "maps", ["num_images=4", "rows=1", "columns=1", "sampler.grid=1"]),
     "reflow": (train, PLAIN, [*SHORT, "module=straightening", "data=pairs", "sampler.grid=1"]),
+    "tokens": (tokens, None, ["steps=1", "sizes.width=8", "sizes.depth=1", "sizes.heads=1"]),
+    "train": (train, None, [*SHORT[:-1], "callback.samples.rows=1", "sampler.grid=1"]),
 }
-LAST = {"autoencoder": "metrics.json", "evaluate": "metrics.json"}
-LAST |= {"predict": "predicted.json", "sample": "samples.json"}  # what stands for a whole
+LAST = {"autoencoder": "metrics", "boss": "grid", "consistency": "consistency", "edit": "edit"}
+LAST |= {"epsilon": "epsilon", "evaluate": "metrics", "inpaint": "inpainted", "pareto": "pareto"}
+LAST |= {"predict": "predicted", "sample": "samples", "semantic": "semantic"}  # stand for a whole
 FAST = ("sample", "pairs")
+OTHER = dict.fromkeys(("boss", "consistency", "epsilon", "evaluate", "inpaint"), "seed=1")
+OTHER |= dict.fromkeys(("pairs", "pareto", "predict", "sample", "semantic", "tokens"), "seed=1")
+OTHER |= {"compare": f"overrides={[*POINTS, 'seed=7']}", "compare_edits": "num_steps=4"}
+OTHER |= {"edit": "num_iters=2", "encode": "shard_size=500", "report": "nfe=[4]"}
+REFUSED = ("encode", "pairs", "tokens")  # trainings may depend on these files
+
+
+def some_fast(names):
+    return [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in sorted(names)]
 
 
 def composed(recipe, *options):
@@ -91,9 +145,8 @@ def starts(tmp_path_factory, tiny_run):
         elif name == "blocks" and name not in made:
             options = [*RECIPES["blockwise"][2], f"run={tiny_run}", f"run_dir={folder}"]
             blockwise(composed("blockwise", *options))
-        elif name == "symmetrical" and name not in made:
-            options = [*TINY, "trainer.max_steps=2", "callback.samples=null"]
-            train(composed("train", *options, "module=symmetrical", f"run_dir={folder}"))
+        elif name in RUNS and name not in made:
+            train(composed("train", *RUNS[name], f"run_dir={folder}"))
         elif name == "pairs" and name not in made:
             options = [f"run={tiny_run}", f"out={folder}", *RECIPES["pairs"][2]]
             pairs(composed("pairs", *options))
@@ -102,23 +155,32 @@ def starts(tmp_path_factory, tiny_run):
     return start
 
 
-def call(recipe, folder, starts):
-    """Call a recipe as a user does who calls it again after an error."""
-    work, origin, options = RECIPES[recipe]
-    trains = recipe in ("autoencoder", "blockwise", "reflow")
-    name = "train" if recipe == "reflow" else recipe
-    options = [*options, f"run_dir={folder}" if trains else f"out={folder}"]
+def arguments(recipe, starts):
+    """Return the name and the options of a command, but for the place of its results."""
+    _, origin, options = RECIPES[recipe]
+    options = [*options]
     if origin is not None:
         key = {"encode": "autoencoder.path", "pareto": "+runs.it", "reflow": "module.start"}
         options.append(f"{key.get(recipe, 'run')}={starts(origin)}")
     if recipe == "reflow":
         options.append(f"data.root={starts('pairs')}")
+    if recipe == "edit":
+        options.append(f"image={starts(PLAIN)}/samples/step-000020.png")
+    return "train" if recipe == "reflow" else recipe, options
+
+
+def call(recipe, folder, starts, *more):
+    """Call a recipe as a user does who calls it again after an error."""
+    trains = recipe in ("autoencoder", "blockwise", "reflow", "train")
+    name, options = arguments(recipe, starts)
+    options += [f"run_dir={folder}" if trains else f"out={folder}", *more]
     if trains and (folder / "checkpoints" / "last.ckpt").is_file():
         name = "train" if recipe == "blockwise" else name
-        work = {"train": train}.get(name, work)
+        work = {"train": train, "autoencoder": autoencoder}[name]
         work(resumed(composed(name, f"resume={folder}"), []))
     else:
-        work(composed(name, *options))
+        with initialize_config_dir(CONF, version_base="1.3"):  # `compare` composes, too
+            RECIPES[recipe][0](compose(name, overrides=options))
 
 
 class Killed(BaseException):
@@ -221,10 +283,110 @@ def test_an_error_at_every_write_leaves_whole_files_and_the_next_call_goes_on(
         else:
             break
         contents(folder)  # whole, or they could not be read
-        assert not (folder / LAST.get(recipe, "nothing")).exists()
+        assert not (folder / f"{LAST.get(recipe, 'nothing')}.json").exists()
     assert disk.failed is None
     assert number >= 1
     found = contents(folder)
     assert found.keys() == expected.keys()
     assert found == expected
     assert not list(folder.rglob("*.partial"))
+
+
+def whole(folder):
+    """Return the content of all results of a folder."""
+    files = [file for file in folder.rglob("*") if file.suffix in RESULTS]
+    return {file.read_bytes() for file in files}
+
+
+RESULTS = (".csv", ".json", ".md", ".png", ".pt", ".safetensors", ".txt")
+
+
+@pytest.mark.parametrize("recipe", some_fast(OTHER))
+def test_a_call_with_other_options_loses_no_result_of_the_first(
+    recipe, starts, tmp_path, monkeypatch
+):
+    """Not even if it is killed at a write: the first results keep their content, if not names."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = tmp_path / "made"
+    call(recipe, folder, starts)
+    first = whole(folder)
+    if recipe in REFUSED:
+        with pytest.raises(ValueError, match=r"must be a new folder or hold|another"):
+            call(recipe, folder, starts, OTHER[recipe])
+        assert whole(folder) == first
+        return
+    disk = Disk(folder, monkeypatch)
+    disk.fails(0, killed)
+    with pytest.raises(Killed):
+        call(recipe, folder, starts, OTHER[recipe])
+    assert first <= whole(folder)
+    disk.number = None
+    call(recipe, folder, starts, OTHER[recipe])
+    assert first < whole(folder)
+
+
+# --- the command --------------------------------------------------------------------------------
+
+PLACES = {"boss": "boss", "compare_edits": "edits", "consistency": "consistency", "edit": "edits"}
+PLACES |= {"inpaint": "inpainted", "predict": "predicted", "report": "report", "sample": "drawn"}
+PLACES |= {"semantic": "semantic"}  # where results go within the run
+
+
+@pytest.mark.parametrize("recipe", some_fast(RECIPES))
+def test_a_folder_that_cannot_be_written_is_refused_before_the_recipe_is_read(
+    recipe, tiny_run, tmp_path, monkeypatch, capsys
+):
+    """By one line and status 2, whether it is given or that of the run."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(command.runpy, "run_module", None)
+    monkeypatch.setattr(rules, "TemporaryFile", refuse(tiny_run, tmp_path / "closed"))
+    (tmp_path / "closed").mkdir()
+    name, options = arguments(recipe, lambda _: tiny_run)
+    key = "out" if name in OTHER and name not in ("compare", "tokens") else "hydra.run.dir"
+    assert status_of([name, *options, f"{key}=closed/x"], monkeypatch) == 2
+    said = f"error: {key} must be a writable folder, got closed/x\n"
+    assert capsys.readouterr() == ("", said)
+    if name in PLACES or name == "evaluate":
+        assert status_of([name, *options], monkeypatch) == 2
+        said = f"error: run must be a writable folder, got {tiny_run}; choose another folder by "
+        assert capsys.readouterr() == ("", f"{said}out=\n")
+    with pytest.raises(TypeError, match="'NoneType' object is not callable"):  # it would run
+        status_of([name, *options, f"{key}=open/x"], monkeypatch)
+    assert [path.name for path in tmp_path.iterdir()] == ["closed"]
+
+
+def refuse(*folders):
+    """Return what makes no file in some folders; root may write anywhere."""
+    closed = {folder.resolve() for folder in folders}
+
+    def make(dir):
+        if closed & {dir.resolve(), *dir.resolve().parents}:
+            raise PermissionError(13, "Permission denied")
+        return nullcontext()
+
+    return make
+
+
+@pytest.mark.filterwarnings("ignore")  # a recipe is run that is imported already
+@pytest.mark.parametrize("recipe", some_fast(PLACES))
+def test_a_file_in_the_place_of_the_results_is_refused_before_the_work(
+    recipe, starts, tmp_path, monkeypatch, capsys
+):
+    name, options = arguments(recipe, starts)
+    run = tmp_path / "run"
+    copytree(starts(RECIPES[recipe][1]), run)
+    (run / PLACES[recipe]).touch()
+    capsys.readouterr()
+    monkeypatch.setattr(torch.nn.Module, "__call__", None)  # no network may work
+    assert status_of([name, *options, f"run={run}"], monkeypatch) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: out must be a writable folder, got {run}/{PLACES[recipe]}")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_full_disk_has_status_2(starts, tmp_path, monkeypatch, capsys):
+    name, options = arguments("sample", starts)
+    Disk(tmp_path, monkeypatch).fails(0, full)
+    assert status_of([name, *options, f"out={tmp_path}/made"], monkeypatch) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"error: .*/000000.safetensors must be written whole, got No space.*", line)

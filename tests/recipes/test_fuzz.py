@@ -4,20 +4,19 @@ import copy
 import random
 import re
 import signal
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import yaml
 from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 from PIL import Image
 
-from flowkit.__main__ import main, recipes
+from flowkit.__main__ import recipes
 from flowkit.rules import check
 from tests.conftest import CONF
+from tests.recipes.conftest import status_of
 
 WRONG = [-1, 0, 1.5, -0.5, 10**30, "abc", "", None, [], [1, -2], {"a": 1}, True, float("nan")]
 NEEDED = {"run": "${run}", "out": "o", "image": "${image}", "source": 3, "target": 8}
@@ -144,27 +143,10 @@ def test_the_defaults_of_all_recipes_are_accepted(configs):
 )
 def test_wrong_grammar_ends_in_one_line(words, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
-    assert _status(["train", *words], monkeypatch) == 2
+    assert status_of(["train", *words], monkeypatch) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
     assert not list(tmp_path.iterdir())
-
-
-def _status(words, monkeypatch):
-    """Run a command in this process, and return its exit status."""
-    GlobalHydra.instance().clear()
-    with monkeypatch.context() as patch:
-        patch.setattr(sys, "argv", ["flowkit", *words])
-        patch.setattr(sys, "path", sys.path[:])
-        patch.setattr("hydra.main", sys.modules["hydra"].main)
-        patch.setenv("HYDRA_FULL_ERROR", "0")
-        try:
-            main()
-        except SystemExit as end:
-            return end.code or 0
-        finally:
-            GlobalHydra.instance().clear()
-    return 0
 
 
 # --- through the recipes ----------------------------------------------------------------------
@@ -239,7 +221,7 @@ def test_a_sample_of_commands_ends_in_one_line_or_a_result(
         words = [recipe, *(word.format(**places) for word in base), f"{key}={text}"]
         signal.alarm(30)
         try:
-            statuses.append(_status(words, monkeypatch))
+            statuses.append(status_of(words, monkeypatch))
         except (Exception, _Hangs) as error:
             pytest.fail(f"flowkit {' '.join(words)}: {error!r}")
         finally:

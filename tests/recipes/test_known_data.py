@@ -19,8 +19,7 @@ from flowkit.recipes.train import train
 from flowkit.runs import Run
 from flowkit.runs.resuming import resumed
 from flowkit.runs.splits import as_trained, stored_data
-from tests.recipes.conftest import TINY
-from tests.recipes.test_fuzz import _status as status
+from tests.recipes.conftest import TINY, status_of
 
 OPTIONS = ["data=folder", "data.image_size=4", "data.channels=1", "data.test_fraction=0.3"]
 SHORT = ["num_samples=40", "sampler.grid=1"]
@@ -202,9 +201,9 @@ def test_a_resumed_command_finds_its_data_in_a_new_place(place, monkeypatch, cap
     """Though the default data of the command have no root."""
     (place / "photos").rename(place / "moved")
     words = ["train", "resume=run", "trainer.max_steps=3"]
-    assert status(words, monkeypatch) == 2
+    assert status_of(words, monkeypatch) == 2
     assert "data.root=" in capsys.readouterr().err
-    assert status([*words, "data.root=moved"], monkeypatch) == 0
+    assert status_of([*words, "data.root=moved"], monkeypatch) == 0
     assert "run       run" in capsys.readouterr().out
 
 
@@ -272,3 +271,24 @@ def test_damaged_records_are_named(place):
         file.write_text(json.dumps({**record, name: value}))
         with pytest.raises(ValueError, match=rf"{name} in .*data\.json must"):
             opened(place)
+
+
+@pytest.mark.filterwarnings("ignore:.*sys.modules:RuntimeWarning")
+def test_values_of_a_resumed_run_are_those_of_its_own_parts(
+    configure, tmp_path, monkeypatch, capsys
+):
+    """Also of parts that the command does not have by default; slips name the nearest option."""
+    monkeypatch.chdir(tmp_path)
+    options = ["data=toy", "data.size=40", "model=mlp", "lr_scheduler=one_cycle", "callback=raw"]
+    train(configure("train", *TINY, *options, "trainer.max_steps=2", "run_dir=run"))
+    words = ["train", "resume=run", "trainer.max_steps=3"]
+    for option, said in (
+        ("trainer.max_step=4", "option must exist, got trainer.max_step; did you mean trainer.max"),
+        ("data.root=x", "option must exist, got data.root"),
+        ("path.sigma=1", "path.sigma must stay as it is when a run is resumed, got path.sigma=1;"),
+        ("optimizer.lr=-1", "optimizer.lr must be float > 0, got -1"),
+    ):
+        assert status_of([*words, option], monkeypatch) == 2
+        assert f"error: {said}" in capsys.readouterr().err
+    assert status_of([*words, "lr_scheduler.max_lr=0.025"], monkeypatch) == 0
+    assert read_config("run")["lr_scheduler"]["max_lr"] == 0.025

@@ -48,6 +48,8 @@ def test_cells_are_those_of_evaluate_and_are_measured_once(
     table = (tmp_path / "report.md").read_text()
     assert table in capsys.readouterr().out
     assert f"| heun | uniform | 2 | 4 | {heun['distance']:.3f} |" in table
+    title = "Fréchet distance (pixels), unreliable | class agreement | precision, unreliable |"
+    assert title in table  # of 40 samples
     assert (tmp_path / "report.png").is_file()
     assert not list(tmp_path.glob("parts-*"))
 
@@ -64,6 +66,20 @@ def test_cells_are_those_of_evaluate_and_are_measured_once(
     assert solved == ["rk4"]  # one step is the same on both grids
     report(configure("report", *options, "seed=1"))
     assert len(solved) == 1 + len({row["key"] for row in rows})
+
+
+def test_a_report_with_other_cells_keeps_the_earlier_one(tiny_run, configure, tmp_path):
+    options = [f"run={tiny_run}", f"out={tmp_path}", *OPTIONS[:2], "solvers=[euler]"]
+    report(configure("report", *options, "nfe=[4]"))
+    report(configure("report", *options, "nfe=[4,8]"))  # more cells: the same report goes on
+    assert not (tmp_path / "report-1.json").exists()
+    first = {file.suffix: file.read_bytes() for file in tmp_path.glob("report.*")}
+    report(configure("report", *options, "nfe=[4]"))
+    kept = {file.suffix: file.read_bytes() for file in tmp_path.glob("report-1.*")}
+    assert first == kept
+    assert first.keys() == {".json", ".md", ".png"}
+    report(configure("report", *options, "nfe=[4]", "seed=1"))
+    assert len(list(tmp_path.glob("report-2.*"))) == 3
 
 
 def test_points_are_measured_by_w2_on_grids_of_a_folder(configure, tmp_path):

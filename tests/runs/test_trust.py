@@ -26,7 +26,7 @@ from flowkit.recipes.blockwise import blockwise
 from flowkit.recipes.train import train
 from flowkit.runs import Run
 from flowkit.runs.records import recorded
-from flowkit.runs.resuming import resumed, unfinished
+from flowkit.runs.resuming import continued, resumed
 from flowkit.runs.splits import stored_data
 from tests.conftest import CONF
 
@@ -308,9 +308,9 @@ def test_states_of_callbacks_name_files_of_the_run_alone(state, refused):
     torch.save(content, file)
     if refused:
         with pytest.raises(ValueError, match=r"ModelCheckpoint.* must go on with files in .*run, "):
-            unfinished(file, -1)
+            continued(file)
     else:
-        assert unfinished(file, -1)["callbacks"]
+        assert continued(file)["callbacks"]
 
 
 def test_places_of_a_resumed_run_are_no_links_and_have_names(configure):
