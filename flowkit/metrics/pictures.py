@@ -6,8 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowkit.checks import check_finite
+from flowkit.checks import check_choice, check_finite
 from flowkit.provenance import write_atomically
+
+QUANTIZATIONS = ("round", "floor", "truncate")  # rules from floats to bytes, see `to_uint8`
 
 
 def save_picture(samples: Tensor, file: str | Path, columns: int = 10, zoom: int = 8) -> Path:
@@ -106,31 +108,40 @@ def colored(masks: Tensor, num_classes: int) -> Tensor:
     return 2 * palette[masks.where(inside, num_classes)].movedim(-1, 1) - 1
 
 
-def to_uint8(images: Tensor) -> Tensor:
+def to_uint8(images: Tensor, rule: str = "round") -> Tensor:
     """Map [-1, 1] to 0...255: ``round(127.5 (x + 1))`` after clamping, halves to even.
 
-    Truncation instead of rounding would darken images by half a gray level on average. The inverse
-    is `from_uint8`.
+    The inverse is `from_uint8`. Other programs have other rules, so their numbers differ a little:
+    ``"floor"`` is ``floor(127.5 x + 128)``, which differs only at ties, and ``"truncate"`` is
+    ``trunc(255 (x + 1) / 2)``, which darkens images by half a gray level on average.
 
     Args:
         images: Floats ``(B, *)`` in [-1, 1]. Values outside are clamped.
+        rule: ``"round"``, ``"floor"`` or ``"truncate"``.
 
     Returns:
         Bytes of the same shape.
 
     Raises:
         TypeError: If ``images`` does not hold floats.
-        ValueError: If ``images`` holds NaN or infinity.
+        ValueError: If ``images`` holds NaN or infinity, or the rule is another word.
 
     >>> to_uint8(torch.tensor([-1.2, -1.0, 0.001, 1.0]))
     tensor([  0,   0, 128, 255], dtype=torch.uint8)
+    >>> [to_uint8(torch.tensor([-1.0, 0.0, 0.999]), rule).tolist() for rule in QUANTIZATIONS]
+    [[0, 128, 255], [0, 128, 255], [0, 127, 254]]
     """
+    check_choice(rule, QUANTIZATIONS, "quantization")
     if not images.is_floating_point():
         raise TypeError(f"images must be a floating-point tensor in [-1, 1], got {images.dtype}")
     check_finite(images, "images")
     # Half precision is too coarse for 256 levels after the shift to [0, 2].
     wide = images.to(torch.promote_types(images.dtype, torch.float32))
-    return wide.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
+    wide = wide.clamp(-1, 1)
+    if rule == "floor":
+        return wide.mul(127.5).add(128).floor().clamp(0, 255).to(torch.uint8)
+    scaled = wide.add(1).mul(127.5)
+    return (scaled.round() if rule == "round" else scaled.trunc()).to(torch.uint8)
 
 
 def from_uint8(pixels: Tensor) -> Tensor:

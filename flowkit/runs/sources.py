@@ -1,0 +1,198 @@
+"""What ``samples=`` and ``reference=`` name: files, folders, runs, data, statistics."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from flowkit.data import SplitData
+from flowkit.data.files import ARCHIVES
+from flowkit.data.image_files import folder_of_images, tar_of_images
+from flowkit.data.npz import Npz
+from flowkit.data.pixels import Resize
+from flowkit.data.sample_sets import Drawn, NpzImages, OfSplit, Resized, SampleSet
+from flowkit.modules.checkpoints import read_config
+from flowkit.provenance import read_json
+from flowkit.rules import CONF, did_you_mean
+from flowkit.runs.splits import prepared, stored_data
+
+MOMENTS = ("mu", "sigma")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Images or statistics, and what is known about them.
+
+    Attributes:
+        images: The images; None for a file of statistics.
+        moments: A file with mean and covariance of the features; None for images alone.
+        data: The data that the images are a split of, or None.
+        made: What ``flowkit sample`` recorded about the images: ``weights`` and ``sampling``.
+    """
+
+    images: SampleSet | None
+    moments: Npz | None = None
+    data: SplitData | None = None
+    made: Mapping[str, Any] | None = None
+
+    @property
+    def name(self) -> str:
+        """Name in errors and records."""
+        return (
+            self.images.name if self.images is not None else str(self.moments and self.moments.file)
+        )
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How sources are read; the options of ``flowkit evaluate``.
+
+    Attributes:
+        split: Split of data, train, val or test.
+        class_folders: Whether sub-folders are classes.
+        quantization: Rule from floats to bytes, see `flowkit.metrics.to_uint8`.
+        resize: What is done to each image, or None.
+        trust: Names of own classes that the configuration of a run may name.
+        data_root: New place of a run's data.
+        data_changed: ``"refuse"`` or ``"accept"`` data of a run that differ from its record.
+    """
+
+    split: str = "test"
+    class_folders: bool = False
+    quantization: str = "round"
+    resize: Resize | None = None
+    trust: tuple[str, ...] = ()
+    data_root: str | None = None
+    data_changed: str = "refuse"
+
+
+def open_source(place: Any, argument: str, reading: Reading) -> Source:
+    """Open what an option names. Nothing is looked for on a hub.
+
+    Args:
+        place: A folder of images, an ``.npz``, ``.tar`` or ``.pt`` file, a folder of tar files, a
+            run folder, the folder of ``flowkit sample``, or the configuration of data.
+        argument: Name of the option: of ``samples`` a run gives the samples that were drawn from
+            it, of another option its data.
+        reading: How to read it.
+
+    Raises:
+        FileNotFoundError: If there is no such file or folder.
+        TypeError, ValueError: If it holds no images as described in the readers.
+    """
+    if OmegaConf.is_dict(place) or isinstance(place, Mapping):
+        return _of_data(prepared(instantiate(place)), argument, reading)
+    path = Path(str(place))
+    if not path.exists():
+        raise FileNotFoundError(missing(str(place), argument))
+    if path.is_dir() and (path / "config.yaml").is_file():
+        if argument != "samples":
+            return _of_data(data_of_run(path, reading), argument, reading)
+        path = path / "drawn"
+        if not (path / "samples.json").is_file():
+            raise FileNotFoundError(
+                f"{argument} must hold drawn samples, got no {path / 'samples.json'}; draw them: "
+                f"flowkit sample run={place}"
+            )
+    if (record := _record(path / "samples.json")) is not None:
+        path = path / _file_of(record)
+        if not path.exists():
+            raise FileNotFoundError(
+                f"{argument} must hold the samples of its record, got no {path}"
+            )
+    return _made(_opened(path, argument, reading), path, argument, reading)
+
+
+def missing(place: str, argument: str) -> str:
+    """Return the message for a path that does not exist."""
+    data = sorted(file.stem for file in (CONF / "data").glob("*.yaml"))
+    fix = did_you_mean(place, data, f"; a relative path counts from {Path.cwd()}")
+    return (
+        f"{argument} must be a file or folder that exists, or one of the data {', '.join(data)}, "
+        f"got {place}{fix}"
+    )
+
+
+def data_of_run(folder: Path, reading: Reading) -> SplitData:
+    """Return the data of a run with their splits, without loading its network."""
+    node = read_config(folder)["data"]
+    return stored_data(node, reading.trust, folder, reading.data_root, reading.data_changed)
+
+
+def _of_data(data: SplitData, argument: str, reading: Reading) -> Source:
+    """Return a split of data: as samples the training images, else the split that was chosen."""
+    split = "train" if argument == "samples" else reading.split
+    if len(data.shape) != 3 or data.shape[0] not in (1, 3):
+        raise TypeError(
+            f"{argument} must be images with 1 or 3 channels, got {type(data).__name__} of shape "
+            f"{data.shape}"
+        )
+    name = f"{type(data).__name__}, {split} split"
+    found = OfSplit(data.split(split), name, data.num_classes, data.class_names)
+    return Source(_resized(found, reading), data=data)
+
+
+def _opened(path: Path, argument: str, reading: Reading) -> Source:
+    """Open a file or a folder."""
+    if path.is_dir():
+        tars = sorted(path.glob("*.tar"))
+        if tars and not reading.class_folders:
+            return Source(tar_of_images(tars, str(path), argument, reading.resize))
+        return Source(folder_of_images(path, argument, reading.class_folders, reading.resize))
+    if reading.class_folders:
+        raise ValueError(f"class_folders must be false for a file, got true for {path}")
+    if path.suffix == ".npz":
+        return _of_npz(Npz.open(path), argument, reading)
+    if path.suffix == ".tar":
+        return Source(tar_of_images([path], str(path), argument, reading.resize))
+    if path.suffix == ".pt":
+        return Source(_resized(Drawn.open(path, argument, reading.quantization), reading))
+    fix = "; unpack it, and give the folder" if path.suffix in ARCHIVES else ""
+    raise ValueError(
+        f"{argument} must be a folder of images, or a .npz, .tar or .pt file, got {path}{fix}"
+    )
+
+
+def _of_npz(npz: Npz, argument: str, reading: Reading) -> Source:
+    """Return the images and the statistics of an npz file."""
+    if "arr_0" in npz:
+        moments = npz if all(name in npz for name in MOMENTS) else None
+        return Source(_resized(NpzImages(npz, argument), reading), moments)
+    if all(name in npz for name in MOMENTS):
+        return Source(None, npz)
+    raise ValueError(
+        f"{argument} must hold images in arr_0, or statistics in mu and sigma, got "
+        f"{', '.join(npz.names) or 'no arrays'} in {npz.file}"
+    )
+
+
+def _resized(images: SampleSet, reading: Reading) -> SampleSet:
+    """Return images of arrays with the resize of the options."""
+    return images if reading.resize is None else Resized(images, reading.resize)
+
+
+def _made(source: Source, path: Path, argument: str, reading: Reading) -> Source:
+    """Return a source with what ``flowkit sample`` recorded beside its file or folder."""
+    record = _record(path.with_suffix(".json"))
+    if record is None or _file_of(record).suffix != path.suffix:
+        return source
+    own = {key: record[key] for key in ("weights", "sampling") if key in record}
+    return replace(source, made={**own, "samples": record.get("samples") or {}})
+
+
+def _record(file: Path) -> dict[str, Any] | None:
+    """Return a record of ``flowkit sample``, or None."""
+    if not file.is_file():
+        return None
+    found = read_json(file)
+    drawn = isinstance(found, dict) and {"weights", "sampling"} <= found.keys()
+    return found if drawn and isinstance(found.get("samples", {}), dict) else None
+
+
+def _file_of(record: Mapping[str, Any]) -> Path:
+    """Return the name of the file or folder of samples; earlier records have no such name."""
+    form = record.get("samples", {}).get("format", "pt")
+    return Path("samples" if form == "png" else f"samples.{'npz' if form == 'npz' else 'pt'}")
