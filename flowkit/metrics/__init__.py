@@ -7,14 +7,18 @@ Feature networks map images to vectors, in which these distances are measured.
 """
 
 from flowkit.metrics.evaluate import image_metrics, point_metrics
+from flowkit.metrics.extrapolation import frechet_infinity
 from flowkit.metrics.features import (
     ConvClassifier,
     Features,
     Pixels,
-    inception,
+    SeveralOutputs,
+    distance_name,
+    outputs_of,
     train_classifier,
 )
 from flowkit.metrics.frechet import frechet_distance, frechet_from_moments
+from flowkit.metrics.inception import Inception, InceptionV3, inception
 from flowkit.metrics.intervals import Interval, wilson
 from flowkit.metrics.judges import Judge, PixelSVC, agreement
 from flowkit.metrics.labels import classification_metrics
@@ -27,6 +31,8 @@ from flowkit.metrics.neighbors import (
     prdc_intervals,
 )
 from flowkit.metrics.pictures import as_saved, colored, from_uint8, save_picture, to_uint8
+from flowkit.metrics.scores import cmmd, inception_score
+from flowkit.metrics.statistics import Moments, Statistics
 from flowkit.metrics.stored import StoredFeatures
 from flowkit.metrics.straightness import (
     normalized_path_energy,
@@ -40,25 +46,35 @@ __all__ = [
     "PRDC",
     "ConvClassifier",
     "Features",
+    "Inception",
+    "InceptionV3",
     "Interval",
     "Judge",
     "KernelDistance",
+    "Moments",
     "PixelSVC",
     "Pixels",
+    "SeveralOutputs",
+    "Statistics",
     "StoredFeatures",
     "agreement",
     "as_saved",
     "classification_metrics",
+    "cmmd",
     "colored",
+    "distance_name",
     "frechet_distance",
     "frechet_from_moments",
+    "frechet_infinity",
     "frechet_unbiased",
     "from_uint8",
     "image_metrics",
     "inception",
+    "inception_score",
     "kernel_distance",
     "kid",
     "normalized_path_energy",
+    "outputs_of",
     "path_energy",
     "point_metrics",
     "prdc",

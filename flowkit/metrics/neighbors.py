@@ -240,7 +240,7 @@ def kernel_distance(
     >>> low < 0 < high < kernel_distance(a, b + 1)[1].low
     True
     """
-    a, b = as_features(a, b)
+    a, b = as_features(a=a, b=b)
     numbers = both_strata(strata, {"a": a, "b": b})
     between = _mean_kernel(a, b)
     squared, changes = -2 * between[0].mean(), []
