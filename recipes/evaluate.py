@@ -28,7 +28,7 @@ from flowkit.metrics import (
     point_metrics,
     to_uint8,
 )
-from flowkit.metrics.evaluate import FEW
+from flowkit.metrics.comparison import FEW
 from flowkit.metrics.pictures import as_saved, save_picture
 from flowkit.modules.flow import labels_of
 from flowkit.provenance import cache_folder

@@ -6,6 +6,7 @@ precision and recall, Wasserstein distance, path energy, and the quality of labe
 Feature networks map images to vectors, in which these distances are measured.
 """
 
+from flowkit.metrics.comparison import FeatureSet, feature_metrics
 from flowkit.metrics.evaluate import image_metrics, point_metrics
 from flowkit.metrics.extrapolation import frechet_infinity
 from flowkit.metrics.features import (
@@ -45,6 +46,7 @@ from flowkit.metrics.unbiased import frechet_unbiased
 __all__ = [
     "PRDC",
     "ConvClassifier",
+    "FeatureSet",
     "Features",
     "Inception",
     "InceptionV3",
@@ -63,6 +65,7 @@ __all__ = [
     "cmmd",
     "colored",
     "distance_name",
+    "feature_metrics",
     "frechet_distance",
     "frechet_from_moments",
     "frechet_infinity",

@@ -9,7 +9,6 @@ from flowkit.metrics.intervals import Interval, normal_quantile
 from flowkit.metrics.statistics import Statistics
 from flowkit.metrics.unbiased import frechet_unbiased
 
-
 LARGEST = 10  # parts of the samples
 
 

@@ -35,7 +35,7 @@ class SeveralOutputs(Features, Protocol):
     """Protocol of a feature network that also has spatial features or logits."""
 
     def outputs(self, images: Tensor) -> dict[str, Tensor]:
-        """Return ``features (B, F)`` and, where there are, ``spatial (B, S)``, ``logits (B, K)``."""
+        """Return ``features (B, F)`` and, if any, ``spatial (B, S)`` and ``logits (B, K)``."""
         ...
 
 
@@ -57,6 +57,17 @@ def distance_name(features: Features) -> str:
     'Fréchet distance'
     """
     return getattr(features, "distance_name", "Fréchet distance")
+
+
+def family(features: Features) -> str:
+    """Return the family of published networks, ``"inception"`` or ``"clip"``, or ``""``.
+
+    It decides which published metrics are measured.
+
+    >>> family(Pixels())
+    ''
+    """
+    return getattr(features, "family", "")
 
 
 class Pixels:

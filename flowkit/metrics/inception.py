@@ -168,7 +168,9 @@ def _join(parts: Sequence[Tensor]) -> Tensor:
 
 
 def resize(x: Tensor, side: int) -> Tensor:
-    """Resize images ``(B, C, H, W)`` to a square as TensorFlow 1 did: bilinear, without half pixels.
+    """Resize images ``(B, C, H, W)`` to a square, bilinear and without half pixels.
+
+    It is the method of TensorFlow 1, which the published FID takes.
 
     Pixel ``i`` of the result lies at ``i · H / side``, and no filter is widened for smaller images.
 
@@ -193,6 +195,8 @@ class Inception:
         hash: SHA-256 of its file of weights.
         device: Device of the network.
     """
+
+    family = "inception"
 
     def __init__(self, net: InceptionV3, hash: str, device: torch.device | str = "cpu") -> None:
         self.net, self.hash, self.device = net.to(device).eval(), hash, device
@@ -220,8 +224,8 @@ def inception(weights: str | Path, device: torch.device | str = "cpu") -> Incept
     """Load the features of the Fréchet Inception distance (FID).
 
     Only the Fréchet distance of these features, with the published weights, may be called FID: with
-    other weights ``name`` and ``distance_name`` say so. Images are rounded by `to_uint8` and resized
-    to 299×299 with the method of TensorFlow 1, see `resize`. The function downloads nothing.
+    other weights ``name`` and ``distance_name`` say so. Images are rounded by `to_uint8` and
+    resized to 299×299 with the method of TensorFlow 1, see `resize`. Nothing is downloaded.
 
     Source: Heusel et al. 2017 (arXiv 1706.08500).
 

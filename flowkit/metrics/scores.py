@@ -38,7 +38,9 @@ def inception_score(logits: Tensor, splits: int = 10) -> tuple[float, float]:
     check_rows(logits, "logits")
     check_between(splits, 1, len(logits), "splits")
     scores = []
-    for part in logits.double().log_softmax(1).tensor_split(splits):
+    logs, count = logits.double().log_softmax(1), len(logits)
+    for k in range(splits):
+        part = logs[k * count // splits : (k + 1) * count // splits]
         own = part.exp()
         entropy = -torch.special.xlogy(own.mean(0), own.mean(0)).sum()
         scores.append((entropy + (own * part).sum(1).mean()).exp())

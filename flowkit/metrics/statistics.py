@@ -86,6 +86,23 @@ class Statistics:
             reference_hash=self.reference_hash,
         )
 
+    def check_features(self, name: str | None, hash: str | None, dim: int) -> None:
+        """Require the same feature network, as far as it is known, and number of features.
+
+        Raises:
+            ValueError: If one differs.
+        """
+        pairs = {"name": (name, self.features_name), "hash": (hash, self.features_hash)}
+        for field, (wanted, own) in pairs.items():
+            if None not in (wanted, own) and wanted != own:
+                raise ValueError(
+                    f"statistics must be of the feature network of {field} {wanted}, got {own}"
+                )
+        if len(self.mean) != dim:
+            raise ValueError(
+                f"statistics must be of the {dim} features of the network, got {len(self.mean)}"
+            )
+
     def distance(self, other: "Statistics") -> float:
         """Return the squared Fréchet distance to other statistics, see `frechet_distance`.
 
@@ -93,17 +110,7 @@ class Statistics:
             ValueError: If both name their feature network and the names or hashes differ, or if
                 the numbers of features differ.
         """
-        for name in ("features_name", "features_hash"):
-            here, there = getattr(self, name), getattr(other, name)
-            if None not in (here, there) and here != there:
-                raise ValueError(
-                    f"{name} of both statistics must be the same, got {here} and {there}"
-                )
-        if len(self.mean) != len(other.mean):
-            raise ValueError(
-                f"statistics must have the same number of features, got {len(self.mean)} and "
-                f"{len(other.mean)}; they are of different feature networks"
-            )
+        other.check_features(self.features_name, self.features_hash, len(self.mean))
         return frechet_from_moments(self.mean, self.cov, other.mean, other.cov)
 
     def save(self, path: str | Path) -> None:

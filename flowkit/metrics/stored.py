@@ -6,7 +6,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from flowkit.metrics.features import Features, distance_name, outputs_of
+from flowkit.metrics.features import Features, distance_name, family, outputs_of
 from flowkit.metrics.pictures import to_uint8
 from flowkit.provenance import cached, tensor_hash
 
@@ -31,7 +31,7 @@ class StoredFeatures:
     def __init__(self, features: Features, folder: str | Path) -> None:
         self.features, self.folder = features, Path(folder)
         self.name, self.hash = features.name, features.hash
-        self.distance_name = distance_name(features)
+        self.distance_name, self.family = distance_name(features), family(features)
 
     def outputs(self, images: Tensor) -> dict[str, Tensor]:
         """Return all outputs of the network for images ``(B, C, H, W)`` in [-1, 1]."""
