@@ -17,7 +17,15 @@ from typing import Any, NoReturn, cast
 import flowkit.recipes
 from flowkit import __version__
 from flowkit.errors import ErrorInALine, errors_to_us, is_hydras
-from flowkit.rules import CONF, check, did_you_mean, fits, no_such_option, rules_of
+from flowkit.rules import (
+    CONF,
+    check,
+    choice_of_group,
+    did_you_mean,
+    fits,
+    no_such_option,
+    rules_of,
+)
 from flowkit.stopping import stops_in_a_line
 
 EXPERIMENTS = CONF / "experiment"
@@ -76,6 +84,7 @@ def main() -> None:
             print(explained(name, [argument for argument in sys.argv[1:] if "=" in argument]))
             return
         sys.argv[1:] = [null_of_group(name, argument) for argument in sys.argv[1:]]
+        sys.argv[1:] = [choice_of_group(name, argument) for argument in sys.argv[1:]]
         if any(argument.startswith("resume=") for argument in sys.argv):
             # A place of the run's own data, which the default data may not have.
             sys.argv[1:] = [re.sub("^data.root=", "++data.root=", arg) for arg in sys.argv[1:]]
@@ -263,7 +272,8 @@ def _check_places(values: dict[str, Any], folder: Path | None) -> None:
     if "out" in values and out is None and run is not None:
         check_writable(Path(run), "run", "; choose another folder by out=")
     elif out and "${" not in str(out):
-        check_writable(Path(out), "out")
+        file = Path(out).suffix == ".npz"  # of flowkit statistics
+        check_writable(Path(out).parent if file else Path(out), "out")
     elif folder:
         check_writable(folder, "hydra.run.dir")
 

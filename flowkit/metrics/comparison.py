@@ -22,6 +22,7 @@ from flowkit.provenance import tensor_hash
 FEW = 100  # images; values that depend on their number are unreliable below it, see docs
 UNRELIABLE = ("frechet_distance", "precision", "recall", "density", "coverage")
 SPLITS = 10  # of the Inception score
+MOST_PAIRED = 10_000  # samples of a set in metrics whose time grows with the square of their number
 MOST_WORK = 1e12  # decompositions of covariances, one a class, times features cubed: minutes
 
 
@@ -145,6 +146,9 @@ def feature_metrics(
     With statistics of a file in the place of reference features, they count as those of the
     population, and metrics that need the features are None. ``left_out`` says why.
 
+    Metrics that compare pairs take at most 10 000 samples of a set, of more a random choice;
+    ``paired`` then has their numbers.
+
     Args:
         samples: Features of the samples.
         reference: Features or statistics of the reference.
@@ -251,7 +255,12 @@ def _compare(
 
 def _by_pairs(a: Tensor, b: Tensor, strata: Strata, neighbors: int, kind: str) -> dict[str, Any]:
     """Measure what compares samples ``a (N, F)`` with each of ``b (M, F)``."""
-    record = named("kernel_distance", *kernel_distance(a, b, strata=strata))
+    record: dict[str, Any] = {}
+    if max(len(a), len(b)) > MOST_PAIRED:
+        (a, own), (b, others) = _some(a, strata[0]), _some(b, strata[1])
+        strata = (_several(own), _several(others))
+        record["paired"] = {"samples": len(a), "reference": len(b)}
+    record |= named("kernel_distance", *kernel_distance(a, b, strata=strata))
     if kind == "clip":
         units = F.normalize(a.double()), F.normalize(b.double())
         numbers = both_strata(strata, {"a": a, "b": b})
@@ -271,6 +280,12 @@ def _by_pairs(a: Tensor, b: Tensor, strata: Strata, neighbors: int, kind: str) -
     for name, value in found._asdict().items():
         record |= named(name, value, intervals.get(name))
     return record | {"neighbors": k}
+
+
+def _some(x: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return a random choice of at most `MOST_PAIRED` rows, always the same, and their classes."""
+    rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:MOST_PAIRED]
+    return x[rows], None if labels is None else labels[rows]
 
 
 def _trust(record: dict[str, Any], a: FeatureSet, b: FeatureSet) -> dict[str, Any]:

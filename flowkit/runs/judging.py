@@ -2,8 +2,8 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,22 @@ from torch import Tensor
 from flowkit.checks import check_labels
 from flowkit.data.pixels import through_jpeg, with_channels
 from flowkit.data.sample_sets import SampleSet
-from flowkit.metrics import Features, Judge, Moments, Statistics, from_uint8, outputs_of
+from flowkit.metrics import (
+    Features,
+    FeatureSet,
+    Judge,
+    Moments,
+    Statistics,
+    from_uint8,
+    outputs_of,
+    wilson,
+)
+from flowkit.metrics.comparison import named
 from flowkit.provenance import cache_folder, cached
 from flowkit.runs.parts import Columns, Parts
 
 KEPT = 50_000  # images of a reference whose features stay in memory; of all others the moments do
+JUDGED = 10_000  # images of a set that a judge sees, whose time is that of many networks
 
 
 @dataclass(frozen=True)
@@ -32,7 +43,8 @@ class Seen:
         moments: Mean and covariance of the features of all images, also of the spatial features if
             the network has them.
         others: Further columns of the same rows, where there are: ``logits (n, K)``, ``labels
-            (n,)``, and the classes ``judged (n,)`` that a judge found.
+            (n,)``, and the classes ``judged (n,)`` that a judge found, or −1 where it did not see
+            the image.
         classes: Classes and their numbers of images ``(2, K)``, of all images; None without
             classes.
         hash: A hash of the pixels, the same for the same images in any format and order.
@@ -49,16 +61,26 @@ class Seen:
         return self.moments.count or 0
 
     @property
-    def labels(self) -> Tensor | None:
-        """Classes of the images whose features are kept, or None."""
-        return self.others.get("labels")
-
-    @property
     def shares(self) -> dict[str, float] | None:
         """Share of each class in all images, or None."""
         if self.classes is None:
             return None
         return {str(int(k)): int(n) / len(self) for k, n in self.classes.T}
+
+    def features_of(self, network: Features, statistics: Statistics | None = None) -> FeatureSet:
+        """Return the features for `flowkit.metrics.feature_metrics`.
+
+        Args:
+            network: The feature network.
+            statistics: Statistics of a file, which stand for those of the images.
+        """
+        if statistics is None:
+            statistics = replace(
+                self.moments, features_name=network.name, features_hash=network.hash
+            )
+        return FeatureSet(
+            self.features, statistics, self.others.get("logits"), self.others.get("labels")
+        )
 
 
 @dataclass(frozen=True)
@@ -71,7 +93,7 @@ class Watch:
         folder: The parent of the folder of parts.
         batch_size: Images in a batch.
         channels: 1 or 3; gray images take three equal channels if others are in color.
-        judge: A classifier of the images, or None.
+        judge: A classifier of the images, or None. It sees `JUDGED` images of a set at most.
         judge_key: What the judge depends on, as a text.
         num_classes: Number of classes, or None if any is allowed.
     """
@@ -93,11 +115,17 @@ class Watch:
 
 
 def see(
-    watch: Watch, images: SampleSet, rows: Tensor, argument: str, jpeg: int | None = None
+    watch: Watch,
+    images: SampleSet,
+    rows: Tensor,
+    argument: str,
+    jpeg: int | None = None,
+    keep: bool = False,
+    most: int | None = None,
 ) -> Seen | None:
     """See the images at increasing positions; None on all processes but the first.
 
-    A stopped call goes on where it was. Memory holds a batch of images and all features.
+    A stopped call goes on where it was. Memory holds a batch of images, and the features.
 
     Args:
         watch: How the images are seen.
@@ -105,34 +133,30 @@ def see(
         rows: Positions ``(n,)``.
         argument: Name of the option, for errors.
         jpeg: Quality of JPEG files that the images pass, or None.
+        keep: Whether to keep the result in the user's cache for later calls, as of a reference,
+            with the features of at most `KEPT` images.
+        most: Images whose features stay in memory, of more a random choice; None: all of them.
 
     Raises:
         ValueError: If a feature is not finite, or a class is out of range.
     """
-    parts, batches = _parts(watch, images, rows, argument, jpeg)
-    found = _gathered(
-        parts.stream(len(batches), batches.make, f"features of {argument}"), len(rows)
-    )
-    if found is not None:
-        parts.remove()
-    return found
-
-
-def see_reference(watch: Watch, images: SampleSet, argument: str = "reference") -> Seen | None:
-    """See all images of a reference; keep the result in the user's cache for later calls.
-
-    The features of at most `KEPT` images are kept, of more a random choice.
-    """
-    rows = torch.arange(len(images))
-    digest = hashlib.sha256(repr(watch.key(images, rows, None)).encode()).hexdigest()
+    key = watch.key(images, rows, jpeg)
+    digest = hashlib.sha256(repr(key).encode()).hexdigest()
     file = cache_folder() / f"reference-{digest[:32]}.safetensors"
-    if _is_whole(file):
+    if keep and _is_whole(file):
         watch.fabric.barrier()
         return None if watch.fabric.global_rank else _read(file)
-    found = see(watch, images, rows, argument)
+    parts = Parts(watch.folder, ["features", *key], watch.fabric)
+    judged = torch.zeros(len(rows), dtype=torch.bool)
+    judged[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:JUDGED]] = True
+    size = watch.batch_size
+    batches = _Batches(watch, images, rows.split(size), judged.split(size), argument, jpeg)
+    made = parts.stream(len(batches.rows), batches.make, f"features of {argument}")
+    found = _gathered(made, len(rows), KEPT if keep else most)
     if found is None:
         return None
-    return cached(file, _read, lambda: found, _write)
+    parts.remove()
+    return cached(file, _read, lambda: found, _write) if keep else found
 
 
 @dataclass(frozen=True)
@@ -142,12 +166,9 @@ class _Batches:
     watch: Watch
     images: SampleSet
     rows: tuple[Tensor, ...]
+    judged: tuple[Tensor, ...]
     argument: str
     jpeg: int | None
-
-    def __len__(self) -> int:
-        """Return the number of batches."""
-        return len(self.rows)
 
     @torch.no_grad()
     def make(self, number: int) -> Columns:
@@ -172,21 +193,16 @@ class _Batches:
                 check_labels(labels, watch.num_classes, f"classes of {self.argument}")
             columns["labels"] = labels
         if watch.judge is not None:
-            columns["judged"] = watch.judge.predict(shown)
+            here = self.judged[number]
+            columns["judged"] = torch.full((len(rows),), -1)
+            if bool(here.any()):
+                columns["judged"][here] = watch.judge.predict(shown[here])
         return {**columns, "digests": digests(pixels)}
 
 
-def _parts(
-    watch: Watch, images: SampleSet, rows: Tensor, argument: str, jpeg: int | None
-) -> tuple[Parts, _Batches]:
-    """Return the storage of the batches of a set, and the batches."""
-    parts = Parts(watch.folder, ["features", *watch.key(images, rows, jpeg)], watch.fabric)
-    return parts, _Batches(watch, images, rows.split(watch.batch_size), argument, jpeg)
-
-
-def _gathered(parts: Iterable[Columns], count: int) -> Seen | None:
-    """Join the columns of batches that come one after the other."""
-    kept = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:KEPT].sort().values
+def _gathered(parts: Iterable[Columns], count: int, most: int | None) -> Seen | None:
+    """Join the columns of batches that come one after the other; keep ``most`` rows of them."""
+    kept = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:most].sort().values
     columns: Columns = {}
     moments, spatial, found, start = Moments(), None, [], 0
     classes: Counter[int] = Counter()
@@ -231,6 +247,83 @@ def hash_of_set(digests: Tensor) -> str:
     True
     """
     return hashlib.sha256(b"".join(sorted(map(bytes, digests.numpy())))).hexdigest()
+
+
+# --- records ----------------------------------------------------------------------------------
+
+
+def agreement_of(judge: Judge, generated: Seen, reference: Seen) -> dict[str, Any]:
+    """Return the shares of images that a judge gives their class, of samples also by class."""
+    hits, labels = _hits(generated)
+    return {
+        **_share("class_agreement", hits),
+        "class_agreement_by_class": {
+            str(int(label)): hits[labels == label].double().mean().item()
+            for label in labels.unique()
+        },
+        "judge": {"name": judge.name, **_share("test_accuracy", _hits(reference)[0])},
+    }
+
+
+def _hits(seen: Seen) -> tuple[Tensor, Tensor]:
+    """Return where the judge found the class, for the images that it saw, and their classes."""
+    judged, labels = seen.others["judged"], seen.others["labels"]
+    return (judged == labels)[judged >= 0], labels[judged >= 0]
+
+
+def _share(name: str, hits: Tensor) -> dict[str, Any]:
+    """Return the share of hits ``(N,)`` and its interval under their names in records."""
+    share = hits.double().mean().item()
+    return named(name, share, wilson(share, len(hits)))
+
+
+def shares_of(labels: Tensor | None) -> dict[str, float] | None:
+    """Return the share of each class in labels ``(N,)``, or None without labels.
+
+    >>> shares_of(torch.tensor([3, 3, 8, 3]))
+    {'3': 0.75, '8': 0.25}
+    """
+    if labels is None:
+        return None
+    classes, counts = labels.unique(return_counts=True)
+    return {str(int(k)): int(n) / len(labels) for k, n in zip(classes, counts, strict=True)}
+
+
+def through(jpeg: int | None) -> dict[str, Any]:
+    """Return what the record of samples says if they passed JPEG files of a quality."""
+    return {} if jpeg is None else {"file_format": "jpeg", "jpeg_quality": jpeg}
+
+
+def set_record(
+    name: str,
+    stored: Mapping[str, Any],
+    shape: Sequence[int],
+    count: int | None,
+    pixels_hash: str | None,
+    shares: Mapping[str, float] | None,
+    resize: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Return the record of a set of images: all that its features depend on beside the network.
+
+    Args:
+        name: Path, run or data.
+        stored: See `flowkit.data.sample_sets.SampleSet`. The rule of ``quantization`` is None where
+            it is not known; the ``file_format`` is None for arrays.
+        shape: Shape of an image as it was seen.
+        count: Number of images.
+        pixels_hash: See `hash_of_set`.
+        shares: Share of each class, or None.
+        resize: See `flowkit.data.pixels.Resize`, or None.
+    """
+    return {
+        "name": name,
+        **stored,
+        "resize": resize,
+        "shape": list(shape),
+        "num_samples": count,
+        "classes": shares,
+        "hash": pixels_hash,
+    }
 
 
 # --- cache ------------------------------------------------------------------------------------

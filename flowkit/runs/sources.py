@@ -1,25 +1,30 @@
 """What ``samples=`` and ``reference=`` name: files, folders, runs, data, statistics."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from hydra.utils import instantiate
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
+from flowkit.checks import check_at_least
 from flowkit.data import SplitData
 from flowkit.data.files import ARCHIVES
 from flowkit.data.image_files import folder_of_images, tar_of_images
 from flowkit.data.npz import Npz
 from flowkit.data.pixels import Resize
 from flowkit.data.sample_sets import Drawn, NpzImages, OfSplit, Resized, SampleSet
+from flowkit.metrics import Features, Statistics, from_uint8, outputs_of
 from flowkit.modules.checkpoints import read_config
 from flowkit.provenance import read_json
-from flowkit.rules import CONF, did_you_mean
+from flowkit.rules import no_such_place
 from flowkit.runs.splits import prepared, stored_data
+from flowkit.runs.written import form_of, place_in
 
 MOMENTS = ("mu", "sigma")
+WIDEST = 8192  # features; a covariance of more takes 0.5 GB, and its root many minutes
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,15 @@ class Source:
             self.images.name if self.images is not None else str(self.moments and self.moments.file)
         )
 
+    @property
+    def stored(self) -> dict[str, Any]:
+        """How the images are stored; ``quantization`` is None where the rule is not known."""
+        if self.images is None:
+            return {"kind": "statistics", "file_format": None, "quantization": None}
+        found = dict(self.images.stored)
+        made = (self.made or {}).get("samples", {}).get("quantization")
+        return found if found["quantization"] or not made else {**found, "quantization": made}
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -68,6 +82,34 @@ class Reading:
     data_root: str | None = None
     data_changed: str = "refuse"
 
+    @classmethod
+    def of(cls, cfg: DictConfig) -> "Reading":
+        """Return the options of a recipe.
+
+        Raises:
+            ValueError: If a filter is given without a resize, or does not exist.
+        """
+        plain = (cfg.filter, cfg.antialias) == ("lanczos", True)
+        if cfg.resize is None and not plain:
+            raise ValueError(
+                f"filter and antialias must be absent without resize=, got {cfg.filter} and "
+                f"{str(cfg.antialias).lower()}"
+            )
+        return cls(
+            cfg.split,
+            cfg.get("class_folders", False),
+            cfg.get("quantization", "round"),
+            None if cfg.resize is None else Resize(cfg.resize, cfg.filter, cfg.antialias),
+            tuple(cfg.trust),
+            OmegaConf.select(cfg, "data.root") if "reference" in cfg and "run" in cfg else None,
+            cfg.data_changed,
+        )
+
+
+def is_run(place: Any) -> bool:
+    """Return True for the path of a run folder."""
+    return isinstance(place, str) and (Path(place) / "config.yaml").is_file()
+
 
 def open_source(place: Any, argument: str, reading: Reading) -> Source:
     """Open what an option names. Nothing is looked for on a hub.
@@ -87,8 +129,8 @@ def open_source(place: Any, argument: str, reading: Reading) -> Source:
         return _of_data(prepared(instantiate(place)), argument, reading)
     path = Path(str(place))
     if not path.exists():
-        raise FileNotFoundError(missing(str(place), argument))
-    if path.is_dir() and (path / "config.yaml").is_file():
+        raise FileNotFoundError(no_such_place(argument, str(place), "data"))
+    if is_run(str(place)):
         if argument != "samples":
             return _of_data(data_of_run(path, reading), argument, reading)
         path = path / "drawn"
@@ -98,22 +140,12 @@ def open_source(place: Any, argument: str, reading: Reading) -> Source:
                 f"flowkit sample run={place}"
             )
     if (record := _record(path / "samples.json")) is not None:
-        path = path / _file_of(record)
+        path = path / place_in(form_of(record))
         if not path.exists():
             raise FileNotFoundError(
                 f"{argument} must hold the samples of its record, got no {path}"
             )
     return _made(_opened(path, argument, reading), path, argument, reading)
-
-
-def missing(place: str, argument: str) -> str:
-    """Return the message for a path that does not exist."""
-    data = sorted(file.stem for file in (CONF / "data").glob("*.yaml"))
-    fix = did_you_mean(place, data, f"; a relative path counts from {Path.cwd()}")
-    return (
-        f"{argument} must be a file or folder that exists, or one of the data {', '.join(data)}, "
-        f"got {place}{fix}"
-    )
 
 
 def data_of_run(folder: Path, reading: Reading) -> SplitData:
@@ -177,7 +209,7 @@ def _resized(images: SampleSet, reading: Reading) -> SampleSet:
 def _made(source: Source, path: Path, argument: str, reading: Reading) -> Source:
     """Return a source with what ``flowkit sample`` recorded beside its file or folder."""
     record = _record(path.with_suffix(".json"))
-    if record is None or _file_of(record).suffix != path.suffix:
+    if record is None or Path(place_in(form_of(record))).suffix != path.suffix:
         return source
     own = {key: record[key] for key in ("weights", "sampling") if key in record}
     return replace(source, made={**own, "samples": record.get("samples") or {}})
@@ -192,7 +224,53 @@ def _record(file: Path) -> dict[str, Any] | None:
     return found if drawn and isinstance(found.get("samples", {}), dict) else None
 
 
-def _file_of(record: Mapping[str, Any]) -> Path:
-    """Return the name of the file or folder of samples; earlier records have no such name."""
-    form = record.get("samples", {}).get("format", "pt")
-    return Path("samples" if form == "png" else f"samples.{'npz' if form == 'npz' else 'pt'}")
+# --- checks before the work -------------------------------------------------------------------
+
+
+def common_channels(samples: SampleSet, reference: Source) -> int:
+    """Return the number of channels in which samples and reference are compared.
+
+    It is that of data, for which feature networks are trained; else 3 if a set is in color.
+
+    Raises:
+        ValueError: If their images differ in size.
+    """
+    if reference.images is None:
+        return samples.shape[0]
+    (height, width), (real_height, real_width) = samples.shape[1:], reference.images.shape[1:]
+    if (height, width) != (real_height, real_width):
+        raise ValueError(
+            f"samples must have the size of the reference, {real_width}x{real_height}, got "
+            f"{width}x{height}; resize={min(real_height, real_width)} resamples both"
+        )
+    if reference.data is not None:
+        return reference.images.shape[0]
+    return max(samples.shape[0], reference.images.shape[0])
+
+
+def check_features(
+    features: Features, shape: Sequence[int], count: int | None, statistics: Statistics | None
+) -> None:
+    """Require a feature network that fits images and statistics, by one image of zeros.
+
+    Args:
+        features: The network.
+        shape: Shape of the images.
+        count: Samples of which a distance is extrapolated, or None.
+        statistics: Statistics of the reference, or None.
+
+    Raises:
+        ValueError: If there are too many features, or too few samples, or the statistics are of
+            another network.
+    """
+    blank = torch.zeros(1, *shape, dtype=torch.uint8)
+    width = outputs_of(features, from_uint8(blank))["features"].shape[1]
+    if width > WIDEST:
+        raise ValueError(
+            f"metric must have at most {WIDEST:,} features for a Fréchet distance, got {width:,} "
+            f"of {features.name}; choose a feature network, such as metric=inception, or resize="
+        )
+    if count is not None:
+        check_at_least(count, 4 * width, f"num_samples with extrapolate=true and {width} features")
+    if statistics is not None:
+        statistics.check_features(features.name, features.hash, width)
