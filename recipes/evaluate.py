@@ -226,7 +226,7 @@ def _report(metrics: dict[str, Any]) -> None:
     if "class_agreement" in metrics:
         rows["recognized as their class"] = (
             f"{_with_interval(metrics, 'class_agreement')}  "
-            f"(real test images {metrics['judge']['test_accuracy']:.3f})"
+            f"(real images {metrics['judge']['test_accuracy']:.3f})"
         )
     width = max(map(len, rows))
     for name, value in rows.items():

@@ -97,8 +97,7 @@ class NpzImages:
             raise ValueError(f"{self.argument} must hold images, got none in {self.npz.file}")
         if dtype != np.uint8:
             raise TypeError(
-                f"{self.argument} must hold uint8 images in arr_0, got {self._values()} in "
-                f"{self.npz.file}"
+                f"{self.argument} must hold uint8 images in arr_0, got {self._values()}"
             )
         if "arr_1" in self.npz:
             kind, count = self.npz.dtype("arr_1"), self.npz.shape("arr_1")
@@ -112,10 +111,10 @@ class NpzImages:
         """Describe images that are not bytes: type, range of the first of them, and the fix."""
         dtype = self.npz.dtype("arr_0")
         if dtype.kind not in "iuf":
-            return str(dtype)
+            return f"{dtype} in {self.npz.file}"
         first = self.npz.rows("arr_0", torch.arange(min(len(self), 256))).double()
         low, high = first.min().item(), first.max().item()
-        found = f"{dtype} in [{low:g}, {high:g}]"
+        found = f"{dtype} in [{low:g}, {high:g}] in {self.npz.file}"
         for top, fix in (
             ((-1, 1), "(127.5 * (x + 1)).round()"),
             ((0, 1), "(255 * x).round()"),

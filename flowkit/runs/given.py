@@ -25,8 +25,10 @@ from flowkit.runs.sources import (
     Source,
     check_features,
     common_channels,
+    data_of_run,
     is_run,
     open_source,
+    with_classes_of,
 )
 
 MOST_NUMBERS = 2**28  # of the pixels that a judge is fitted to
@@ -55,12 +57,17 @@ def of_samples(cfg: DictConfig, fabric: Fabric, out: Path) -> Measured | None:
     """
     with fabric.rank_zero_first():  # one process trains the classifier, or writes an index
         samples, reference, statistics = _opened(cfg)
-        features: Features = instantiate(cfg.metric)(reference.data)
-    images = cast(SampleSet, samples.images)
-    rows, real, data = _rows(cfg, images), reference.images, reference.data
-    shape = (common_channels(images, reference), *images.shape[1:])
+        data = reference.data
+        if data is None and is_run(cfg.samples):  # for its classifier
+            data = data_of_run(Path(cfg.samples), Reading.of(cfg))
+        features: Features = instantiate(cfg.metric)(data)
+    images, real = cast(SampleSet, samples.images), reference.images
+    images = images if data is None else with_classes_of(data, images)
+    rows = _rows(cfg, images)
+    channels = common_channels(images, reference, data, features, statistics)
+    shape = (channels, *images.shape[1:])
     check_features(features, shape, len(rows) if cfg.extrapolate else None, statistics)
-    judge = _judge(cfg, data, images.read(rows[:1]).labels)
+    judge = None if real is None else _judge(cfg, data, images.read(rows[:1]).labels)
     watch = Watch(features, fabric, out, cfg.batch_size, shape[0])
     if data is not None:
         key = "" if judge is None else f"{data.fingerprint('train')} {cfg.seed}"

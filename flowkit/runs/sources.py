@@ -11,8 +11,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from flowkit.checks import check_at_least
 from flowkit.data import SplitData
-from flowkit.data.files import ARCHIVES
-from flowkit.data.image_files import folder_of_images, tar_of_images
+from flowkit.data.files import ARCHIVES, first_ten
+from flowkit.data.image_files import ImageFiles, folder_of_images, tar_of_images
 from flowkit.data.npz import Npz
 from flowkit.data.pixels import Resize
 from flowkit.data.sample_sets import Drawn, NpzImages, OfSplit, Resized, SampleSet
@@ -227,31 +227,47 @@ def _record(file: Path) -> dict[str, Any] | None:
 # --- checks before the work -------------------------------------------------------------------
 
 
-def common_channels(samples: SampleSet, reference: Source) -> int:
+def common_channels(
+    samples: SampleSet,
+    reference: Source,
+    data: SplitData | None,
+    features: Features,
+    statistics: Statistics | None,
+) -> int:
     """Return the number of channels in which samples and reference are compared.
 
-    It is that of data, for which feature networks are trained; else 3 if a set is in color.
+    It is that of data, for which feature networks are trained, or of statistics; else 3 if a set is
+    in color.
 
     Raises:
-        ValueError: If their images differ in size.
+        ValueError: If the images differ in size.
     """
+    channels, *size = samples.shape
+    if reference.images is None and data is not None:
+        return data.shape[0]
     if reference.images is None:
-        return samples.shape[0]
-    (height, width), (real_height, real_width) = samples.shape[1:], reference.images.shape[1:]
-    if (height, width) != (real_height, real_width):
+        of_file = 0 if statistics is None else len(statistics.mean)
+        widths = {c: width_of(features, (c, *size)) for c in (channels, 1, 3)}
+        return next((c for c, width in widths.items() if width == of_file), channels)
+    other, *real_size = reference.images.shape
+    if size != real_size:
         raise ValueError(
-            f"samples must have the size of the reference, {real_width}x{real_height}, got "
-            f"{width}x{height}; resize={min(real_height, real_width)} resamples both"
+            f"samples must have the size of the reference, {real_size[1]}x{real_size[0]}, got "
+            f"{size[1]}x{size[0]}; resize={min(real_size)} resamples both"
         )
-    if reference.data is not None:
-        return reference.images.shape[0]
-    return max(samples.shape[0], reference.images.shape[0])
+    return max(channels, other) if data is None else data.shape[0]
+
+
+def width_of(features: Features, shape: Sequence[int]) -> int:
+    """Return the number of features of images of a shape, by one image of zeros."""
+    blank = torch.zeros(1, *shape, dtype=torch.uint8)
+    return outputs_of(features, from_uint8(blank))["features"].shape[1]
 
 
 def check_features(
     features: Features, shape: Sequence[int], count: int | None, statistics: Statistics | None
 ) -> None:
-    """Require a feature network that fits images and statistics, by one image of zeros.
+    """Require a feature network that fits images and statistics.
 
     Args:
         features: The network.
@@ -263,8 +279,7 @@ def check_features(
         ValueError: If there are too many features, or too few samples, or the statistics are of
             another network.
     """
-    blank = torch.zeros(1, *shape, dtype=torch.uint8)
-    width = outputs_of(features, from_uint8(blank))["features"].shape[1]
+    width = width_of(features, shape)
     if width > WIDEST:
         raise ValueError(
             f"metric must have at most {WIDEST:,} features for a Fréchet distance, got {width:,} "
@@ -274,3 +289,25 @@ def check_features(
         check_at_least(count, 4 * width, f"num_samples with extrapolate=true and {width} features")
     if statistics is not None:
         statistics.check_features(features.name, features.hash, width)
+
+
+def with_classes_of(data: SplitData, images: SampleSet) -> SampleSet:
+    """Return images whose class folders have the numbers of the classes of data.
+
+    Raises:
+        ValueError: If a folder is neither the name nor the number of a class.
+    """
+    if not isinstance(images, ImageFiles) or images.classes is None or images.labels is None:
+        return images
+    count = data.num_classes or 0
+    known = list(data.class_names or [])
+    numbers = {str(number): number for number in range(count)}
+    numbers |= {name: number for number, name in enumerate(known)}
+    if others := [name for name in images.classes if name not in numbers]:
+        raise ValueError(
+            f"class_folders must be classes of the data, "
+            f"{', '.join(known or numbers) or 'which have none'}, got {first_ten(others)}; their "
+            "numbers are fine, too"
+        )
+    found = torch.tensor([numbers[name] for name in images.classes])
+    return replace(images, labels=found[images.labels], classes=data.class_names)
