@@ -56,7 +56,7 @@ def statistics(cfg: DictConfig) -> Statistics | None:
     check_features(features, images.shape, None, None)
     watch = Watch(features, fabric, file.parent, cfg.batch_size, images.shape[0])
     seen = see(watch, images, torch.arange(len(images)), "reference", most=0)
-    if seen is None:
+    if seen is None or seen.moments is None:
         return None
     names = {"features_name": features.name, "features_hash": features.hash}
     found = replace(seen.moments, **names, reference_hash=seen.hash)

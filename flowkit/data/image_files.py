@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from flowkit.data.broken import FORMATS, BrokenFiles, check_mode, unreadable, why
 from flowkit.data.files import find_images, first_ten
-from flowkit.data.pixels import Resize, jpeg_quality, pixels_of
+from flowkit.data.pixels import Resize, array_of, jpeg_quality
 from flowkit.data.sample_sets import Images, state_of
 from flowkit.data.shards import members
 from flowkit.provenance import read_json
@@ -61,22 +62,26 @@ class ImageFiles:
         """
         from PIL import Image
 
-        found, broken = [], []
-        for row in rows.tolist():
+        channels, height, width = self.shape
+        found, broken = np.empty((len(rows), height, width, channels), np.uint8), []
+        for place, row in zip(found, rows.tolist(), strict=True):
             try:
                 with Image.open(self.content(row), formats=FORMATS) as image:
-                    pixels = pixels_of(image, self.shape[0])
+                    array = array_of(image, channels)
             except unreadable() as error:
                 broken.append(f"{self.names[row]} ({why(error)})")
                 continue
-            pixels = pixels if self.resize is None else self.resize(pixels)
-            if tuple(pixels.shape) != self.shape:
+            if self.resize is not None:
+                pixels = torch.from_numpy(array.reshape(*array.shape[:2], channels).copy())
+                array = self.resize(pixels.permute(2, 0, 1)).permute(1, 2, 0).numpy()
+            elif array.shape[:2] != (height, width):
                 broken.append(f"{self.names[row]} (turned on its side; give resize=)")
-            found.append(pixels)
+                continue
+            place[:] = array.reshape(place.shape)
         if broken:
             raise BrokenFiles(broken)
         labels = None if self.labels is None else self.labels[rows]
-        return Images(torch.stack(found), labels)
+        return Images(torch.from_numpy(found).permute(0, 3, 1, 2), labels)
 
 
 def folder_of_images(

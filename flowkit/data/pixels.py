@@ -20,16 +20,27 @@ FILTERS = ("lanczos", "bicubic", "bilinear", "box")
 WITHOUT = ("bicubic", "bilinear")  # the filters that are also there without antialiasing
 
 
-def pixels_of(image: "Image", channels: int) -> Tensor:
-    """Return the pixels ``(channels, H, W)`` of an opened image, upright by its EXIF orientation.
+ORIENTED = frozenset({"exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"})
 
-    Transparency is dropped.
+
+def array_of(image: "Image", channels: int) -> np.ndarray:
+    """Return the pixels of an opened image: ``(H, W)`` for one channel, ``(H, W, 3)`` for three.
+
+    The image is turned upright by its EXIF orientation. Transparency is dropped.
     """
     from PIL import ImageOps
 
-    upright = ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB")
-    pixels = np.array(upright).reshape(upright.height, upright.width, channels)
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+    image.load()
+    if ORIENTED & image.info.keys() or image.format == "TIFF":  # to look for others takes time
+        image = ImageOps.exif_transpose(image)
+    mode = "L" if channels == 1 else "RGB"
+    return np.asarray(image if image.mode == mode else image.convert(mode))
+
+
+def pixels_of(image: "Image", channels: int) -> Tensor:
+    """Return the pixels ``(channels, H, W)`` of an opened image, see `array_of`."""
+    array = array_of(image, channels)
+    return torch.from_numpy(array.reshape(*array.shape[:2], channels).copy()).permute(2, 0, 1)
 
 
 def picture_of(pixels: Tensor) -> "Image":

@@ -40,8 +40,10 @@ class Seen:
 
     Attributes:
         features: Features ``(n, F)`` of the images, or of a random choice of them.
+        count: Number of all images.
         moments: Mean and covariance of the features of all images, also of the spatial features if
-            the network has them.
+            the network has them. None if ``features`` are of all images and there are no spatial
+            ones, since then they say all.
         others: Further columns of the same rows, where there are: ``logits (n, K)``, ``labels
             (n,)``, and the classes ``judged (n,)`` that a judge found, or −1 where it did not see
             the image.
@@ -51,14 +53,15 @@ class Seen:
     """
 
     features: Tensor
-    moments: Statistics
+    count: int
+    moments: Statistics | None
     others: Mapping[str, Tensor]
     classes: Tensor | None
     hash: str
 
     def __len__(self) -> int:
         """Return the number of all images."""
-        return self.moments.count or 0
+        return self.count
 
     @property
     def shares(self) -> dict[str, float] | None:
@@ -74,7 +77,7 @@ class Seen:
             network: The feature network.
             statistics: Statistics of a file, which stand for those of the images.
         """
-        if statistics is None:
+        if statistics is None and self.moments is not None:
             statistics = replace(
                 self.moments, features_name=network.name, features_hash=network.hash
             )
@@ -204,15 +207,16 @@ def _gathered(parts: Iterable[Columns], count: int, most: int | None) -> Seen | 
     """Join the columns of batches that come one after the other; keep ``most`` rows of them."""
     kept = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:most].sort().values
     columns: Columns = {}
-    moments, spatial, found, start = Moments(), None, [], 0
+    moments, spatial, found, start = Moments(), Moments(), [], 0
     classes: Counter[int] = Counter()
     for part in parts:
         stop = start + len(part["features"])
-        moments.update(part["features"])
-        if (further := part.pop("spatial", None)) is not None:
-            spatial = spatial or Moments()
+        further = part.pop("spatial", None)
+        if further is not None or len(kept) < count:
+            moments.update(part["features"])
+        if further is not None:
             spatial.update(further)
-        found.append(part.pop("digests"))
+        found.append(part.pop("digests").clone())  # the part may be a file in memory
         classes.update(part["labels"].tolist() if "labels" in part else ())
         first, last = torch.searchsorted(kept, torch.tensor([start, stop])).tolist()
         for name, column in part.items():
@@ -224,7 +228,8 @@ def _gathered(parts: Iterable[Columns], count: int, most: int | None) -> Seen | 
         return None
     return Seen(
         columns.pop("features"),
-        moments.statistics(spatial),
+        count,
+        moments.statistics(spatial if spatial.count else None) if moments.count else None,
         columns,
         torch.tensor(sorted(classes.items())).T if classes else None,
         hash_of_set(torch.cat(found)),
@@ -331,11 +336,13 @@ def set_record(
 
 def _write(file: Path, seen: Seen) -> None:
     """Write what was seen of a reference."""
-    stats = seen.moments
-    named = {"features": seen.features, "mu": stats.mean, "sigma": stats.cov, **seen.others}
-    named |= {"mu_s": stats.spatial_mean, "sigma_s": stats.spatial_cov, "classes": seen.classes}
+    named: dict[str, Tensor | None] = {"features": seen.features, "classes": seen.classes}
+    named |= seen.others
+    if (stats := seen.moments) is not None:
+        named |= {"mu": stats.mean, "sigma": stats.cov}
+        named |= {"mu_s": stats.spatial_mean, "sigma_s": stats.spatial_cov}
     columns = {name: x.contiguous() for name, x in named.items() if x is not None}
-    save_file(columns, file, metadata={"hash": seen.hash, "count": str(stats.count)})
+    save_file(columns, file, metadata={"hash": seen.hash, "count": str(seen.count)})
 
 
 def _read(file: Path) -> Seen:
@@ -343,15 +350,12 @@ def _read(file: Path) -> Seen:
     columns: dict[str, Any] = load_file(file)
     with safe_open(file, framework="pt") as opened:
         known = opened.metadata()
-    stats = Statistics(
-        columns.pop("mu"),
-        columns.pop("sigma"),
-        int(known["count"]),
-        spatial_mean=columns.pop("mu_s", None),
-        spatial_cov=columns.pop("sigma_s", None),
-    )
+    count, stats = int(known["count"]), None
+    mu, sigma, mu_s, sigma_s = (columns.pop(k, None) for k in ("mu", "sigma", "mu_s", "sigma_s"))
+    if mu is not None:
+        stats = Statistics(mu, sigma, count, spatial_mean=mu_s, spatial_cov=sigma_s)
     features, classes = columns.pop("features"), columns.pop("classes", None)
-    return Seen(features, stats, columns, classes, known["hash"])
+    return Seen(features, count, stats, columns, classes, known["hash"])
 
 
 def _is_whole(file: Path) -> bool:

@@ -4,7 +4,7 @@ import io
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -56,6 +56,7 @@ def test_channels_change_only_where_nothing_is_lost():
         with_channels(PIXELS, 1, "samples")
 
 
+@settings(max_examples=20)
 @given(st.integers(1, 100))
 def test_jpeg_files_are_those_of_pillow_and_tell_their_quality(quality):
     file = io.BytesIO()

@@ -113,3 +113,19 @@ def test_to_uint8_errors():
         to_uint8(torch.tensor([0.0, math.nan]))
     with pytest.raises(TypeError, match=r"images must be a floating-point .* got torch.uint8"):
         to_uint8(torch.zeros(3, dtype=torch.uint8))
+
+
+def test_rules_of_other_programs_differ_from_ours_as_their_formulas_say():
+    x = torch.linspace(-1, 1, 100_001, dtype=torch.float64)
+    formulas = {
+        "round": torch.round(127.5 * (x + 1)),
+        "floor": torch.floor(127.5 * x + 128).clamp(0, 255),
+        "truncate": torch.trunc((x + 1) / 2 * 255),
+    }
+    found = {rule: to_uint8(x, rule).double() for rule in formulas}
+    for rule, expected in formulas.items():
+        assert (found[rule] == expected).double().mean() > 0.9999  # but for round-off at ties
+    assert (found["round"] - found["truncate"]).mean() == pytest.approx(0.5, abs=0.01)
+    assert (found["round"] != found["floor"]).double().mean() < 0.002
+    with pytest.raises(ValueError, match="quantization must be one of"):
+        to_uint8(x, "ceil")

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 
+import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
@@ -23,6 +24,7 @@ from flowkit.recipes.pareto import pareto
 from flowkit.recipes.predict import predict
 from flowkit.recipes.report import report
 from flowkit.recipes.sample import sample
+from flowkit.recipes.statistics import statistics
 from flowkit.recipes.train import train
 from flowkit.runs.resuming import resumed
 from tests.conftest import CONF
@@ -58,6 +60,12 @@ RECIPES = {
         PLAIN,
         ["num_samples=8", "batch_size=4", "sampler.grid=1", "metric=pixels"],
     ),
+    "evaluate samples": (
+        evaluate,
+        "samples",
+        ["data@reference=digits", "batch_size=8", "metric=pixels"],
+    ),
+    "statistics": (statistics, None, ["data=digits", "metric=pixels", "batch_size=60"]),
     "pairs": (pairs, PLAIN, ["num_noises=4", "shard_size=2", "fine_steps=2", "grid=[1,2]"]),
     "pareto": (pareto, "blocks", ["num_samples=4", "nfe=[2]", "repetitions=1", "metric=pixels"]),
     "predict": (predict, "symmetrical", ["batch_size=200"]),
@@ -70,6 +78,7 @@ RECIPES = {
     "reflow": (train, PLAIN, [*SHORT, "module=straightening", "data=pairs", "sampler.grid=1"]),
 }
 LAST = {"autoencoder": "metrics.json", "evaluate": "metrics.json"}
+LAST |= {"evaluate samples": "metrics.json", "statistics": "statistics.json"}
 LAST |= {"predict": "predicted.json", "sample": "samples.json"}  # what stands for a whole
 FAST = ("sample", "pairs")
 
@@ -97,6 +106,9 @@ def starts(tmp_path_factory, tiny_run):
         elif name == "pairs" and name not in made:
             options = [f"run={tiny_run}", f"out={folder}", *RECIPES["pairs"][2]]
             pairs(composed("pairs", *options))
+        elif name == "samples" and name not in made:
+            options = [f"run={tiny_run}", f"out={folder}", *RECIPES["sample"][2], "format=npz"]
+            sample(composed("sample", *options, "num_samples=20"))
         return made.setdefault(name, folder)
 
     return start
@@ -106,10 +118,12 @@ def call(recipe, folder, starts):
     """Call a recipe as a user does who calls it again after an error."""
     work, origin, options = RECIPES[recipe]
     trains = recipe in ("autoencoder", "blockwise", "reflow")
-    name = "train" if recipe == "reflow" else recipe
-    options = [*options, f"run_dir={folder}" if trains else f"out={folder}"]
+    name = "train" if recipe == "reflow" else recipe.split()[0]
+    out = folder / "statistics.npz" if recipe == "statistics" else folder
+    options = [*options, f"run_dir={folder}" if trains else f"out={out}"]
     if origin is not None:
         key = {"encode": "autoencoder.path", "pareto": "+runs.it", "reflow": "module.start"}
+        key["evaluate samples"] = "samples"
         options.append(f"{key.get(recipe, 'run')}={starts(origin)}")
     if recipe == "reflow":
         options.append(f"data.root={starts('pairs')}")
@@ -166,6 +180,9 @@ def read(file):
         with Image.open(file) as picture:
             picture.load()
             return picture.size
+    if file.suffix == ".npz":
+        with np.load(file) as arrays:
+            return {name: arrays[name].tolist() for name in arrays}
     if file.suffix == ".safetensors":
         return {k: v.shape for k, v in load_file(file).items()}
     if file.suffix in (".pt", ".ckpt"):
