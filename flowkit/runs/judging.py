@@ -31,6 +31,7 @@ from flowkit.provenance import cache_folder, cached
 from flowkit.runs.parts import Columns, Parts
 
 KEPT = 50_000  # images of a reference whose features stay in memory; of all others the moments do
+PART = 1024  # images in a file that a stopped call leaves: fewer would wait for the disk
 JUDGED = 10_000  # images of a set that a judge sees, whose time is that of many networks
 
 
@@ -152,7 +153,7 @@ def see(
     parts = Parts(watch.folder, ["features", *key], watch.fabric)
     judged = torch.zeros(len(rows), dtype=torch.bool)
     judged[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:JUDGED]] = True
-    size = watch.batch_size
+    size = max(PART // watch.batch_size, 1) * watch.batch_size
     batches = _Batches(watch, images, rows.split(size), judged.split(size), argument, jpeg)
     made = parts.stream(len(batches.rows), batches.make, f"features of {argument}")
     found = _gathered(made, len(rows), KEPT if keep else most)
@@ -164,7 +165,7 @@ def see(
 
 @dataclass(frozen=True)
 class _Batches:
-    """Batches of a set, whose columns are made by number."""
+    """Parts of a set, whose columns are made by number."""
 
     watch: Watch
     images: SampleSet
@@ -173,17 +174,38 @@ class _Batches:
     argument: str
     jpeg: int | None
 
-    @torch.no_grad()
     def make(self, number: int) -> Columns:
+        """Return the columns of a part, batch by batch."""
+        size = self.watch.batch_size
+        batches = zip(self.rows[number].split(size), self.judged[number].split(size), strict=True)
+        made = [self._batch(rows, judged) for rows, judged in batches]
+        return {name: torch.cat([columns[name] for columns in made]) for name in made[0]}
+
+    @torch.no_grad()
+    def _batch(self, rows: Tensor, judged: Tensor) -> Columns:
         """Read a batch; return features, classes, and a digest of the pixels of each image."""
-        watch, rows = self.watch, self.rows[number]
+        watch = self.watch
         pixels, labels = self.images.read(rows)
         pixels = with_channels(pixels, watch.channels, self.argument)
         pixels = pixels if self.jpeg is None else through_jpeg(pixels, self.jpeg)
         pixels = pixels.contiguous()
         shown = from_uint8(pixels)
         columns = {k: x.cpu() for k, x in outputs_of(watch.features, shown).items()}
-        finite = columns["features"].isfinite().all(1)
+        if not bool(columns["features"].sum().isfinite()):  # much faster than each value
+            self._check(columns["features"], rows)
+        if labels is not None:
+            if watch.num_classes is not None:
+                check_labels(labels, watch.num_classes, f"classes of {self.argument}")
+            columns["labels"] = labels
+        if watch.judge is not None:
+            columns["judged"] = torch.full((len(rows),), -1)
+            if bool(judged.any()):
+                columns["judged"][judged] = watch.judge.predict(shown[judged])
+        return {**columns, "digests": digests(pixels)}
+
+    def _check(self, features: Tensor, rows: Tensor) -> None:
+        """Require finite features; the error names the first image of others."""
+        finite = features.isfinite().all(1)
         if not bool(finite.all()):
             row = int(rows[~finite][0])
             name = getattr(self.images, "names", {row: f"image {row}"})[row]
@@ -191,16 +213,6 @@ class _Batches:
                 f"features of {self.argument} must be finite, got NaN or infinity for {name} of "
                 f"{self.images.name}"
             )
-        if labels is not None:
-            if watch.num_classes is not None:
-                check_labels(labels, watch.num_classes, f"classes of {self.argument}")
-            columns["labels"] = labels
-        if watch.judge is not None:
-            here = self.judged[number]
-            columns["judged"] = torch.full((len(rows),), -1)
-            if bool(here.any()):
-                columns["judged"][here] = watch.judge.predict(shown[here])
-        return {**columns, "digests": digests(pixels)}
 
 
 def _gathered(parts: Iterable[Columns], count: int, most: int | None) -> Seen | None:

@@ -259,6 +259,7 @@ def test_a_stopped_evaluation_goes_on_and_the_reference_is_seen_once(judged, tmp
     whole = judged(*options, out="whole")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
     monkeypatch.setattr("flowkit.runs.pixel_features", lambda data: Counted())
+    monkeypatch.setattr("flowkit.runs.judging.PART", 16)
     monkeypatch.setattr(Counted, "calls", [])
     monkeypatch.setattr(Counted, "most", 2)
     with pytest.raises(ConnectionError):
