@@ -1,4 +1,4 @@
-"""What happens to the pixels of images between a model and its judge: files, sizes, channels."""
+"""Pixels of images between a model and its judge: files, sizes, channels."""
 
 import io
 from dataclasses import dataclass

@@ -49,7 +49,7 @@ class SampleSet(Protocol):
 
     @property
     def stored(self) -> Mapping[str, Any]:
-        """How the images are stored: ``kind``, ``file_format``, ``quantization``."""
+        """Storage of the images: ``kind``, ``file_format``, ``quantization``."""
         ...
 
     @property
@@ -141,7 +141,7 @@ class NpzImages:
 
     @property
     def stored(self) -> Mapping[str, Any]:
-        """How the images are stored."""
+        """Storage of the images."""
         return {"kind": "npz", "file_format": None, "quantization": None}
 
     @property
@@ -231,7 +231,7 @@ class Drawn:
 
     @property
     def stored(self) -> Mapping[str, Any]:
-        """How the images are stored."""
+        """Storage of the images."""
         return {"kind": "pt", "file_format": None, "quantization": self.quantization}
 
     @property
@@ -289,7 +289,7 @@ class OfSplit:
 
     @property
     def stored(self) -> Mapping[str, Any]:
-        """How the images are stored."""
+        """Storage of the images."""
         return {"kind": "data", "file_format": None, "quantization": None}
 
     @property
@@ -327,7 +327,7 @@ class Resized:
 
     @property
     def stored(self) -> Mapping[str, Any]:
-        """How the images are stored."""
+        """Storage of the images."""
         return self.images.stored
 
     @property

@@ -89,7 +89,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class Watch:
-    """How sets of samples are seen.
+    """Settings with which sets of samples are seen.
 
     Attributes:
         features: The feature network.

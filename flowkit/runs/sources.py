@@ -1,4 +1,4 @@
-"""What ``samples=`` and ``reference=`` name: files, folders, runs, data, statistics."""
+"""Sources that ``samples=`` and ``reference=`` name: files, folders, runs, data, statistics."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -52,7 +52,7 @@ class Source:
 
     @property
     def stored(self) -> dict[str, Any]:
-        """How the images are stored; ``quantization`` is None where the rule is not known."""
+        """Storage of the images; ``quantization`` is None where the rule is not known."""
         if self.images is None:
             return {"kind": "statistics", "file_format": None, "quantization": None}
         found = dict(self.images.stored)
@@ -62,7 +62,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Reading:
-    """How sources are read; the options of ``flowkit evaluate``.
+    """Settings with which sources are read; the options of ``flowkit evaluate``.
 
     Attributes:
         split: Split of data, train, val or test.
