@@ -220,23 +220,43 @@ class Moments:
             self.mean = self.mean + gap * (number / total)
         self.count = total
 
-    def statistics(self, spatial: "Moments | None" = None, **names: str | None) -> Statistics:
+    def statistics(
+        self,
+        spatial: "Moments | None" = None,
+        *,
+        features_name: str | None = None,
+        features_hash: str | None = None,
+        spatial_name: str | None = None,
+        reference_hash: str | None = None,
+    ) -> Statistics:
         """Return the statistics, with the spatial ones if they are given.
 
         Args:
             spatial: The moments of the spatial features of the same samples.
-            names: The names and hashes of `Statistics`.
+            features_name: See `Statistics`, as for the other names.
+            features_hash: Hash of the feature network.
+            spatial_name: Name of the spatial features.
+            reference_hash: Hash of the samples.
 
         Raises:
             ValueError: If there are fewer than 2 samples, or another number of spatial features.
         """
         check_at_least(self.count, 2, "the number of samples")
-        moments: dict[str, Any] = {"mean": self.mean, "cov": self._squares / (self.count - 1)}
+        found = None
         if spatial is not None:
             if spatial.count != self.count:
                 raise ValueError(
                     f"spatial must be of the same {self.count} samples, got {spatial.count}"
                 )
             found = spatial.statistics()
-            moments |= {"spatial_mean": found.mean, "spatial_cov": found.cov}
-        return Statistics(count=self.count, **moments, **names)
+        return Statistics(
+            self.mean,
+            self._squares / (self.count - 1),
+            self.count,
+            features_name,
+            features_hash,
+            None if found is None else found.mean,
+            None if found is None else found.cov,
+            spatial_name,
+            reference_hash,
+        )
