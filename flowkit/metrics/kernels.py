@@ -26,7 +26,8 @@ def gaussian(a: Tensor, b: Tensor) -> Tensor:
 
 def minus_distance(a: Tensor, b: Tensor) -> Tensor:
     """Return the kernel ``−‖x − y‖`` of the energy distance."""
-    return -torch.cdist(a, b)
+    # Without this mode cdist expands the square, which loses half of the digits of small distances.
+    return -torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 class KernelDistance(NamedTuple):

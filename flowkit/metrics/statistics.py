@@ -140,13 +140,16 @@ class Statistics:
             ValueError: If the file is no ``.npz``, holds no ``mu`` or ``sigma``, or a field is of a
                 wrong kind.
         """
+        known = {ARRAYS.get(field.name, field.name): field.name for field in fields(cls)}
         try:
             # A pickled file is refused here, and a pickled field when it is read.
-            with np.load(path, allow_pickle=False) as file:
-                known = {ARRAYS.get(field.name, field.name): field.name for field in fields(cls)}
+            file = np.load(path, allow_pickle=False)
+            if not isinstance(file, np.lib.npyio.NpzFile):
+                raise ValueError("it holds one array")
+            with file:
                 found = {known[key]: file[key] for key in file.files if key in known}
                 names = list(file.files)
-        except (BadZipFile, ValueError, EOFError, AttributeError) as error:
+        except (BadZipFile, ValueError, EOFError) as error:
             raise ValueError(f"path must be an npz file of arrays, got {path}: {error}") from error
         missing = [ARRAYS[name] for name in ("mean", "cov") if name not in found]
         if missing:
