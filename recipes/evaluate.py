@@ -45,12 +45,16 @@ from flowkit.types import Batch
 
 
 class Measured(NamedTuple):
-    """Metrics, record of sampling, and samples for the picture with its number of columns."""
+    """Metrics, record of sampling, and samples for the picture with its number of columns.
+
+    Real points are shown beside generated ones.
+    """
 
     metrics: dict[str, Any]
     sampling: dict[str, Any]
     shown: Tensor
     columns: int = 10
+    beside: Tensor | None = None
 
 
 def evaluate(cfg: DictConfig) -> dict[str, Any]:
@@ -73,7 +77,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     record = run.record(found.sampling, metrics=found.metrics)
     files = [out / "metrics.json", out / "samples.png"]
     with recording(record, files):
-        save_picture(found.shown, files[1], found.columns)
+        save_picture(found.shown, files[1], found.columns, beside=found.beside)
     _report(found.metrics)
     print(f"picture   {files[1]}\nnumbers   {files[0]}")
     return record
@@ -158,7 +162,8 @@ def _measure_points(cfg: DictConfig, run: Run, sampler: Sampler) -> Measured:
         torch.cat(list(x0)), sampler, cond, run.guidance, return_path=not stochastic
     )
     path = solution.path if solution.path is None else solution.path.cpu()
-    metrics = point_metrics(test["x1"], solution.x.cpu(), path, sampler.times)
+    train = run.data.train[:size]["x1"]  # for the floor
+    metrics = point_metrics(test["x1"], solution.x.cpu(), path, sampler.times, train=train)
     sampling = {
         **run.describe(sampler),
         "nfe": solution.nfe,
@@ -169,7 +174,7 @@ def _measure_points(cfg: DictConfig, run: Run, sampler: Sampler) -> Measured:
         "world_size": 1,
         "conditions": None if cond is None else "of the test split",
     }
-    return Measured(metrics, sampling, solution.x.cpu())
+    return Measured(metrics, sampling, solution.x.cpu(), beside=test["x1"])
 
 
 def _report(metrics: dict[str, Any]) -> None:
@@ -187,13 +192,14 @@ def _report(metrics: dict[str, Any]) -> None:
         for name in ("precision", "recall", "density", "coverage"):
             rows[name] = f"{_with_interval(metrics, name)}  (floor {floor[name]:.3f}){few}"
     else:
-        names = {"W2": "w2", "W2²": "w2_squared", "path energy": "path_energy"}
+        names = {"W2": "w2", "W2²": "w2_squared", "energy distance": "energy_distance"}
+        names |= {"C2ST": "c2st", "path energy": "path_energy"}
         names["normalized path energy"] = "normalized_path_energy"
-        rows |= {
-            shown: _with_interval(metrics, name, 4)
-            for shown, name in names.items()
-            if name in metrics
-        }
+        for shown, name in names.items():
+            if metrics.get(name) is not None:
+                real = metrics["floor"].get(name)
+                floor = "" if real is None else f"  (floor {real:.4f})"
+                rows[shown] = _with_interval(metrics, name, 4) + floor
     if "class_agreement" in metrics:
         rows["recognized as their class"] = (
             f"{_with_interval(metrics, 'class_agreement')}  "

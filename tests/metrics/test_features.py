@@ -16,6 +16,8 @@ from flowkit.metrics import (
     PixelSVC,
     agreement,
     as_saved,
+    c2st_interval,
+    energy_distance,
     frechet_distance,
     frechet_unbiased,
     image_metrics,
@@ -307,6 +309,25 @@ def test_point_metrics_tells_missing_the_data_from_being_straight():
     assert (record["w2"], record["w2_squared"]) == pytest.approx((1.5, 2.25))
     assert record["normalized_path_energy"] == pytest.approx(0.75)
     assert json.loads(json.dumps(record)) == record
+
+
+def test_point_metrics_have_the_floor_of_two_real_sets():
+    real, made, train = torch.randn(3, 80, 2, generator=torch.Generator().manual_seed(0))
+    record = point_metrics(real, made[:60] + 2, train=train)
+    assert record["floor"]["w2"] == wasserstein2(train[:60], real)
+    assert record["w2"] > 5 * record["floor"]["w2"]
+    value, ends = energy_distance(made[:60] + 2, real)
+    assert record["energy_distance"] == value
+    assert record["energy_distance_interval"] == list(ends)
+    value, ends = c2st_interval(made[:60] + 2, real)
+    assert (record["c2st"], record["c2st_interval"]) == (value, list(ends))
+    low, high = record["floor"]["c2st_interval"]
+    assert low < 0.5 < high < record["c2st_interval"][0]
+    assert (record["floor"]["num_samples"], record["num_reference"]) == (60, 80)
+    assert json.loads(json.dumps(record)) == record
+    few = point_metrics(real, made[:19])
+    assert few["c2st"] is few["c2st_interval"] is None
+    assert "floor" not in few
 
 
 def test_point_metrics_takes_unequal_counts_and_asks_for_a_grid():
