@@ -74,7 +74,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     record = {"metrics": found.metrics, **found.record}
     files = [out / "metrics.json", out / "samples.png"]
     with recording(record, files):
-        save_picture(found.shown, files[1], found.columns)
+        save_picture(found.shown, files[1], found.columns, beside=found.beside)
     _report(found.metrics)
     print(f"picture   {files[1]}\nnumbers   {files[0]}")
     return record
@@ -206,7 +206,8 @@ def _measure_points(cfg: DictConfig, run: Run, sampler: Sampler) -> Measured:
         torch.cat(list(x0)), sampler, cond, run.guidance, return_path=not stochastic
     )
     path = solution.path if solution.path is None else solution.path.cpu()
-    metrics = point_metrics(test["x1"], solution.x.cpu(), path, sampler.times)
+    train = run.data.train[:size]["x1"]  # for the floor
+    metrics = point_metrics(test["x1"], solution.x.cpu(), path, sampler.times, train=train)
     sampling = {
         **run.describe(sampler),
         "nfe": solution.nfe,
@@ -217,7 +218,8 @@ def _measure_points(cfg: DictConfig, run: Run, sampler: Sampler) -> Measured:
         "world_size": 1,
         "conditions": None if cond is None else "of the test split",
     }
-    return Measured(metrics, run.record(sampling, metrics=metrics), solution.x.cpu())
+    record = run.record(sampling, metrics=metrics)
+    return Measured(metrics, record, solution.x.cpu(), beside=test["x1"])
 
 
 def _report(metrics: dict[str, Any]) -> None:
@@ -278,11 +280,16 @@ def _unreliable(name: str, few: list[str]) -> str:
 
 def _point_rows(metrics: dict[str, Any]) -> dict[str, str]:
     """Return the metrics of points as text, by their names."""
-    names = {"W2": "w2", "W2²": "w2_squared", "path energy": "path_energy"}
+    names = {"W2": "w2", "W2²": "w2_squared", "energy distance": "energy_distance"}
+    names |= {"C2ST": "c2st", "path energy": "path_energy"}
     names["normalized path energy"] = "normalized_path_energy"
-    return {
-        shown: _with_interval(metrics, name, 4) for shown, name in names.items() if name in metrics
-    }
+    rows = {}
+    for shown, name in names.items():
+        if metrics.get(name) is not None:
+            real = metrics["floor"].get(name)
+            floor = "" if real is None else f"  (floor {real:.4f})"
+            rows[shown] = _with_interval(metrics, name, 4) + floor
+    return rows
 
 
 def _with_interval(metrics: dict[str, Any], name: str, digits: int = 3) -> str:

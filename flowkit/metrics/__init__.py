@@ -22,17 +22,12 @@ from flowkit.metrics.frechet import frechet_distance, frechet_from_moments
 from flowkit.metrics.inception import Inception, InceptionV3, inception
 from flowkit.metrics.intervals import Interval, wilson
 from flowkit.metrics.judges import Judge, PixelSVC, agreement
+from flowkit.metrics.kernels import KernelDistance, cmmd, energy_distance, kernel_distance, kid
 from flowkit.metrics.labels import classification_metrics
-from flowkit.metrics.neighbors import (
-    PRDC,
-    KernelDistance,
-    kernel_distance,
-    kid,
-    prdc,
-    prdc_intervals,
-)
+from flowkit.metrics.neighbors import PRDC, prdc, prdc_intervals
 from flowkit.metrics.pictures import as_saved, colored, from_uint8, save_picture, to_uint8
-from flowkit.metrics.scores import cmmd, inception_score
+from flowkit.metrics.pretrained import NetworkFeatures, Pretrained, pretrained
+from flowkit.metrics.scores import inception_score
 from flowkit.metrics.statistics import Moments, Statistics
 from flowkit.metrics.stored import StoredFeatures
 from flowkit.metrics.straightness import (
@@ -41,6 +36,7 @@ from flowkit.metrics.straightness import (
     wasserstein2,
     wasserstein2_interval,
 )
+from flowkit.metrics.two_samples import c2st, c2st_interval
 from flowkit.metrics.unbiased import frechet_unbiased
 
 __all__ = [
@@ -54,17 +50,22 @@ __all__ = [
     "Judge",
     "KernelDistance",
     "Moments",
+    "NetworkFeatures",
     "PixelSVC",
     "Pixels",
+    "Pretrained",
     "SeveralOutputs",
     "Statistics",
     "StoredFeatures",
     "agreement",
     "as_saved",
+    "c2st",
+    "c2st_interval",
     "classification_metrics",
     "cmmd",
     "colored",
     "distance_name",
+    "energy_distance",
     "feature_metrics",
     "frechet_distance",
     "frechet_from_moments",
@@ -82,6 +83,7 @@ __all__ = [
     "point_metrics",
     "prdc",
     "prdc_intervals",
+    "pretrained",
     "save_picture",
     "to_uint8",
     "train_classifier",

@@ -12,9 +12,10 @@ from flowkit.checks import check_at_least
 from flowkit.metrics.extrapolation import frechet_infinity
 from flowkit.metrics.features import Features, distance_name, family
 from flowkit.metrics.frechet import Gaussian, check_rows, gaussian_distance
-from flowkit.metrics.intervals import Interval, Strata, both_strata, half_sampling
-from flowkit.metrics.neighbors import PRDC, kernel_distance, prdc, prdc_intervals
-from flowkit.metrics.scores import cmmd, inception_score
+from flowkit.metrics.intervals import Interval, Strata
+from flowkit.metrics.kernels import cmmd, gaussian, kernel_distance
+from flowkit.metrics.neighbors import PRDC, prdc, prdc_intervals
+from flowkit.metrics.scores import inception_score
 from flowkit.metrics.statistics import Moments, Statistics
 from flowkit.metrics.unbiased import enough, frechet_unbiased
 from flowkit.provenance import tensor_hash
@@ -198,7 +199,7 @@ def check_network(name: str, hash: str, dim: int, reference: FeatureSet) -> None
         raise ValueError(f"reference must have {dim} features, got {reference.dim}")
 
 
-def named(name: str, value: float, interval: Interval | None) -> dict[str, Any]:
+def named(name: str, value: float | None, interval: Interval | None) -> dict[str, Any]:
     """Return a value and its interval under their names in records."""
     return {name: value, f"{name}_interval": None if interval is None else list(interval)}
 
@@ -263,13 +264,9 @@ def _by_pairs(a: Tensor, b: Tensor, strata: Strata, neighbors: int, kind: str) -
     record |= named("kernel_distance", *kernel_distance(a, b, strata=strata))
     if kind == "clip":
         units = F.normalize(a.double()), F.normalize(b.double())
-        numbers = both_strata(strata, {"a": a, "b": b})
-
-        def half(rows: Tensor, others: Tensor) -> Tensor:
-            return torch.tensor([cmmd(units[0][rows], units[1][others])])
-
+        value, ends = kernel_distance(*units, kernel=gaussian, strata=strata)
         record["cmmd"] = cmmd(*units)
-        record["cmmd_std"] = half_sampling(half, numbers, fewest=2).item()
+        record |= named("cmmd_unbiased", 1000 * value, Interval(*(1000 * end for end in ends)))
     count = min(len(a), len(b))
     # With the farthest sample as neighbor, noise is precise.
     k = max(1, min(neighbors, count // 4))
@@ -292,7 +289,7 @@ def _trust(record: dict[str, Any], a: FeatureSet, b: FeatureSet) -> dict[str, An
     """Say which values of a record depend too much on the number of images, and why."""
     sets = {"samples": record["num_samples"], "reference images": record["num_reference"]}
     counts = {name: count for name, count in sets.items() if count is not None}
-    unreliable = list(UNRELIABLE) if min(counts.values()) < FEW else []
+    unreliable: list[str] = list(UNRELIABLE) if min(counts.values()) < FEW else []
     warnings = []
     for name, count in counts.items():
         if count <= a.dim:

@@ -12,6 +12,7 @@ from flowkit.metrics.comparison import FeatureSet, feature_metrics, named
 from flowkit.metrics.features import Features, outputs_of
 from flowkit.metrics.intervals import Interval, around, wilson
 from flowkit.metrics.judges import Judge, agreement
+from flowkit.metrics.kernels import energy_distance
 from flowkit.metrics.pictures import as_saved
 from flowkit.metrics.straightness import (
     Transport,
@@ -20,6 +21,7 @@ from flowkit.metrics.straightness import (
     transport,
     transport_interval,
 )
+from flowkit.metrics.two_samples import FEWEST, c2st_interval
 from flowkit.provenance import tensor_hash
 from flowkit.sampling import Solution
 
@@ -138,8 +140,14 @@ def point_metrics(
     generated: Tensor,
     path: Solution | Tensor | None = None,
     grid: Tensor | int | None = None,
+    *,
+    train: Tensor | None = None,
 ) -> dict[str, Any]:
     """Compare generated points with real points, and measure the straightness of a path.
+
+    ``w2``, ``energy_distance`` and ``c2st`` compare the points. The ``floor`` is the same
+    comparison of two real sets: a perfect model has these values, and ``w2`` is never near 0. With
+    fewer than 20 points of a set ``c2st`` is None.
 
     The normalized path energy compares the path energy with ``W2²`` between the source ``path[0]``
     and the real points. A path energy below this ``W2²`` means that the flow does not reach the
@@ -154,12 +162,14 @@ def point_metrics(
         generated: Generated points ``(M, *)``, ``M >= 2``.
         path: A solution with a path, or the path ``(n+1, B, *)``; None skips the path energy.
         grid: The times ``(n+1,)`` of the path, or ``n`` for uniform times.
+        train: Other real points ``(K, *)``, for the floor; as many as there are generated points
+            are taken.
 
     Returns:
-        A record of plain types for JSON: ``w2`` and ``w2_squared`` between generated and real
-        points. With a path also ``transport_w2`` and ``transport_w2_squared`` between source and
-        real points, ``path_energy``, ``normalized_path_energy`` and
-        ``path_energy_below_w2_squared``.
+        A record of plain types for JSON: ``w2``, ``w2_squared``, ``energy_distance`` and ``c2st``
+        between generated and real points. With a path also ``transport_w2`` and
+        ``transport_w2_squared`` between source and real points, ``path_energy``,
+        ``normalized_path_energy`` and ``path_energy_below_w2_squared``.
 
     Raises:
         ValueError: If a path is given without its grid, shapes differ, or there are fewer than 2
@@ -172,10 +182,12 @@ def point_metrics(
     """
     check_at_least(min(len(real), len(generated)), 2, "the number of points")
     record: dict[str, Any] = {
-        **_distances("w2", transport(generated, real)),
-        "num_samples": len(generated),
+        **_compare_points(generated, real),
         "reference": {"num_samples": len(real), "hash": tensor_hash(real)},
     }
+    if train is not None:
+        check_at_least(len(train), 2, "the number of points of train")
+        record["floor"] = _compare_points(train[: len(generated)], real)
     if path is None:
         return record
     if grid is None:
@@ -199,6 +211,19 @@ def point_metrics(
         **named("path_energy", energy, around(energy, std_energy, (0.0, inf), freedom=count - 1)),
         **named("normalized_path_energy", normalized, Interval(below, max(abs(low), abs(high)))),
         "path_energy_below_w2_squared": energy < found.squared,
+    }
+
+
+def _compare_points(points: Tensor, real: Tensor) -> dict[str, Any]:
+    """Measure all distances of two sets of points."""
+    enough = min(len(points), len(real)) >= FEWEST
+    value, interval = c2st_interval(points, real) if enough else (None, None)
+    return {
+        "num_samples": len(points),
+        "num_reference": len(real),
+        **_distances("w2", transport(points, real)),
+        **named("energy_distance", *energy_distance(points, real)),
+        **named("c2st", value, interval),
     }
 
 

@@ -220,7 +220,7 @@ class Inception:
         return self.outputs(images)["features"]
 
 
-def inception(weights: str | Path, device: torch.device | str = "cpu") -> Inception:
+def inception(weights: str | Path | None, device: torch.device | str = "cpu") -> Inception:
     """Load the features of the Fréchet Inception distance (FID).
 
     Only the Fréchet distance of these features, with the published weights, may be called FID: with
@@ -242,9 +242,9 @@ def inception(weights: str | Path, device: torch.device | str = "cpu") -> Incept
         ValueError: If the file does not exist, or holds other objects than the tensors of the
             network.
     """
+    if weights is None or not Path(weights).is_file():
+        raise ValueError(f"weights must be a file of InceptionV3 weights, got {weights}; {HELP}")
     file = Path(weights)
-    if not file.is_file():
-        raise ValueError(f"weights must be a file of InceptionV3 weights, got {file}; {HELP}")
     with file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     try:

@@ -12,7 +12,13 @@ from flowkit.provenance import write_atomically
 QUANTIZATIONS = ("round", "floor", "truncate")  # rules from floats to bytes, see `to_uint8`
 
 
-def save_picture(samples: Tensor, file: str | Path, columns: int = 10, zoom: int = 8) -> Path:
+def save_picture(
+    samples: Tensor,
+    file: str | Path,
+    columns: int = 10,
+    zoom: int = 8,
+    beside: Tensor | None = None,
+) -> Path:
     """Save images as one picture in rows and columns, or points as a plot.
 
     Images with other than 1 or 3 channels are shown as the mean of their channels. Points are shown
@@ -23,6 +29,7 @@ def save_picture(samples: Tensor, file: str | Path, columns: int = 10, zoom: int
         file: The PNG file. Its folder is created if it does not exist.
         columns: Number of images in a row.
         zoom: Largest integer factor by which small images are enlarged.
+        beside: Real points ``(M, *)``, for a second plot in the same range.
 
     Returns:
         The file.
@@ -40,7 +47,8 @@ def save_picture(samples: Tensor, file: str | Path, columns: int = 10, zoom: int
         shown = samples if samples.shape[1] in (1, 3) else samples.mean(1, keepdim=True)
         _save_images(shown, file, columns, zoom)
     else:
-        _save_points(samples.flatten(1), file)
+        real = {} if beside is None else {"real": beside}
+        _save_points({"generated": samples, **real}, file)
     return file
 
 
@@ -73,17 +81,21 @@ def save_figure(figure: Any, file: Path, dpi: int = 120) -> None:
     write_atomically(file, lambda partial: figure.savefig(partial, format="png", dpi=dpi))
 
 
-def _save_points(samples: Tensor, file: Path) -> None:
-    """Save points ``(N, d)`` as a histogram for ``d = 1``, else as a scatter plot."""
+def _save_points(sets: dict[str, Tensor], file: Path) -> None:
+    """Save sets of points ``(N, *)``: histograms of one coordinate, else scatter plots."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4, 4), layout="constrained")
-    axes, coordinates = figure.add_subplot(), samples.detach().float().cpu().mT
-    if len(coordinates) == 1:
-        axes.hist(coordinates[0], bins=50)
-    else:
-        axes.set_aspect("equal")
-        axes.scatter(*coordinates[:2], s=3, alpha=0.5, linewidths=0)
+    figure = Figure(figsize=(4 * len(sets), 4), layout="constrained")
+    plots = figure.subplots(1, len(sets), squeeze=False, sharex=True, sharey=True)[0]
+    for axes, (name, points) in zip(plots, sets.items(), strict=True):
+        coordinates = points.flatten(1).detach().float().cpu().mT
+        if len(coordinates) == 1:
+            axes.hist(coordinates[0], bins=50, density=len(sets) > 1)
+        else:
+            axes.set_aspect("equal")
+            axes.scatter(*coordinates[:2], s=3, alpha=0.5, linewidths=0)
+        if len(sets) > 1:
+            axes.set_title(f"{name}, {len(points):,} points")
     save_figure(figure, file)
 
 

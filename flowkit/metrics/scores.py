@@ -1,10 +1,10 @@
-"""Scores of images in published feature networks: Inception score and CMMD."""
+"""Scores of images by the logits of a classifier: the Inception score."""
 
 import torch
 from torch import Tensor
 
 from flowkit.checks import check_between
-from flowkit.metrics.frechet import as_features, check_rows
+from flowkit.metrics.frechet import check_rows
 
 
 def inception_score(logits: Tensor, splits: int = 10) -> tuple[float, float]:
@@ -46,44 +46,3 @@ def inception_score(logits: Tensor, splits: int = 10) -> tuple[float, float]:
         scores.append((entropy + (own * part).sum(1).mean()).exp())
     found = torch.stack(scores)
     return found.mean().item(), found.std(correction=0).item()
-
-
-SIGMA, SCALE, ROWS = 10.0, 1000.0, 1000
-
-
-def cmmd(a: Tensor, b: Tensor) -> float:
-    """CMMD: 1000 times the squared MMD with the kernel ``exp(−‖x − y‖² / (2 · 10²))``.
-
-    It is the biased estimate, the mean kernel over all pairs, as its authors publish. The name is
-    for features of `clip_features`, which have length 1: then the bias at ``N`` samples is below
-    ``20 / N``.
-
-    Source: Jayasumana et al. 2024, *Rethinking FID* (arXiv 2401.09603); Gretton et al. 2012,
-    *A kernel two-sample test*, equation 5.
-
-    Args:
-        a: Features ``(N, F)``.
-        b: Features ``(M, F)``.
-
-    Returns:
-        The distance, at least 0.
-
-    Raises:
-        ValueError: If the shapes differ, a set has fewer than 2 samples or a value is not finite.
-
-    >>> a = torch.eye(4)
-    >>> cmmd(a, a), round(cmmd(a, -a), 4)
-    (0.0, 9.9008)
-    """
-    a, b = as_features(a=a, b=b)
-    value = _mean_gauss(a, a) + _mean_gauss(b, b) - 2 * _mean_gauss(a, b)
-    return SCALE * max(value, 0.0)
-
-
-def _mean_gauss(a: Tensor, b: Tensor) -> float:
-    """Return the mean kernel of all pairs of ``a (N, F)`` and ``b (M, F)``, in blocks."""
-    norms, total = b.square().sum(1), 0.0
-    for rows in a.split(ROWS):
-        squares = rows.square().sum(1)[:, None] + norms - 2 * rows @ b.T
-        total += (squares / (-2 * SIGMA**2)).exp().sum().item()
-    return total / (len(a) * len(b))

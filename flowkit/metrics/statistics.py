@@ -140,13 +140,16 @@ class Statistics:
             ValueError: If the file is no ``.npz``, holds no ``mu`` or ``sigma``, or a field is of a
                 wrong kind.
         """
+        known = {ARRAYS.get(field.name, field.name): field.name for field in fields(cls)}
         try:
             # A pickled file is refused here, and a pickled field when it is read.
-            with np.load(path, allow_pickle=False) as file:
-                known = {ARRAYS.get(field.name, field.name): field.name for field in fields(cls)}
+            file = np.load(path, allow_pickle=False)
+            if not isinstance(file, np.lib.npyio.NpzFile):
+                raise ValueError("it holds one array")
+            with file:
                 found = {known[key]: file[key] for key in file.files if key in known}
                 names = list(file.files)
-        except (BadZipFile, ValueError, EOFError, AttributeError) as error:
+        except (BadZipFile, ValueError, EOFError) as error:
             raise ValueError(f"path must be an npz file of arrays, got {path}: {error}") from error
         missing = [ARRAYS[name] for name in ("mean", "cov") if name not in found]
         if missing:
@@ -220,23 +223,43 @@ class Moments:
             self.mean = self.mean + gap * (number / total)
         self.count = total
 
-    def statistics(self, spatial: "Moments | None" = None, **names: str | None) -> Statistics:
+    def statistics(
+        self,
+        spatial: "Moments | None" = None,
+        *,
+        features_name: str | None = None,
+        features_hash: str | None = None,
+        spatial_name: str | None = None,
+        reference_hash: str | None = None,
+    ) -> Statistics:
         """Return the statistics, with the spatial ones if they are given.
 
         Args:
             spatial: The moments of the spatial features of the same samples.
-            names: The names and hashes of `Statistics`.
+            features_name: See `Statistics`, as for the other names.
+            features_hash: Hash of the feature network.
+            spatial_name: Name of the spatial features.
+            reference_hash: Hash of the samples.
 
         Raises:
             ValueError: If there are fewer than 2 samples, or another number of spatial features.
         """
         check_at_least(self.count, 2, "the number of samples")
-        moments: dict[str, Any] = {"mean": self.mean, "cov": self._squares / (self.count - 1)}
+        found = None
         if spatial is not None:
             if spatial.count != self.count:
                 raise ValueError(
                     f"spatial must be of the same {self.count} samples, got {spatial.count}"
                 )
             found = spatial.statistics()
-            moments |= {"spatial_mean": found.mean, "spatial_cov": found.cov}
-        return Statistics(count=self.count, **moments, **names)
+        return Statistics(
+            self.mean,
+            self._squares / (self.count - 1),
+            self.count,
+            features_name,
+            features_hash,
+            None if found is None else found.mean,
+            None if found is None else found.cov,
+            spatial_name,
+            reference_hash,
+        )

@@ -35,7 +35,7 @@ class StoredFeatures:
 
     def outputs(self, images: Tensor) -> dict[str, Tensor]:
         """Return all outputs of the network for images ``(B, C, H, W)`` in [-1, 1]."""
-        content = f"{self.name} {self.hash} {tensor_hash(to_uint8(images))}"
+        content = f"outputs of {self.name} {self.hash} {tensor_hash(to_uint8(images))}"
         key = hashlib.sha256(content.encode()).hexdigest()
         file = self.folder / f"features-{key[:32]}.safetensors"
         found = cached(

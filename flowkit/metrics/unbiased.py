@@ -94,7 +94,7 @@ def frechet_unbiased(
             )
     numbers = both_strata(strata, sets)
     centered, fits = zip(*map(_fit, sets.values()), strict=True)
-    counts = [len(x) for x in sets.values()]
+    counts: list[float] = [len(x) for x in sets.values()]
     if isinstance(b, Statistics):
         fits, counts = (*fits, Gaussian(b.mean, b.cov)), [*counts, math.inf]
     roots = [_root(fit) for fit in fits]
@@ -103,7 +103,7 @@ def frechet_unbiased(
         _changes(x, stratum, sign * gap, root)
         for x, stratum, sign, root in zip(centered, numbers, (1, -1), roots[::-1], strict=False)
     ]
-    rest = _rest(*roots, *counts)
+    rest = _rest(roots[0], roots[1], counts[0], counts[1])
     value, (low, high) = jackknife(gaussian_distance(*fits), changes, numbers, confidence, rest)
     return value, Interval(low - abs(rest) / 2, high + abs(rest) / 2)
 

@@ -9,8 +9,11 @@ parts, records, tables and plots for the recipes.
 from flowkit.runs.features import (
     classifier_error,
     classifier_features,
+    clip_features,
+    dinov2_features,
     features_for,
     inception_features,
+    network_features,
     pixel_features,
 )
 from flowkit.runs.run import Run, own_grid, saved_grid
@@ -19,8 +22,11 @@ __all__ = [
     "Run",
     "classifier_error",
     "classifier_features",
+    "clip_features",
+    "dinov2_features",
     "features_for",
     "inception_features",
+    "network_features",
     "own_grid",
     "pixel_features",
     "saved_grid",

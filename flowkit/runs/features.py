@@ -3,15 +3,17 @@
 from collections.abc import Callable
 from typing import cast
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from flowkit.data import SplitData
 from flowkit.metrics import (
     ConvClassifier,
     Features,
+    NetworkFeatures,
     Pixels,
     PixelSVC,
     inception,
+    pretrained,
     train_classifier,
 )
 from flowkit.modules.autoencoding import FeatureError
@@ -78,9 +80,32 @@ def pixel_features(data: SplitData | None) -> Pixels:
     return Pixels()
 
 
-def inception_features(data: SplitData | None, weights: str, device: str = "cpu") -> Features:
+def inception_features(
+    data: SplitData | None, weights: str | None = None, device: str = "cpu"
+) -> Features:
     """Return the Inception features of FID, from a file of weights."""
     return inception(weights, device)
+
+
+def dinov2_features(
+    data: SplitData | None, weights: str | None = None, device: str = "cpu"
+) -> Features:
+    """Return the features of DINOv2, from a folder of the transformers library."""
+    return pretrained("dinov2", weights, device)
+
+
+def clip_features(
+    data: SplitData | None, weights: str | None = None, device: str = "cpu"
+) -> Features:
+    """Return the features of CLIP, from a folder of the transformers library."""
+    return pretrained("clip", weights, device)
+
+
+def network_features(
+    data: SplitData | None, network: nn.Module, name: str | None = None, device: str = "cpu"
+) -> Features:
+    """Return the features of any network."""
+    return NetworkFeatures(network, name, device)
 
 
 def classifier_error(

@@ -35,12 +35,16 @@ MOST_NUMBERS = 2**28  # of the pixels that a judge is fitted to
 
 
 class Measured(NamedTuple):
-    """Metrics, the rest of the record, and samples for the picture with its number of columns."""
+    """Metrics, the rest of the record, and samples for the picture with its number of columns.
+
+    Real points are shown beside generated ones.
+    """
 
     metrics: dict[str, Any]
     record: dict[str, Any]
     shown: Tensor
     columns: int = 10
+    beside: Tensor | None = None
 
 
 def of_samples(cfg: DictConfig, fabric: Fabric, out: Path) -> Measured | None:

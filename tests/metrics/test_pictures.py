@@ -45,6 +45,21 @@ def test_points_are_drawn_where_they_are(tmp_path):
     assert higher.read_bytes() == file.read_bytes()
 
 
+def test_real_points_are_shown_beside_in_the_same_range(tmp_path):
+    """A quarter of the width: in a plot of its own, the square would fill it."""
+    made, real = torch.rand(3000, 2), 4 * torch.rand(3000, 2)
+    file = save_picture(made, tmp_path / "points.png", beside=real)
+    pixels = np.asarray(Image.open(file)).astype(int)
+    blue = pixels[..., 2] - pixels[..., 0] > 60
+    half = blue.shape[1] // 2
+    left, right = (np.ptp(np.where(part)[1]) for part in (blue[:, :half], blue[:, half:]))
+    assert left == pytest.approx(right / 4, rel=0.1)
+    line = save_picture(torch.rand(50, 1), tmp_path / "line.png", beside=torch.rand(90, 1))
+    blue = np.asarray(Image.open(line)).astype(int)
+    blue = blue[..., 2] - blue[..., 0] > 60
+    assert min(blue[:, :half].mean(), blue[:, half:].mean()) > 0.05
+
+
 def test_other_samples_have_a_picture_too(tmp_path):
     line = np.asarray(Image.open(save_picture(torch.rand(50, 1), tmp_path / "line.png")))
     assert (line.min(axis=2) < 200).mean() > 0.1  # the bars
