@@ -28,8 +28,8 @@ MOST_WORK = 1e12  # decompositions of covariances, one a class, times features c
 
 
 @dataclass(frozen=True)
+class FeatureSet:
     """Outputs of a feature network for a set of images, or their statistics.
-    """What a feature network says about a set of images.
 
     Attributes:
         features: Features ``(N, F)``; None if only their statistics are known.
@@ -108,8 +108,8 @@ MOST_WORK = 1e12  # decompositions of covariances, one a class, times features c
         return self._known.shape[1] if self.statistics is None else len(self.statistics.mean)
 
     @property
+    def sampled(self) -> bool:
         """True if the Fréchet distance is that of the features, not of statistics of a file."""
-        """Whether the Fréchet distance is that of the features, not of statistics of a file."""
         return self.features is not None and self.count == len(self.features)
 
     @property
