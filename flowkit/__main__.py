@@ -16,10 +16,11 @@ from typing import Any, NoReturn, cast
 import flowkit.recipes
 from flowkit import __version__
 from flowkit.errors import ErrorInALine, errors_to_us, is_hydras
+from flowkit.places import check_writable
 from flowkit.rules import (
     CONF,
     check,
-    check_writable,
+    choice_of_group,
     did_you_mean,
     fits,
     keys_of,
@@ -84,6 +85,7 @@ def main() -> None:
             print(explained(name, [argument for argument in sys.argv[1:] if "=" in argument]))
             return
         sys.argv[1:] = [null_of_group(name, argument) for argument in sys.argv[1:]]
+        sys.argv[1:] = [choice_of_group(name, argument) for argument in sys.argv[1:]]
         if any(argument.startswith("resume=") for argument in sys.argv):
             sys.argv[1:] = [of_a_part(argument) for argument in sys.argv[1:]]
         import hydra
@@ -284,7 +286,8 @@ def _check_places(values: dict[str, Any], folder: Path | None) -> None:
     if "out" in values and out is None and run is not None:
         check_writable(Path(run), "run", "; choose another folder by out=")
     elif out and "${" not in str(out):
-        check_writable(Path(out), "out")
+        file = Path(out).suffix == ".npz"  # of flowkit statistics
+        check_writable(Path(out).parent if file else Path(out), "out")
     elif folder and str(folder) == values.get("pipeline"):
         check_writable(folder, "pipeline", "; choose another folder by out=")
     elif folder:

@@ -34,7 +34,6 @@ from difflib import get_close_matches
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Any
 
 CONF = Path(str(files("flowkit.conf")))
@@ -61,6 +60,46 @@ WORDS = {
     "settings": "a mapping",
     "bool": "true or false",
 }
+
+
+# --- places and choices -----------------------------------------------------------------------
+
+
+def choice_of_group(recipe: str, argument: str) -> str:
+    """Return ``group@key=choice`` for ``key=choice``, where a key names a choice or a path.
+
+    Raises:
+        ValueError: If the recipe has such a key, and there is neither the choice nor the path.
+
+    >>> choice_of_group("evaluate", "reference=digits"), choice_of_group("evaluate", "seed=1")
+    ('data@reference=digits', 'seed=1')
+    """
+    key, _, value = argument.partition("=")
+    rules = rules_of(recipe)
+    group = next((name for top, name in rules if not top and name.endswith(f"@{key}")), None)
+    takes_paths = rules.get(("", key), "").startswith("path or part")
+    if group is None or not takes_paths or value == "null" or not re.fullmatch(r"[\w.-]+", value):
+        return argument
+    if value in choices_of(group):
+        return f"{group}={value}"
+    if not Path(value).exists():
+        raise ValueError(no_such_place(key, value, group))
+    return argument
+
+
+def choices_of(group: str) -> list[str]:
+    """Return the choices of a group, which may have a key as in ``data@reference``."""
+    return sorted(file.stem for file in (CONF / group.partition("@")[0]).glob("*.yaml"))
+
+
+def no_such_place(key: str, value: str, group: str) -> str:
+    """Return the message for a value that is neither a path nor a choice of a group."""
+    choices = choices_of(group)
+    fix = did_you_mean(value, choices, f"; a relative path counts from {Path.cwd()}")
+    return (
+        f"{key} must be a file or folder that exists, or one of {', '.join(choices)}, got "
+        f"{value}{fix}"
+    )
 
 
 # --- reading ----------------------------------------------------------------------------------
@@ -185,25 +224,6 @@ def check(recipe: str, config: Mapping[str, Any]) -> None:
     for (cls, key), rule in rules.items():
         if not cls and "." not in key and key not in config and rule != "part or null":
             raise ValueError(f"{key} must stay, got ~{key}")
-
-
-def check_writable(folder: Path, key: str, fix: str = "") -> None:
-    """Require a folder that can be written or created, by a test file.
-
-    Args:
-        folder: The folder.
-        key: Name of its option, for the error.
-        fix: Advice at the end of the error message.
-
-    Raises:
-        PermissionError: If it cannot.
-    """
-    made = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    try:
-        with TemporaryFile(dir=made):
-            pass
-    except OSError as error:
-        raise PermissionError(f"{key} must be a writable folder, got {folder}{fix}") from error
 
 
 def keys_of(node: Mapping[str, Any], place: str = "") -> Iterator[str]:

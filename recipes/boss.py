@@ -39,10 +39,10 @@ from flowkit.boss import (
 from flowkit.boss.costs import check_num_steps, kind_of_step, make_field, rows_per_step
 from flowkit.boss.guard import LEVEL
 from flowkit.metrics import Features, as_saved, frechet_distance
-from flowkit.metrics.evaluate import unreliable
+from flowkit.metrics.comparison import unreliable
 from flowkit.modules.callbacks import duration
+from flowkit.places import check_writable
 from flowkit.provenance import versions, write_text
-from flowkit.rules import check_writable
 from flowkit.runs import Run
 from flowkit.runs.drawing import draw, like_test
 from flowkit.runs.grid_plots import Row, plot, table_of

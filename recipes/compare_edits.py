@@ -28,8 +28,8 @@ from flowkit.metrics import PixelSVC
 from flowkit.metrics.pictures import save_figure, save_picture
 from flowkit.modules.flow import labels_of
 from flowkit.paths import Linear
+from flowkit.places import check_writable
 from flowkit.provenance import versions, write_text
-from flowkit.rules import check_writable
 from flowkit.runs.editing import RunFlow
 from flowkit.runs.features import judge_of
 from flowkit.runs.records import recorded, recording

@@ -26,7 +26,7 @@ from flowkit.metrics import agreement
 from flowkit.metrics.labels import segmentation_metrics
 from flowkit.metrics.pictures import colored, save_picture
 from flowkit.modules import SymmetricalFlowMatching
-from flowkit.rules import check_writable
+from flowkit.places import check_writable
 from flowkit.runs import Run
 from flowkit.runs.drawing import draw
 from flowkit.runs.features import judge_of

@@ -25,8 +25,8 @@ from flowkit.flowopt import Edit, FlowOpt
 from flowkit.metrics import from_uint8, to_uint8
 from flowkit.metrics.gaussianity import gaussianity
 from flowkit.metrics.pictures import save_figure, save_image, save_picture
+from flowkit.places import check_writable
 from flowkit.provenance import versions, write_atomically
-from flowkit.rules import check_writable
 from flowkit.runs.editing import PipelineFlow, RunFlow, Settings
 from flowkit.runs.records import recording
 from flowkit.sampling import ODESampler

@@ -18,7 +18,7 @@ from flowkit.checks import check_at_least
 from flowkit.couplings import EpsilonChoice, cost_matrix, suggest_epsilon
 from flowkit.couplings.epsilon import variance_components
 from flowkit.metrics.pictures import save_figure
-from flowkit.rules import check_writable
+from flowkit.places import check_writable
 from flowkit.runs.records import recording
 from flowkit.runs.splits import prepared
 

@@ -17,7 +17,7 @@ from flowkit.inpainting import RandomMasks
 from flowkit.metrics.pictures import save_picture
 from flowkit.modules import LatentFlowMatching
 from flowkit.modules.flow import Guidance, labels_of
-from flowkit.rules import check_writable
+from flowkit.places import check_writable
 from flowkit.runs import Run
 from flowkit.runs.known_data import place_of
 from flowkit.runs.records import recording

@@ -40,11 +40,11 @@ from flowkit.blockwise import (
 from flowkit.boss import step_costs
 from flowkit.data import SplitData
 from flowkit.metrics import Features, as_saved, frechet_distance
-from flowkit.metrics.evaluate import unreliable
+from flowkit.metrics.comparison import unreliable
 from flowkit.modules import FlowModule
 from flowkit.modules.flow import labels_of
+from flowkit.places import check_writable
 from flowkit.provenance import versions, write_text
-from flowkit.rules import check_writable
 from flowkit.runs import Run
 from flowkit.runs.drawing import draw, start
 from flowkit.runs.features import judge_of

@@ -24,8 +24,8 @@ from flowkit.data import SplitData
 from flowkit.metrics.labels import classification_metrics, segmentation_metrics
 from flowkit.metrics.pictures import colored, save_figure, save_picture
 from flowkit.modules import SymmetricalFlowMatching
+from flowkit.places import check_writable
 from flowkit.provenance import write_atomically
-from flowkit.rules import check_writable
 from flowkit.runs import Run
 from flowkit.runs.known_data import place_of
 from flowkit.runs.records import recording

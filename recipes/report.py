@@ -38,10 +38,10 @@ from flowkit.metrics import (
     to_uint8,
     wasserstein2,
 )
-from flowkit.metrics.evaluate import unreliable
+from flowkit.metrics.comparison import unreliable
 from flowkit.modules.flow import labels_of
+from flowkit.places import check_writable
 from flowkit.provenance import cache_folder, versions, write_json, write_text
-from flowkit.rules import check_writable
 from flowkit.runs import Run
 from flowkit.runs.drawing import draw_parts, like_test
 from flowkit.runs.features import judge_of

@@ -6,6 +6,7 @@ flowkit sample run=runs/fashion labels=[Bag,Coat]               classes by name
 flowkit sample run=runs/quickstart sampler=euler sampler.grid=8
 flowkit sample run=runs/blocks feature_mode=cached            of blocks: the trunk once a segment
 flowkit sample run=runs/quickstart num_samples=50000 device=cuda devices=8
+flowkit sample run=runs/quickstart format=npz                 as ADM reads them; png: a file each
 
 Every sample starts from the noise of its own seed. If the run was trained on source samples, or on
 conditions other than labels, the samples take those of the test split. Their number is then at
@@ -20,8 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from flowkit.metrics.pictures import save_picture
-from flowkit.provenance import write_atomically
-from flowkit.rules import check_writable
+from flowkit.places import check_writable
 from flowkit.runs import Run
 from flowkit.runs.drawing import draw_parts, start
 from flowkit.runs.known_data import place_of
@@ -29,14 +29,23 @@ from flowkit.runs.parts import Parts, hash_of
 from flowkit.runs.processes import launch
 from flowkit.runs.records import recording
 from flowkit.runs.starts import choose_labels, choose_samples, given_source
+from flowkit.runs.written import (
+    FORMS,
+    check_form,
+    check_place,
+    form_record,
+    place_in,
+    write_samples,
+)
 
 SHOWN = 100  # samples in the picture
 
 
 def sample(cfg: DictConfig) -> Tensor:
-    """Sample as configured; write ``samples.pt``, ``samples.png`` and ``samples.json``.
+    """Sample as configured; write the samples, ``samples.png`` and ``samples.json``.
 
-    The picture shows the first 100 samples.
+    The samples are ``samples.pt``, ``samples.npz`` or the files of the folder ``samples``. The
+    picture shows the first 100 of them.
 
     Returns:
         The samples; the tensor is empty on all processes but the first.
@@ -58,6 +67,8 @@ def sample(cfg: DictConfig) -> Tensor:
     else:
         cond = choose_labels(labels, cfg.num_samples, run.num_classes)
         x0, source = start(run, cfg, cfg.num_samples)
+    check_form(cfg.format, cfg.quantization, run.config.get("image_shape"))
+    check_place(folder, cfg.format)
     used = {"weights": run.weights, **run.describe(sampler), **source}
     used |= {"mode": [cfg.feature_mode, cfg.tolerance], "cond": hash_of(cond)}
     parts = Parts(folder, used, fabric)
@@ -76,10 +87,11 @@ def sample(cfg: DictConfig) -> Tensor:
     }
     classes = run.num_classes if cond is not None and labels is None else None
     columns = 10 // classes * classes if classes and classes <= 10 else 10  # a class a column
-    files = [folder / f"samples.{kind}" for kind in ("json", "png", "pt")]
-    with recording(run.record(sampling), files):
-        content = {"samples": samples, "cond": cond}
-        write_atomically(files[2], lambda file: torch.save(content, file))
+    files = [folder / name for name in ("samples.json", "samples.png", place_in(cfg.format))]
+    record = run.record(sampling, samples=form_record(cfg.format, cfg.quantization))
+    others = [folder / place_in(form) for form in FORMS if form != cfg.format]
+    with recording(record, [*files, *others]):
+        write_samples(files[2], cfg.format, samples, cond, cfg.quantization)
         save_picture(samples[:SHOWN], files[1], columns)
     parts.remove()
     print(f"picture   {files[1]}\nsamples   {files[2]}")

@@ -18,7 +18,7 @@ from flowkit.metrics import agreement
 from flowkit.metrics.pictures import save_picture
 from flowkit.modules import LatentFlowMatching
 from flowkit.modules.condition_grid import condition_grid
-from flowkit.rules import check_writable
+from flowkit.places import check_writable
 from flowkit.runs import Run
 from flowkit.runs.drawing import draw, start
 from flowkit.runs.features import judge_of

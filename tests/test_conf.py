@@ -144,6 +144,6 @@ def test_debug_composes(option, configure, tmp_path):
 @pytest.mark.parametrize("option", _options("metric"))
 def test_metric_composes(option, configure, tmp_path):
     name = option.split("/")[1]
-    extra = ["metric.weights=w.pth"] if name == "inception" else []
+    extra = ["metric.network._target_=torch.nn.Flatten"] if name == "network" else []
     cfg = configure("evaluate", f"metric={name}", "run=r", *extra)
     assert callable(instantiate(cfg.metric))

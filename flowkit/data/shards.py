@@ -260,7 +260,7 @@ def read_index(
                 raise ValueError(f"shard in {index} must number a tar file, got another number")
             return columns, tag["notes"].splitlines()
     other: Counter[str] = Counter()
-    samples = [(n, *sample) for n, file in enumerate(files) for sample in _samples(file, other)]
+    samples = [(n, *sample) for n, file in enumerate(files) for sample in members(file, other)]
     labels = [sample[4] for sample in samples]
     if None in labels and any(label is not None for label in labels):
         first = files[samples[labels.index(None)][0]]
@@ -277,7 +277,7 @@ def read_index(
     return columns, notes
 
 
-def _samples(file: Path, other: Counter[str]) -> list[tuple[int, int, int, int | None]]:
+def members(file: Path, other: Counter[str]) -> list[tuple[int, int, int, int | None]]:
     """Return offset, size, key and label (or None) of each image in a tar file.
 
     Other members are counted.

@@ -1,5 +1,6 @@
 """Records of an evaluation: metrics with the features and the reference they depend on."""
 
+from collections.abc import Mapping
 from math import inf
 from typing import Any, cast
 
@@ -7,11 +8,11 @@ import torch
 from torch import Tensor
 
 from flowkit.checks import check_at_least
-from flowkit.metrics.features import Features
-from flowkit.metrics.frechet import frechet_distance
+from flowkit.metrics.comparison import FeatureSet, feature_metrics, named
+from flowkit.metrics.features import Features, outputs_of
 from flowkit.metrics.intervals import Interval, around, wilson
 from flowkit.metrics.judges import Judge, agreement
-from flowkit.metrics.neighbors import kernel_distance, prdc, prdc_intervals
+from flowkit.metrics.kernels import energy_distance
 from flowkit.metrics.pictures import as_saved
 from flowkit.metrics.straightness import (
     Transport,
@@ -20,13 +21,9 @@ from flowkit.metrics.straightness import (
     transport,
     transport_interval,
 )
-from flowkit.metrics.unbiased import enough, frechet_unbiased
+from flowkit.metrics.two_samples import FEWEST, c2st_interval
 from flowkit.provenance import tensor_hash
 from flowkit.sampling import Solution
-
-FEW = 100  # images; values that depend on their number are unreliable below it, see docs
-UNRELIABLE = ("frechet_distance", "precision", "recall", "density", "coverage")
-MOST_WORK = 1e12  # decompositions of covariances, one a class, times features cubed: minutes
 
 
 def image_metrics(
@@ -39,7 +36,9 @@ def image_metrics(
     test_labels: Tensor | None = None,
     judge: Judge | None = None,
     generator: torch.Generator | None = None,
-    generated_features: Tensor | None = None,
+    generated_features: Mapping[str, Tensor] | Tensor | None = None,
+    neighbors: int | None = None,
+    extrapolate: bool = False,
 ) -> dict[str, Any]:
     """Compare generated images with held-out real images.
 
@@ -73,7 +72,11 @@ def image_metrics(
         test_labels: Classes ``(M,)`` of the held-out images, also fixed in number.
         judge: An independent classifier; needs ``labels`` and ``test_labels``.
         generator: Draws the images of the floor; on the CPU.
-        generated_features: Features ``(n, F)`` of the 8-bit generated images, if they are known.
+        generated_features: Features ``(n, F)`` of the 8-bit generated images, or all outputs of
+            `flowkit.metrics.outputs_of`, if they are known.
+        neighbors: Neighbor that defines the radius of precision, recall, density and coverage.
+            None stands for 3 in the features of Inception, as ADM takes, and for 5 in others.
+        extrapolate: Whether to measure ``frechet_distance_infinity``, see `frechet_infinity`.
 
     Returns:
         A record of plain types for JSON. ``reference["hash"]`` is the hash of the features of the
@@ -99,15 +102,26 @@ def image_metrics(
         raise ValueError("labels must be given with a judge, got None; test_labels too")
     chosen = torch.randperm(len(real_train), generator=generator)[: len(generated)]
     train, test = as_saved(real_train[chosen.to(real_train.device)]), as_saved(real_test)
-    if generated_features is None:
-        generated_features = features(as_saved(generated))
-    reference = features(test)
-    record: dict[str, Any] = {
-        **_compare(generated_features, reference, labels, test_labels),
-        "floor": _compare(features(train), reference, None, test_labels),
-        "features": {"name": features.name, "hash": features.hash},
-        "reference": {"num_samples": len(test), "hash": tensor_hash(reference)},
+    if not isinstance(generated_features, Mapping):
+        known = generated_features
+        generated_features = (
+            outputs_of(features, as_saved(generated)) if known is None else {"features": known}
+        )
+    sets = {"samples": (generated_features, labels)}
+    sets["reference"] = (outputs_of(features, test), test_labels)
+    sets["floor"] = (outputs_of(features, train), None)
+    found = {
+        name: FeatureSet.collect([outputs], features, classes)
+        for name, (outputs, classes) in sets.items()
     }
+    record = feature_metrics(
+        found["samples"],
+        found["reference"],
+        features,
+        floor=found["floor"],
+        neighbors=neighbors,
+        extrapolate=extrapolate,
+    )
     if judge is not None and labels is not None and test_labels is not None:
         hits = agreement(judge, as_saved(generated), labels)
         right = agreement(judge, test, test_labels)
@@ -126,8 +140,14 @@ def point_metrics(
     generated: Tensor,
     path: Solution | Tensor | None = None,
     grid: Tensor | int | None = None,
+    *,
+    train: Tensor | None = None,
 ) -> dict[str, Any]:
     """Compare generated points with real points, and measure the straightness of a path.
+
+    ``w2``, ``energy_distance`` and ``c2st`` compare the points. The ``floor`` is the same
+    comparison of two real sets: a perfect model has these values, and ``w2`` is never near 0. With
+    fewer than 20 points of a set ``c2st`` is None.
 
     The normalized path energy compares the path energy with ``W2²`` between the source ``path[0]``
     and the real points. A path energy below this ``W2²`` means that the flow does not reach the
@@ -142,12 +162,14 @@ def point_metrics(
         generated: Generated points ``(M, *)``, ``M >= 2``.
         path: A solution with a path, or the path ``(n+1, B, *)``; None skips the path energy.
         grid: The times ``(n+1,)`` of the path, or ``n`` for uniform times.
+        train: Other real points ``(K, *)``, for the floor; as many as there are generated points
+            are taken.
 
     Returns:
-        A record of plain types for JSON: ``w2`` and ``w2_squared`` between generated and real
-        points. With a path also ``transport_w2`` and ``transport_w2_squared`` between source and
-        real points, ``path_energy``, ``normalized_path_energy`` and
-        ``path_energy_below_w2_squared``.
+        A record of plain types for JSON: ``w2``, ``w2_squared``, ``energy_distance`` and ``c2st``
+        between generated and real points. With a path also ``transport_w2`` and
+        ``transport_w2_squared`` between source and real points, ``path_energy``,
+        ``normalized_path_energy`` and ``path_energy_below_w2_squared``.
 
     Raises:
         ValueError: If a path is given without its grid, shapes differ, or there are fewer than 2
@@ -160,10 +182,12 @@ def point_metrics(
     """
     check_at_least(min(len(real), len(generated)), 2, "the number of points")
     record: dict[str, Any] = {
-        **_distances("w2", transport(generated, real)),
-        "num_samples": len(generated),
+        **_compare_points(generated, real),
         "reference": {"num_samples": len(real), "hash": tensor_hash(real)},
     }
+    if train is not None:
+        check_at_least(len(train), 2, "the number of points of train")
+        record["floor"] = _compare_points(train[: len(generated)], real)
     if path is None:
         return record
     if grid is None:
@@ -184,9 +208,22 @@ def point_metrics(
     std_energy = (energies.var().item() / count) ** 0.5
     return record | {
         **_distances("transport_w2", found),
-        **_named("path_energy", energy, around(energy, std_energy, (0.0, inf), freedom=count - 1)),
-        **_named("normalized_path_energy", normalized, Interval(below, max(abs(low), abs(high)))),
+        **named("path_energy", energy, around(energy, std_energy, (0.0, inf), freedom=count - 1)),
+        **named("normalized_path_energy", normalized, Interval(below, max(abs(low), abs(high)))),
         "path_energy_below_w2_squared": energy < found.squared,
+    }
+
+
+def _compare_points(points: Tensor, real: Tensor) -> dict[str, Any]:
+    """Measure all distances of two sets of points."""
+    enough = min(len(points), len(real)) >= FEWEST
+    value, interval = c2st_interval(points, real) if enough else (None, None)
+    return {
+        "num_samples": len(points),
+        "num_reference": len(real),
+        **_distances("w2", transport(points, real)),
+        **named("energy_distance", *energy_distance(points, real)),
+        **named("c2st", value, interval),
     }
 
 
@@ -195,61 +232,12 @@ def _distances(name: str, found: Transport) -> dict[str, Any]:
     value, (low, high) = transport_interval(found)
     squares = Interval(low**2, high**2)
     return {
-        **_named(name, value, Interval(low, high)),
-        **_named(f"{name}_squared", value**2, squares),
+        **named(name, value, Interval(low, high)),
+        **named(f"{name}_squared", value**2, squares),
     }
-
-
-def _compare(
-    a: Tensor, b: Tensor, labels: Tensor | None, reference_labels: Tensor | None
-) -> dict[str, Any]:
-    """Compute all distances between features ``a (N, F)`` and reference features ``b (M, F)``."""
-    count = min(len(a), len(b))
-    # A class with one sample says nothing about its spread: then the draws count as independent.
-    strata = (_several(labels), _several(reference_labels))
-    record: dict[str, Any] = {
-        "num_samples": len(a),
-        "stratified": {"samples": strata[0] is not None, "reference": strata[1] is not None},
-        "frechet_distance": frechet_distance(a, b),
-        "frechet_distance_unbiased": None,
-        "frechet_distance_unbiased_interval": None,
-    }
-    classes = max((len(labels.unique()) for labels in strata if labels is not None), default=1)
-    if enough(a) and enough(b) and classes * a.shape[1] ** 3 <= MOST_WORK:
-        record |= _named("frechet_distance_unbiased", *frechet_unbiased(a, b, strata=strata))
-    record |= _named("kernel_distance", *kernel_distance(a, b, strata=strata))
-    neighbors = max(1, min(5, count // 4))  # with the farthest sample as neighbor, noise is precise
-    if count >= 4 * 5:
-        found, intervals = prdc_intervals(b, a, neighbors, strata=(strata[1], strata[0]))
-    else:
-        found, intervals = prdc(b, a, neighbors), dict[str, Interval]()
-    for name, value in found._asdict().items():
-        record |= _named(name, value, intervals.get(name))
-    return record | {"neighbors": neighbors, "unreliable": unreliable(count)}
-
-
-def unreliable(*counts: int) -> list[str]:
-    """Return the names of the values that say little over sets of so many images.
-
-    >>> unreliable(1000, 100), unreliable(1000, 99)[:2]
-    ([], ['frechet_distance', 'precision'])
-    """
-    return list(UNRELIABLE) if min(counts) < FEW else []
-
-
-def _several(labels: Tensor | None) -> Tensor | None:
-    """Return the classes, or None if a class has only one sample."""
-    if labels is None or int(labels.unique(return_counts=True)[1].min()) < 2:
-        return None
-    return labels.cpu()
 
 
 def _share(name: str, hits: Tensor) -> dict[str, Any]:
     """Return the share of hits ``(N,)`` and its interval under their names in records."""
     share = hits.double().mean().item()
-    return _named(name, share, wilson(share, len(hits)))
-
-
-def _named(name: str, value: float, interval: Interval | None) -> dict[str, Any]:
-    """Return a value and its interval under their names in records."""
-    return {name: value, f"{name}_interval": None if interval is None else list(interval)}
+    return named(name, share, wilson(share, len(hits)))

@@ -1,15 +1,12 @@
 """Feature networks: they map images in [-1, 1] to vectors and have a name and a hash."""
 
-import hashlib
 from collections.abc import Callable
-from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from flowkit.checks import check_at_least, check_labels
-from flowkit.metrics.pictures import to_uint8
 from flowkit.nn.stored import Stored
 from flowkit.provenance import tensor_hash
 
@@ -31,6 +28,46 @@ class Features(Protocol):
     def __call__(self, images: Tensor) -> Tensor:
         """Return the features ``(B, F)`` of images ``(B, C, H, W)``."""
         ...
+
+
+@runtime_checkable
+class SeveralOutputs(Features, Protocol):
+    """Protocol of a feature network that also has spatial features or logits."""
+
+    def outputs(self, images: Tensor) -> dict[str, Tensor]:
+        """Return ``features (B, F)`` and, if any, ``spatial (B, S)`` and ``logits (B, K)``."""
+        ...
+
+
+def outputs_of(features: Features, images: Tensor) -> dict[str, Tensor]:
+    """Return all outputs of a feature network; of most networks the features alone.
+
+    >>> list(outputs_of(Pixels(), torch.zeros(2, 1, 4, 4)))
+    ['features']
+    """
+    if isinstance(features, SeveralOutputs):
+        return features.outputs(images)
+    return {"features": features(images)}
+
+
+def distance_name(features: Features) -> str:
+    """Return how the Fréchet distance of these features may be called; FID is one network's.
+
+    >>> distance_name(Pixels())
+    'Fréchet distance'
+    """
+    return getattr(features, "distance_name", "Fréchet distance")
+
+
+def family(features: Features) -> str:
+    """Return the family of published networks, ``"inception"`` or ``"clip"``, or ``""``.
+
+    It decides which published metrics are measured.
+
+    >>> family(Pixels())
+    ''
+    """
+    return getattr(features, "family", "")
 
 
 class Pixels:
@@ -115,7 +152,7 @@ class ConvClassifier(Stored):
                 f"images must have shape (B, {', '.join(map(str, self.config['shape']))}), "
                 f"got {tuple(images.shape)}"
             )
-        return _in_batches(self.trunk, images, 500)
+        return in_batches(self.trunk, images, 500)
 
     @torch.no_grad()
     def logits(self, images: Tensor) -> Tensor:
@@ -206,74 +243,6 @@ def train_classifier(
     return net.eval()
 
 
-class _Inception:
-    """Pool features of InceptionV3; see `inception`."""
-
-    name = "inception-v3"
-
-    def __init__(
-        self, net: Callable[[Tensor], tuple[Tensor, ...]], hash: str, device: torch.device | str
-    ) -> None:
-        self.net, self.hash, self.device = net, hash, device
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """Return features ``(B, 2048)`` of images ``(B, 1 or 3, H, W)`` in [-1, 1]."""
-        if images.ndim != 4 or images.shape[1] not in (1, 3):
-            raise ValueError(f"images must have shape (B, 1 or 3, H, W), got {tuple(images.shape)}")
-
-        def features(batch: Tensor) -> Tensor:
-            pixels = to_uint8(batch).expand(-1, 3, -1, -1).to(self.device)
-            return self.net(pixels)[0].to(batch.device)
-
-        return _in_batches(features, images, 50)
-
-
-def inception(weights: str | Path, device: torch.device | str = "cpu") -> Features:
-    """Load the features of the Fréchet Inception distance (FID).
-
-    Only the Fréchet distance of these features may be called FID. The network is torch-fidelity's
-    version of the TensorFlow graph of 2015. Images are rounded by `to_uint8` and resized to 299×299
-    with the method of TensorFlow 1. The features are the 2048 pool features. The function does not
-    download the weights.
-
-    Source: Heusel et al. 2017 (arXiv 1706.08500).
-
-    Args:
-        weights: File of torch-fidelity's weights (``weights-inception-2015-12-05-6726825d.pth``).
-            A file that holds other objects than tensors is refused.
-        device: Device of the network. Images may be on another device; their features are then on
-            the device of the images.
-
-    Returns:
-        The features. Their ``hash`` is the SHA-256 of the file. For the published weights it begins
-        with the eight digits in the name of the file. With other weights the distance is not FID.
-
-    Raises:
-        ImportError: If torch-fidelity is not installed.
-        ValueError: If the file does not exist, or holds other objects than tensors.
-    """
-    file = Path(weights)
-    if not file.is_file():
-        raise ValueError(f"weights must be a file of InceptionV3 weights, got {file}")
-    try:
-        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-    except ImportError as error:
-        raise ImportError(
-            "inception needs torch-fidelity; pip install 'flowkit-fm[fid]'"
-        ) from error
-    # torch-fidelity unpickles any object: first refuse files that hold more than tensors.
-    try:
-        torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises a dozen kinds of errors for such a file
-        raise ValueError(f"weights must hold tensors only, got {file}") from error
-    net = FeatureExtractorInceptionV3(
-        "inception-v3-compat", ["2048"], feature_extractor_weights_path=str(file)
-    )
-    with file.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    return _Inception(net.to(device).eval(), digest, device)
-
-
 def _block(channels: int, width: int) -> list[nn.Module]:
     """Return the layers of one convolution block, which halves the sides of the images."""
     return [
@@ -285,6 +254,9 @@ def _block(channels: int, width: int) -> list[nn.Module]:
 
 
 @torch.no_grad()
-def _in_batches(function: Callable[[Tensor], Tensor], images: Tensor, size: int) -> Tensor:
-    """Apply a function to batches of ``size`` images and concatenate its results."""
-    return torch.cat([function(batch) for batch in images.split(size)])
+def in_batches(function: Callable[[Tensor], Any], images: Tensor, size: int) -> Any:
+    """Apply a function to batches of ``size`` images and concatenate its results by name."""
+    found = [function(batch) for batch in images.split(size)]
+    if isinstance(found[0], Tensor):
+        return torch.cat(found)
+    return {name: torch.cat([part[name] for part in found]) for name in found[0]}

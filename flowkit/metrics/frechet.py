@@ -42,7 +42,7 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     >>> round(frechet_distance(a, 2 * a + 3), 6)  # (5 − 1)² + (2√2 − √2)²
     18.0
     """
-    a, b = as_features(a, b)
+    a, b = as_features(a=a, b=b)
     return gaussian_distance(Gaussian.fit(a), Gaussian.fit(b))
 
 
@@ -164,13 +164,36 @@ def _float64(x: Tensor) -> Tensor:
     return x.detach().to("cpu", torch.float64)
 
 
-def as_features(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Check two sets of features, and return them as float64 on the CPU."""
-    for name, x in (("a", a), ("b", b)):
-        if x.ndim != 2 or len(x) < 2 or x.shape[1] != a.shape[1]:
+def as_features(**sets: Tensor) -> list[Tensor]:
+    """Check named sets of features, and return them as float64 on the CPU."""
+    first, width = next(iter(sets)), next(iter(sets.values())).shape[-1:]
+    for name, x in sets.items():
+        if x.ndim != 2 or len(x) < 2 or x.shape[1:] != width:
             raise ValueError(
-                f"{name} must have shape (N, F) with N >= 2 and the same F as a, "
+                f"{name} must have shape (N, F) with N >= 2 and the same F as {first}, "
                 f"got {tuple(x.shape)}"
             )
-        check_finite(x, name)
-    return _float64(a), _float64(b)
+        check_rows(x, name)
+    return [_float64(x) for x in sets.values()]
+
+
+def check_rows(x: Tensor, name: str, first: int = 0) -> None:
+    """Require finite features ``x (N, F)``; the error has the number of the sample.
+
+    Args:
+        x: The features.
+        name: Name of the argument.
+        first: Number of the first sample.
+
+    Raises:
+        ValueError: If a value is not finite.
+    """
+    if torch.isfinite(x.sum()):  # much faster than the check of each value
+        return
+    bad = ~torch.isfinite(x)
+    if bad.any():
+        row = first + int(bad.any(1).nonzero()[0])
+        raise ValueError(
+            f"{name} must be finite, got {int(bad.sum())} NaN or infinite of {x.numel()} values, "
+            f"the first in sample {row}, counted from 0"
+        )

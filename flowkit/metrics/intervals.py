@@ -112,7 +112,7 @@ def both_strata(strata: Strata | None, sets: dict[str, Tensor]) -> list[Tensor]:
             f"strata must be the labels of both sets, got {type(strata).__name__}; None in place "
             "of labels is for independent draws"
         )
-    pairs = zip(sets.items(), strata or (None, None), strict=True)
+    pairs = zip(sets.items(), strata or (None, None), strict=False)  # of one set: the first labels
     return [as_strata(labels, len(x), name) for (name, x), labels in pairs]
 
 

@@ -6,11 +6,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowkit.checks import check_finite
+from flowkit.checks import check_choice, check_finite
 from flowkit.provenance import write_atomically
 
+QUANTIZATIONS = ("round", "floor", "truncate")  # rules from floats to bytes, see `to_uint8`
 
-def save_picture(samples: Tensor, file: str | Path, columns: int = 10, zoom: int = 8) -> Path:
+
+def save_picture(
+    samples: Tensor,
+    file: str | Path,
+    columns: int = 10,
+    zoom: int = 8,
+    beside: Tensor | None = None,
+) -> Path:
     """Save images as one picture in rows and columns, or points as a plot.
 
     Images with other than 1 or 3 channels are shown as the mean of their channels. Points are shown
@@ -21,6 +29,7 @@ def save_picture(samples: Tensor, file: str | Path, columns: int = 10, zoom: int
         file: The PNG file. Its folder is created if it does not exist.
         columns: Number of images in a row.
         zoom: Largest integer factor by which small images are enlarged.
+        beside: Real points ``(M, *)``, for a second plot in the same range.
 
     Returns:
         The file.
@@ -38,7 +47,8 @@ def save_picture(samples: Tensor, file: str | Path, columns: int = 10, zoom: int
         shown = samples if samples.shape[1] in (1, 3) else samples.mean(1, keepdim=True)
         _save_images(shown, file, columns, zoom)
     else:
-        _save_points(samples.flatten(1), file)
+        real = {} if beside is None else {"real": beside}
+        _save_points({"generated": samples, **real}, file)
     return file
 
 
@@ -71,17 +81,21 @@ def save_figure(figure: Any, file: Path, dpi: int = 120) -> None:
     write_atomically(file, lambda partial: figure.savefig(partial, format="png", dpi=dpi))
 
 
-def _save_points(samples: Tensor, file: Path) -> None:
-    """Save points ``(N, d)`` as a histogram for ``d = 1``, else as a scatter plot."""
+def _save_points(sets: dict[str, Tensor], file: Path) -> None:
+    """Save sets of points ``(N, *)``: histograms of one coordinate, else scatter plots."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4, 4), layout="constrained")
-    axes, coordinates = figure.add_subplot(), samples.detach().float().cpu().mT
-    if len(coordinates) == 1:
-        axes.hist(coordinates[0], bins=50)
-    else:
-        axes.set_aspect("equal")
-        axes.scatter(*coordinates[:2], s=3, alpha=0.5, linewidths=0)
+    figure = Figure(figsize=(4 * len(sets), 4), layout="constrained")
+    plots = figure.subplots(1, len(sets), squeeze=False, sharex=True, sharey=True)[0]
+    for axes, (name, points) in zip(plots, sets.items(), strict=True):
+        coordinates = points.flatten(1).detach().float().cpu().mT
+        if len(coordinates) == 1:
+            axes.hist(coordinates[0], bins=50, density=len(sets) > 1)
+        else:
+            axes.set_aspect("equal")
+            axes.scatter(*coordinates[:2], s=3, alpha=0.5, linewidths=0)
+        if len(sets) > 1:
+            axes.set_title(f"{name}, {len(points):,} points")
     save_figure(figure, file)
 
 
@@ -106,31 +120,40 @@ def colored(masks: Tensor, num_classes: int) -> Tensor:
     return 2 * palette[masks.where(inside, num_classes)].movedim(-1, 1) - 1
 
 
-def to_uint8(images: Tensor) -> Tensor:
+def to_uint8(images: Tensor, rule: str = "round") -> Tensor:
     """Map [-1, 1] to 0...255: ``round(127.5 (x + 1))`` after clamping, halves to even.
 
-    Truncation instead of rounding would darken images by half a gray level on average. The inverse
-    is `from_uint8`.
+    The inverse is `from_uint8`. Other programs have other rules, so their numbers differ a little:
+    ``"floor"`` is ``floor(127.5 x + 128)``, which differs only at ties, and ``"truncate"`` is
+    ``trunc(255 (x + 1) / 2)``, which darkens images by half a gray level on average.
 
     Args:
         images: Floats ``(B, *)`` in [-1, 1]. Values outside are clamped.
+        rule: ``"round"``, ``"floor"`` or ``"truncate"``.
 
     Returns:
         Bytes of the same shape.
 
     Raises:
         TypeError: If ``images`` does not hold floats.
-        ValueError: If ``images`` holds NaN or infinity.
+        ValueError: If ``images`` holds NaN or infinity, or the rule is another word.
 
     >>> to_uint8(torch.tensor([-1.2, -1.0, 0.001, 1.0]))
     tensor([  0,   0, 128, 255], dtype=torch.uint8)
+    >>> [to_uint8(torch.tensor([-1.0, 0.0, 0.999]), rule).tolist() for rule in QUANTIZATIONS]
+    [[0, 128, 255], [0, 128, 255], [0, 127, 254]]
     """
+    check_choice(rule, QUANTIZATIONS, "quantization")
     if not images.is_floating_point():
         raise TypeError(f"images must be a floating-point tensor in [-1, 1], got {images.dtype}")
     check_finite(images, "images")
     # Half precision is too coarse for 256 levels after the shift to [0, 2].
     wide = images.to(torch.promote_types(images.dtype, torch.float32))
-    return wide.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
+    wide = wide.clamp(-1, 1)
+    if rule == "floor":
+        return wide.mul(127.5).add(128).floor().clamp(0, 255).to(torch.uint8)
+    scaled = wide.add(1).mul(127.5)
+    return (scaled.round() if rule == "round" else scaled.trunc()).to(torch.uint8)
 
 
 def from_uint8(pixels: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from flowkit.metrics.features import Features
+from flowkit.metrics.features import Features, distance_name, family, outputs_of
 from flowkit.metrics.pictures import to_uint8
 from flowkit.provenance import cached, tensor_hash
 
@@ -31,15 +31,21 @@ class StoredFeatures:
     def __init__(self, features: Features, folder: str | Path) -> None:
         self.features, self.folder = features, Path(folder)
         self.name, self.hash = features.name, features.hash
+        self.distance_name, self.family = distance_name(features), family(features)
+
+    def outputs(self, images: Tensor) -> dict[str, Tensor]:
+        """Return all outputs of the network for images ``(B, C, H, W)`` in [-1, 1]."""
+        content = f"outputs of {self.name} {self.hash} {tensor_hash(to_uint8(images))}"
+        key = hashlib.sha256(content.encode()).hexdigest()
+        file = self.folder / f"features-{key[:32]}.safetensors"
+        found = cached(
+            file,
+            load_file,
+            lambda: {k: x.contiguous() for k, x in outputs_of(self.features, images).items()},
+            lambda path, found: save_file(found, path),
+        )
+        return {name: x.to(images.device) for name, x in found.items()}
 
     def __call__(self, images: Tensor) -> Tensor:
         """Return the features ``(B, F)`` of images ``(B, C, H, W)`` in [-1, 1]."""
-        content = f"{self.name} {self.hash} {tensor_hash(to_uint8(images))}"
-        key = hashlib.sha256(content.encode()).hexdigest()
-        file = self.folder / f"features-{key[:32]}.safetensors"
-        return cached(
-            file,
-            lambda path: load_file(path)["features"],
-            lambda: self.features(images).contiguous(),
-            lambda path, found: save_file({"features": found}, path),
-        ).to(images.device)
+        return self.outputs(images)["features"]

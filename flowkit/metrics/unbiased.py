@@ -13,10 +13,15 @@ from flowkit.metrics.frechet import (
     gram,
 )
 from flowkit.metrics.intervals import Interval, Strata, both_strata, jackknife
+from flowkit.metrics.statistics import Statistics
 
 
 def frechet_unbiased(
-    a: Tensor, b: Tensor, *, strata: Strata | None = None, confidence: float = 0.95
+    a: Tensor,
+    b: Tensor | Statistics,
+    *,
+    strata: Strata | None = None,
+    confidence: float = 0.95,
 ) -> tuple[float, Interval]:
     r"""Squared Fréchet distance of two populations, without bias, and its confidence interval.
 
@@ -53,7 +58,7 @@ def frechet_unbiased(
 
     Args:
         a: Features ``(N, F)``, ``N >= 2 F``.
-        b: Features ``(M, F)``, ``M >= 2 F``.
+        b: Features ``(M, F)``, ``M >= 2 F``; or statistics, which count as those of the population.
         strata: Classes ``(N,)`` of ``a`` and ``(M,)`` of ``b``. The number of samples of each class
             is fixed, and at least 2. None stands for independent draws, of one set or of both.
         confidence: Nominal coverage in (0, 1).
@@ -73,25 +78,33 @@ def frechet_unbiased(
     >>> low < 0 < high, high < 0.1
     (True, True)
     """
-    a, b = as_features(a, b)
-    numbers = both_strata(strata, {"a": a, "b": b})
-    for name, x in (("a", a), ("b", b)):
+    if isinstance(b, Statistics):
+        (a,) = as_features(a=a)
+        if a.shape[1] != len(b.mean):
+            raise ValueError(f"b must have the {a.shape[1]} features of a, got {len(b.mean)}")
+        sets = {"a": a}
+    else:
+        a, b = as_features(a=a, b=b)
+        sets = {"a": a, "b": b}
+    for name, x in sets.items():
         if not enough(x):
             raise ValueError(
                 f"{name} must have at least 2 samples per feature, got {len(x)} samples of "
                 f"{x.shape[1]} features"
             )
-    (centered_a, fit_a), (centered_b, fit_b) = _fit(a), _fit(b)
-    root_a, root_b = _root(fit_a), _root(fit_b)
-    gap = fit_a.mean - fit_b.mean
+    numbers = both_strata(strata, sets)
+    centered, fits = zip(*map(_fit, sets.values()), strict=True)
+    counts: list[float] = [len(x) for x in sets.values()]
+    if isinstance(b, Statistics):
+        fits, counts = (*fits, Gaussian(b.mean, b.cov)), [*counts, math.inf]
+    roots = [_root(fit) for fit in fits]
+    gap = fits[0].mean - fits[1].mean
     changes = [
-        _changes(centered_a, numbers[0], gap, root_b),
-        _changes(centered_b, numbers[1], -gap, root_a),
+        _changes(x, stratum, sign * gap, root)
+        for x, stratum, sign, root in zip(centered, numbers, (1, -1), roots[::-1], strict=False)
     ]
-    rest = _rest(root_a, root_b, len(a), len(b))
-    value, (low, high) = jackknife(
-        gaussian_distance(fit_a, fit_b), changes, numbers, confidence, rest
-    )
+    rest = _rest(roots[0], roots[1], counts[0], counts[1])
+    value, (low, high) = jackknife(gaussian_distance(*fits), changes, numbers, confidence, rest)
     return value, Interval(low - abs(rest) / 2, high + abs(rest) / 2)
 
 
@@ -177,7 +190,7 @@ def _nodes(squares: Tensor) -> tuple[Tensor, Tensor]:
     return nodes, nodes * step / math.pi
 
 
-def _rest(root_a: Tensor, root_b: Tensor, num_a: int, num_b: int) -> float:
+def _rest(root_a: Tensor, root_b: Tensor, num_a: float, num_b: float) -> float:
     r"""Return the bias that the jackknife leaves at unequal numbers of samples.
 
     The bias depends on the numbers through ``ν = 1 / |1/N − 1/M|``, up to the linear part that the

@@ -64,8 +64,11 @@ NAMES: dict[str, tuple[str, ...]] = {
     "flowkit.runs": (
         "classifier_error",
         "classifier_features",
+        "clip_features",
+        "dinov2_features",
         "features_for",
         "inception_features",
+        "network_features",
         "own_grid",
         "pixel_features",
         "saved_grid",

@@ -10,8 +10,11 @@ for the recipes.
 from flowkit.runs.features import (
     classifier_error,
     classifier_features,
+    clip_features,
+    dinov2_features,
     features_for,
     inception_features,
+    network_features,
     pixel_features,
 )
 from flowkit.runs.run import Run, own_grid, own_sampler, saved_grid
@@ -20,8 +23,11 @@ __all__ = [
     "Run",
     "classifier_error",
     "classifier_features",
+    "clip_features",
+    "dinov2_features",
     "features_for",
     "inception_features",
+    "network_features",
     "own_grid",
     "own_sampler",
     "pixel_features",

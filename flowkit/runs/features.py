@@ -3,15 +3,17 @@
 from collections.abc import Callable
 from typing import cast
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from flowkit.data import SplitData
 from flowkit.metrics import (
     ConvClassifier,
     Features,
+    NetworkFeatures,
     Pixels,
     PixelSVC,
     inception,
+    pretrained,
     train_classifier,
 )
 from flowkit.modules.autoencoding import FeatureError
@@ -20,7 +22,7 @@ from flowkit.provenance import cache_folder, cached
 from flowkit.runs.processes import say
 
 
-def features_for(data: SplitData, seed: int) -> Features:
+def features_for(data: SplitData | None, seed: int) -> Features:
     """Return `classifier_features`, or `pixel_features` for data without two classes or more."""
     if _has_classes(data):
         return classifier_features(data, seed)
@@ -28,19 +30,21 @@ def features_for(data: SplitData, seed: int) -> Features:
     return pixel_features(data)
 
 
-def _has_classes(data: SplitData) -> bool:
-    """Return True for data with labels of two classes or more."""
+def _has_classes(data: SplitData | None) -> bool:
+    """Return True for data with labels of two classes or more; False for files without data."""
+    if data is None:
+        return False
     several = data.num_classes is not None and data.num_classes > 1
     return several and labels_of(data.train[:1], data.num_classes) is not None
 
 
-def classifier_features(data: SplitData, seed: int) -> ConvClassifier:
+def classifier_features(data: SplitData | None, seed: int) -> ConvClassifier:
     """Return a classifier of the data's classes, trained once and kept in the user's cache.
 
     Raises:
         ValueError: If the data do not have labels of several classes.
     """
-    if not _has_classes(data):
+    if data is None or not _has_classes(data):
         raise ValueError(
             "metric must be pixels or inception for data without several classes, got classifier"
         )
@@ -71,14 +75,37 @@ def judge_of(images: Tensor, labels: Tensor | None) -> PixelSVC | None:
     return PixelSVC(images, labels)
 
 
-def pixel_features(data: SplitData) -> Pixels:
+def pixel_features(data: SplitData | None) -> Pixels:
     """Return flattened pixels as features."""
     return Pixels()
 
 
-def inception_features(data: SplitData, weights: str, device: str = "cpu") -> Features:
+def inception_features(
+    data: SplitData | None, weights: str | None = None, device: str = "cpu"
+) -> Features:
     """Return the Inception features of FID, from a file of weights."""
     return inception(weights, device)
+
+
+def dinov2_features(
+    data: SplitData | None, weights: str | None = None, device: str = "cpu"
+) -> Features:
+    """Return the features of DINOv2, from a folder of the transformers library."""
+    return pretrained("dinov2", weights, device)
+
+
+def clip_features(
+    data: SplitData | None, weights: str | None = None, device: str = "cpu"
+) -> Features:
+    """Return the features of CLIP, from a folder of the transformers library."""
+    return pretrained("clip", weights, device)
+
+
+def network_features(
+    data: SplitData | None, network: nn.Module, name: str | None = None, device: str = "cpu"
+) -> Features:
+    """Return the features of any network."""
+    return NetworkFeatures(network, name, device)
 
 
 def classifier_error(

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -44,20 +44,31 @@ class Parts:
         A damaged file of a stopped call is named in a warning, and its part is made again. Several
         calls with the same options may run at once.
         """
+        return list(self.stream(count, make))
+
+    def stream(
+        self, count: int, make: Callable[[int], Columns], words: str = "sampling"
+    ) -> Iterator[Columns]:
+        """Make parts as `make` does, and yield one after the other on the first process.
+
+        So memory holds one part. All processes must exhaust the iterator.
+
+        Args:
+            count: Number of parts.
+            make: Makes a part by its number.
+            words: Words beside the bar of progress.
+        """
         rank, world = self.fabric.global_rank, self.fabric.world_size
         self.folder.mkdir(parents=True, exist_ok=True)
         files = [self.folder / f"{number:06}.safetensors" for number in range(count)]
         hidden = True if rank else None  # with None, tqdm hides the bar if there is no terminal
-        for number in tqdm(range(rank, count, world), "sampling", leave=False, disable=hidden):
+        for number in tqdm(range(rank, count, world), words, leave=False, disable=hidden):
             if not files[number].is_file():
                 _keep(files[number], _whole(make, number))
         self.fabric.barrier()
-        if rank:
-            return []
-        return [
-            cached(file, load_file, partial(_whole, make, number), _write)
-            for number, file in enumerate(files)
-        ]
+        if not rank:
+            for number, file in enumerate(files):
+                yield cached(file, load_file, partial(_whole, make, number), _write)
 
     def remove(self) -> None:
         """Delete the folder of parts after its use."""

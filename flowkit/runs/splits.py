@@ -8,7 +8,7 @@ from flowkit.checks import check_choice
 from flowkit.data import SplitData
 from flowkit.data.cache import INDEX
 from flowkit.data.pairs import RECORD as PAIRS
-from flowkit.metrics.evaluate import FEW
+from flowkit.metrics.comparison import FEW
 from flowkit.modules.checkpoints import build
 from flowkit.modules.earlier import current
 from flowkit.modules.trust import trusting

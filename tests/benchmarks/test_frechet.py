@@ -50,6 +50,7 @@ def seconds(function):
         pytest.param(4000, "moments", 0.35, id="moments"),
         # Both sum 4000 outer products as well.
         pytest.param(4000, "features", 0.6, id="features"),
+        pytest.param(10_000, "moments", 0.35, id="moments of 10 000"),
         pytest.param(1000, "features", 0.35, id="fewer samples than features"),
     ],
 )

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import hydra
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -231,6 +232,11 @@ def things(tmp_path_factory):
         save_bytes(picture, root / "photos" / ("cats", "dogs")[k % 2] / f"{k}.png")
         save_bytes(picture, root / "scenes" / "images" / f"{k}.png")
         save_bytes(picture[:1] // 52, root / "scenes" / "masks" / f"{k}.png")
+    (root / "images").mkdir()
+    for k in range(60):
+        save_bytes(gray(images[k]), root / "images" / f"{k}.png")
+    last = gray(images).expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
+    np.savez(root / "samples.npz", arr_0=last, arr_1=labels.numpy())
     here = Path.cwd()
     os.chdir(root)
     try:

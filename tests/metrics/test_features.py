@@ -1,9 +1,6 @@
 """Feature networks, judges, and the records built from them."""
 
-import hashlib
 import json
-import sys
-from types import ModuleType
 
 import pytest
 import torch
@@ -19,10 +16,11 @@ from flowkit.metrics import (
     PixelSVC,
     agreement,
     as_saved,
+    c2st_interval,
+    energy_distance,
     frechet_distance,
     frechet_unbiased,
     image_metrics,
-    inception,
     kernel_distance,
     normalized_path_energy,
     point_metrics,
@@ -120,57 +118,6 @@ def test_feature_networks_keep_the_protocol(classifier):
     assert isinstance(Pixels(), Features)
     x = torch.rand(3, 1, 2, 2)
     assert torch.equal(Pixels()(x), x.reshape(3, 4))
-
-
-class FakeExtractor(torch.nn.Module):
-    """Stands in for torch-fidelity's network: checks what it is given, pools to 2048 numbers."""
-
-    def __init__(self, name, features_list, feature_extractor_weights_path=None):
-        super().__init__()
-        assert features_list == ["2048"]
-        self.scale = torch.load(feature_extractor_weights_path)["scale"]
-
-    def forward(self, images):
-        assert images.dtype == torch.uint8
-        assert images.shape[1] == 3
-        return (images.double().mean((1, 2, 3))[:, None].expand(-1, 2048) * self.scale,)
-
-
-@pytest.fixture
-def weights(tmp_path, monkeypatch):
-    module = ModuleType("torch_fidelity.feature_extractor_inceptionv3")
-    module.FeatureExtractorInceptionV3 = FakeExtractor
-    monkeypatch.setitem(sys.modules, "torch_fidelity", ModuleType("torch_fidelity"))
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    torch.save({"scale": torch.tensor(2.0)}, tmp_path / "inception.pth")
-    return tmp_path / "inception.pth"
-
-
-def test_inception_quantizes_repeats_gray_and_hashes_its_file(weights):
-    features = inception(weights)
-    gray = torch.rand(60, 1, 4, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    expected = 2 * to_uint8(gray).double().mean((1, 2, 3))
-    assert torch.allclose(features(gray), expected[:, None].expand(-1, 2048))
-    assert torch.equal(features(gray), features(gray.expand(-1, 3, -1, -1)))
-    assert features.name == "inception-v3"
-    assert features.hash == hashlib.sha256(weights.read_bytes()).hexdigest()
-    with pytest.raises(ValueError, match=r"images must have shape \(B, 1 or 3, H, W\), got"):
-        features(torch.zeros(2, 4, 8, 8))
-
-
-def test_inception_refuses_pickled_code_and_missing_files(weights, tmp_path):
-    torch.save({"scale": Pixels()}, tmp_path / "code.pth")
-    with pytest.raises(ValueError, match="weights must hold tensors only, got"):
-        inception(tmp_path / "code.pth")
-    with pytest.raises(ValueError, match="weights must be a file of InceptionV3 weights, got"):
-        inception(tmp_path / "none.pth")
-
-
-def test_inception_names_its_extra(weights, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
-    monkeypatch.delitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3")
-    with pytest.raises(ImportError, match=r"needs torch-fidelity; pip install 'flowkit-fm\[fid\]'"):
-        inception(weights)
 
 
 def test_judge_reads_held_out_digits_from_few_training_images(digits):
@@ -362,6 +309,25 @@ def test_point_metrics_tells_missing_the_data_from_being_straight():
     assert (record["w2"], record["w2_squared"]) == pytest.approx((1.5, 2.25))
     assert record["normalized_path_energy"] == pytest.approx(0.75)
     assert json.loads(json.dumps(record)) == record
+
+
+def test_point_metrics_have_the_floor_of_two_real_sets():
+    real, made, train = torch.randn(3, 80, 2, generator=torch.Generator().manual_seed(0))
+    record = point_metrics(real, made[:60] + 2, train=train)
+    assert record["floor"]["w2"] == wasserstein2(train[:60], real)
+    assert record["w2"] > 5 * record["floor"]["w2"]
+    value, ends = energy_distance(made[:60] + 2, real)
+    assert record["energy_distance"] == value
+    assert record["energy_distance_interval"] == list(ends)
+    value, ends = c2st_interval(made[:60] + 2, real)
+    assert (record["c2st"], record["c2st_interval"]) == (value, list(ends))
+    low, high = record["floor"]["c2st_interval"]
+    assert low < 0.5 < high < record["c2st_interval"][0]
+    assert (record["floor"]["num_samples"], record["num_reference"]) == (60, 80)
+    assert json.loads(json.dumps(record)) == record
+    few = point_metrics(real, made[:19])
+    assert few["c2st"] is few["c2st_interval"] is None
+    assert "floor" not in few
 
 
 def test_point_metrics_takes_unequal_counts_and_asks_for_a_grid():

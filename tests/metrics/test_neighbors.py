@@ -54,10 +54,11 @@ def brute_prdc(real, fake, k):
 
     real, fake = real.tolist(), fake.tolist()
     inside_real = [[math.dist(x, y) < radius(real, i) for y in fake] for i, x in enumerate(real)]
-    inside_fake = [[math.dist(x, y) < radius(fake, j) for j, y in enumerate(fake)] for x in real]
+    inside_fake = [[math.dist(x, y) <= radius(fake, j) for j, y in enumerate(fake)] for x in real]
     columns = list(zip(*inside_real, strict=True))
+    closed = [any(math.dist(x, y) <= radius(real, i) for i, x in enumerate(real)) for y in fake]
     return (
-        np.mean([any(column) for column in columns]),
+        np.mean(closed),
         np.mean([any(row) for row in inside_fake]),
         np.mean([sum(column) for column in columns]) / k,
         np.mean([any(row) for row in inside_real]),
@@ -88,12 +89,21 @@ def test_coverage_of_equal_populations_has_its_known_mean():
     assert np.mean([v.density for v in values]) == pytest.approx(1, abs=0.036)
 
 
-def test_all_balls_are_open():
-    """Points of distance 1; those of the other set lie on the border of the outer balls."""
+def test_balls_are_closed_for_precision_and_recall_and_open_for_density_and_coverage():
+    """As published: points of distance 1; those of the other set lie on the border of a ball."""
     line, outside = torch.arange(4.0)[:, None], torch.tensor([[-1.0], [4.0]])
-    assert prdc(outside, line, 1).recall == 0
-    assert prdc(line, outside, 1)[::2] == (0, 0)
-    assert prdc(line, outside, 1).coverage == 0
+    assert prdc(line, outside, 1) == (1.0, 0.5 * 2, 0.0, 0.0)
+    assert prdc(line, outside + torch.tensor([[-1e-6], [1e-6]]), 1).precision == 0
+
+
+def test_repeated_samples_are_at_distance_zero():
+    """Radii of 0: copies of a repeated image are precise, its neighbors are not."""
+    image = 50 + normal(1, 30)
+    real = torch.cat([image.expand(6, -1), 60 + normal(6, 30, seed=1)])
+    copies = torch.cat([image.expand(5, -1), image + 1e-3, normal(6, 30, seed=2)])
+    found = prdc(real, copies, 3)
+    assert found.precision == 5 / 12
+    assert found.recall == 6 / 12
 
 
 def test_a_common_translation_changes_no_value():

@@ -45,6 +45,21 @@ def test_points_are_drawn_where_they_are(tmp_path):
     assert higher.read_bytes() == file.read_bytes()
 
 
+def test_real_points_are_shown_beside_in_the_same_range(tmp_path):
+    """A quarter of the width: in a plot of its own, the square would fill it."""
+    made, real = torch.rand(3000, 2), 4 * torch.rand(3000, 2)
+    file = save_picture(made, tmp_path / "points.png", beside=real)
+    pixels = np.asarray(Image.open(file)).astype(int)
+    blue = pixels[..., 2] - pixels[..., 0] > 60
+    half = blue.shape[1] // 2
+    left, right = (np.ptp(np.where(part)[1]) for part in (blue[:, :half], blue[:, half:]))
+    assert left == pytest.approx(right / 4, rel=0.1)
+    line = save_picture(torch.rand(50, 1), tmp_path / "line.png", beside=torch.rand(90, 1))
+    blue = np.asarray(Image.open(line)).astype(int)
+    blue = blue[..., 2] - blue[..., 0] > 60
+    assert min(blue[:, :half].mean(), blue[:, half:].mean()) > 0.05
+
+
 def test_other_samples_have_a_picture_too(tmp_path):
     line = np.asarray(Image.open(save_picture(torch.rand(50, 1), tmp_path / "line.png")))
     assert (line.min(axis=2) < 200).mean() > 0.1  # the bars
@@ -113,3 +128,19 @@ def test_to_uint8_errors():
         to_uint8(torch.tensor([0.0, math.nan]))
     with pytest.raises(TypeError, match=r"images must be a floating-point .* got torch.uint8"):
         to_uint8(torch.zeros(3, dtype=torch.uint8))
+
+
+def test_rules_of_other_programs_differ_from_ours_as_their_formulas_say():
+    x = torch.linspace(-1, 1, 100_001, dtype=torch.float64)
+    formulas = {
+        "round": torch.round(127.5 * (x + 1)),
+        "floor": torch.floor(127.5 * x + 128).clamp(0, 255),
+        "truncate": torch.trunc((x + 1) / 2 * 255),
+    }
+    found = {rule: to_uint8(x, rule).double() for rule in formulas}
+    for rule, expected in formulas.items():
+        assert (found[rule] == expected).double().mean() > 0.9999  # but for round-off at ties
+    assert (found["round"] - found["truncate"]).mean() == pytest.approx(0.5, abs=0.01)
+    assert (found["round"] != found["floor"]).double().mean() < 0.002
+    with pytest.raises(ValueError, match="quantization must be one of"):
+        to_uint8(x, "ceil")

@@ -7,6 +7,7 @@ import re
 from contextlib import nullcontext
 from shutil import copytree
 
+import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
@@ -33,6 +34,7 @@ from flowkit.recipes.predict import predict
 from flowkit.recipes.report import report
 from flowkit.recipes.sample import sample
 from flowkit.recipes.semantic import semantic
+from flowkit.recipes.statistics import statistics
 from flowkit.recipes.tokens import tokens
 from flowkit.recipes.train import train
 from flowkit.runs.resuming import resumed
@@ -98,7 +100,13 @@ RECIPES = {
         PLAIN,
         ["num_samples=8", "batch_size=4", "sampler.grid=1", "metric=pixels"],
     ),
+    "evaluate samples": (
+        evaluate,
+        "samples",
+        ["data@reference=digits", "batch_size=8", "metric=pixels"],
+    ),
     "inpaint": (inpaint, "holes", ["num_images=2", "num_samples=1", "sampler.grid=1"]),
+    "statistics": (statistics, None, ["data=digits", "metric=pixels", "batch_size=60"]),
     "pairs": (pairs, PLAIN, ["num_noises=4", "shard_size=2", "fine_steps=2", "grid=[1,2]"]),
     "pareto": (pareto, "blocks", ["num_samples=4", "nfe=[2]", "repetitions=1", "metric=pixels"]),
     "predict": (predict, "symmetrical", ["batch_size=200"]),
@@ -115,7 +123,8 @@ RECIPES = {
 }
 LAST = {"autoencoder": "metrics", "boss": "grid", "consistency": "consistency", "edit": "edit"}
 LAST |= {"epsilon": "epsilon", "evaluate": "metrics", "inpaint": "inpainted", "pareto": "pareto"}
-LAST |= {"predict": "predicted", "sample": "samples", "semantic": "semantic"}  # stand for a whole
+LAST |= {"predict": "predicted", "sample": "samples", "semantic": "semantic"}
+LAST |= {"evaluate samples": "metrics", "statistics": "statistics"}  # stand for a whole
 FAST = ("sample", "pairs")
 OTHER = dict.fromkeys(("boss", "consistency", "epsilon", "evaluate", "inpaint"), "seed=1")
 OTHER |= dict.fromkeys(("pairs", "pareto", "predict", "sample", "semantic", "tokens"), "seed=1")
@@ -150,6 +159,9 @@ def starts(tmp_path_factory, tiny_run):
         elif name == "pairs" and name not in made:
             options = [f"run={tiny_run}", f"out={folder}", *RECIPES["pairs"][2]]
             pairs(composed("pairs", *options))
+        elif name == "samples" and name not in made:
+            options = [f"run={tiny_run}", f"out={folder}", *RECIPES["sample"][2], "format=npz"]
+            sample(composed("sample", *options, "num_samples=20"))
         return made.setdefault(name, folder)
 
     return start
@@ -161,19 +173,21 @@ def arguments(recipe, starts):
     options = [*options]
     if origin is not None:
         key = {"encode": "autoencoder.path", "pareto": "+runs.it", "reflow": "module.start"}
+        key["evaluate samples"] = "samples"
         options.append(f"{key.get(recipe, 'run')}={starts(origin)}")
     if recipe == "reflow":
         options.append(f"data.root={starts('pairs')}")
     if recipe == "edit":
         options.append(f"image={starts(PLAIN)}/samples/step-000020.png")
-    return "train" if recipe == "reflow" else recipe, options
+    return "train" if recipe == "reflow" else recipe.split()[0], options
 
 
 def call(recipe, folder, starts, *more):
     """Call a recipe as a user does who calls it again after an error."""
     trains = recipe in ("autoencoder", "blockwise", "reflow", "train")
     name, options = arguments(recipe, starts)
-    options += [f"run_dir={folder}" if trains else f"out={folder}", *more]
+    out = folder / "statistics.npz" if recipe == "statistics" else folder
+    options += [f"run_dir={folder}" if trains else f"out={out}", *more]
     if trains and (folder / "checkpoints" / "last.ckpt").is_file():
         name = "train" if recipe == "blockwise" else name
         work = {"train": train, "autoencoder": autoencoder}[name]
@@ -228,6 +242,9 @@ def read(file):
         with Image.open(file) as picture:
             picture.load()
             return picture.size
+    if file.suffix == ".npz":
+        with np.load(file) as arrays:
+            return {name: arrays[name].tolist() for name in arrays}
     if file.suffix == ".safetensors":
         return {k: v.shape for k, v in load_file(file).items()}
     if file.suffix in (".pt", ".ckpt"):

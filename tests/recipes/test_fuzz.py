@@ -170,6 +170,7 @@ COMMANDS = {
     "tokens": ["steps=1", "sizes.width=8", "sizes.depth=1"],
     "sample": ["run={run}", "out=o", "sampler.grid=2", "num_samples=6"],
     "evaluate": ["run={run}", "out=o", "sampler.grid=2", "num_samples=12", "metric=pixels"],
+    "statistics": ["data=digits", "out=o.npz", "metric=pixels"],
     "report": ["run={run}", "out=o", "num_samples=12", "solvers=[euler]", "nfe=[2]",
                "metric=pixels"],
     "boss": ["run={run}", "out=o", "num_steps=2", "budgets=[2]", "fine_steps=4", "start=16",

@@ -113,7 +113,8 @@ def test_evaluation_is_a_record_and_repeats_exactly(tiny_run, configure, tmp_pat
     assert first["sampling"]["nfe"] == 4
     assert first["sampling"]["network_rows_per_sample"] == 8
     assert first["metrics"]["frechet_distance"] > first["metrics"]["floor"]["frechet_distance"]
-    assert set(first) == {"metrics", "weights", "sampling", "data", "versions"}
+    parts = {"metrics", "samples", "reference", "weights", "sampling", "data", "versions"}
+    assert set(first) == parts
     assert "fid" not in json.dumps(first).lower().replace("fidelity", "")
 
 

@@ -1,0 +1,125 @@
+"""Feature sets: from batches, from files of statistics, and what a record says of them."""
+
+import math
+
+import numpy as np
+import pytest
+
+from flowkit.metrics import (
+    FeatureSet,
+    Moments,
+    Pixels,
+    Statistics,
+    feature_metrics,
+    frechet_distance,
+    frechet_unbiased,
+    prdc,
+)
+from flowkit.provenance import tensor_hash
+from tests.metrics.samples import normal
+
+
+def statistics_of(x, **names):
+    moments = Moments()
+    moments.update(x)
+    return moments.statistics(**names)
+
+
+def outputs(x):
+    return {"features": x[:, :4], "spatial": x[:, 4:] ** 2, "logits": 3 * x}
+
+
+def test_batches_give_the_record_of_all_outputs():
+    a, b = normal(80, 7), normal(90, 7, seed=1) + 0.5
+    whole = [FeatureSet.collect([outputs(x)], Pixels()) for x in (a, b)]
+    parts = [FeatureSet.collect(map(outputs, x.split(13)), Pixels()) for x in (a, b)]
+    first, second = feature_metrics(*whole, Pixels()), feature_metrics(*parts, Pixels())
+    for name, value in first.items():
+        near = isinstance(value, float)
+        assert second[name] == (pytest.approx(value, rel=1e-9) if near else value), name
+    exact = frechet_distance(a[:, 4:] ** 2, b[:, 4:] ** 2)
+    assert second["spatial_frechet_distance"] == pytest.approx(exact, rel=1e-9)
+    assert second["frechet_distance"] == pytest.approx(frechet_distance(a[:, :4], b[:, :4]))
+    assert second["reference"] == {"num_samples": 90, "hash": tensor_hash(b[:, :4])}
+    assert (second["num_samples"], second["num_reference"]) == (80, 90)
+
+
+def test_statistics_alone_leave_out_what_needs_images(tmp_path):
+    """A file with the moments alone: of an unknown number of images of the population."""
+    a, b = normal(120, 3), normal(400, 3, seed=1) + 1
+    samples = FeatureSet.collect([outputs(normal(120, 7))], Pixels())
+    np.savez(tmp_path / "a.npz", mu=normal(4), sigma=np.eye(4))
+    record = feature_metrics(
+        samples, FeatureSet(statistics=Statistics.load(tmp_path / "a.npz")), Pixels()
+    )
+    assert record["left_out"] == {
+        "spatial_frechet_distance": "the reference lacks the fields mu_s, sigma_s",
+        **dict.fromkeys(
+            ("kernel_distance", "precision", "recall", "density", "coverage"),
+            "the reference has statistics, no images or features",
+        ),
+    }
+    assert not record["left_out"].keys() & record.keys()
+    assert record["num_reference"] is None
+    statistics = statistics_of(b, reference_hash="12")
+    record = feature_metrics(FeatureSet(a), FeatureSet(statistics=statistics), Pixels())
+    assert record["frechet_distance"] == pytest.approx(frechet_distance(a, b), rel=1e-9)
+    value, ends = frechet_unbiased(a, statistics)
+    assert record["frechet_distance_unbiased"] == value
+    assert record["frechet_distance_unbiased_interval"] == list(ends)
+    assert record["reference"] == {"num_samples": 400, "hash": "12"}
+
+
+def test_a_reference_of_adm_has_statistics_of_more_images_than_it_holds():
+    a, b = normal(120, 3), normal(5000, 3, seed=1) + 1
+    record = feature_metrics(FeatureSet(a), FeatureSet(b[:150], statistics_of(b)), Pixels())
+    assert record["frechet_distance"] == pytest.approx(frechet_distance(a, b), rel=1e-9)
+    assert record["num_reference"] == 5000
+    assert record["precision"] == prdc(b[:150], a).precision
+    assert record["left_out"] == {}
+
+
+def test_few_images_are_unreliable_and_fewer_than_features_warn_with_the_rank():
+    def record(count, others, dim):
+        return feature_metrics(
+            FeatureSet(normal(count, dim)), FeatureSet(normal(others, dim, seed=1)), Pixels()
+        )
+
+    assert record(100, 100, 4)["unreliable"] == record(100, 100, 4)["warnings"] == []
+    assert "precision" in record(100, 99, 4)["unreliable"]
+    found = record(110, 120, 110)
+    assert found["unreliable"] == ["frechet_distance"]
+    (warning,) = found["warnings"]
+    assert warning.startswith("110 samples for 110 features: the covariance has rank 109")
+    assert [x.split(" for")[0] for x in record(120, 150, 200)["warnings"]] == [
+        "120 samples",
+        "150 reference images",
+    ]
+
+
+def test_references_of_other_networks_and_bad_features_are_refused():
+    samples = FeatureSet(normal(30, 3))
+    with pytest.raises(ValueError, match="reference must have 3 features, got 4"):
+        feature_metrics(samples, FeatureSet(normal(30, 4)), Pixels())
+    for names, message in (
+        ({"features_name": "inception"}, "of the feature network of name pixels, got inception"),
+        ({"features_hash": "12"}, f"of the feature network of hash {Pixels.hash}, got 12"),
+    ):
+        other = FeatureSet(statistics=statistics_of(normal(30, 3), **names))
+        with pytest.raises(ValueError, match=message):
+            feature_metrics(samples, other, Pixels())
+    other = FeatureSet(statistics=statistics_of(normal(30, 4)))
+    with pytest.raises(ValueError, match="of the 3 features of the network, got 4"):
+        feature_metrics(samples, other, Pixels())
+    with pytest.raises(ValueError, match="samples must have features, got statistics only"):
+        feature_metrics(other, samples, Pixels())
+    with pytest.raises(ValueError, match="statistics must be of the 3 features, got 4"):
+        FeatureSet(normal(5, 3), other.statistics)
+    with pytest.raises(ValueError, match="features must be given without statistics, got neither"):
+        FeatureSet()
+    bad = [normal(6, 3), normal(6, 3)]
+    bad[1][2] = math.nan
+    with pytest.raises(ValueError, match=r"features must be finite, got 3 NaN .* in sample 8"):
+        FeatureSet.collect([{"features": x} for x in bad], Pixels())
+    with pytest.raises(ValueError, match="the number of images must be at least 2, got 0"):
+        FeatureSet.collect([], Pixels())
