@@ -28,7 +28,7 @@ MOST_WORK = 1e12  # decompositions of covariances, one a class, times features c
 
 @dataclass(frozen=True)
 class FeatureSet:
-    """What a feature network says about a set of images.
+    """Outputs of a feature network for a set of images, or their statistics.
 
     Attributes:
         features: Features ``(N, F)``; None if only their statistics are known.
@@ -108,7 +108,7 @@ class FeatureSet:
 
     @property
     def sampled(self) -> bool:
-        """Whether the Fréchet distance is that of the features, not of statistics of a file."""
+        """True if the Fréchet distance is that of the features, not of statistics of a file."""
         return self.features is not None and self.count == len(self.features)
 
     @property
