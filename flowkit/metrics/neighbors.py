@@ -73,20 +73,17 @@ def prdc(real: Tensor, fake: Tensor, k: int = 5) -> PRDC:
     check_between(k, 1, min(len(real), len(fake)) - 1, "k")
     center = real.double().mean(0)  # reduces the rounding error of ‖x‖² + ‖y‖² − 2 xᵀy
     real, fake = real.double() - center, fake.double() - center
-    # The square loses half of the digits: repeated samples are at a distance of round-off.
-    tiny = 1e-7 * max(real.square().sum(1).max(), fake.square().sum(1).max()).item() ** 0.5
     real_radius, fake_radius = _radii(real, k), _radii(fake, k)
-    fake_closed = fake_radius.clamp(min=tiny)
     balls = torch.zeros(len(fake), device=real.device)
     precise = torch.zeros(len(fake), dtype=torch.bool, device=real.device)
     recalled = covered = 0
     for rows, radius in zip(real.split(1000), real_radius.split(1000), strict=True):
         distance = torch.cdist(rows, fake)
-        inside = distance < radius.where(radius > tiny, 0)[:, None]  # an open ball of 0 is empty
+        inside = distance < radius[:, None]
         balls += inside.sum(0)
         covered += int(inside.any(1).sum())
-        precise |= (distance <= radius.clamp(min=tiny)[:, None]).any(0)
-        recalled += int((distance <= fake_closed).any(1).sum())
+        precise |= (distance <= radius[:, None]).any(0)
+        recalled += int((distance <= fake_radius).any(1).sum())
     return PRDC(
         precision=precise.double().mean().item(),
         recall=recalled / len(real),
