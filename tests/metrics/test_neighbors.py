@@ -97,7 +97,7 @@ def test_balls_are_closed_for_precision_and_recall_and_open_for_density_and_cove
 
 
 def test_copies_of_a_repeated_image_are_precise_and_its_neighbors_are_not():
-    """Its closed ball has the radius 0, where squares leave round-off too; the open one is empty."""
+    """Its closed ball has the radius 0, where squares leave round-off too; the open is empty."""
     image = 50 + normal(1, 30)
     real = torch.cat([image.expand(60, -1), 60 + normal(60, 30, seed=1)])
     fake = torch.cat([image.expand(50, -1), image + 1e-3 * normal(10, 30), normal(60, 30, seed=2)])
