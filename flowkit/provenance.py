@@ -364,7 +364,7 @@ def versions() -> dict[str, str]:
         "POT",
         "scipy",
         "scikit-learn",
-        "torch-fidelity",
+        "transformers",
     ):
         try:
             found[package] = version(package)

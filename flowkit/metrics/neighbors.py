@@ -73,14 +73,12 @@ def prdc(real: Tensor, fake: Tensor, k: int = 5) -> PRDC:
     check_between(k, 1, min(len(real), len(fake)) - 1, "k")
     center = real.double().mean(0)  # reduces the rounding error of ‖x‖² + ‖y‖² − 2 xᵀy
     real, fake = real.double() - center, fake.double() - center
-    # The square loses half of the digits: repeated samples would be at a distance of round-off.
-    tiny = 1e-7 * max(real.square().sum(1).max(), fake.square().sum(1).max()).item() ** 0.5
-    real_radius, fake_radius = _radii(real, k, tiny), _radii(fake, k, tiny)
+    real_radius, fake_radius = _radii(real, k), _radii(fake, k)
     balls = torch.zeros(len(fake), device=real.device)
     precise = torch.zeros(len(fake), dtype=torch.bool, device=real.device)
     recalled = covered = 0
     for rows, radius in zip(real.split(1000), real_radius.split(1000), strict=True):
-        distance = _distances(rows, fake, tiny)
+        distance = torch.cdist(rows, fake)
         inside = distance < radius[:, None]
         balls += inside.sum(0)
         covered += int(inside.any(1).sum())
@@ -146,14 +144,7 @@ def _some_prdc(real: Tensor, fake: Tensor, k: int, rows: Tensor, fake_rows: Tens
     return torch.tensor(prdc(real[rows.to(real.device)], fake[fake_rows.to(fake.device)], k))
 
 
-def _distances(a: Tensor, b: Tensor, tiny: float) -> Tensor:
-    """Return the distances ``(N, M)`` of points, and 0 for those below ``tiny``."""
-    found = torch.cdist(a, b)
-    return found.masked_fill_(found < tiny, 0)
-
-
-def _radii(x: Tensor, k: int, tiny: float) -> Tensor:
+def _radii(x: Tensor, k: int) -> Tensor:
     """Return the distances ``(N,)`` of points to their k-th nearest other point."""
     # k + 1, since the smallest distance in a row is that of the point to itself.
-    parts = [_distances(rows, x, tiny).kthvalue(k + 1).values for rows in x.split(1000)]
-    return torch.cat(parts)
+    return torch.cat([torch.cdist(rows, x).kthvalue(k + 1).values for rows in x.split(1000)])

@@ -315,7 +315,7 @@ def test_point_metrics_have_the_floor_of_two_real_sets():
     real, made, train = torch.randn(3, 80, 2, generator=torch.Generator().manual_seed(0))
     record = point_metrics(real, made[:60] + 2, train=train)
     assert record["floor"]["w2"] == wasserstein2(train[:60], real)
-    assert record["w2"] > 5 * record["floor"]["w2"]
+    assert record["w2"] > 3 * record["floor"]["w2"]
     value, ends = energy_distance(made[:60] + 2, real)
     assert record["energy_distance"] == value
     assert record["energy_distance_interval"] == list(ends)

@@ -96,14 +96,15 @@ def test_balls_are_closed_for_precision_and_recall_and_open_for_density_and_cove
     assert prdc(line, outside + torch.tensor([[-1e-6], [1e-6]]), 1).precision == 0
 
 
-def test_repeated_samples_are_at_distance_zero():
-    """Radii of 0: copies of a repeated image are precise, its neighbors are not."""
+def test_copies_of_a_repeated_image_are_precise_and_its_neighbors_are_not():
+    """Its closed ball has the radius 0, where squares leave round-off too; the open is empty."""
     image = 50 + normal(1, 30)
-    real = torch.cat([image.expand(6, -1), 60 + normal(6, 30, seed=1)])
-    copies = torch.cat([image.expand(5, -1), image + 1e-3, normal(6, 30, seed=2)])
-    found = prdc(real, copies, 3)
-    assert found.precision == 5 / 12
-    assert found.recall == 6 / 12
+    real = torch.cat([image.expand(60, -1), 60 + normal(60, 30, seed=1)])
+    fake = torch.cat([image.expand(50, -1), image + 1e-3 * normal(10, 30), normal(60, 30, seed=2)])
+    found = prdc(real, fake, 3)
+    assert found.precision == 50 / 120
+    assert found.recall == 60 / 120
+    assert found.density == found.coverage == 0
 
 
 def test_a_common_translation_changes_no_value():
