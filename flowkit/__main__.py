@@ -31,6 +31,8 @@ from flowkit.stopping import stops_in_a_line
 
 EXPERIMENTS = CONF / "experiment"
 
+FILES = {"explain": "records"}  # recipes whose arguments without a name are files
+
 # Commands and options of earlier versions, and their replacement.
 FORMER = {
     "sweep": "flowkit report run=<folder> guidance=[1,1.5,2]",
@@ -84,6 +86,7 @@ def main() -> None:
         if {"-h", "--help"} & set(sys.argv[1:]):
             print(explained(name, [argument for argument in sys.argv[1:] if "=" in argument]))
             return
+        sys.argv[1:] = files_as_option(name, sys.argv[1:])
         sys.argv[1:] = [null_of_group(name, argument) for argument in sys.argv[1:]]
         sys.argv[1:] = [choice_of_group(name, argument) for argument in sys.argv[1:]]
         if any(argument.startswith("resume=") for argument in sys.argv):
@@ -147,6 +150,20 @@ def check_recipe(name: str, known: list[str]) -> None:
     if name not in known:
         now = f"; it is now `{FORMER[name]}`" if name in FORMER else did_you_mean(name, known)
         raise ValueError(f"recipe must be one of {', '.join(known)}, got {name}{now}")
+
+
+def files_as_option(recipe: str, arguments: list[str]) -> list[str]:
+    """Return the arguments with plain names of files as an option, where a recipe takes files.
+
+    >>> files_as_option("explain", ["a/metrics.json", "b.json", "value=precision"])
+    ['records=["a/metrics.json","b.json"]', 'value=precision']
+    """
+    option = FILES.get(recipe)
+    files = [one for one in arguments if "=" not in one and not one.startswith(("-", "~", "+"))]
+    if option is None or not files:
+        return arguments
+    quoted = ",".join('"' + file.replace("\\", r"\\").replace('"', r"\"") + '"' for file in files)
+    return [f"{option}=[{quoted}]", *(one for one in arguments if one not in files)]
 
 
 def null_of_group(recipe: str, argument: str) -> str:

@@ -1,0 +1,150 @@
+"""Explain why the numbers of two evaluations differ.
+
+flowkit explain runs/a/metrics.json runs/b/metrics.json
+flowkit explain runs/a/metrics.json runs/b/metrics.json samples=runs/a/drawn reference=runs/a
+flowkit explain runs/a/metrics.json runs/b/metrics.json value=precision
+
+The table holds the settings that differ, the largest effect first. With the samples of the first
+record, these are measured again with one setting of the second record at a time. Without them, the
+sizes are those that docs/evaluation.md measured, as ranges.
+"""
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import hydra
+from hydra import compose
+from lightning.fabric import Fabric
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from flowkit.provenance import read_json
+from flowkit.rules import choices_of, did_you_mean
+from flowkit.runs.explaining import (
+    COUNT,
+    REFERENCE,
+    SEEN,
+    Difference,
+    Record,
+    at,
+    by_size,
+    differences,
+    splits_of,
+    verdict,
+)
+from flowkit.runs.given import of_samples
+from flowkit.runs.processes import launch
+from flowkit.runs.sources import Reading, open_source
+from flowkit.runs.tables import markdown
+
+
+def explain(cfg: DictConfig) -> list[Difference]:
+    """Explain as configured; print a table and a sentence.
+
+    Returns:
+        The differences, the largest first.
+    """
+    first, second = _records(cfg)
+    found = differences(first, second, cfg.value)
+    if cfg.samples is not None:
+        found = _measured(cfg, first, second, found)
+    numbers = [at(record, "metrics", cfg.value) for record in (first, second)]
+    print(f"{cfg.value.replace('_', ' ')}: {numbers[0]:.4g} and {numbers[1]:.4g}\n")
+    if found:
+        print(
+            markdown(
+                ["what differs", "first", "second", "adds", "from"], map(_row, found), range(5)
+            )
+        )
+    print(verdict(first, second, cfg.value, found))
+    return found
+
+
+def _records(cfg: DictConfig) -> tuple[Record, Record]:
+    """Return both records.
+
+    Raises:
+        ValueError: If there are not two, or one is no record with the number.
+    """
+    if len(cfg.records) != 2:
+        raise ValueError(f"records must be two files, got {len(cfg.records)}")
+    found = [read_json(Path(file)) for file in cfg.records]
+    for file, record in zip(cfg.records, found, strict=True):
+        metrics = at(record, "metrics") if isinstance(record, dict) else None
+        if metrics is None:
+            raise ValueError(f"records must be written by flowkit evaluate, got {file}")
+        numbers = [name for name, number in metrics.items() if type(number) in (int, float)]
+        if cfg.value not in numbers:
+            fix = did_you_mean(cfg.value, numbers, f"; there are {', '.join(numbers)}")
+            raise ValueError(f"value must be a number of {file}, got {cfg.value}{fix}")
+    return found[0], found[1]
+
+
+def _measured(
+    cfg: DictConfig, first: Record, second: Record, found: list[Difference]
+) -> list[Difference]:
+    """Measure the samples again, with one setting of the second record at a time.
+
+    Settings that the samples at hand cannot take keep the range that is known.
+    """
+    one_process = {"device": cfg.device, "devices": 1, "num_nodes": 1}
+    fabric = launch(OmegaConf.create(one_process))
+    samples = open_source(cfg.samples, "samples", Reading(trust=tuple(cfg.trust))).images
+    floats = samples is not None and samples.stored["kind"] == "pt"
+    able = [s for s in SEEN if s.options and (s.name != "quantization" or floats)]
+    place = cfg.reference or at(first, "reference", "name")
+    places = [place, cfg.other_reference or (splits_of(first, second) and place)]
+    if not (Path(str(places[0])).exists() or places[0] in choices_of("data")):
+        raise ValueError(
+            f"reference must be given, since that of the first record is no place: {places[0]}"
+        )
+
+    def number(taken: str | None) -> float:
+        """Return the number with one setting of the second record."""
+        options: list[str] = []
+        for setting in able:
+            options += setting.options(second if setting.name == taken else first)
+        return _number(cfg, options, places[taken == REFERENCE.name], fabric)
+
+    base, recorded = number(None), at(first, "metrics", cfg.value)
+    print(f"measured again: {base:.6g}, in the first record {recorded:.6g}\n")
+    names = {setting.name for setting in able}
+    if samples is None or at(second, "metrics", "num_samples") > len(samples):
+        names -= {COUNT.name}
+    if places[1] is None:
+        names -= {REFERENCE.name}
+    again = []
+    for one in found:
+        if one.name in names:
+            change = number(one.name) - base
+            one = one._replace(change=(change, change), how="measured")
+        again.append(one)
+    return by_size(again)
+
+
+def _number(cfg: DictConfig, options: list[str], place: str, fabric: Fabric) -> float:
+    """Return the number of ``flowkit evaluate`` with these options and this reference."""
+    named = place in choices_of("data")
+    node = compose("evaluate", [*options, *([f"data@reference={place}"] if named else [])])
+    with open_dict(node), TemporaryDirectory() as folder:
+        keys = ("samples", "metric", "trust", "data_changed", "batch_size")
+        node.update({key: cfg[key] for key in keys} | ({} if named else {"reference": place}))
+        found = of_samples(node, fabric, Path(folder))
+    return (found.metrics if found else {})[cfg.value]
+
+
+def _row(one: Difference) -> list[str]:
+    """Return a row of the table."""
+    change = "not known" if one.change is None else f"{one.change[0]:+.4g}"
+    if one.change is not None and one.change[1] != one.change[0]:
+        change = f"{one.change[0]:+.4g} to {one.change[1]:+.4g}"
+    return [one.name, one.first, one.second, change, one.how]
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="explain")
+def main(cfg: DictConfig) -> None:
+    """Entry point of ``flowkit explain``."""
+    explain(cfg)
+
+
+if __name__ == "__main__":
+    main()
