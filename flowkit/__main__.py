@@ -16,11 +16,10 @@ from typing import Any, NoReturn, cast
 import flowkit.recipes
 from flowkit import __version__
 from flowkit.errors import ErrorInALine, errors_to_us, is_hydras
-from flowkit.places import check_writable
+from flowkit.places import check_writable, choice_of_group, files_as_option
 from flowkit.rules import (
     CONF,
     check,
-    choice_of_group,
     did_you_mean,
     fits,
     keys_of,
@@ -30,8 +29,6 @@ from flowkit.rules import (
 from flowkit.stopping import stops_in_a_line
 
 EXPERIMENTS = CONF / "experiment"
-
-FILES = {"explain": "records"}  # recipes whose arguments without a name are files
 
 # Commands and options of earlier versions, and their replacement.
 FORMER = {
@@ -150,20 +147,6 @@ def check_recipe(name: str, known: list[str]) -> None:
     if name not in known:
         now = f"; it is now `{FORMER[name]}`" if name in FORMER else did_you_mean(name, known)
         raise ValueError(f"recipe must be one of {', '.join(known)}, got {name}{now}")
-
-
-def files_as_option(recipe: str, arguments: list[str]) -> list[str]:
-    """Return the arguments with plain names of files as an option, where a recipe takes files.
-
-    >>> files_as_option("explain", ["a/metrics.json", "b.json", "value=precision"])
-    ['records=["a/metrics.json","b.json"]', 'value=precision']
-    """
-    option = FILES.get(recipe)
-    files = [one for one in arguments if "=" not in one and not one.startswith(("-", "~", "+"))]
-    if option is None or not files:
-        return arguments
-    quoted = ",".join('"' + file.replace("\\", r"\\").replace('"', r"\"") + '"' for file in files)
-    return [f"{option}=[{quoted}]", *(one for one in arguments if one not in files)]
 
 
 def null_of_group(recipe: str, argument: str) -> str:

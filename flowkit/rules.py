@@ -62,46 +62,6 @@ WORDS = {
 }
 
 
-# --- places and choices -----------------------------------------------------------------------
-
-
-def choice_of_group(recipe: str, argument: str) -> str:
-    """Return ``group@key=choice`` for ``key=choice``, where a key names a choice or a path.
-
-    Raises:
-        ValueError: If the recipe has such a key, and there is neither the choice nor the path.
-
-    >>> choice_of_group("evaluate", "reference=digits"), choice_of_group("evaluate", "seed=1")
-    ('data@reference=digits', 'seed=1')
-    """
-    key, _, value = argument.partition("=")
-    rules = rules_of(recipe)
-    group = next((name for top, name in rules if not top and name.endswith(f"@{key}")), None)
-    takes_paths = rules.get(("", key), "").startswith("path or part")
-    if group is None or not takes_paths or value == "null" or not re.fullmatch(r"[\w.-]+", value):
-        return argument
-    if value in choices_of(group):
-        return f"{group}={value}"
-    if not Path(value).exists():
-        raise ValueError(no_such_place(key, value, group))
-    return argument
-
-
-def choices_of(group: str) -> list[str]:
-    """Return the choices of a group, which may have a key as in ``data@reference``."""
-    return sorted(file.stem for file in (CONF / group.partition("@")[0]).glob("*.yaml"))
-
-
-def no_such_place(key: str, value: str, group: str) -> str:
-    """Return the message for a value that is neither a path nor a choice of a group."""
-    choices = choices_of(group)
-    fix = did_you_mean(value, choices, f"; a relative path counts from {Path.cwd()}")
-    return (
-        f"{key} must be a file or folder that exists, or one of {', '.join(choices)}, got "
-        f"{value}{fix}"
-    )
-
-
 # --- reading ----------------------------------------------------------------------------------
 
 

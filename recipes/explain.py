@@ -17,8 +17,9 @@ from hydra import compose
 from lightning.fabric import Fabric
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from flowkit.places import choices_of
 from flowkit.provenance import read_json
-from flowkit.rules import choices_of, did_you_mean
+from flowkit.rules import did_you_mean
 from flowkit.runs.explaining import (
     COUNT,
     REFERENCE,

@@ -18,8 +18,8 @@ from flowkit.data.pixels import Resize
 from flowkit.data.sample_sets import Drawn, NpzImages, OfSplit, Resized, SampleSet
 from flowkit.metrics import Features, Statistics, from_uint8, outputs_of
 from flowkit.modules.checkpoints import read_config
+from flowkit.places import no_such_place
 from flowkit.provenance import read_json
-from flowkit.rules import no_such_place
 from flowkit.runs.splits import prepared, stored_data
 from flowkit.runs.written import form_of, place_in
 
