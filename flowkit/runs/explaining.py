@@ -144,6 +144,7 @@ SEEN = (
     Setting("resize", _resize, _resize_options),
     Setting("shares of classes", lambda r: at(r, "samples", "classes")),
 )
+STEPS = Setting("steps", _steps)
 DRAW = Setting(
     "draw",
     lambda r: (
@@ -155,7 +156,7 @@ DRAW = Setting(
 MADE = (
     Setting("weights", _weights),
     Setting("solver", lambda r: at(r, "sampling", "method")),
-    Setting("steps", _steps),
+    STEPS,
     Setting("guidance", lambda r: at(r, "sampling", "guidance")),
 )
 """Settings of the model and its sampler. With equal pixels they have no effect."""
@@ -249,10 +250,12 @@ def _size(
     if name == REFERENCE.name:
         found = splits_of(first, second) or (None, None)
         added = _bias(first, second, of_reference=True) or 0.0
-    levels = EFFECTS.get(name, {})
-    if found[0] == found[1] or any(not isinstance(f, str) or f not in levels for f in found):
+    if name == STEPS.name and {at(r, "sampling", "method") for r in (first, second)} == {"euler"}:
+        name = "Euler steps"
+    levels, (a, b) = EFFECTS.get(name, {}), map(str, found)
+    if a == b or not {a, b} <= levels.keys():
         return None, "not known"
-    (low_a, high_a), (low_b, high_b) = (levels[one] for one in found)
+    (low_a, high_a), (low_b, high_b) = levels[a], levels[b]
     number = at(first, "metrics", value)
     low, high = (1 + low_b) / (1 + high_a) - 1, (1 + high_b) / (1 + low_a) - 1
     return (low * number + added, high * number + added), "known range"
