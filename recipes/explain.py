@@ -9,6 +9,7 @@ record, these are measured again with one setting of the second record at a time
 sizes are those that docs/evaluation.md measured, as ranges.
 """
 
+import math
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -86,12 +87,17 @@ def _measured(
     """Measure the samples again, with one setting of the second record at a time.
 
     Settings that the samples at hand cannot take keep the range that is known.
+
+    Raises:
+        ValueError: If the number of the first record does not come out again.
     """
     one_process = {"device": cfg.device, "devices": 1, "num_nodes": 1}
     fabric = launch(OmegaConf.create(one_process))
     samples = open_source(cfg.samples, "samples", Reading(trust=tuple(cfg.trust))).images
-    floats = samples is not None and samples.stored["kind"] == "pt"
-    able = [s for s in SEEN if s.options and (s.name != "quantization" or floats)]
+    stored = {} if samples is None else samples.stored
+    floats, lossless = stored.get("kind") == "pt", stored.get("file_format") != "jpeg"
+    possible = {"quantization": floats, "file format": lossless}
+    able = [s for s in SEEN if s.options and possible.get(s.name, True)]
     place = cfg.reference or at(first, "reference", "name")
     places = [place, cfg.other_reference or (splits_of(first, second) and place)]
     if not (Path(str(places[0])).exists() or places[0] in choices_of("data")):
@@ -107,7 +113,11 @@ def _measured(
         return _number(cfg, options, places[taken == REFERENCE.name], fabric)
 
     base, recorded = number(None), at(first, "metrics", cfg.value)
-    print(f"measured again: {base:.6g}, in the first record {recorded:.6g}\n")
+    if not math.isclose(base, recorded, rel_tol=1e-3):
+        raise ValueError(
+            "samples, reference and metric must be those of the first record, whose number is "
+            f"{recorded:.6g}, got {base:.6g}"
+        )
     names = {setting.name for setting in able}
     if samples is None or at(second, "metrics", "num_samples") > len(samples):
         names -= {COUNT.name}
@@ -125,6 +135,7 @@ def _measured(
 def _number(cfg: DictConfig, options: list[str], place: str, fabric: Fabric) -> float:
     """Return the number of ``flowkit evaluate`` with these options and this reference."""
     named = place in choices_of("data")
+    options = [*options, f"extrapolate={str(cfg.value.endswith('_infinity')).lower()}"]
     node = compose("evaluate", [*options, *([f"data@reference={place}"] if named else [])])
     with open_dict(node), TemporaryDirectory() as folder:
         keys = ("samples", "metric", "trust", "data_changed", "batch_size")

@@ -41,12 +41,7 @@ def _options(group):
     return [f"{group}/{file.stem}" for file in sorted(Path(CONF, group).glob("*.yaml"))]
 
 
-OF_TRAINED_RUNS = {"sampler/auto"}  # no part of a training
-
-
-@pytest.mark.parametrize(
-    "option", [o for group in TRAIN_GROUPS for o in _options(group) if o not in OF_TRAINED_RUNS]
-)
+@pytest.mark.parametrize("option", [o for group in TRAIN_GROUPS for o in _options(group)])
 def test_option(option, configure, tmp_path):
     from flowkit import grids
 

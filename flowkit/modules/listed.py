@@ -70,6 +70,7 @@ NAMES: dict[str, tuple[str, ...]] = {
         "inception_features",
         "network_features",
         "own_grid",
+        "own_sampler",
         "pixel_features",
         "saved_grid",
     ),

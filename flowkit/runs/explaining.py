@@ -128,7 +128,10 @@ NETWORK = Setting("feature network", lambda r: at(r, "metrics", "features", "has
 COUNT = Setting(
     "number of samples",
     lambda r: at(r, "metrics", "num_samples"),
-    lambda r: [f"num_samples={at(r, 'metrics', 'num_samples')}"],
+    lambda r: [
+        f"num_samples={at(r, 'metrics', 'num_samples')}",
+        f"seed={at(r, 'samples', 'seed') or 0}",  # of their choice
+    ],
 )
 REFERENCE = Setting(
     "reference",
@@ -286,8 +289,11 @@ def verdict(first: Record, second: Record, value: str, found: list[Difference]) 
     low, high = sum(change[0] for change in known), sum(change[1] for change in known)
     unknown = [one.name for one in found if one.change is None]
     inside = low - slack <= gap <= high + slack
-    said = "explained within the interval" if inside else "not explained within the interval"
+    if inside:
+        said = "explained within the interval"
+    else:
+        said = "cannot be told from the records" if unknown else "not explained within the interval"
     rest = f"; not known is what {' and '.join(unknown)} adds" if unknown else ""
     return (
-        f"{said}: the difference is {gap:+.4g}, what differs adds {low:+.4g} to {high:+.4g}{rest}"
+        f"{said}: the difference is {gap:+.4g}, what is known adds {low:+.4g} to {high:+.4g}{rest}"
     )

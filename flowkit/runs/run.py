@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from hydra.utils import instantiate
@@ -205,13 +205,12 @@ class Run:
         Raises:
             TypeError: If the sampler is stochastic.
         """
-        sampler = self.sampler(node)
-        if not isinstance(sampler, ODESampler):
+        if not isinstance(build_sampler(node, True, self.module), ODESampler):
             raise TypeError(
                 "sampler must be an ODESampler (such as sampler=heun) to run a flow from data to "
                 "noise, too, got SDESampler"
             )
-        return sampler
+        return cast(ODESampler, self.sampler(node))
 
     # --- records ------------------------------------------------------------------------------
 

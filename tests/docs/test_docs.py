@@ -27,6 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from flowkit.__main__ import main, recipes
 from flowkit.data import Digits
+from flowkit.places import files_as_option
 from tests.conftest import CONF
 from tests.docs.small import small
 
@@ -197,6 +198,7 @@ def check_command(words: list[str], where: str) -> None:
         return
     recipe, overrides = words[0], [w for w in words[1:] if not w.startswith("--")]
     assert recipe in recipes(), where
+    overrides = files_as_option(recipe, overrides)
     own = [w for w in words[1:] if w.startswith("--config-dir")]
     try:
         cfg = composed(recipe, overrides) if not own else None

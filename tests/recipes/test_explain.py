@@ -60,6 +60,7 @@ def test_a_pair_that_differs_in_one_way_is_explained_by_it(name, records, tiny_r
     assert again[0].change == pytest.approx((gap, gap), rel=1e-6)
     assert again[0].how == "measured"
     assert f"explained within the interval: the difference is {gap:+.4g}" in said
+    assert "\nexplained" in said
 
 
 def test_equal_records_need_no_explanation(records, capsys):
@@ -108,7 +109,9 @@ def test_another_sampler_has_no_known_size_in_general():
     found = differences(a, b, "frechet_distance")
     assert found[0].name == "steps"
     assert (found[0].first, found[0].second, found[0].change) == ("2", "76", None)
-    assert verdict(a, b, "frechet_distance", found).endswith("not known is what steps adds")
+    said = verdict(a, b, "frechet_distance", found)
+    assert said.startswith("cannot be told from the records: the difference is +0.2, what is known")
+    assert said.endswith("not known is what steps adds")
 
 
 def test_equal_pixels_do_not_depend_on_their_sampler():

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from flowkit import __main__ as command
-from flowkit import provenance, rules
+from flowkit import places, provenance
 from flowkit.errors import line_of
 from flowkit.recipes.autoencoder import autoencoder
 from flowkit.recipes.blockwise import blockwise
@@ -356,7 +356,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_recipe_is_read(
     """By one line and status 2, whether it is given or that of the run."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(command.runpy, "run_module", None)
-    monkeypatch.setattr(rules, "TemporaryFile", refuse(tiny_run, tmp_path / "closed"))
+    monkeypatch.setattr(places, "TemporaryFile", refuse(tiny_run, tmp_path / "closed"))
     (tmp_path / "closed").mkdir()
     name, options = arguments(recipe, lambda _: tiny_run)
     key = "out" if name in OTHER and name not in ("compare", "tokens") else "hydra.run.dir"
