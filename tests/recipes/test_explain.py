@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -9,6 +11,7 @@ from hydra import compose, initialize_config_dir
 from flowkit.recipes.evaluate import evaluate
 from flowkit.recipes.explain import explain
 from flowkit.recipes.sample import sample
+from flowkit.runs.effects import EFFECTS
 from flowkit.runs.explaining import differences, verdict
 from tests.conftest import CONF
 
@@ -144,3 +147,27 @@ def test_what_explain_refuses(records, configure, tmp_path):
     ):
         with pytest.raises(ValueError, match=said):
             explain(configure("explain", f"records=[{files}]", *options))
+
+
+def test_the_known_ranges_are_those_of_the_documentation():
+    text = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
+    measured = {setting: dict[str, tuple[float, float]]() for setting in EFFECTS}
+    for row in re.findall(
+        r"^\| ([\w ]+) \| ([\w ]+) \| ([\w ]+) \| (.*) % \| (.*) % \|$", text, re.M
+    ):
+        setting, value, instead, *changes = row
+        ends = sorted(float(change) / 100 for change in changes)
+        measured[setting] |= {value: tuple(ends), instead: (0.0, 0.0)}
+    assert {s: {v: pytest.approx(r) for v, r in e.items()} for s, e in EFFECTS.items()} == measured
+
+
+def test_a_known_range_is_of_both_runs():
+    a, b = gaussians(), gaussians()
+    a["samples"] |= {"file_format": "jpeg", "jpeg_quality": 90}
+    b["samples"] = {"hash": "other", "file_format": "jpeg", "jpeg_quality": 75}
+    (found,) = differences(a, b, "frechet_distance")
+    (low, high), number = EFFECTS["file format"]["jpeg 75"], a["metrics"]["frechet_distance"]
+    from_low, from_high = EFFECTS["file format"]["jpeg 90"]
+    expected = (1 + low) / (1 + from_high) - 1, (1 + high) / (1 + from_low) - 1
+    assert found.change == pytest.approx([number * change for change in expected])
+    assert found.how == "known range"
