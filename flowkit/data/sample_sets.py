@@ -17,7 +17,7 @@ from torch import Tensor
 
 from flowkit.data.arrays import Split
 from flowkit.data.npz import Npz
-from flowkit.data.pixels import Resize
+from flowkit.data.pixels import Resize, equal_channels
 from flowkit.metrics.pictures import to_uint8
 
 
@@ -344,6 +344,22 @@ class Resized:
         """Return the images at increasing positions, and their classes."""
         pixels, labels = self.images.read(rows)
         return Images(torch.stack([self.resize(one) for one in pixels]), labels)
+
+
+def is_gray(images: SampleSet) -> bool:
+    """Return True if all images are gray; sets in color are known by their first images.
+
+    >>> import tempfile
+    >>> file = Path(tempfile.mkdtemp()) / "a.npz"
+    >>> np.savez(file, arr_0=np.full((9, 4, 4, 3), 7, np.uint8))
+    >>> found = NpzImages(Npz.open(file))
+    >>> found.shape, is_gray(found)
+    ((3, 4, 4), True)
+    """
+    batches = torch.arange(len(images)).split(64)
+    return images.shape[0] == 1 or all(
+        bool(equal_channels(images.read(rows).pixels).all()) for rows in batches
+    )
 
 
 def state_of(files: Iterable[Path], *more: object) -> str:

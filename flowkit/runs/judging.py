@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flowkit.checks import check_labels
-from flowkit.data.pixels import through_jpeg, with_channels
+from flowkit.data.pixels import equal_channels, through_jpeg, with_channels
 from flowkit.data.sample_sets import SampleSet
 from flowkit.metrics import (
     Features,
@@ -249,10 +249,15 @@ def _gathered(parts: Iterable[Columns], count: int, most: int | None) -> Seen | 
 
 
 def digests(pixels: Tensor) -> Tensor:
-    """Return the SHA-256 ``(B, 32)`` of each image ``(B, C, H, W)`` of uint8, with its shape."""
-    head = repr(tuple(pixels.shape[1:])).encode()
-    rows = pixels.contiguous().numpy()
-    found = [hashlib.sha256(head + row.tobytes()).digest() for row in rows]
+    """Return the SHA-256 ``(B, 32)`` of each image ``(B, C, H, W)`` of uint8, with its shape.
+
+    Three equal channels have the hash of one, as formats differ in how they store gray images.
+    """
+    found = []
+    for one, gray in zip(pixels, equal_channels(pixels).tolist(), strict=True):
+        own = one[:1] if gray else one
+        head = repr(tuple(own.shape)).encode()
+        found.append(hashlib.sha256(head + own.contiguous().numpy().tobytes()).digest())
     return torch.frombuffer(bytearray(b"".join(found)), dtype=torch.uint8).reshape(-1, 32)
 
 

@@ -86,6 +86,17 @@ def test_the_state_follows_the_files(sets, tmp_path):
     assert other.read(torch.tensor([0])).labels is None
 
 
+def test_the_state_follows_each_of_many_classes(tmp_path):
+    for k in range(1200):
+        Image.new("L", (2, 2), k % 256).save(tmp_path / f"{k}.bmp")
+    states = set()
+    for label in (0, 1):  # of an image in the middle
+        pairs = [[f"{k}.bmp", label if k == 600 else 0] for k in range(1200)]
+        (tmp_path / "dataset.json").write_text(json.dumps({"labels": pairs}))
+        states.add(folder_of_images(tmp_path, "samples").state)
+    assert len(states) == 2
+
+
 def test_gray_files_have_one_channel_and_a_color_among_them_three(tmp_path):
     gray = folder_of_images(write_folder(tmp_path / "a", COLOR[:3, :1]), "samples")
     assert gray.shape == (1, 6, 5)

@@ -31,10 +31,10 @@ def _cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
-def files(folder, pixels):
+def files(folder, pixels, form="png", **options):
     folder.mkdir(parents=True)
     for k, one in enumerate(pixels):
-        Image.fromarray(one[0].numpy()).save(folder / f"{k}.png")
+        Image.fromarray(one[0].numpy()).save(folder / f"{k}.{form}", **options)
     return folder
 
 
@@ -81,6 +81,52 @@ def test_metrics_are_those_of_the_functions(judged, tmp_path):
         "classes": None,
         "hash": hash_of_set(digests(OURS)),
     }
+
+
+def test_gray_images_have_one_distance_in_all_formats(judged, tmp_path):
+    """Npz files and WebP store them as three equal channels, whose distance is three times."""
+    forms = {
+        "png": files(tmp_path / "png", OURS),
+        "npz": npz(tmp_path / "a.npz", OURS),
+        "webp": files(tmp_path / "webp", OURS, "webp", lossless=True),
+    }
+    expected = frechet_distance(*(from_uint8(x).flatten(1) for x in (OURS, THEIRS)))
+    theirs = [files(tmp_path / "b", THEIRS), npz(tmp_path / "b.npz", THEIRS)]
+    for form, reference in [("png", theirs[1]), ("npz", theirs[0]), ("webp", theirs[1])]:
+        record = judged(f"samples={forms[form]}", f"reference={reference}", out=f"{form}-e")
+        assert record["metrics"]["frechet_distance"] == pytest.approx(expected, rel=1e-9)
+        assert record["samples"]["hash"] == hash_of_set(digests(OURS))
+        assert record["reference"]["hash"] == hash_of_set(digests(THEIRS))
+    color = THEIRS.expand(-1, 3, -1, -1).clone()
+    color[49, 0, 0, 0] ^= 1
+    last = tmp_path / "c.npz"
+    np.savez(last, arr_0=color.permute(0, 2, 3, 1).numpy())
+    record = judged(f"samples={forms['png']}", f"reference={last}", out="color")
+    assert record["samples"]["shape"] == [3, 3, 3]  # one color is enough
+    assert record["samples"]["hash"] == hash_of_set(digests(OURS))
+
+
+class GrayOnly(Pixels):
+    def __call__(self, images):
+        return torch.nn.functional.conv2d(images, torch.ones(1, 1, 2, 2)).flatten(1)
+
+
+class ColorOnly(Pixels):
+    def __call__(self, images):
+        return torch.nn.functional.conv2d(images, torch.ones(1, 3, 2, 2)).flatten(1)
+
+
+@pytest.mark.parametrize("network", [GrayOnly, ColorOnly])
+def test_networks_for_gray_or_color_alone_see_gray_images(network, judged, tmp_path, monkeypatch):
+    monkeypatch.setattr("flowkit.runs.pixel_features", lambda data: network())
+    channels = 1 if network is GrayOnly else 3
+    a, b = (network()(from_uint8(x.expand(-1, channels, -1, -1))) for x in (OURS, THEIRS))
+    Statistics(b.double().mean(0), b.double().T.cov()).save(tmp_path / "s.npz")
+    for reference in (npz(tmp_path / "b.npz", THEIRS), tmp_path / "s.npz"):
+        record = judged(f"samples={files(tmp_path / reference.stem, OURS)}", f"reference={reference}")
+        assert record["metrics"]["frechet_distance"] == pytest.approx(
+            frechet_distance(a, b), rel=1e-6
+        )
 
 
 def test_all_formats_of_a_run_give_one_record(tiny_run, configure, judged, tmp_path):
@@ -155,7 +201,7 @@ def test_statistics_stand_for_images_and_say_what_they_leave_out(configure, judg
     made = statistics(
         configure("statistics", f"reference={theirs}", f"out={stats}", "metric=pixels")
     )
-    pixels = from_uint8(THEIRS.expand(-1, 3, -1, -1)).flatten(1).double()
+    pixels = from_uint8(THEIRS).flatten(1).double()
     with np.load(stats) as arrays:
         assert arrays["mu"] == pytest.approx(pixels.mean(0).numpy(), abs=1e-12)
         assert arrays["sigma"] == pytest.approx(np.cov(pixels.numpy().T), abs=1e-12)
@@ -295,7 +341,7 @@ def test_features_that_are_not_finite_name_their_image(judged, tmp_path, monkeyp
 
 def test_wrong_pairs_and_options_are_refused(tiny_run, judged, tmp_path):
     ours, theirs = npz(tmp_path / "a.npz", OURS), npz(tmp_path / "b.npz", THEIRS)
-    wide = npz(tmp_path / "w.npz", torch.zeros(9, 1, 70, 70).byte())
+    wide = npz(tmp_path / "w.npz", torch.zeros(9, 1, 100, 100).byte())
     eight = npz(tmp_path / "e.npz", torch.zeros(9, 1, 8, 8).byte())
     (tmp_path / "f.npz").write_bytes(b"x")
     (tmp_path / "f.zip").write_bytes(b"x")
@@ -313,11 +359,11 @@ def test_wrong_pairs_and_options_are_refused(tiny_run, judged, tmp_path):
         "filter and antialias must be absent without resize=": [*both, "filter=box"],
         "quantization must be round for samples that are bytes": [*both, "quantization=floor"],
         r"num_samples must lie in \[4, 60\], got 61": [*both, "num_samples=61"],
-        "num_samples with extrapolate=true and 27 .* at least 108, got 60": [
-            *both, "extrapolate=true"],
+        "num_samples with extrapolate=true and 9 features must be at least .*, got 8": [
+            *both, "extrapolate=true", "num_samples=8"],
         "samples must have the size of the reference, 3x3, got 8x8; resize=3": [
             f"samples={eight}", both[1]],
-        "metric must have at most 8,192 features .* got 14,700 of pixels": [
+        "metric must have at most 8,192 features .* got 10,000 of pixels": [
             f"samples={wide}", f"reference={wide}"],
         "statistics must be of the feature network of name pixels, got other": [
             both[0], f"reference={tmp_path / 'o.npz'}"],
