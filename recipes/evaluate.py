@@ -77,6 +77,8 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     files = [out / "metrics.json", out / "samples.png"]
     with recording(record, files):
         save_picture(found.shown, files[1], found.columns, beside=found.beside)
+    if found.parts is not None:
+        found.parts.remove()
     _report(found.metrics)
     print(f"picture   {files[1]}\nnumbers   {files[0]}")
     return record
@@ -159,7 +161,6 @@ def _measure_images(cfg: DictConfig, run: Run, sampler: Sampler, fabric: Fabric)
         generated_features=drawn,
         extrapolate=cfg.extrapolate,
     )
-    parts.remove()
     sampling = {**run.describe(sampler), **cost, **source}
     sampling["conditions"] = None if cond is None else chosen
     stored = {"kind": "run", "file_format": None, "quantization": cfg.quantization}
@@ -174,9 +175,9 @@ def _measure_images(cfg: DictConfig, run: Run, sampler: Sampler, fabric: Fabric)
     }
     record = {**sets, **run.record(sampling, metrics=metrics)}
     if labels is None:
-        return Measured(metrics, record, as_saved(samples[:100]))
+        return Measured(metrics, record, as_saved(samples[:100]), parts=parts)
     shown, columns = picture_rows(labels)
-    return Measured(metrics, record, as_saved(samples[shown]), columns)
+    return Measured(metrics, record, as_saved(samples[shown]), columns, parts=parts)
 
 
 def _set_record(
@@ -228,9 +229,9 @@ def _report(metrics: dict[str, Any]) -> None:
     """Print the metrics and their intervals."""
     rows = _image_rows(metrics) if "frechet_distance" in metrics else _point_rows(metrics)
     if "class_agreement" in metrics:
-        rows["recognized as their class"] = (
-            f"{_with_interval(metrics, 'class_agreement')}  "
-            f"(real images {metrics['judge']['test_accuracy']:.3f})"
+        real = metrics["judge"].get("test_accuracy")  # None if the reference has no classes
+        rows["recognized as their class"] = _with_interval(metrics, "class_agreement") + (
+            "" if real is None else f"  (real images {real:.3f})"
         )
     width = max(map(len, rows))
     for name, value in rows.items():

@@ -72,6 +72,8 @@ def statistics(cfg: DictConfig) -> Statistics | None:
     files = [file.with_suffix(".json"), file]
     with recording(record, files):
         found.save(file)
+    if seen.parts is not None:
+        seen.parts.remove()
     print(
         f"images      {len(seen):,} of {source.name}\n"
         f"features    {len(found.mean):,} of {features.name}\n"

@@ -51,6 +51,8 @@ class Seen:
         classes: Classes and their numbers of images ``(2, K)``, of all images; None without
             classes.
         hash: A hash of the pixels, the same for the same images in any format and order.
+        parts: What a stopped call goes on with, to remove when the record is written; None if the
+            features are in the user's cache.
     """
 
     features: Tensor
@@ -59,6 +61,7 @@ class Seen:
     others: Mapping[str, Tensor]
     classes: Tensor | None
     hash: str
+    parts: Parts | None = None
 
     def __len__(self) -> int:
         """Return the number of all images."""
@@ -159,8 +162,11 @@ def see(
     found = _gathered(made, len(rows), KEPT if keep else most)
     if found is None:
         return None
+    if not keep:
+        return replace(found, parts=parts)
+    found = cached(file, _read, lambda: found, _write)
     parts.remove()
-    return cached(file, _read, lambda: found, _write) if keep else found
+    return found
 
 
 @dataclass(frozen=True)
@@ -275,15 +281,20 @@ def hash_of_set(digests: Tensor) -> str:
 
 
 def agreement_of(judge: Judge, generated: Seen, reference: Seen) -> dict[str, Any]:
-    """Return the shares of images that a judge gives their class, of samples also by class."""
+    """Return the shares of images that a judge gives their class, of samples also by class.
+
+    A reference without classes leaves out the judge's accuracy.
+    """
     hits, labels = _hits(generated)
+    known = "labels" in reference.others
+    accuracy = _share("test_accuracy", _hits(reference)[0]) if known else {}
     return {
         **_share("class_agreement", hits),
         "class_agreement_by_class": {
             str(int(label)): hits[labels == label].double().mean().item()
             for label in labels.unique()
         },
-        "judge": {"name": judge.name, **_share("test_accuracy", _hits(reference)[0])},
+        "judge": {"name": judge.name, **accuracy},
     }
 
 
@@ -319,7 +330,7 @@ def through(jpeg: int | None) -> dict[str, Any]:
 def set_record(
     name: str,
     stored: Mapping[str, Any],
-    shape: Sequence[int],
+    shape: Sequence[int] | None,
     count: int | None,
     pixels_hash: str | None,
     shares: Mapping[str, float] | None,
@@ -331,7 +342,7 @@ def set_record(
         name: Path, run or data.
         stored: See `flowkit.data.sample_sets.SampleSet`. The rule of ``quantization`` is None where
             it is not known; the ``file_format`` is None for arrays.
-        shape: Shape of an image as it was seen.
+        shape: Shape of an image as it was seen, or None for statistics.
         count: Number of images.
         pixels_hash: See `hash_of_set`.
         shares: Share of each class, or None.
@@ -341,7 +352,7 @@ def set_record(
         "name": name,
         **stored,
         "resize": resize,
-        "shape": list(shape),
+        "shape": None if shape is None else list(shape),
         "num_samples": count,
         "classes": shares,
         "hash": pixels_hash,

@@ -262,7 +262,7 @@ def channels_of(
     as in PNG. Gray images take 3 channels if the network knows colors only, or if the statistics
     are of 3 channels.
     """
-    size = sets[0].shape[1:]
+    size, known = sets[0].shape[1:], []
     for channels in (1, 3) if all(map(is_gray, sets)) else (3,):
         try:
             width = width_of(features, (channels, *size))
@@ -270,7 +270,8 @@ def channels_of(
             continue
         if statistics is None or width == len(statistics.mean):
             return channels
-    return max(images.shape[0] for images in sets)
+        known.append(channels)
+    return known[0] if known else max(images.shape[0] for images in sets)
 
 
 def width_of(features: Features, shape: Sequence[int]) -> int:

@@ -1,17 +1,22 @@
 """Evaluation of anybody's samples: formats, references, records, interruption, refusals."""
 
 import json
+import re
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from flowkit.__main__ import check_command
+from flowkit.data.pixels import Resize, through_jpeg
 from flowkit.metrics import (
     Pixels,
     Statistics,
     frechet_distance,
+    frechet_from_moments,
     from_uint8,
     prdc,
     to_uint8,
@@ -47,8 +52,8 @@ def npz(file, pixels, **more):
 def judged(configure, tmp_path):
     """Evaluates with the options, in pixels."""
 
-    def judged(*options, out="out"):
-        common = ["metric=pixels", f"out={tmp_path / out}", "batch_size=16"]
+    def judged(*options, out="out", metric="pixels"):
+        common = [f"metric={metric}", f"out={tmp_path / out}", "batch_size=16"]
         return evaluate(configure("evaluate", *map(str, options), *common))
 
     return judged
@@ -123,7 +128,8 @@ def test_networks_for_gray_or_color_alone_see_gray_images(network, judged, tmp_p
     a, b = (network()(from_uint8(x.expand(-1, channels, -1, -1))) for x in (OURS, THEIRS))
     Statistics(b.double().mean(0), b.double().T.cov()).save(tmp_path / "s.npz")
     for reference in (npz(tmp_path / "b.npz", THEIRS), tmp_path / "s.npz"):
-        record = judged(f"samples={files(tmp_path / reference.stem, OURS)}", f"reference={reference}")
+        ours = files(tmp_path / reference.stem, OURS)
+        record = judged(f"samples={ours}", f"reference={reference}")
         assert record["metrics"]["frechet_distance"] == pytest.approx(
             frechet_distance(a, b), rel=1e-6
         )
@@ -244,6 +250,52 @@ def test_a_reference_of_adm_has_statistics_of_all_images_and_some_images(judged,
     assert metrics["recall"] == prdc(some, a).recall
 
 
+@pytest.mark.parametrize("resize", [None, 2, 3])
+def test_statistics_of_other_features_or_sizes_give_way_to_the_images(judged, tmp_path, resize):
+    """As those of Inception do to the images of ADM for any other network."""
+    width = 2048 if resize is None else 9
+    moments = {"mu": np.zeros(width), "sigma": np.eye(width)}
+    reference = npz(tmp_path / "r.npz", THEIRS, **moments)
+    options = [f"samples={npz(tmp_path / 'a.npz', OURS)}", f"reference={reference}"]
+    record = judged(*options, *([] if resize is None else [f"resize={resize}"]))
+    seen = (OURS, THEIRS)
+    if resize is not None:
+        seen = [torch.stack([Resize(resize)(one) for one in x]) for x in seen]
+    a, b = (from_uint8(x).flatten(1) for x in seen)
+    expected = frechet_distance(a, b)
+    said = [text for text in record["metrics"]["warnings"] if "mu and sigma of" in text]
+    if resize == 3:  # which changes nothing: the statistics count
+        b = [torch.zeros(9).double(), torch.eye(9).double()]
+        expected = frechet_from_moments(a.double().mean(0), a.double().T.cov(), *b)
+    assert record["metrics"]["frechet_distance"] == pytest.approx(expected, rel=1e-6)
+    reasons = {None: "of 2,048 features, other than those of pixels$", 2: "3x3, before the resize$"}
+    assert len(said) == (resize != 3)
+    assert all(re.search(reasons[resize], text) for text in said)
+
+
+def test_the_record_of_statistics_has_no_resize_and_no_shape(judged, tmp_path):
+    np.savez(tmp_path / "s.npz", mu=np.zeros(4), sigma=np.eye(4))
+    record = judged(
+        f"samples={npz(tmp_path / 'a.npz', OURS)}", f"reference={tmp_path / 's.npz'}", "resize=2"
+    )
+    assert record["samples"]["resize"]["size"] == 2
+    assert record["samples"]["shape"] == [1, 2, 2]
+    assert record["reference"]["resize"] is record["reference"]["shape"] is None
+
+
+def test_a_reference_without_classes_leaves_out_the_accuracy_of_the_judge(
+    tiny_run, configure, judged, tmp_path
+):
+    options = [f"run={tiny_run}", "num_samples=30", "sampler.grid=2"]
+    drawn = sample(configure("sample", *options))
+    reference = files(tmp_path / "b", to_uint8(drawn).flip(-1))
+    metrics = judged(f"samples={tiny_run}", f"reference={reference}", out="a")["metrics"]
+    whole = judged(f"samples={tiny_run}", out="b")["metrics"]
+    assert metrics["class_agreement"] == whole["class_agreement"]
+    assert "test_accuracy" in whole["judge"]
+    assert "test_accuracy" not in metrics["judge"]
+
+
 def test_a_choice_of_samples_is_random_and_the_same_for_a_seed(judged, tmp_path):
     ours, theirs = files(tmp_path / "a", OURS), files(tmp_path / "b", THEIRS)
     options = [f"samples={ours}", f"reference={theirs}", "num_samples=20"]
@@ -257,8 +309,6 @@ def test_a_choice_of_samples_is_random_and_the_same_for_a_seed(judged, tmp_path)
 
 
 def test_jpeg_and_resize_are_done_and_recorded(judged, tmp_path):
-    from flowkit.data.pixels import Resize, through_jpeg
-
     ours, theirs = npz(tmp_path / "a.npz", OURS), npz(tmp_path / "b.npz", THEIRS)
     both = [f"samples={ours}", f"reference={theirs}"]
     record = judged(*both, "jpeg=60")["samples"]
@@ -307,13 +357,20 @@ def test_a_stopped_evaluation_goes_on_and_the_reference_is_seen_once(judged, tmp
     monkeypatch.setattr("flowkit.runs.pixel_features", lambda data: Counted())
     monkeypatch.setattr("flowkit.runs.judging.PART", 16)
     monkeypatch.setattr(Counted, "calls", [])
-    monkeypatch.setattr(Counted, "most", 2)
-    with pytest.raises(ConnectionError):
-        judged(*options)
-    assert Counted.calls == [16, 16]
+    theirs_and_ours, made = [16, 16, 16, 2, 16, 16, 16, 12], ConnectionError("the plug was pulled")
+    for most in (2, 6):  # in the reference, and in the samples
+        monkeypatch.setattr(Counted, "most", most)
+        with pytest.raises(ConnectionError):
+            judged(*options)
+        assert Counted.calls == theirs_and_ours[:most]
     monkeypatch.setattr(Counted, "most", None)
+    for place in ("given.feature_metrics", "given.as_saved"):  # between the features and the record
+        with monkeypatch.context() as patch, pytest.raises(ConnectionError):
+            patch.setattr(f"flowkit.runs.{place}", Mock(side_effect=made))
+            judged(*options)
     assert judged(*options)["metrics"] == whole["metrics"]
-    assert Counted.calls == [16, 16, 16, 12, 16, 16, 16, 2]  # no batch twice
+    assert Counted.calls == theirs_and_ours  # no batch twice
+    assert not [*(tmp_path / "out").glob("parts-*")]
     Counted.calls.clear()
     judged(f"samples={ours}", f"reference={theirs}", "num_samples=32")
     assert Counted.calls == [16, 16]
@@ -367,7 +424,7 @@ def test_wrong_pairs_and_options_are_refused(tiny_run, judged, tmp_path):
             f"samples={wide}", f"reference={wide}"],
         "statistics must be of the feature network of name pixels, got other": [
             both[0], f"reference={tmp_path / 'o.npz'}"],
-        "statistics must be of the 27 features of the network, got 5": [
+        "statistics must be of the 9 features of the network, got 5": [
             both[0], f"reference={tmp_path / 'm.npz'}"],
         "reference must hold images in arr_0, or statistics in mu and sigma, got mu": [
             both[0], f"reference={tmp_path / 'n.npz'}"],
@@ -385,6 +442,16 @@ def test_wrong_pairs_and_options_are_refused(tiny_run, judged, tmp_path):
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             judged(*options)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("weights", [None, "none.pth"])
+def test_inception_without_weights_names_the_published_file(judged, tmp_path, weights):
+    ours = npz(tmp_path / "a.npz", OURS)
+    options = [f"samples={ours}", f"reference={ours}", "metric=inception"]
+    options += [] if weights is None else [f"metric.weights={tmp_path / weights}"]
+    check_command("evaluate", options)
+    with pytest.raises(Exception, match=r"weights-inception-2015.*95,628,359 bytes.* https://"):
+        judged(*options, metric="inception")
 
 
 def test_a_run_without_drawn_samples_names_the_command(tiny_run, judged, tmp_path):
