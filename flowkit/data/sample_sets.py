@@ -93,7 +93,7 @@ class NpzImages:
                 f"{self.argument} must hold images (N, H, W, 3) in arr_0, got shape {shape} in "
                 f"{self.npz.file}{_turned(shape)}"
             )
-        if not shape[0]:
+        if 0 in shape:
             raise ValueError(f"{self.argument} must hold images, got none in {self.npz.file}")
         if dtype != np.uint8:
             raise TypeError(
@@ -110,7 +110,7 @@ class NpzImages:
     def _values(self) -> str:
         """Describe images that are not bytes: type, range of the first of them, and the fix."""
         dtype = self.npz.dtype("arr_0")
-        if dtype.kind not in "iuf":
+        if dtype.kind not in "iuf" or dtype.itemsize > 8:  # of which torch has no tensors
             return f"{dtype} in {self.npz.file}"
         first = self.npz.rows("arr_0", torch.arange(min(len(self), 256))).double()
         low, high = first.min().item(), first.max().item()
@@ -168,7 +168,9 @@ def _turned(shape: tuple[int, ...]) -> str:
     """Return the fix for images in another order, as the end of an error."""
     if len(shape) == 4 and shape[1] in (1, 3):
         return "; channels are last: write x.transpose(0, 2, 3, 1)"
-    return "; write x[..., None]" if len(shape) == 3 else ""
+    if len(shape) != 3:
+        return ""
+    return "; of one image write x[None]" if shape[2] in (1, 3) else "; write x[..., None]"
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,7 @@ from lightning.fabric import Fabric
 from omegaconf import DictConfig
 from torch import Tensor
 
-from flowkit.checks import check_between
+from flowkit.checks import check_at_least, check_between
 from flowkit.data import SplitData
 from flowkit.data.sample_sets import OfSplit, Resized, SampleSet
 from flowkit.metrics import Features, FeatureSet, Judge, Statistics, feature_metrics
@@ -71,6 +71,8 @@ def of_samples(cfg: DictConfig, fabric: Fabric, out: Path) -> Measured | None:
     images, real = cast(SampleSet, samples.images), reference.images
     images = images if data is None else with_classes_of(data, images)
     rows = _rows(cfg, images)
+    if real is not None:
+        _check_enough(real, "reference")
     shape, statistics, warnings = _common(images, reference, data, features, statistics)
     check_features(features, shape, len(rows) if cfg.extrapolate else None, statistics)
     judge = None if real is None else _judge(cfg, data, images.read(rows[:1]).labels)
@@ -100,7 +102,9 @@ def of_samples(cfg: DictConfig, fabric: Fabric, out: Path) -> Measured | None:
     if judge is not None and known is not None:
         metrics |= agreement_of(judge, generated, known)
     record = {
-        "samples": _record(cfg, samples, shape, generated, None) | through(cfg.jpeg),
+        "samples": _record(cfg, samples, shape, generated, None)
+        | {"seed": cfg.seed if len(rows) < len(images) else None}
+        | through(cfg.jpeg),
         "reference": _record(cfg, reference, shape, known, statistics),
         **{key: value for key, value in (samples.made or {}).items() if key != "samples"},
         "versions": versions(),
@@ -203,10 +207,20 @@ def _picture(images: SampleSet, rows: Tensor, labels: Tensor | None) -> tuple[Te
 
 def _rows(cfg: DictConfig, images: SampleSet) -> Tensor:
     """Return the positions of the samples that are measured: all, or a random choice."""
+    _check_enough(images, "samples")
     count = len(images) if cfg.num_samples is None else cfg.num_samples
     check_between(count, 4, len(images), "num_samples")
     shuffled = torch.randperm(len(images), generator=torch.Generator().manual_seed(cfg.seed))
     return shuffled[:count].sort().values
+
+
+def _check_enough(images: SampleSet, argument: str) -> None:
+    """Require as many images as the metrics need.
+
+    Raises:
+        ValueError: If there are fewer than 4.
+    """
+    check_at_least(len(images), 4, f"the number of images in {argument}={images.name}")
 
 
 def _judge(cfg: DictConfig, data: SplitData | None, labels: Tensor | None) -> Judge | None:

@@ -335,6 +335,7 @@ def set_record(
     pixels_hash: str | None,
     shares: Mapping[str, float] | None,
     resize: Mapping[str, Any] | None = None,
+    seed: int | None = None,
 ) -> dict[str, Any]:
     """Return the record of a set of images: all that its features depend on beside the network.
 
@@ -347,6 +348,7 @@ def set_record(
         pixels_hash: See `hash_of_set`.
         shares: Share of each class, or None.
         resize: See `flowkit.data.pixels.Resize`, or None.
+        seed: Seed of the random choice of the images; None if all were taken.
     """
     return {
         "name": name,
@@ -354,6 +356,7 @@ def set_record(
         "resize": resize,
         "shape": None if shape is None else list(shape),
         "num_samples": count,
+        "seed": seed,
         "classes": shares,
         "hash": pixels_hash,
     }

@@ -192,10 +192,13 @@ LAST = COLOR.permute(0, 2, 3, 1).numpy()
         (LAST.astype("U3"), TypeError, "uint8 images in arr_0, got <U3"),
         (COLOR.numpy(), ValueError, r"got shape \(13, 3, 6, 5\) in .*; channels are last: write"),
         (LAST[..., 0], ValueError, r"got shape \(13, 6, 5\) in .*write x\[..., None\]"),
+        (LAST[0], ValueError, r"got shape \(6, 5, 3\) in .*; of one image write x\[None\]"),
+        (LAST / np.float128(255), TypeError, r"arr_0, got float128 in "),
+        ((LAST / 255).astype(">f4"), TypeError, r"got >f4 in \[0, 1\] in .*; write \(255 \* x\)"),
         (LAST[:0], ValueError, "images, got none"),
+        (LAST[:, :0], ValueError, "images, got none"),
         (LAST.reshape(-1), ValueError, r"got shape \(1170,\)"),
     ],
-    ids=["-1..1", "0..1", "0..255", "int", "wide", "text", "first", "plain", "empty", "flat"],
 )
 def test_arrays_that_are_no_images_are_refused_with_the_fix(tmp_path, array, error, message):
     with pytest.raises(error, match=rf"reference must hold .*{message}"):

@@ -83,6 +83,7 @@ def test_metrics_are_those_of_the_functions(judged, tmp_path):
         "resize": None,
         "shape": [1, 3, 3],
         "num_samples": 60,
+        "seed": None,
         "classes": None,
         "hash": hash_of_set(digests(OURS)),
     }
@@ -299,10 +300,11 @@ def test_a_reference_without_classes_leaves_out_the_accuracy_of_the_judge(
 def test_a_choice_of_samples_is_random_and_the_same_for_a_seed(judged, tmp_path):
     ours, theirs = files(tmp_path / "a", OURS), files(tmp_path / "b", THEIRS)
     options = [f"samples={ours}", f"reference={theirs}", "num_samples=20"]
-    first, again, other = (
-        judged(*options, f"seed={seed}", out=f"o{k}")["samples"]["hash"]
-        for k, seed in enumerate((0, 0, 1))
-    )
+    seeds = (0, 0, 1)
+    records = [judged(*options, f"seed={seed}", out=f"o{k}") for k, seed in enumerate(seeds)]
+    assert [record["samples"]["seed"] for record in records] == [0, 0, 1]
+    assert records[0]["reference"]["seed"] is None
+    first, again, other = (record["samples"]["hash"] for record in records)
     assert first == again != other
     chosen = torch.randperm(60, generator=torch.Generator().manual_seed(0))[:20]
     assert first == hash_of_set(digests(OURS[chosen]))
@@ -357,7 +359,7 @@ def test_a_stopped_evaluation_goes_on_and_the_reference_is_seen_once(judged, tmp
     monkeypatch.setattr("flowkit.runs.pixel_features", lambda data: Counted())
     monkeypatch.setattr("flowkit.runs.judging.PART", 16)
     monkeypatch.setattr(Counted, "calls", [])
-    theirs_and_ours, made = [16, 16, 16, 2, 16, 16, 16, 12], ConnectionError("the plug was pulled")
+    theirs_and_ours, pulled = [16, 16, 16, 2, 16, 16, 16, 12], ConnectionError("the plug")
     for most in (2, 6):  # in the reference, and in the samples
         monkeypatch.setattr(Counted, "most", most)
         with pytest.raises(ConnectionError):
@@ -366,7 +368,7 @@ def test_a_stopped_evaluation_goes_on_and_the_reference_is_seen_once(judged, tmp
     monkeypatch.setattr(Counted, "most", None)
     for place in ("given.feature_metrics", "given.as_saved"):  # between the features and the record
         with monkeypatch.context() as patch, pytest.raises(ConnectionError):
-            patch.setattr(f"flowkit.runs.{place}", Mock(side_effect=made))
+            patch.setattr(f"flowkit.runs.{place}", Mock(side_effect=pulled))
             judged(*options)
     assert judged(*options)["metrics"] == whole["metrics"]
     assert Counted.calls == theirs_and_ours  # no batch twice
@@ -377,7 +379,7 @@ def test_a_stopped_evaluation_goes_on_and_the_reference_is_seen_once(judged, tmp
     (theirs / "0.png").write_bytes((theirs / "1.png").read_bytes())
     Counted.calls.clear()
     judged(f"samples={ours}", f"reference={theirs}", "num_samples=32")
-    assert Counted.calls == [16, 16, 16, 16, 16, 2]  # the reference has changed
+    assert Counted.calls == [16, 16, 16, 2, 16, 16]  # the reference has changed
 
 
 def test_features_that_are_not_finite_name_their_image(judged, tmp_path, monkeypatch):
@@ -400,6 +402,7 @@ def test_wrong_pairs_and_options_are_refused(tiny_run, judged, tmp_path):
     ours, theirs = npz(tmp_path / "a.npz", OURS), npz(tmp_path / "b.npz", THEIRS)
     wide = npz(tmp_path / "w.npz", torch.zeros(9, 1, 100, 100).byte())
     eight = npz(tmp_path / "e.npz", torch.zeros(9, 1, 8, 8).byte())
+    npz(tmp_path / "two.npz", OURS[:2])
     (tmp_path / "f.npz").write_bytes(b"x")
     (tmp_path / "f.zip").write_bytes(b"x")
     b = from_uint8(THEIRS).flatten(1).double()
@@ -416,6 +419,10 @@ def test_wrong_pairs_and_options_are_refused(tiny_run, judged, tmp_path):
         "filter and antialias must be absent without resize=": [*both, "filter=box"],
         "quantization must be round for samples that are bytes": [*both, "quantization=floor"],
         r"num_samples must lie in \[4, 60\], got 61": [*both, "num_samples=61"],
+        "the number of images in samples=.*two.npz must be at least 4, got 2": [
+            f"samples={tmp_path / 'two.npz'}", both[1]],
+        "the number of images in reference=.*two.npz must be at least 4, got 2": [
+            both[0], f"reference={tmp_path / 'two.npz'}"],
         "num_samples with extrapolate=true and 9 features must be at least .*, got 8": [
             *both, "extrapolate=true", "num_samples=8"],
         "samples must have the size of the reference, 3x3, got 8x8; resize=3": [
