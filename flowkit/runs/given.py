@@ -101,10 +101,9 @@ def of_samples(cfg: DictConfig, fabric: Fabric, out: Path) -> Measured | None:
     metrics["warnings"] = [*warnings, *metrics["warnings"]]
     if judge is not None and known is not None:
         metrics |= agreement_of(judge, generated, known)
+    seed = cfg.seed if len(rows) < len(images) else None
     record = {
-        "samples": _record(cfg, samples, shape, generated, None)
-        | {"seed": cfg.seed if len(rows) < len(images) else None}
-        | through(cfg.jpeg),
+        "samples": _record(cfg, samples, shape, generated, None, seed) | through(cfg.jpeg),
         "reference": _record(cfg, reference, shape, known, statistics),
         **{key: value for key, value in (samples.made or {}).items() if key != "samples"},
         "versions": versions(),
@@ -171,6 +170,7 @@ def _record(
     shape: tuple[int, ...],
     seen: Seen | None,
     statistics: Statistics | None,
+    seed: int | None = None,
 ) -> dict[str, Any]:
     """Return the record of samples or reference.
 
@@ -191,6 +191,7 @@ def _record(
         known_hash,
         shares,
         None if resize is None else resize.record(),
+        seed,
     )
 
 

@@ -193,7 +193,7 @@ LAST = COLOR.permute(0, 2, 3, 1).numpy()
         (COLOR.numpy(), ValueError, r"got shape \(13, 3, 6, 5\) in .*; channels are last: write"),
         (LAST[..., 0], ValueError, r"got shape \(13, 6, 5\) in .*write x\[..., None\]"),
         (LAST[0], ValueError, r"got shape \(6, 5, 3\) in .*; of one image write x\[None\]"),
-        (LAST / np.float128(255), TypeError, r"arr_0, got float128 in "),
+        (LAST / np.longdouble(255), TypeError, r"arr_0, got (float128|float64) "),
         ((LAST / 255).astype(">f4"), TypeError, r"got >f4 in \[0, 1\] in .*; write \(255 \* x\)"),
         (LAST[:0], ValueError, "images, got none"),
         (LAST[:, :0], ValueError, "images, got none"),

@@ -395,6 +395,28 @@ def test_features_that_are_not_finite_name_their_image(judged, tmp_path, monkeyp
         judged(f"samples={ours}", f"reference={theirs}")
 
 
+@pytest.mark.parametrize(
+    ("own", "kernel"), [("FID", "KID"), ("Fréchet distance", "kernel distance")]
+)
+def test_every_printed_value_has_its_numbers_of_images(
+    judged, tmp_path, monkeypatch, capsys, own, kernel
+):
+    monkeypatch.setattr(Pixels, "distance_name", own, raising=False)
+    theirs = from_uint8(THEIRS).flatten(1).double().numpy()
+    moments = {"mu": theirs.mean(0), "sigma": np.cov(theirs.T)}
+    reference = npz(tmp_path / "r.npz", THEIRS, **moments)
+    ours = npz(tmp_path / "a.npz", OURS)
+    metrics = judged(f"samples={ours}", f"reference={reference}")["metrics"]
+    lines = [re.split("   *", line, maxsplit=1) for line in capsys.readouterr().out.splitlines()]
+    shown = {line[0]: line[1] for line in lines if len(line) == 2}
+    ends = ", ".join(f"{x:.3f}" for x in metrics["kernel_distance_interval"])
+    assert shown[kernel] == (
+        f"{metrics['kernel_distance']:.3f}  [{ends}]  (60 samples, 50 reference images)"
+    )
+    assert shown[f"{own} (pixels)"].endswith("(60 samples, statistics)")
+    assert shown["recall"].endswith("(60 samples, 50 reference images)")
+
+
 # --- refused before the work ------------------------------------------------------------------
 
 
@@ -417,6 +439,8 @@ def test_wrong_pairs_and_options_are_refused(tiny_run, judged, tmp_path):
         "reference must be absent with run=": [f"run={tiny_run}", both[1]],
         "guidance must be absent with samples=.* got 2": [*both, "guidance=2"],
         "filter and antialias must be absent without resize=": [*both, "filter=box"],
+        "sampler must be absent with samples=, .* method=euler": [*both, "sampler=euler"],
+        "sampler must be absent with samples=, where it is unused, got grid=8$": [*both, "sampler.grid=8"],
         "quantization must be round for samples that are bytes": [*both, "quantization=floor"],
         r"num_samples must lie in \[4, 60\], got 61": [*both, "num_samples=61"],
         "the number of images in samples=.*two.npz must be at least 4, got 2": [
