@@ -164,9 +164,9 @@ def see(
         return None
     if not keep:
         return replace(found, parts=parts)
-    found = cached(file, _read, lambda: found, _write)
+    stored = cached(file, _read, lambda: found, _write)
     parts.remove()
-    return found
+    return stored
 
 
 @dataclass(frozen=True)
