@@ -41,6 +41,7 @@ from flowkit.metrics.pictures import as_saved, save_picture
 from flowkit.modules.flow import labels_of
 from flowkit.places import check_writable
 from flowkit.provenance import cache_folder
+from flowkit.rules import CONF
 from flowkit.runs import Run
 from flowkit.runs.drawing import block_cost, draw_parts, like_test, start
 from flowkit.runs.features import judge_of
@@ -58,6 +59,10 @@ OF_RUNS = {"weights": "averaged", "guidance": None, "feature_mode": None, "toler
 OF_RUNS |= {"seeding": 2}  # options that only a run has, and their defaults
 OF_SAMPLES = {"reference": None, "split": "test", "class_folders": False, "resize": None}
 OF_SAMPLES |= {"filter": "lanczos", "antialias": True}
+
+SHOWN = {"KID": "kernel_distance", "kernel distance": "kernel_distance"}  # FID's network has KID
+SHOWN |= {"CMMD": "cmmd", "CMMD without bias": "cmmd_unbiased"}
+SHOWN |= {name: name for name in ("precision", "recall", "density", "coverage")}
 
 
 def evaluate(cfg: DictConfig) -> dict[str, Any]:
@@ -77,7 +82,9 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     files = [out / "metrics.json", out / "samples.png"]
     with recording(record, files):
         save_picture(found.shown, files[1], found.columns, beside=found.beside)
-    _report(found.metrics)
+    if found.parts is not None:
+        found.parts.remove()
+    _report(found.metrics, None if cfg.samples is None else found.record["reference"])
     print(f"picture   {files[1]}\nnumbers   {files[0]}")
     return record
 
@@ -99,6 +106,14 @@ def check_options(cfg: DictConfig) -> None:
         if cfg[name] != default:
             value = "data" if OmegaConf.is_dict(cfg[name]) else cfg[name]
             raise ValueError(f"{name} must be absent with {kind}=, where it is unused, got {value}")
+    if cfg.samples is not None:
+        auto = OmegaConf.load(CONF / "sampler" / "auto.yaml")
+        if own := [
+            f"{key}={value}" for key, value in cfg.sampler.items() if value != auto.get(key)
+        ]:
+            raise ValueError(
+                f"sampler must be absent with samples=, where it is unused, got {', '.join(own)}"
+            )
 
 
 # --- a run ------------------------------------------------------------------------------------
@@ -159,7 +174,6 @@ def _measure_images(cfg: DictConfig, run: Run, sampler: Sampler, fabric: Fabric)
         generated_features=drawn,
         extrapolate=cfg.extrapolate,
     )
-    parts.remove()
     sampling = {**run.describe(sampler), **cost, **source}
     sampling["conditions"] = None if cond is None else chosen
     stored = {"kind": "run", "file_format": None, "quantization": cfg.quantization}
@@ -174,9 +188,9 @@ def _measure_images(cfg: DictConfig, run: Run, sampler: Sampler, fabric: Fabric)
     }
     record = {**sets, **run.record(sampling, metrics=metrics)}
     if labels is None:
-        return Measured(metrics, record, as_saved(samples[:100]))
+        return Measured(metrics, record, as_saved(samples[:100]), parts=parts)
     shown, columns = picture_rows(labels)
-    return Measured(metrics, record, as_saved(samples[shown]), columns)
+    return Measured(metrics, record, as_saved(samples[shown]), columns, parts=parts)
 
 
 def _set_record(
@@ -224,13 +238,21 @@ def _measure_points(cfg: DictConfig, run: Run, sampler: Sampler) -> Measured:
     return Measured(metrics, record, solution.x.cpu(), beside=test["x1"])
 
 
-def _report(metrics: dict[str, Any]) -> None:
-    """Print the metrics and their intervals."""
+def _report(metrics: dict[str, Any], reference: dict[str, Any] | None) -> None:
+    """Print the metrics and their intervals.
+
+    Args:
+        metrics: The metrics.
+        reference: Record of the reference of given samples: each value then has the numbers of its
+            images beside it. None for a run.
+    """
     rows = _image_rows(metrics) if "frechet_distance" in metrics else _point_rows(metrics)
+    if reference is not None:
+        rows = {name: row + _counts(metrics, name, reference) for name, row in rows.items()}
     if "class_agreement" in metrics:
-        rows["recognized as their class"] = (
-            f"{_with_interval(metrics, 'class_agreement')}  "
-            f"(real images {metrics['judge']['test_accuracy']:.3f})"
+        real = metrics["judge"].get("test_accuracy")  # None if the reference has no classes
+        rows["recognized as their class"] = _with_interval(metrics, "class_agreement") + (
+            "" if real is None else f"  (real images {real:.3f})"
         )
     width = max(map(len, rows))
     for name, value in rows.items():
@@ -268,11 +290,25 @@ def _image_rows(metrics: dict[str, Any]) -> dict[str, str]:
     if "inception_score" in metrics:
         score = f"{metrics['inception_score']:.3f} ± {metrics['inception_score_std']:.3f}"
         rows["Inception score"] = score + _unreliable("inception_score", few)
-    for name in ("precision", "recall", "density", "coverage"):
-        if metrics.get(name) is not None:
+    other = "kernel distance" if metrics["distance_name"] == "FID" else "KID"
+    for shown, name in SHOWN.items():
+        if shown != other and metrics.get(name) is not None:
             real = "" if floor is None else f"  (floor {floor[name]:.3f})"
-            rows[name] = f"{_with_interval(metrics, name)}{real}{_unreliable(name, few)}"
+            rows[shown] = f"{_with_interval(metrics, name)}{real}{_unreliable(name, few)}"
     return rows
+
+
+def _counts(metrics: dict[str, Any], shown: str, reference: dict[str, Any]) -> str:
+    """Return the numbers of images of a value, by its name as it is shown."""
+    made, real = metrics["num_samples"], metrics["num_reference"]
+    if shown.startswith("  floor"):
+        return ""  # it has them in its name
+    if shown in SHOWN:  # they compare images, if statistics are there or not
+        paired = {"samples": made, "reference": reference["num_samples"]}
+        made, real = (metrics.get("paired", paired)[key] for key in paired)
+    if shown == "Inception score":
+        return f"  ({made:,} samples)"
+    return f"  ({made:,} samples, {'statistics' if real is None else f'{real:,} reference images'})"
 
 
 def _unreliable(name: str, few: list[str]) -> str:

@@ -26,7 +26,7 @@ from flowkit.provenance import versions
 from flowkit.runs.judging import Watch, see, set_record
 from flowkit.runs.processes import launch
 from flowkit.runs.records import recording
-from flowkit.runs.sources import Reading, check_features, open_source
+from flowkit.runs.sources import Reading, channels_of, check_features, open_source
 
 
 def statistics(cfg: DictConfig) -> Statistics | None:
@@ -53,15 +53,17 @@ def statistics(cfg: DictConfig) -> Statistics | None:
     if images is None:
         raise ValueError(f"reference must hold images, got statistics only in {source.name}")
     check_at_least(len(images), 4, "the number of images")
-    check_features(features, images.shape, None, None)
-    watch = Watch(features, fabric, file.parent, cfg.batch_size, images.shape[0])
+    own = channels_of([images], features) if source.data is None else images.shape[0]
+    shape = (own, *images.shape[1:])
+    check_features(features, shape, None, None)
+    watch = Watch(features, fabric, file.parent, cfg.batch_size, own)
     seen = see(watch, images, torch.arange(len(images)), "reference", most=0)
     if seen is None or seen.moments is None:
         return None
     names = {"features_name": features.name, "features_hash": features.hash}
     found = replace(seen.moments, **names, reference_hash=seen.hash)
     resize = None if reading.resize is None else reading.resize.record()
-    known = (images.shape, len(seen), seen.hash, seen.shares, resize)
+    known = (shape, len(seen), seen.hash, seen.shares, resize)
     record: dict[str, Any] = {
         "reference": set_record(source.name, source.stored, *known),
         "features": {"name": features.name, "hash": features.hash},
@@ -70,6 +72,8 @@ def statistics(cfg: DictConfig) -> Statistics | None:
     files = [file.with_suffix(".json"), file]
     with recording(record, files):
         found.save(file)
+    if seen.parts is not None:
+        seen.parts.remove()
     print(
         f"images      {len(seen):,} of {source.name}\n"
         f"features    {len(found.mean):,} of {features.name}\n"

@@ -140,5 +140,6 @@ def test_debug_composes(option, configure, tmp_path):
 def test_metric_composes(option, configure, tmp_path):
     name = option.split("/")[1]
     extra = ["metric.network._target_=torch.nn.Flatten"] if name == "network" else []
-    cfg = configure("evaluate", f"metric={name}", "run=r", *extra)
+    cfg = configure("evaluate", f"metric={name}", "samples=s", *extra)
+    rules.check("evaluate", OmegaConf.to_container(cfg))
     assert callable(instantiate(cfg.metric))

@@ -17,7 +17,7 @@ from flowkit.data.files import find_images, first_ten
 from flowkit.data.pixels import Resize, array_of, jpeg_quality
 from flowkit.data.sample_sets import Images, state_of
 from flowkit.data.shards import members
-from flowkit.provenance import read_json
+from flowkit.provenance import read_json, tensor_hash
 
 LABELS = "dataset.json"  # classes of the files of a folder, as the tools of EDM write them
 GRAY = frozenset({"1", "L", "LA"})
@@ -128,7 +128,7 @@ def folder_of_images(
         paths,
         paths.__getitem__,
         (labels, classes),
-        state_of(files, labels),
+        state_of(files, None if labels is None else tensor_hash(labels)),
         argument,
         resize,
     )

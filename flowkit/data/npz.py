@@ -131,13 +131,13 @@ class Npz:
             mapped = self._mapped(member)
             first, last = (int(rows[0]), int(rows[-1]) + 1) if len(rows) else (0, 0)
             if last - first == len(rows):  # one copy, without an index
-                return torch.from_numpy(np.array(mapped[first:last]))
-            return torch.from_numpy(mapped[rows.numpy()])
+                return _tensor(np.array(mapped[first:last]))
+            return _tensor(mapped[rows.numpy()])
         if member.fortran:
             raise ValueError(
                 f"{name} in {self.file} must be in C order to be read by rows, got Fortran's order"
             )
-        return torch.from_numpy(self._in_order(name, member, rows))
+        return _tensor(self._in_order(name, member, rows))
 
     def _mapped(self, member: _Member) -> np.ndarray:
         """Map an array that is stored as it is."""
@@ -213,6 +213,11 @@ def _header(stream: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
     if dtype.hasobject or min(shape, default=0) < 0:
         raise ValueError("an array of Python objects" if dtype.hasobject else f"shape {shape}")
     return shape, fortran and len(shape) > 1, dtype
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    """Return an array as a tensor, which knows the byte order of this machine only."""
+    return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
 
 
 def _reason(error: BaseException) -> str:

@@ -115,9 +115,14 @@ def with_channels(pixels: Tensor, channels: int, name: str) -> Tensor:
         return pixels
     if pixels.shape[1] == 1:
         return pixels.expand(-1, channels, -1, -1)
-    if not bool((pixels == pixels[:, :1]).all()):
+    if not bool(equal_channels(pixels).all()):
         raise ValueError(f"{name} must be gray like what they are compared with, got colors")
     return pixels[:, :1]
+
+
+def equal_channels(pixels: Tensor) -> Tensor:
+    """Return which images ``(B, C, H, W)`` have equal channels, ``(B,)``: those without color."""
+    return (pixels == pixels[:, :1]).flatten(1).all(1)
 
 
 def through_jpeg(pixels: Tensor, quality: int) -> Tensor:

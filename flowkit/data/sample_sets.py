@@ -17,7 +17,7 @@ from torch import Tensor
 
 from flowkit.data.arrays import Split
 from flowkit.data.npz import Npz
-from flowkit.data.pixels import Resize
+from flowkit.data.pixels import Resize, equal_channels
 from flowkit.metrics.pictures import to_uint8
 
 
@@ -93,7 +93,7 @@ class NpzImages:
                 f"{self.argument} must hold images (N, H, W, 3) in arr_0, got shape {shape} in "
                 f"{self.npz.file}{_turned(shape)}"
             )
-        if not shape[0]:
+        if 0 in shape:
             raise ValueError(f"{self.argument} must hold images, got none in {self.npz.file}")
         if dtype != np.uint8:
             raise TypeError(
@@ -110,7 +110,7 @@ class NpzImages:
     def _values(self) -> str:
         """Describe images that are not bytes: type, range of the first of them, and the fix."""
         dtype = self.npz.dtype("arr_0")
-        if dtype.kind not in "iuf":
+        if dtype.kind not in "iuf" or dtype.itemsize > 8:  # of which torch has no tensors
             return f"{dtype} in {self.npz.file}"
         first = self.npz.rows("arr_0", torch.arange(min(len(self), 256))).double()
         low, high = first.min().item(), first.max().item()
@@ -168,7 +168,9 @@ def _turned(shape: tuple[int, ...]) -> str:
     """Return the fix for images in another order, as the end of an error."""
     if len(shape) == 4 and shape[1] in (1, 3):
         return "; channels are last: write x.transpose(0, 2, 3, 1)"
-    return "; write x[..., None]" if len(shape) == 3 else ""
+    if len(shape) != 3:
+        return ""
+    return "; of one image write x[None]" if shape[2] in (1, 3) else "; write x[..., None]"
 
 
 @dataclass(frozen=True, eq=False)
@@ -344,6 +346,22 @@ class Resized:
         """Return the images at increasing positions, and their classes."""
         pixels, labels = self.images.read(rows)
         return Images(torch.stack([self.resize(one) for one in pixels]), labels)
+
+
+def is_gray(images: SampleSet) -> bool:
+    """Return True if all images are gray; sets in color are known by their first images.
+
+    >>> import tempfile
+    >>> file = Path(tempfile.mkdtemp()) / "a.npz"
+    >>> np.savez(file, arr_0=np.full((9, 4, 4, 3), 7, np.uint8))
+    >>> found = NpzImages(Npz.open(file))
+    >>> found.shape, is_gray(found)
+    ((3, 4, 4), True)
+    """
+    batches = torch.arange(len(images)).split(64)
+    return images.shape[0] == 1 or all(
+        bool(equal_channels(images.read(rows).pixels).all()) for rows in batches
+    )
 
 
 def state_of(files: Iterable[Path], *more: object) -> str:

@@ -11,7 +11,7 @@ from lightning.fabric import Fabric
 from omegaconf import DictConfig
 from torch import Tensor
 
-from flowkit.checks import check_between
+from flowkit.checks import check_at_least, check_between
 from flowkit.data import SplitData
 from flowkit.data.sample_sets import OfSplit, Resized, SampleSet
 from flowkit.metrics import Features, FeatureSet, Judge, Statistics, feature_metrics
@@ -20,6 +20,7 @@ from flowkit.modules.flow import labels_of
 from flowkit.provenance import versions
 from flowkit.runs.features import judge_of
 from flowkit.runs.judging import JUDGED, Seen, Watch, agreement_of, see, set_record, through
+from flowkit.runs.parts import Parts
 from flowkit.runs.sources import (
     Reading,
     Source,
@@ -28,6 +29,7 @@ from flowkit.runs.sources import (
     data_of_run,
     is_run,
     open_source,
+    width_of,
     with_classes_of,
 )
 
@@ -37,7 +39,7 @@ MOST_NUMBERS = 2**28  # of the pixels that a judge is fitted to
 class Measured(NamedTuple):
     """Metrics, the rest of the record, and samples for the picture with its number of columns.
 
-    Real points are shown beside generated ones.
+    Real points are shown beside generated ones. The parts are removed when the record is written.
     """
 
     metrics: dict[str, Any]
@@ -45,6 +47,7 @@ class Measured(NamedTuple):
     shown: Tensor
     columns: int = 10
     beside: Tensor | None = None
+    parts: Parts | None = None
 
 
 def of_samples(cfg: DictConfig, fabric: Fabric, out: Path) -> Measured | None:
@@ -68,19 +71,20 @@ def of_samples(cfg: DictConfig, fabric: Fabric, out: Path) -> Measured | None:
     images, real = cast(SampleSet, samples.images), reference.images
     images = images if data is None else with_classes_of(data, images)
     rows = _rows(cfg, images)
-    channels = common_channels(images, reference, data, features, statistics)
-    shape = (channels, *images.shape[1:])
+    if real is not None:
+        _check_enough(real, "reference")
+    shape, statistics, warnings = _common(images, reference, data, features, statistics)
     check_features(features, shape, len(rows) if cfg.extrapolate else None, statistics)
     judge = None if real is None else _judge(cfg, data, images.read(rows[:1]).labels)
     watch = Watch(features, fabric, out, cfg.batch_size, shape[0])
     if data is not None:
         key = "" if judge is None else f"{data.fingerprint('train')} {cfg.seed}"
         watch = replace(watch, judge=judge, judge_key=key, num_classes=data.num_classes)
-    generated = see(watch, images, rows, "samples", cfg.jpeg)
-    known = None
+    known = None  # it comes first: its features stay in the cache, whatever stops the samples
     if real is not None:
         known = see(watch, real, torch.arange(len(real)), "reference", keep=True)
     floor = _floor(cfg, watch, data, len(rows))
+    generated = see(watch, images, rows, "samples", cfg.jpeg)
     if generated is None:
         return None
     if known is None:
@@ -94,17 +98,20 @@ def of_samples(cfg: DictConfig, fabric: Fabric, out: Path) -> Measured | None:
         floor=None if floor is None else floor.features_of(features),
         extrapolate=cfg.extrapolate,
     )
+    metrics["warnings"] = [*warnings, *metrics["warnings"]]
     if judge is not None and known is not None:
         metrics |= agreement_of(judge, generated, known)
+    seed = cfg.seed if len(rows) < len(images) else None
     record = {
-        "samples": _record(cfg, samples, shape, generated, None) | through(cfg.jpeg),
+        "samples": _record(cfg, samples, shape, generated, None, seed) | through(cfg.jpeg),
         "reference": _record(cfg, reference, shape, known, statistics),
         **{key: value for key, value in (samples.made or {}).items() if key != "samples"},
         "versions": versions(),
     }
     if data is not None:
         record["data"] = {"name": type(data).__name__, "test": data.fingerprint("test")}
-    return Measured(metrics, record, *_picture(images, rows, generated.others.get("labels")))
+    picture = _picture(images, rows, generated.others.get("labels"))
+    return Measured(metrics, record, *picture, parts=generated.parts)
 
 
 def _opened(cfg: DictConfig) -> tuple[Source, Source, Statistics | None]:
@@ -129,15 +136,48 @@ def _opened(cfg: DictConfig) -> tuple[Source, Source, Statistics | None]:
     return samples, reference, moments
 
 
+def _common(
+    images: SampleSet,
+    reference: Source,
+    data: SplitData | None,
+    features: Features,
+    statistics: Statistics | None,
+) -> tuple[tuple[int, ...], Statistics | None, list[str]]:
+    """Return the shape in which images are compared, the statistics that count, and warnings.
+
+    Statistics beside images do not count if they are of other features or of other sizes: then the
+    images of the reference do.
+    """
+    shape = (common_channels(images, reference, data, features, statistics), *images.shape[1:])
+    real = reference.images
+    if real is None or statistics is None:
+        return shape, statistics, []
+    before = real.images.shape if isinstance(real, Resized) else real.shape
+    own, reason = len(statistics.mean), None
+    if before[1:] != real.shape[1:]:
+        reason = f"they are of images of {before[2]}x{before[1]}, before the resize"
+    elif width_of(features, shape) != own:
+        reason = f"they are of {own:,} features, other than those of {features.name}"
+    if reason is None:
+        return shape, statistics, []
+    shape = (common_channels(images, reference, data, features, None), *images.shape[1:])
+    return shape, None, [f"mu and sigma of {reference.name} are not used: {reason}"]
+
+
 def _record(
     cfg: DictConfig,
     source: Source,
     shape: tuple[int, ...],
     seen: Seen | None,
     statistics: Statistics | None,
+    seed: int | None = None,
 ) -> dict[str, Any]:
-    """Return the record of samples or reference."""
-    resize = None if cfg.resize is None else Reading.of(cfg).resize
+    """Return the record of samples or reference.
+
+    Of statistics nobody knows the shape and the resize of their images.
+    """
+    images = None if source.images is None else shape
+    resize = None if source.images is None else Reading.of(cfg).resize
     count, known_hash, shares = None, None, None
     if seen is not None:
         count, known_hash, shares = len(seen), seen.hash, seen.shares
@@ -146,11 +186,12 @@ def _record(
     return set_record(
         source.name,
         source.stored,
-        shape,
+        images,
         count,
         known_hash,
         shares,
         None if resize is None else resize.record(),
+        seed,
     )
 
 
@@ -167,10 +208,20 @@ def _picture(images: SampleSet, rows: Tensor, labels: Tensor | None) -> tuple[Te
 
 def _rows(cfg: DictConfig, images: SampleSet) -> Tensor:
     """Return the positions of the samples that are measured: all, or a random choice."""
+    _check_enough(images, "samples")
     count = len(images) if cfg.num_samples is None else cfg.num_samples
     check_between(count, 4, len(images), "num_samples")
     shuffled = torch.randperm(len(images), generator=torch.Generator().manual_seed(cfg.seed))
     return shuffled[:count].sort().values
+
+
+def _check_enough(images: SampleSet, argument: str) -> None:
+    """Require as many images as the metrics need.
+
+    Raises:
+        ValueError: If there are fewer than 4.
+    """
+    check_at_least(len(images), 4, f"the number of images in {argument}={images.name}")
 
 
 def _judge(cfg: DictConfig, data: SplitData | None, labels: Tensor | None) -> Judge | None:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flowkit.checks import check_labels
-from flowkit.data.pixels import through_jpeg, with_channels
+from flowkit.data.pixels import equal_channels, through_jpeg, with_channels
 from flowkit.data.sample_sets import SampleSet
 from flowkit.metrics import (
     Features,
@@ -51,6 +51,8 @@ class Seen:
         classes: Classes and their numbers of images ``(2, K)``, of all images; None without
             classes.
         hash: A hash of the pixels, the same for the same images in any format and order.
+        parts: What a stopped call goes on with, to remove when the record is written; None if the
+            features are in the user's cache.
     """
 
     features: Tensor
@@ -59,6 +61,7 @@ class Seen:
     others: Mapping[str, Tensor]
     classes: Tensor | None
     hash: str
+    parts: Parts | None = None
 
     def __len__(self) -> int:
         """Return the number of all images."""
@@ -159,8 +162,11 @@ def see(
     found = _gathered(made, len(rows), KEPT if keep else most)
     if found is None:
         return None
+    if not keep:
+        return replace(found, parts=parts)
+    stored = cached(file, _read, lambda: found, _write)
     parts.remove()
-    return cached(file, _read, lambda: found, _write) if keep else found
+    return stored
 
 
 @dataclass(frozen=True)
@@ -249,10 +255,15 @@ def _gathered(parts: Iterable[Columns], count: int, most: int | None) -> Seen | 
 
 
 def digests(pixels: Tensor) -> Tensor:
-    """Return the SHA-256 ``(B, 32)`` of each image ``(B, C, H, W)`` of uint8, with its shape."""
-    head = repr(tuple(pixels.shape[1:])).encode()
-    rows = pixels.contiguous().numpy()
-    found = [hashlib.sha256(head + row.tobytes()).digest() for row in rows]
+    """Return the SHA-256 ``(B, 32)`` of each image ``(B, C, H, W)`` of uint8, with its shape.
+
+    Three equal channels have the hash of one, as formats differ in how they store gray images.
+    """
+    found = []
+    for one, gray in zip(pixels, equal_channels(pixels).tolist(), strict=True):
+        own = one[:1] if gray else one
+        head = repr(tuple(own.shape)).encode()
+        found.append(hashlib.sha256(head + own.contiguous().numpy().tobytes()).digest())
     return torch.frombuffer(bytearray(b"".join(found)), dtype=torch.uint8).reshape(-1, 32)
 
 
@@ -270,15 +281,20 @@ def hash_of_set(digests: Tensor) -> str:
 
 
 def agreement_of(judge: Judge, generated: Seen, reference: Seen) -> dict[str, Any]:
-    """Return the shares of images that a judge gives their class, of samples also by class."""
+    """Return the shares of images that a judge gives their class, of samples also by class.
+
+    A reference without classes leaves out the judge's accuracy.
+    """
     hits, labels = _hits(generated)
+    known = "labels" in reference.others
+    accuracy = _share("test_accuracy", _hits(reference)[0]) if known else {}
     return {
         **_share("class_agreement", hits),
         "class_agreement_by_class": {
             str(int(label)): hits[labels == label].double().mean().item()
             for label in labels.unique()
         },
-        "judge": {"name": judge.name, **_share("test_accuracy", _hits(reference)[0])},
+        "judge": {"name": judge.name, **accuracy},
     }
 
 
@@ -314,11 +330,12 @@ def through(jpeg: int | None) -> dict[str, Any]:
 def set_record(
     name: str,
     stored: Mapping[str, Any],
-    shape: Sequence[int],
+    shape: Sequence[int] | None,
     count: int | None,
     pixels_hash: str | None,
     shares: Mapping[str, float] | None,
     resize: Mapping[str, Any] | None = None,
+    seed: int | None = None,
 ) -> dict[str, Any]:
     """Return the record of a set of images: all that its features depend on beside the network.
 
@@ -326,18 +343,20 @@ def set_record(
         name: Path, run or data.
         stored: See `flowkit.data.sample_sets.SampleSet`. The rule of ``quantization`` is None where
             it is not known; the ``file_format`` is None for arrays.
-        shape: Shape of an image as it was seen.
+        shape: Shape of an image as it was seen, or None for statistics.
         count: Number of images.
         pixels_hash: See `hash_of_set`.
         shares: Share of each class, or None.
         resize: See `flowkit.data.pixels.Resize`, or None.
+        seed: Seed of the random choice of the images; None if all were taken.
     """
     return {
         "name": name,
         **stored,
         "resize": resize,
-        "shape": list(shape),
+        "shape": None if shape is None else list(shape),
         "num_samples": count,
+        "seed": seed,
         "classes": shares,
         "hash": pixels_hash,
     }

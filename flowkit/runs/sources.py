@@ -15,7 +15,7 @@ from flowkit.data.files import ARCHIVES, first_ten
 from flowkit.data.image_files import ImageFiles, folder_of_images, tar_of_images
 from flowkit.data.npz import Npz
 from flowkit.data.pixels import Resize
-from flowkit.data.sample_sets import Drawn, NpzImages, OfSplit, Resized, SampleSet
+from flowkit.data.sample_sets import Drawn, NpzImages, OfSplit, Resized, SampleSet, is_gray
 from flowkit.metrics import Features, Statistics, from_uint8, outputs_of
 from flowkit.modules.checkpoints import read_config
 from flowkit.places import no_such_place
@@ -236,26 +236,42 @@ def common_channels(
 ) -> int:
     """Return the number of channels in which samples and reference are compared.
 
-    It is that of data, for which feature networks are trained, or of statistics; else 3 if a set is
-    in color.
+    It is that of data, for which feature networks are trained; else see `channels_of`.
 
     Raises:
         ValueError: If the images differ in size.
     """
-    channels, *size = samples.shape
-    if reference.images is None and data is not None:
-        return data.shape[0]
-    if reference.images is None:
-        of_file = 0 if statistics is None else len(statistics.mean)
-        widths = {c: width_of(features, (c, *size)) for c in (channels, 1, 3)}
-        return next((c for c, width in widths.items() if width == of_file), channels)
-    other, *real_size = reference.images.shape
-    if size != real_size:
+    real = reference.images
+    if real is not None and samples.shape[1:] != real.shape[1:]:
+        size, real_size = samples.shape[1:], real.shape[1:]
         raise ValueError(
             f"samples must have the size of the reference, {real_size[1]}x{real_size[0]}, got "
             f"{size[1]}x{size[0]}; resize={min(real_size)} resamples both"
         )
-    return max(channels, other) if data is None else data.shape[0]
+    if data is not None:
+        return data.shape[0]
+    return channels_of([samples] if real is None else [samples, real], features, statistics)
+
+
+def channels_of(
+    sets: Sequence[SampleSet], features: Features, statistics: Statistics | None = None
+) -> int:
+    """Return 1 if all images of some sets are gray, in whatever format, else 3.
+
+    So gray images have the same distance in npz files and in WebP, which have three equal channels,
+    as in PNG. Gray images take 3 channels if the network knows colors only, or if the statistics
+    are of 3 channels.
+    """
+    size, known = sets[0].shape[1:], []
+    for channels in (1, 3) if all(map(is_gray, sets)) else (3,):
+        try:
+            width = width_of(features, (channels, *size))
+        except Exception:  # any network refuses channels in its own way; `check_features` shows it
+            continue
+        if statistics is None or width == len(statistics.mean):
+            return channels
+        known.append(channels)
+    return known[0] if known else max(images.shape[0] for images in sets)
 
 
 def width_of(features: Features, shape: Sequence[int]) -> int:
@@ -310,4 +326,5 @@ def with_classes_of(data: SplitData, images: SampleSet) -> SampleSet:
             "numbers are fine, too"
         )
     found = torch.tensor([numbers[name] for name in images.classes])
-    return replace(images, labels=found[images.labels], classes=data.class_names)
+    state = f"{images.state} {found.tolist()}"
+    return replace(images, labels=found[images.labels], classes=data.class_names, state=state)

@@ -32,6 +32,16 @@ def test_rows_are_those_of_numpy(file, rows):
     assert npz.whole("other").tolist() == [k * k for k in range(50)]
 
 
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_numbers_of_other_byte_orders_have_their_values(save, tmp_path):
+    array = np.arange(12.0).reshape(4, 3) / 7
+    save(tmp_path / "a.npz", big=array.astype(">f8"), little=array.astype("<f8"))
+    npz = Npz.open(tmp_path / "a.npz")
+    for name in ("big", "little"):
+        for rows in ([1, 2], [0, 3]):
+            assert np.array_equal(npz.rows(name, torch.tensor(rows)).numpy(), array[rows])
+
+
 def test_later_and_earlier_rows_follow_one_another_in_any_order(file):
     npz = Npz.open(file)
     for rows in ([10, 12], [13], [2, 3], [0], [40, 49]):

@@ -86,6 +86,17 @@ def test_the_state_follows_the_files(sets, tmp_path):
     assert other.read(torch.tensor([0])).labels is None
 
 
+def test_the_state_follows_each_of_many_classes(tmp_path):
+    for k in range(1200):
+        Image.new("L", (2, 2), k % 256).save(tmp_path / f"{k}.bmp")
+    states = set()
+    for label in (0, 1):  # of an image in the middle
+        pairs = [[f"{k}.bmp", label if k == 600 else 0] for k in range(1200)]
+        (tmp_path / "dataset.json").write_text(json.dumps({"labels": pairs}))
+        states.add(folder_of_images(tmp_path, "samples").state)
+    assert len(states) == 2
+
+
 def test_gray_files_have_one_channel_and_a_color_among_them_three(tmp_path):
     gray = folder_of_images(write_folder(tmp_path / "a", COLOR[:3, :1]), "samples")
     assert gray.shape == (1, 6, 5)
@@ -181,10 +192,13 @@ LAST = COLOR.permute(0, 2, 3, 1).numpy()
         (LAST.astype("U3"), TypeError, "uint8 images in arr_0, got <U3"),
         (COLOR.numpy(), ValueError, r"got shape \(13, 3, 6, 5\) in .*; channels are last: write"),
         (LAST[..., 0], ValueError, r"got shape \(13, 6, 5\) in .*write x\[..., None\]"),
+        (LAST[0], ValueError, r"got shape \(6, 5, 3\) in .*; of one image write x\[None\]"),
+        (LAST / np.longdouble(255), TypeError, r"arr_0, got (float128|float64) "),
+        ((LAST / 255).astype(">f4"), TypeError, r"got >f4 in \[0, 1\] in .*; write \(255 \* x\)"),
         (LAST[:0], ValueError, "images, got none"),
+        (LAST[:, :0], ValueError, "images, got none"),
         (LAST.reshape(-1), ValueError, r"got shape \(1170,\)"),
     ],
-    ids=["-1..1", "0..1", "0..255", "int", "wide", "text", "first", "plain", "empty", "flat"],
 )
 def test_arrays_that_are_no_images_are_refused_with_the_fix(tmp_path, array, error, message):
     with pytest.raises(error, match=rf"reference must hold .*{message}"):

@@ -1,17 +1,22 @@
 """Evaluation of anybody's samples: formats, references, records, interruption, refusals."""
 
 import json
+import re
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from flowkit.__main__ import check_command
+from flowkit.data.pixels import Resize, through_jpeg
 from flowkit.metrics import (
     Pixels,
     Statistics,
     frechet_distance,
+    frechet_from_moments,
     from_uint8,
     prdc,
     to_uint8,
@@ -31,10 +36,10 @@ def _cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
-def files(folder, pixels):
+def files(folder, pixels, form="png", **options):
     folder.mkdir(parents=True)
     for k, one in enumerate(pixels):
-        Image.fromarray(one[0].numpy()).save(folder / f"{k}.png")
+        Image.fromarray(one[0].numpy()).save(folder / f"{k}.{form}", **options)
     return folder
 
 
@@ -47,8 +52,8 @@ def npz(file, pixels, **more):
 def judged(configure, tmp_path):
     """Evaluates with the options, in pixels."""
 
-    def judged(*options, out="out"):
-        common = ["metric=pixels", f"out={tmp_path / out}", "batch_size=16"]
+    def judged(*options, out="out", metric="pixels"):
+        common = [f"metric={metric}", f"out={tmp_path / out}", "batch_size=16"]
         return evaluate(configure("evaluate", *map(str, options), *common))
 
     return judged
@@ -78,9 +83,57 @@ def test_metrics_are_those_of_the_functions(judged, tmp_path):
         "resize": None,
         "shape": [1, 3, 3],
         "num_samples": 60,
+        "seed": None,
         "classes": None,
         "hash": hash_of_set(digests(OURS)),
     }
+
+
+def test_gray_images_have_one_distance_in_all_formats(judged, tmp_path):
+    """Npz files and WebP store them as three equal channels, whose distance is three times."""
+    forms = {
+        "png": files(tmp_path / "png", OURS),
+        "npz": npz(tmp_path / "a.npz", OURS),
+        "webp": files(tmp_path / "webp", OURS, "webp", lossless=True),
+    }
+    expected = frechet_distance(*(from_uint8(x).flatten(1) for x in (OURS, THEIRS)))
+    theirs = [files(tmp_path / "b", THEIRS), npz(tmp_path / "b.npz", THEIRS)]
+    for form, reference in [("png", theirs[1]), ("npz", theirs[0]), ("webp", theirs[1])]:
+        record = judged(f"samples={forms[form]}", f"reference={reference}", out=f"{form}-e")
+        assert record["metrics"]["frechet_distance"] == pytest.approx(expected, rel=1e-9)
+        assert record["samples"]["hash"] == hash_of_set(digests(OURS))
+        assert record["reference"]["hash"] == hash_of_set(digests(THEIRS))
+    color = THEIRS.expand(-1, 3, -1, -1).clone()
+    color[49, 0, 0, 0] ^= 1
+    last = tmp_path / "c.npz"
+    np.savez(last, arr_0=color.permute(0, 2, 3, 1).numpy())
+    record = judged(f"samples={forms['png']}", f"reference={last}", out="color")
+    assert record["samples"]["shape"] == [3, 3, 3]  # one color is enough
+    assert record["samples"]["hash"] == hash_of_set(digests(OURS))
+
+
+class GrayOnly(Pixels):
+    def __call__(self, images):
+        return torch.nn.functional.conv2d(images, torch.ones(1, 1, 2, 2)).flatten(1)
+
+
+class ColorOnly(Pixels):
+    def __call__(self, images):
+        return torch.nn.functional.conv2d(images, torch.ones(1, 3, 2, 2)).flatten(1)
+
+
+@pytest.mark.parametrize("network", [GrayOnly, ColorOnly])
+def test_networks_for_gray_or_color_alone_see_gray_images(network, judged, tmp_path, monkeypatch):
+    monkeypatch.setattr("flowkit.runs.pixel_features", lambda data: network())
+    channels = 1 if network is GrayOnly else 3
+    a, b = (network()(from_uint8(x.expand(-1, channels, -1, -1))) for x in (OURS, THEIRS))
+    Statistics(b.double().mean(0), b.double().T.cov()).save(tmp_path / "s.npz")
+    for reference in (npz(tmp_path / "b.npz", THEIRS), tmp_path / "s.npz"):
+        ours = files(tmp_path / reference.stem, OURS)
+        record = judged(f"samples={ours}", f"reference={reference}")
+        assert record["metrics"]["frechet_distance"] == pytest.approx(
+            frechet_distance(a, b), rel=1e-6
+        )
 
 
 def test_all_formats_of_a_run_give_one_record(tiny_run, configure, judged, tmp_path):
@@ -155,7 +208,7 @@ def test_statistics_stand_for_images_and_say_what_they_leave_out(configure, judg
     made = statistics(
         configure("statistics", f"reference={theirs}", f"out={stats}", "metric=pixels")
     )
-    pixels = from_uint8(THEIRS.expand(-1, 3, -1, -1)).flatten(1).double()
+    pixels = from_uint8(THEIRS).flatten(1).double()
     with np.load(stats) as arrays:
         assert arrays["mu"] == pytest.approx(pixels.mean(0).numpy(), abs=1e-12)
         assert arrays["sigma"] == pytest.approx(np.cov(pixels.numpy().T), abs=1e-12)
@@ -198,21 +251,66 @@ def test_a_reference_of_adm_has_statistics_of_all_images_and_some_images(judged,
     assert metrics["recall"] == prdc(some, a).recall
 
 
+@pytest.mark.parametrize("resize", [None, 2, 3])
+def test_statistics_of_other_features_or_sizes_give_way_to_the_images(judged, tmp_path, resize):
+    """As those of Inception do to the images of ADM for any other network."""
+    width = 2048 if resize is None else 9
+    moments = {"mu": np.zeros(width), "sigma": np.eye(width)}
+    reference = npz(tmp_path / "r.npz", THEIRS, **moments)
+    options = [f"samples={npz(tmp_path / 'a.npz', OURS)}", f"reference={reference}"]
+    record = judged(*options, *([] if resize is None else [f"resize={resize}"]))
+    seen = (OURS, THEIRS)
+    if resize is not None:
+        seen = [torch.stack([Resize(resize)(one) for one in x]) for x in seen]
+    a, b = (from_uint8(x).flatten(1) for x in seen)
+    expected = frechet_distance(a, b)
+    said = [text for text in record["metrics"]["warnings"] if "mu and sigma of" in text]
+    if resize == 3:  # which changes nothing: the statistics count
+        b = [torch.zeros(9).double(), torch.eye(9).double()]
+        expected = frechet_from_moments(a.double().mean(0), a.double().T.cov(), *b)
+    assert record["metrics"]["frechet_distance"] == pytest.approx(expected, rel=1e-6)
+    reasons = {None: "of 2,048 features, other than those of pixels$", 2: "3x3, before the resize$"}
+    assert len(said) == (resize != 3)
+    assert all(re.search(reasons[resize], text) for text in said)
+
+
+def test_the_record_of_statistics_has_no_resize_and_no_shape(judged, tmp_path):
+    np.savez(tmp_path / "s.npz", mu=np.zeros(4), sigma=np.eye(4))
+    record = judged(
+        f"samples={npz(tmp_path / 'a.npz', OURS)}", f"reference={tmp_path / 's.npz'}", "resize=2"
+    )
+    assert record["samples"]["resize"]["size"] == 2
+    assert record["samples"]["shape"] == [1, 2, 2]
+    assert record["reference"]["resize"] is record["reference"]["shape"] is None
+
+
+def test_a_reference_without_classes_leaves_out_the_accuracy_of_the_judge(
+    tiny_run, configure, judged, tmp_path
+):
+    options = [f"run={tiny_run}", "num_samples=30", "sampler.grid=2"]
+    drawn = sample(configure("sample", *options))
+    reference = files(tmp_path / "b", to_uint8(drawn).flip(-1))
+    metrics = judged(f"samples={tiny_run}", f"reference={reference}", out="a")["metrics"]
+    whole = judged(f"samples={tiny_run}", out="b")["metrics"]
+    assert metrics["class_agreement"] == whole["class_agreement"]
+    assert "test_accuracy" in whole["judge"]
+    assert "test_accuracy" not in metrics["judge"]
+
+
 def test_a_choice_of_samples_is_random_and_the_same_for_a_seed(judged, tmp_path):
     ours, theirs = files(tmp_path / "a", OURS), files(tmp_path / "b", THEIRS)
     options = [f"samples={ours}", f"reference={theirs}", "num_samples=20"]
-    first, again, other = (
-        judged(*options, f"seed={seed}", out=f"o{k}")["samples"]["hash"]
-        for k, seed in enumerate((0, 0, 1))
-    )
+    seeds = (0, 0, 1)
+    records = [judged(*options, f"seed={seed}", out=f"o{k}") for k, seed in enumerate(seeds)]
+    assert [record["samples"]["seed"] for record in records] == [0, 0, 1]
+    assert records[0]["reference"]["seed"] is None
+    first, again, other = (record["samples"]["hash"] for record in records)
     assert first == again != other
     chosen = torch.randperm(60, generator=torch.Generator().manual_seed(0))[:20]
     assert first == hash_of_set(digests(OURS[chosen]))
 
 
 def test_jpeg_and_resize_are_done_and_recorded(judged, tmp_path):
-    from flowkit.data.pixels import Resize, through_jpeg
-
     ours, theirs = npz(tmp_path / "a.npz", OURS), npz(tmp_path / "b.npz", THEIRS)
     both = [f"samples={ours}", f"reference={theirs}"]
     record = judged(*both, "jpeg=60")["samples"]
@@ -261,20 +359,28 @@ def test_a_stopped_evaluation_goes_on_and_the_reference_is_seen_once(judged, tmp
     monkeypatch.setattr("flowkit.runs.pixel_features", lambda data: Counted())
     monkeypatch.setattr("flowkit.runs.judging.PART", 16)
     monkeypatch.setattr(Counted, "calls", [])
-    monkeypatch.setattr(Counted, "most", 2)
-    with pytest.raises(ConnectionError):
-        judged(*options)
-    assert Counted.calls == [16, 16]
+    theirs_and_ours, pulled = [16, 16, 16, 2, 16, 16, 16, 12], ConnectionError("the plug")
+    for most in (2, 6):  # in the reference, and in the samples
+        monkeypatch.setattr(Counted, "most", most)
+        with pytest.raises(ConnectionError):
+            judged(*options)
+        assert Counted.calls == theirs_and_ours[:most]
     monkeypatch.setattr(Counted, "most", None)
+    for place in ("given.feature_metrics", "given.as_saved"):  # between the features and the record
+        with monkeypatch.context() as patch:
+            patch.setattr(f"flowkit.runs.{place}", Mock(side_effect=pulled))
+            with pytest.raises(ConnectionError):
+                judged(*options)
     assert judged(*options)["metrics"] == whole["metrics"]
-    assert Counted.calls == [16, 16, 16, 12, 16, 16, 16, 2]  # no batch twice
+    assert Counted.calls == theirs_and_ours  # no batch twice
+    assert not [*(tmp_path / "out").glob("parts-*")]
     Counted.calls.clear()
     judged(f"samples={ours}", f"reference={theirs}", "num_samples=32")
     assert Counted.calls == [16, 16]
     (theirs / "0.png").write_bytes((theirs / "1.png").read_bytes())
     Counted.calls.clear()
     judged(f"samples={ours}", f"reference={theirs}", "num_samples=32")
-    assert Counted.calls == [16, 16, 16, 16, 16, 2]  # the reference has changed
+    assert Counted.calls == [16, 16, 16, 2, 16, 16]  # the reference has changed
 
 
 def test_features_that_are_not_finite_name_their_image(judged, tmp_path, monkeypatch):
@@ -290,13 +396,36 @@ def test_features_that_are_not_finite_name_their_image(judged, tmp_path, monkeyp
         judged(f"samples={ours}", f"reference={theirs}")
 
 
+@pytest.mark.parametrize(
+    ("own", "kernel"), [("FID", "KID"), ("Fréchet distance", "kernel distance")]
+)
+def test_every_printed_value_has_its_numbers_of_images(
+    judged, tmp_path, monkeypatch, capsys, own, kernel
+):
+    monkeypatch.setattr(Pixels, "distance_name", own, raising=False)
+    theirs = from_uint8(THEIRS).flatten(1).double().numpy()
+    moments = {"mu": theirs.mean(0), "sigma": np.cov(theirs.T)}
+    reference = npz(tmp_path / "r.npz", THEIRS, **moments)
+    ours = npz(tmp_path / "a.npz", OURS)
+    metrics = judged(f"samples={ours}", f"reference={reference}")["metrics"]
+    lines = [re.split("   *", line, maxsplit=1) for line in capsys.readouterr().out.splitlines()]
+    shown = {line[0]: line[1] for line in lines if len(line) == 2}
+    ends = ", ".join(f"{x:.3f}" for x in metrics["kernel_distance_interval"])
+    assert shown[kernel] == (
+        f"{metrics['kernel_distance']:.3f}  [{ends}]  (60 samples, 50 reference images)"
+    )
+    assert shown[f"{own} (pixels)"].endswith("(60 samples, statistics)")
+    assert shown["recall"].endswith("(60 samples, 50 reference images)")
+
+
 # --- refused before the work ------------------------------------------------------------------
 
 
 def test_wrong_pairs_and_options_are_refused(tiny_run, judged, tmp_path):
     ours, theirs = npz(tmp_path / "a.npz", OURS), npz(tmp_path / "b.npz", THEIRS)
-    wide = npz(tmp_path / "w.npz", torch.zeros(9, 1, 70, 70).byte())
+    wide = npz(tmp_path / "w.npz", torch.zeros(9, 1, 100, 100).byte())
     eight = npz(tmp_path / "e.npz", torch.zeros(9, 1, 8, 8).byte())
+    npz(tmp_path / "two.npz", OURS[:2])
     (tmp_path / "f.npz").write_bytes(b"x")
     (tmp_path / "f.zip").write_bytes(b"x")
     b = from_uint8(THEIRS).flatten(1).double()
@@ -311,17 +440,24 @@ def test_wrong_pairs_and_options_are_refused(tiny_run, judged, tmp_path):
         "reference must be absent with run=": [f"run={tiny_run}", both[1]],
         "guidance must be absent with samples=.* got 2": [*both, "guidance=2"],
         "filter and antialias must be absent without resize=": [*both, "filter=box"],
+        "sampler must be absent with samples=, .* method=euler": [*both, "sampler=euler"],
+        "sampler must be absent with samples=, where it is unused, got grid=8$": [
+            *both, "sampler.grid=8"],
         "quantization must be round for samples that are bytes": [*both, "quantization=floor"],
         r"num_samples must lie in \[4, 60\], got 61": [*both, "num_samples=61"],
-        "num_samples with extrapolate=true and 27 .* at least 108, got 60": [
-            *both, "extrapolate=true"],
+        "the number of images in samples=.*two.npz must be at least 4, got 2": [
+            f"samples={tmp_path / 'two.npz'}", both[1]],
+        "the number of images in reference=.*two.npz must be at least 4, got 2": [
+            both[0], f"reference={tmp_path / 'two.npz'}"],
+        "num_samples with extrapolate=true and 9 features must be at least .*, got 8": [
+            *both, "extrapolate=true", "num_samples=8"],
         "samples must have the size of the reference, 3x3, got 8x8; resize=3": [
             f"samples={eight}", both[1]],
-        "metric must have at most 8,192 features .* got 14,700 of pixels": [
+        "metric must have at most 8,192 features .* got 10,000 of pixels": [
             f"samples={wide}", f"reference={wide}"],
         "statistics must be of the feature network of name pixels, got other": [
             both[0], f"reference={tmp_path / 'o.npz'}"],
-        "statistics must be of the 27 features of the network, got 5": [
+        "statistics must be of the 9 features of the network, got 5": [
             both[0], f"reference={tmp_path / 'm.npz'}"],
         "reference must hold images in arr_0, or statistics in mu and sigma, got mu": [
             both[0], f"reference={tmp_path / 'n.npz'}"],
@@ -339,6 +475,16 @@ def test_wrong_pairs_and_options_are_refused(tiny_run, judged, tmp_path):
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             judged(*options)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("weights", [None, "none.pth"])
+def test_inception_without_weights_names_the_published_file(judged, tmp_path, weights):
+    ours = npz(tmp_path / "a.npz", OURS)
+    options = [f"samples={ours}", f"reference={ours}", "metric=inception"]
+    options += [] if weights is None else [f"metric.weights={tmp_path / weights}"]
+    check_command("evaluate", options)
+    with pytest.raises(Exception, match=r"weights-inception-2015.*95,628,359 bytes.* https://"):
+        judged(*options, metric="inception")
 
 
 def test_a_run_without_drawn_samples_names_the_command(tiny_run, judged, tmp_path):
