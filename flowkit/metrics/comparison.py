@@ -122,7 +122,7 @@ class FeatureSet:
     def gaussian(self) -> Gaussian:
         """Return the Gaussian of the Fréchet distance."""
         if self.sampled or self.statistics is None:
-            return Gaussian.fit(self._known.detach().to("cpu", torch.float64))
+            return Gaussian.fit(self._known)
         return Gaussian(self.statistics.mean, self.statistics.cov)
 
     @property

@@ -1,5 +1,6 @@
 """Fréchet distance between Gaussians fitted to two sets of features."""
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 from flowkit.checks import check_finite
 
 _BLOCK = 256
+ROWS = 2048  # samples that are in float64 at a time
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
@@ -42,7 +44,7 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     >>> round(frechet_distance(a, 2 * a + 3), 6)  # (5 − 1)² + (2√2 − √2)²
     18.0
     """
-    a, b = as_features(a=a, b=b)
+    check_sets(a=a, b=b)
     return gaussian_distance(Gaussian.fit(a), Gaussian.fit(b))
 
 
@@ -92,12 +94,37 @@ class Gaussian(NamedTuple):
     is_root: bool = False
 
     @classmethod
-    def fit(cls, x: Tensor) -> "Gaussian":
-        """Fit to features ``(N, F)``. For ``N <= F`` the centered samples are the root."""
+    def fit(cls, x: Tensor, weights: Tensor | None = None) -> "Gaussian":
+        """Fit to features ``(N, F)``. For ``N <= F`` the centered samples are the root.
+
+        Args:
+            x: Features of any precision and device. `ROWS` of them are in float64 at a time.
+            weights: Weights ``(N,)`` of the samples in float64; None stands for equal ones.
+        """
         count, dim = x.shape
-        mean = x.mean(0)
-        centered = (x - mean) / (count - 1) ** 0.5
-        return cls(mean, centered.T, True) if count <= dim else cls(mean, gram(centered.T))
+        if weights is None:
+            weights = torch.ones(count, dtype=torch.float64)
+        parts, total = weights.split(ROWS), weights.sum()
+        sums = (w @ z for w, z in zip(parts, in_float64(x), strict=True))
+        mean = sum(sums, start=_zeros(dim)) / total
+        scaled = (
+            (z - mean) * (w * count / (count - 1) / total).sqrt()[:, None]
+            for w, z in zip(parts, in_float64(x), strict=True)
+        )
+        if count <= dim:
+            return cls(mean, torch.cat(list(scaled)).T, True)
+        return cls(mean, sum((gram(z.T) for z in scaled), start=_zeros(dim, dim)))
+
+
+def _zeros(*shape: int) -> Tensor:
+    """Return zeros in float64."""
+    return torch.zeros(shape, dtype=torch.float64)
+
+
+def in_float64(x: Tensor, rows: Tensor | None = None) -> Iterator[Tensor]:
+    """Return the rows of ``x (N, F)``, or some of them, in blocks of `ROWS`, in float64."""
+    blocks = x.split(ROWS) if rows is None else (x[some] for some in rows.split(ROWS))
+    return map(_float64, blocks)
 
 
 def gaussian_distance(a: Gaussian, b: Gaussian) -> float:
@@ -164,8 +191,12 @@ def _float64(x: Tensor) -> Tensor:
     return x.detach().to("cpu", torch.float64)
 
 
-def as_features(**sets: Tensor) -> list[Tensor]:
-    """Check named sets of features, and return them as float64 on the CPU."""
+def check_sets(**sets: Tensor) -> None:
+    """Require named sets of finite features ``(N, F)`` with the same ``F`` and ``N >= 2``.
+
+    Raises:
+        ValueError: If a shape is wrong, or a value is not finite.
+    """
     first, width = next(iter(sets)), next(iter(sets.values())).shape[-1:]
     for name, x in sets.items():
         if x.ndim != 2 or len(x) < 2 or x.shape[1:] != width:
@@ -174,6 +205,11 @@ def as_features(**sets: Tensor) -> list[Tensor]:
                 f"got {tuple(x.shape)}"
             )
         check_rows(x, name)
+
+
+def as_features(**sets: Tensor) -> list[Tensor]:
+    """Check named sets of features, and return them as float64 on the CPU."""
+    check_sets(**sets)
     return [_float64(x) for x in sets.values()]
 
 
