@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flowkit.checks import check_at_least
-from flowkit.metrics.extrapolation import frechet_infinity
+from flowkit.metrics.extrapolation import FEWEST, fewest_samples, frechet_infinity
 from flowkit.metrics.features import Features, distance_name, family
 from flowkit.metrics.frechet import Gaussian, check_rows, gaussian_distance
 from flowkit.metrics.intervals import Interval, Strata
@@ -223,20 +223,27 @@ def _compare(
         "frechet_distance_unbiased_interval": None,
     }
     known = b.features if b.sampled else b.statistics
-    sets = [x for x in (features, known) if isinstance(x, Tensor)]
+    given = (strata[0], strata[1] if b.sampled else None)
+    sets = {"samples": features}
+    if isinstance(known, Tensor):
+        sets["reference images"] = known
     classes = max((len(labels.unique()) for labels in strata if labels is not None), default=1)
-    if all(map(enough, sets)) and classes * a.dim**3 <= MOST_WORK and known is not None:
-        given = (strata[0], strata[1] if b.sampled else None)
+    quick = classes * a.dim**3 <= MOST_WORK
+    if all(map(enough, sets.values())) and quick and known is not None:
         record |= named(
             "frechet_distance_unbiased", *frechet_unbiased(features, known, strata=given)
         )
     if extrapolate and known is not None:
-        if min(map(len, sets)) >= 4 * a.dim:
-            generator = torch.Generator().manual_seed(0)  # records repeat
-            found = frechet_infinity(features, known, generator=generator)
-            record |= named("frechet_distance_infinity", *found)
+        few = [
+            *_few({name: len(x) for name, x in sets.items()}, given, a.dim),
+            *([] if quick else [f"{classes:,} classes of {a.dim:,} features take too long"]),
+        ]
+        if few:
+            left_out["frechet_distance_infinity"] = "; ".join(few)
         else:
-            left_out["frechet_distance_infinity"] = f"fewer than {4 * a.dim} samples"
+            generator = torch.Generator().manual_seed(0)  # records repeat
+            found = frechet_infinity(features, known, strata=given, generator=generator)
+            record |= named("frechet_distance_infinity", *found)
     if a.statistics is not None and a.statistics.spatial_mean is not None:
         if b.statistics is None or b.statistics.spatial_mean is None:
             left_out["spatial_frechet_distance"] = "the reference lacks the fields mu_s, sigma_s"
@@ -252,6 +259,17 @@ def _compare(
     else:
         record |= _by_pairs(features, b.features, strata, neighbors, family(network))
     return record | {"left_out": left_out, **_trust(record, a, b)}
+
+
+def _few(counts: Mapping[str, int], strata: Strata, dim: int) -> list[str]:
+    """Say which sets are too small for `frechet_infinity`."""
+    least, said = fewest_samples(dim), []
+    for (name, count), labels in zip(counts.items(), strata, strict=False):
+        if count < least:
+            said.append(f"{count:,} {name}, and it needs {least:,}")
+        elif labels is not None and int(labels.unique(return_counts=True)[1].min()) < FEWEST:
+            said.append(f"fewer than {FEWEST} {name} of a class")
+    return said
 
 
 def _by_pairs(a: Tensor, b: Tensor, strata: Strata, neighbors: int, kind: str) -> dict[str, Any]:

@@ -104,11 +104,13 @@ class Gaussian(NamedTuple):
         count, dim = x.shape
         if weights is None:
             weights = torch.ones(count, dtype=torch.float64)
-        parts, total = weights.split(ROWS), weights.sum()
+        total = weights.sum()
+        freedom = total - weights.square().sum() / total  # N − 1 for weights 1
+        parts = weights.split(ROWS)
         sums = (w @ z for w, z in zip(parts, in_float64(x), strict=True))
         mean = sum(sums, start=_zeros(dim)) / total
         scaled = (
-            (z - mean) * (w * count / (count - 1) / total).sqrt()[:, None]
+            (z - mean) * (w / freedom).sqrt()[:, None]
             for w, z in zip(parts, in_float64(x), strict=True)
         )
         if count <= dim:

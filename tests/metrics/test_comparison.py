@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
 from flowkit.metrics import (
     FeatureSet,
@@ -12,6 +13,7 @@ from flowkit.metrics import (
     Statistics,
     feature_metrics,
     frechet_distance,
+    frechet_infinity,
     frechet_unbiased,
     prdc,
 )
@@ -123,3 +125,28 @@ def test_references_of_other_networks_and_bad_features_are_refused():
         FeatureSet.collect([{"features": x} for x in bad], Pixels())
     with pytest.raises(ValueError, match="the number of images must be at least 2, got 0"):
         FeatureSet.collect([], Pixels())
+
+
+def test_records_of_infinity_have_their_strata_and_say_which_set_is_too_small():
+    a, b = normal(60, 4), normal(48, 4, seed=1)
+    labels = torch.arange(60) % 5
+    b = b + labels[:48, None]
+    sets = FeatureSet(a + labels[:, None], labels=labels), FeatureSet(b, labels=labels[:48])
+    record = feature_metrics(*sets, Pixels(), extrapolate=True)
+    generator = torch.Generator().manual_seed(0)
+    strata = labels, labels[:48]
+    value, ends = frechet_infinity(sets[0].features, b, strata=strata, generator=generator)
+    assert record["frechet_distance_infinity"] == value
+    assert record["frechet_distance_infinity_interval"] == list(ends)
+
+    def left_out(a, b):
+        found = feature_metrics(a, b, Pixels(), extrapolate=True)["left_out"]
+        return found["frechet_distance_infinity"]
+
+    assert left_out(sets[0], FeatureSet(b[:47])) == "47 reference images, and it needs 48"
+    two = labels.clone()
+    two[2:] = 3
+    assert left_out(FeatureSet(a, labels=two // 3), sets[1]) == "fewer than 3 samples of a class"
+    assert left_out(FeatureSet(a[:20]), FeatureSet(b[:30])) == (
+        "20 samples, and it needs 48; 30 reference images, and it needs 48"
+    )
