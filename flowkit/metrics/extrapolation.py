@@ -43,7 +43,7 @@ def frechet_infinity(
     the distance of the populations. At a nominal coverage of 95 % and ``12 F`` samples it contained
     the true distance in 95 to 97 % of 300 to 1000 draws each, for Gaussians with 8 and 16 features,
     and in 96 to 99 % of 200 draws each for 3 to 20 classes in fixed numbers. There the estimate was
-    up to 0.35 standard deviations too small.
+    up to 0.4 standard deviations too small.
 
     Source: Chong & Forsyth 2020, *Effectively unbiased FID and Inception score and where to find
     them* (arXiv 1911.07023).

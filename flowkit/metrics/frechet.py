@@ -64,7 +64,8 @@ def frechet_from_moments(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: T
         The distance, at least 0, in squared units of the features.
 
     Raises:
-        ValueError: If a shape is wrong, or a value is not finite.
+        ValueError: If a shape is wrong, a value is not finite, or a covariance is none, see
+            `check_covariance`.
 
     >>> zero, one, eye = torch.zeros(3), torch.ones(3), torch.eye(3)
     >>> round(frechet_from_moments(zero, eye, one, 4 * eye), 6)   # 3 + 3 (2 − 1)²
@@ -78,6 +79,8 @@ def frechet_from_moments(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: T
             raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
         if not torch.isfinite(value.sum()):  # ten times faster than the check of each value
             check_finite(value, name)
+        if name.startswith("cov"):
+            check_covariance(value, name)
     mean_a, cov_a, mean_b, cov_b = (_float64(value) for value in given.values())
     return gaussian_distance(Gaussian(mean_a, cov_a), Gaussian(mean_b, cov_b))
 
@@ -213,6 +216,30 @@ def as_features(**sets: Tensor) -> list[Tensor]:
     """Check named sets of features, and return them as float64 on the CPU."""
     check_sets(**sets)
     return [_float64(x) for x in sets.values()]
+
+
+def check_covariance(cov: Tensor, name: str) -> None:
+    """Require what a covariance ``(F, F)`` has: symmetry, and ``Σ_ij² <= Σ_ii Σ_jj``.
+
+    The second rule implies that no variance is negative. Round-off of float32 is allowed.
+
+    Raises:
+        ValueError: If a rule is broken.
+    """
+    if not len(cov):
+        return
+    cov = _float64(cov)
+    stds = cov.diag().clamp_min(0).sqrt()
+    slack = 1e-3 * stds.max()
+    if bool(((cov - cov.T).abs() > slack * stds.max()).any()):
+        i, j = divmod(int((cov - cov.T).abs().argmax()), len(cov))
+        got = f"{cov[i, j]:.6g} at ({i}, {j}) and {cov[j, i]:.6g} at ({j}, {i})"
+        raise ValueError(f"{name} must be symmetric, got {got}")
+    excess = cov.abs() - (stds[:, None] + slack) * (stds + slack)
+    if bool((excess > 0).any()):
+        i, j = divmod(int(excess.argmax()), len(cov))
+        got = f"{cov[i, j]:.6g} at ({i}, {j}) with variances {cov[i, i]:.6g} and {cov[j, j]:.6g}"
+        raise ValueError(f"{name} must be a covariance, got {got}")
 
 
 def check_rows(x: Tensor, name: str, first: int = 0) -> None:
