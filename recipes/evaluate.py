@@ -304,8 +304,9 @@ def _counts(metrics: dict[str, Any], shown: str, reference: dict[str, Any]) -> s
     if shown.startswith("  floor"):
         return ""  # it has them in its name
     if shown in SHOWN:  # they compare images, if statistics are there or not
-        paired = {"samples": made, "reference": reference["num_samples"]}
-        made, real = (metrics.get("paired", paired)[key] for key in paired)
+        real = reference["num_samples"]
+    if SHOWN.get(shown, "").startswith(("kernel", "cmmd")) and "paired" in metrics:
+        made, real = (metrics["paired"][key] for key in ("samples", "reference"))
     if shown == "Inception score":
         return f"  ({made:,} samples)"
     return f"  ({made:,} samples, {'statistics' if real is None else f'{real:,} reference images'})"

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flowkit.checks import check_at_least
-from flowkit.metrics.extrapolation import frechet_infinity
+from flowkit.metrics.extrapolation import FEWEST, fewest_samples, frechet_infinity
 from flowkit.metrics.features import Features, distance_name, family
 from flowkit.metrics.frechet import Gaussian, check_rows, gaussian_distance
 from flowkit.metrics.intervals import Interval, Strata
@@ -23,7 +23,7 @@ from flowkit.provenance import tensor_hash
 FEW = 100  # images; values that depend on their number are unreliable below it, see docs
 UNRELIABLE = ("frechet_distance", "precision", "recall", "density", "coverage")
 SPLITS = 10  # of the Inception score
-MOST_PAIRED = 10_000  # samples of a set in metrics whose time grows with the square of their number
+MOST_PAIRED = 10_000  # samples of a set in kernel distances
 MOST_WORK = 1e12  # decompositions of covariances, one a class, times features cubed: minutes
 
 
@@ -40,7 +40,8 @@ class FeatureSet:
         labels: Classes ``(N,)``. Their numbers count as fixed.
 
     Raises:
-        ValueError: If there are neither features nor statistics, or the numbers of features differ.
+        ValueError: If there are neither features nor statistics, or the widths of features and
+            statistics or the numbers of features, logits and labels differ.
 
     >>> FeatureSet(torch.zeros(5, 2)).count
     5
@@ -61,6 +62,11 @@ class FeatureSet:
                 raise ValueError(
                     f"statistics must be of the {width} features, got {len(self.statistics.mean)}"
                 )
+            for name, column in {"logits": self.logits, "labels": self.labels}.items():
+                if column is not None and len(column) != len(self.features):
+                    raise ValueError(
+                        f"{name} must be of the {len(self.features)} features, got {len(column)}"
+                    )
 
     @classmethod
     def collect(
@@ -122,7 +128,7 @@ class FeatureSet:
     def gaussian(self) -> Gaussian:
         """Return the Gaussian of the Fréchet distance."""
         if self.sampled or self.statistics is None:
-            return Gaussian.fit(self._known.detach().to("cpu", torch.float64))
+            return Gaussian.fit(self._known)
         return Gaussian(self.statistics.mean, self.statistics.cov)
 
     @property
@@ -147,8 +153,10 @@ def feature_metrics(
     With statistics of a file in the place of reference features, they count as those of the
     population, and metrics that need the features are None. ``left_out`` says why.
 
-    Metrics that compare pairs take at most 10 000 samples of a set, of more a random choice;
-    ``paired`` then has their numbers.
+    Kernel distances take at most 10 000 samples of a set, of more a random choice; ``paired`` then
+    has their numbers. Precision, recall, density and coverage take all features. If the statistics
+    of the reference are of other images than its features, ``num_reference_features`` has the
+    number of the features.
 
     Args:
         samples: Features of the samples.
@@ -223,20 +231,27 @@ def _compare(
         "frechet_distance_unbiased_interval": None,
     }
     known = b.features if b.sampled else b.statistics
-    sets = [x for x in (features, known) if isinstance(x, Tensor)]
+    given = (strata[0], strata[1] if b.sampled else None)
+    sets = {"samples": features}
+    if isinstance(known, Tensor):
+        sets["reference images"] = known
     classes = max((len(labels.unique()) for labels in strata if labels is not None), default=1)
-    if all(map(enough, sets)) and classes * a.dim**3 <= MOST_WORK and known is not None:
-        given = (strata[0], strata[1] if b.sampled else None)
+    quick = classes * a.dim**3 <= MOST_WORK
+    if all(map(enough, sets.values())) and quick and known is not None:
         record |= named(
             "frechet_distance_unbiased", *frechet_unbiased(features, known, strata=given)
         )
     if extrapolate and known is not None:
-        if min(map(len, sets)) >= 4 * a.dim:
-            generator = torch.Generator().manual_seed(0)  # records repeat
-            found = frechet_infinity(features, known, generator=generator)
-            record |= named("frechet_distance_infinity", *found)
+        few = [
+            *_few({name: len(x) for name, x in sets.items()}, given, a.dim),
+            *([] if quick else [f"{classes:,} classes of {a.dim:,} features take too long"]),
+        ]
+        if few:
+            left_out["frechet_distance_infinity"] = "; ".join(few)
         else:
-            left_out["frechet_distance_infinity"] = f"fewer than {4 * a.dim} samples"
+            generator = torch.Generator().manual_seed(0)  # records repeat
+            found = frechet_infinity(features, known, strata=given, generator=generator)
+            record |= named("frechet_distance_infinity", *found)
     if a.statistics is not None and a.statistics.spatial_mean is not None:
         if b.statistics is None or b.statistics.spatial_mean is None:
             left_out["spatial_frechet_distance"] = "the reference lacks the fields mu_s, sigma_s"
@@ -250,21 +265,34 @@ def _compare(
         names = ("kernel_distance", *PRDC._fields)
         left_out |= dict.fromkeys(names, "the reference has statistics, no images or features")
     else:
+        if not b.sampled:
+            record["num_reference_features"] = len(b.features)
         record |= _by_pairs(features, b.features, strata, neighbors, family(network))
-    return record | {"left_out": left_out, **_trust(record, a, b)}
+    return record | {"left_out": left_out, **_trust(record, a, b, network.name)}
+
+
+def _few(counts: Mapping[str, int], strata: Strata, dim: int) -> list[str]:
+    """Say which sets are too small for `frechet_infinity`."""
+    least, said = fewest_samples(dim), []
+    for (name, count), labels in zip(counts.items(), strata, strict=False):
+        if count < least:
+            said.append(f"{count:,} {name}, and it needs {least:,}")
+        elif labels is not None and int(labels.unique(return_counts=True)[1].min()) < FEWEST:
+            said.append(f"fewer than {FEWEST} {name} of a class")
+    return said
 
 
 def _by_pairs(a: Tensor, b: Tensor, strata: Strata, neighbors: int, kind: str) -> dict[str, Any]:
     """Measure what compares samples ``a (N, F)`` with each of ``b (M, F)``."""
     record: dict[str, Any] = {}
-    if max(len(a), len(b)) > MOST_PAIRED:
-        (a, own), (b, others) = _some(a, strata[0]), _some(b, strata[1])
-        strata = (_several(own), _several(others))
-        record["paired"] = {"samples": len(a), "reference": len(b)}
-    record |= named("kernel_distance", *kernel_distance(a, b, strata=strata))
+    (some, own), (others, classes) = _some(a, strata[0]), _some(b, strata[1])
+    if len(some) < len(a) or len(others) < len(b):
+        record["paired"] = {"samples": len(some), "reference": len(others)}
+    fixed = (_several(own), _several(classes))
+    record |= named("kernel_distance", *kernel_distance(some, others, strata=fixed))
     if kind == "clip":
-        units = F.normalize(a.double()), F.normalize(b.double())
-        value, ends = kernel_distance(*units, kernel=gaussian, strata=strata)
+        units = F.normalize(some.double()), F.normalize(others.double())
+        value, ends = kernel_distance(*units, kernel=gaussian, strata=fixed)
         record["cmmd"] = cmmd(*units)
         record |= named("cmmd_unbiased", 1000 * value, Interval(*(1000 * end for end in ends)))
     count = min(len(a), len(b))
@@ -281,6 +309,8 @@ def _by_pairs(a: Tensor, b: Tensor, strata: Strata, neighbors: int, kind: str) -
 
 def _some(x: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Return a random choice of at most `MOST_PAIRED` rows, always the same, and their classes."""
+    if len(x) <= MOST_PAIRED:
+        return x, labels
     rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:MOST_PAIRED]
     return x[rows], None if labels is None else labels[rows]
 
@@ -294,19 +324,27 @@ def unreliable(*counts: int) -> list[str]:
     return list(UNRELIABLE) if min(counts) < FEW else []
 
 
-def _trust(record: dict[str, Any], a: FeatureSet, b: FeatureSet) -> dict[str, Any]:
+def _trust(record: dict[str, Any], a: FeatureSet, b: FeatureSet, network: str) -> dict[str, Any]:
     """Say which values of a record depend too much on the number of images, and why."""
     sets = {"samples": record["num_samples"], "reference images": record["num_reference"]}
     counts = {name: count for name, count in sets.items() if count is not None}
-    depend, warnings = unreliable(*counts.values()), []
+    depend, warnings = [], []
+    if unreliable(*counts.values()):
+        depend.append(UNRELIABLE[0])
+    if b.features is not None:
+        depend += unreliable(record["num_samples"], len(b.features))[1:]
+    if b.statistics is not None and b.statistics.features_name is None:
+        warnings.append(
+            "the reference statistics do not name their feature network: the distance is that of "
+            f"{network} only if they are of the same network"
+        )
     for name, count in counts.items():
         if count <= a.dim:
             warnings.append(
                 f"{count:,} {name} for {a.dim:,} features: the covariance has rank {count - 1:,}, "
                 "and the Fréchet distance is far too large"
             )
-    if warnings:
-        depend.append("frechet_distance")
+            depend.append("frechet_distance")
     if a.logits is not None and len(a.logits) < SPLITS * a.logits.shape[1]:
         depend.append("inception_score")
     measured = [name for name in dict.fromkeys(depend) if name in record]

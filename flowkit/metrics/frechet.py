@@ -1,5 +1,6 @@
 """Fréchet distance between Gaussians fitted to two sets of features."""
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 from flowkit.checks import check_finite
 
 _BLOCK = 256
+ROWS = 2048  # samples that are in float64 at a time
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
@@ -42,7 +44,7 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     >>> round(frechet_distance(a, 2 * a + 3), 6)  # (5 − 1)² + (2√2 − √2)²
     18.0
     """
-    a, b = as_features(a=a, b=b)
+    check_sets(a=a, b=b)
     return gaussian_distance(Gaussian.fit(a), Gaussian.fit(b))
 
 
@@ -62,7 +64,8 @@ def frechet_from_moments(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: T
         The distance, at least 0, in squared units of the features.
 
     Raises:
-        ValueError: If a shape is wrong, or a value is not finite.
+        ValueError: If a shape is wrong, a value is not finite, or a covariance is none, see
+            `check_covariance`.
 
     >>> zero, one, eye = torch.zeros(3), torch.ones(3), torch.eye(3)
     >>> round(frechet_from_moments(zero, eye, one, 4 * eye), 6)   # 3 + 3 (2 − 1)²
@@ -76,6 +79,8 @@ def frechet_from_moments(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: T
             raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
         if not torch.isfinite(value.sum()):  # ten times faster than the check of each value
             check_finite(value, name)
+        if name.startswith("cov"):
+            check_covariance(value, name)
     mean_a, cov_a, mean_b, cov_b = (_float64(value) for value in given.values())
     return gaussian_distance(Gaussian(mean_a, cov_a), Gaussian(mean_b, cov_b))
 
@@ -92,12 +97,39 @@ class Gaussian(NamedTuple):
     is_root: bool = False
 
     @classmethod
-    def fit(cls, x: Tensor) -> "Gaussian":
-        """Fit to features ``(N, F)``. For ``N <= F`` the centered samples are the root."""
+    def fit(cls, x: Tensor, weights: Tensor | None = None) -> "Gaussian":
+        """Fit to features ``(N, F)``. For ``N <= F`` the centered samples are the root.
+
+        Args:
+            x: Features of any precision and device. `ROWS` of them are in float64 at a time.
+            weights: Weights ``(N,)`` of the samples in float64; None stands for equal ones.
+        """
         count, dim = x.shape
-        mean = x.mean(0)
-        centered = (x - mean) / (count - 1) ** 0.5
-        return cls(mean, centered.T, True) if count <= dim else cls(mean, gram(centered.T))
+        if weights is None:
+            weights = torch.ones(count, dtype=torch.float64)
+        total = weights.sum()
+        freedom = total - weights.square().sum() / total  # N − 1 for weights 1
+        parts = weights.split(ROWS)
+        sums = (w @ z for w, z in zip(parts, in_float64(x), strict=True))
+        mean = sum(sums, start=_zeros(dim)) / total
+        scaled = (
+            (z - mean) * (w / freedom).sqrt()[:, None]
+            for w, z in zip(parts, in_float64(x), strict=True)
+        )
+        if count <= dim:
+            return cls(mean, torch.cat(list(scaled)).T, True)
+        return cls(mean, sum((gram(z.T) for z in scaled), start=_zeros(dim, dim)))
+
+
+def _zeros(*shape: int) -> Tensor:
+    """Return zeros in float64."""
+    return torch.zeros(shape, dtype=torch.float64)
+
+
+def in_float64(x: Tensor, rows: Tensor | None = None) -> Iterator[Tensor]:
+    """Return the rows of ``x (N, F)``, or some of them, in blocks of `ROWS`, in float64."""
+    blocks = x.split(ROWS) if rows is None else (x[some] for some in rows.split(ROWS))
+    return map(_float64, blocks)
 
 
 def gaussian_distance(a: Gaussian, b: Gaussian) -> float:
@@ -164,8 +196,12 @@ def _float64(x: Tensor) -> Tensor:
     return x.detach().to("cpu", torch.float64)
 
 
-def as_features(**sets: Tensor) -> list[Tensor]:
-    """Check named sets of features, and return them as float64 on the CPU."""
+def check_sets(**sets: Tensor) -> None:
+    """Require named sets of finite features ``(N, F)`` with the same ``F`` and ``N >= 2``.
+
+    Raises:
+        ValueError: If a shape is wrong, or a value is not finite.
+    """
     first, width = next(iter(sets)), next(iter(sets.values())).shape[-1:]
     for name, x in sets.items():
         if x.ndim != 2 or len(x) < 2 or x.shape[1:] != width:
@@ -174,7 +210,36 @@ def as_features(**sets: Tensor) -> list[Tensor]:
                 f"got {tuple(x.shape)}"
             )
         check_rows(x, name)
+
+
+def as_features(**sets: Tensor) -> list[Tensor]:
+    """Check named sets of features, and return them as float64 on the CPU."""
+    check_sets(**sets)
     return [_float64(x) for x in sets.values()]
+
+
+def check_covariance(cov: Tensor, name: str) -> None:
+    """Require what a covariance ``(F, F)`` has: symmetry, and ``Σ_ij² <= Σ_ii Σ_jj``.
+
+    The second rule implies that no variance is negative. Round-off of float32 is allowed.
+
+    Raises:
+        ValueError: If a rule is broken.
+    """
+    if not len(cov):
+        return
+    cov = _float64(cov)
+    stds = cov.diag().clamp_min(0).sqrt()
+    slack = 1e-3 * stds.max()
+    if bool(((cov - cov.T).abs() > slack * stds.max()).any()):
+        i, j = divmod(int((cov - cov.T).abs().argmax()), len(cov))
+        got = f"{cov[i, j]:.6g} at ({i}, {j}) and {cov[j, i]:.6g} at ({j}, {i})"
+        raise ValueError(f"{name} must be symmetric, got {got}")
+    excess = cov.abs() - (stds[:, None] + slack) * (stds + slack)
+    if bool((excess > 0).any()):
+        i, j = divmod(int(excess.argmax()), len(cov))
+        got = f"{cov[i, j]:.6g} at ({i}, {j}) with variances {cov[i, i]:.6g} and {cov[j, j]:.6g}"
+        raise ValueError(f"{name} must be a covariance, got {got}")
 
 
 def check_rows(x: Tensor, name: str, first: int = 0) -> None:

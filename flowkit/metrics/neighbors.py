@@ -17,6 +17,8 @@ from flowkit.metrics.intervals import (
     share_interval,
 )
 
+BLOCK = 10_000_000  # distances at a time: 80 MB
+
 
 class PRDC(NamedTuple):
     """Result of `prdc`: fidelity (precision, density) and diversity (recall, coverage)."""
@@ -49,6 +51,8 @@ def prdc(real: Tensor, fake: Tensor, k: int = 5) -> PRDC:
     Source: Kynkäänniemi et al. 2019 (arXiv 1904.06991), equations 1 and 2; Dhariwal & Nichol 2021
     (arXiv 2105.05233) for ``k = 3``; Naeem et al. 2020 (arXiv 2002.09797), section 3.
 
+    The cost is ``(N + M)² F``; distances are computed in blocks.
+
     Args:
         real: Features ``(N, F)`` of real samples.
         fake: Features ``(M, F)`` of generated samples.
@@ -71,13 +75,16 @@ def prdc(real: Tensor, fake: Tensor, k: int = 5) -> PRDC:
     check_finite(real, "real")
     check_finite(fake, "fake")
     check_between(k, 1, min(len(real), len(fake)) - 1, "k")
-    center = real.double().mean(0)  # reduces the rounding error of ‖x‖² + ‖y‖² − 2 xᵀy
-    real, fake = real.double() - center, fake.double() - center
+    # The center reduces the rounding error of ‖x‖² + ‖y‖² − 2 xᵀy. It is in float64, and so are the
+    # differences.
+    center = real.mean(0, dtype=torch.float64)
+    real, fake = real - center, fake - center
     real_radius, fake_radius = _radii(real, k), _radii(fake, k)
     balls = torch.zeros(len(fake), device=real.device)
     precise = torch.zeros(len(fake), dtype=torch.bool, device=real.device)
     recalled = covered = 0
-    for rows, radius in zip(real.split(1000), real_radius.split(1000), strict=True):
+    size = _rows_of_block(fake)
+    for rows, radius in zip(real.split(size), real_radius.split(size), strict=True):
         distance = torch.cdist(rows, fake)
         inside = distance < radius[:, None]
         balls += inside.sum(0)
@@ -147,4 +154,10 @@ def _some_prdc(real: Tensor, fake: Tensor, k: int, rows: Tensor, fake_rows: Tens
 def _radii(x: Tensor, k: int) -> Tensor:
     """Return the distances ``(N,)`` of points to their k-th nearest other point."""
     # k + 1, since the smallest distance in a row is that of the point to itself.
-    return torch.cat([torch.cdist(rows, x).kthvalue(k + 1).values for rows in x.split(1000)])
+    blocks = x.split(_rows_of_block(x))
+    return torch.cat([torch.cdist(rows, x).kthvalue(k + 1).values for rows in blocks])
+
+
+def _rows_of_block(x: Tensor) -> int:
+    """Return a number of rows whose distances to ``x (N, F)`` take at most `BLOCK` values."""
+    return max(1, min(1000, BLOCK // len(x)))

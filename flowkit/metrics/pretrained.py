@@ -1,5 +1,6 @@
 """Features of DINOv2 and CLIP by the transformers library, and of any network."""
 
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from flowkit.metrics.features import in_batches
 from flowkit.metrics.pictures import to_uint8
-from flowkit.provenance import located, tensor_hash
+from flowkit.provenance import content_hash, located, tensor_hash
 
 Kind = Literal["dinov2", "clip"]
 CLASSES = {"dinov2": "Dinov2Model", "clip": "CLIPVisionModelWithProjection"}
@@ -113,6 +114,8 @@ class NetworkFeatures:
             to evaluation mode.
         name: Name in records; None stands for the class of the network.
         device: Device of the network.
+        settings: The arguments of the network, as a text. They belong to its ``hash``, with its
+            class, its printed form and all its tensors: networks of the same weights may differ.
 
     >>> features = NetworkFeatures(nn.Linear(4, 2), name="linear")
     >>> features(torch.zeros(3, 4)).shape, features.name
@@ -120,13 +123,21 @@ class NetworkFeatures:
     """
 
     def __init__(
-        self, net: nn.Module, name: str | None = None, device: torch.device | str = "cpu"
+        self,
+        net: nn.Module,
+        name: str | None = None,
+        device: torch.device | str = "cpu",
+        settings: str = "",
     ) -> None:
         if not isinstance(net, nn.Module):
             raise TypeError(f"net must be a torch module, got {type(net).__name__}")
         self.net, self.device = net.to(device).eval(), device
-        self.name = name or type(net).__name__
-        self.hash = tensor_hash(net.state_dict())
+        kind = type(net)
+        self.name = name or kind.__name__
+        shown = re.sub(r" at 0x[0-9a-f]+", "", str(net))  # places in memory change with each call
+        header = repr((kind.__module__, kind.__qualname__, shown, settings))
+        # Buffers that are not stored have a part in the features, too.
+        self.hash = content_hash({**dict(net.named_buffers()), **net.state_dict()}, header)
 
     def __call__(self, images: Tensor) -> Tensor:
         """Return the features ``(B, F)`` of data ``(B, *)``."""

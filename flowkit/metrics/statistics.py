@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from flowkit.checks import check_at_least
-from flowkit.metrics.frechet import check_rows, frechet_from_moments
+from flowkit.metrics.frechet import check_covariance, check_rows, frechet_from_moments
 from flowkit.provenance import write_atomically
 
 ARRAYS = {"mean": "mu", "cov": "sigma", "spatial_mean": "mu_s", "spatial_cov": "sigma_s"}
-"""Names of the arrays in a file: those of ADM, torch-fidelity, clean-fid and pytorch-fid."""
+"""Names of the arrays in a file: of ADM, torch-fidelity, clean-fid and pytorch-fid."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,8 @@ class Statistics:
         reference_hash: Hash of the samples or of their features.
 
     Raises:
-        ValueError: If a shape is wrong, or a value is not finite.
+        ValueError: If a shape is wrong, a value is not finite, or a covariance is none, see
+            `flowkit.metrics.frechet.check_covariance`.
 
     >>> import tempfile
     >>> moments = Moments()
@@ -114,10 +115,11 @@ class Statistics:
         return frechet_from_moments(self.mean, self.cov, other.mean, other.cov)
 
     def save(self, path: str | Path) -> None:
-        """Write a file ``.npz`` that ADM, torch-fidelity, clean-fid and pytorch-fid can read.
+        """Write a file ``.npz`` that torch-fidelity, clean-fid and pytorch-fid can read.
 
         The arrays are ``mu`` and ``sigma``, and ``mu_s`` and ``sigma_s`` for spatial features. The
-        other fields have their own names. What is None is left out.
+        other fields have their own names. What is None is left out. ADM's evaluator also needs
+        images in the array ``arr_0``, which this file lacks.
         """
         found: dict[str, Any] = {}
         for field in fields(self):
@@ -175,6 +177,7 @@ def _check(names: str, mean: Tensor | None, cov: Tensor | None) -> None:
         raise ValueError(f"{names} must have shapes (F,) and (F, F), got {shapes[0]}, {shapes[1]}")
     if not (torch.isfinite(mean.sum()) and torch.isfinite(cov.sum())):
         raise ValueError(f"{names} must be finite, got NaN or infinite values")
+    check_covariance(cov, names.split()[-1])
 
 
 class Moments:

@@ -20,6 +20,10 @@ def c2st(a: Tensor, b: Tensor, *, generator: torch.Generator | None = None) -> f
     are drawn. Each dimension is divided by its standard deviation. The root of the number of points
     in the fit, made odd, is the number of neighbors that vote.
 
+    A value clearly below ½ is no success: it says that points are copies. The copy of a point is
+    its nearest neighbor and belongs to the other set. A set against itself gave 0.18 at 20 points,
+    0.29 at 100 and 0.41 at 400 (draws of a Gaussian in two dimensions, seed 0).
+
     Source: Lopez-Paz & Oquab 2017, *Revisiting classifier two-sample tests* (arXiv 1610.06545),
     with its classifier of neighbors, in folds.
 

@@ -1,16 +1,18 @@
 """Fréchet distance without bias: the distance for infinitely many samples, with its interval."""
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from flowkit.metrics.frechet import (
     Gaussian,
-    as_features,
+    check_sets,
     covariance_root,
     gaussian_distance,
     gram,
+    in_float64,
 )
 from flowkit.metrics.intervals import Interval, Strata, both_strata, jackknife
 from flowkit.metrics.statistics import Statistics
@@ -35,7 +37,8 @@ def frechet_unbiased(
     the other samples of its class take over the weight of a sample that is left out. The
     populations are the classes in the proportions of the samples. For independent draws use None.
 
-    The cost is one decomposition of ``F × F`` per class and set, not per sample. With
+    The cost is one decomposition of ``F × F`` per class and set, not per sample. Samples are taken
+    in blocks, so that memory holds some matrices ``F × F`` beside the features. With
     ``η = n_h / (N (n_h − 1))``, a sample ``z`` centered on its set and ``d`` centered on its class,
     leaving it out changes the covariance by ``η (P_h − z zᵀ) − η² d dᵀ``, where ``P_h`` is the mean
     of ``z zᵀ`` in the class. The last two terms have rank 2. For ``M = R_bᵀ Σ_a R_b`` the trace
@@ -79,13 +82,13 @@ def frechet_unbiased(
     (True, True)
     """
     if isinstance(b, Statistics):
-        (a,) = as_features(a=a)
+        sets = {"a": a}
+        check_sets(**sets)
         if a.shape[1] != len(b.mean):
             raise ValueError(f"b must have the {a.shape[1]} features of a, got {len(b.mean)}")
-        sets = {"a": a}
     else:
-        a, b = as_features(a=a, b=b)
         sets = {"a": a, "b": b}
+        check_sets(**sets)
     for name, x in sets.items():
         if not enough(x):
             raise ValueError(
@@ -93,15 +96,18 @@ def frechet_unbiased(
                 f"{x.shape[1]} features"
             )
     numbers = both_strata(strata, sets)
-    centered, fits = zip(*map(_fit, sets.values()), strict=True)
+    fits = [_fit(x) for x in sets.values()]
     counts: list[float] = [len(x) for x in sets.values()]
     if isinstance(b, Statistics):
-        fits, counts = (*fits, Gaussian(b.mean, b.cov)), [*counts, math.inf]
+        fits.append(Gaussian(b.mean, b.cov))
+        counts.append(math.inf)
     roots = [_root(fit) for fit in fits]
     gap = fits[0].mean - fits[1].mean
     changes = [
-        _changes(x, stratum, sign * gap, root)
-        for x, stratum, sign, root in zip(centered, numbers, (1, -1), roots[::-1], strict=False)
+        _changes(x, fit.mean, stratum, sign * gap, root)
+        for x, fit, stratum, sign, root in zip(
+            sets.values(), fits, numbers, (1, -1), roots[::-1], strict=False
+        )
     ]
     rest = _rest(roots[0], roots[1], counts[0], counts[1])
     value, (low, high) = jackknife(gaussian_distance(*fits), changes, numbers, confidence, rest)
@@ -113,11 +119,10 @@ def enough(x: Tensor) -> bool:
     return len(x) >= max(2 * x.shape[1], 2)
 
 
-def _fit(x: Tensor) -> tuple[Tensor, Gaussian]:
-    """Return centered features ``(N, F)``, and the Gaussian with the covariance divided by N."""
-    mean = x.mean(0)
-    centered = x - mean
-    return centered, Gaussian(mean, gram(centered.T) / len(x))
+def _fit(x: Tensor) -> Gaussian:
+    """Return the Gaussian of features ``(N, F)`` with the covariance divided by N."""
+    fit = Gaussian.fit(x)
+    return fit._replace(spread=fit.spread * ((len(x) - 1) / len(x)))
 
 
 def _root(fit: Gaussian) -> Tensor:
@@ -126,56 +131,78 @@ def _root(fit: Gaussian) -> Tensor:
     return root if root.shape[1] else root.new_zeros(len(root), 1)
 
 
-def _changes(x: Tensor, strata: Tensor, gap: Tensor, root: Tensor) -> Tensor:
+def _changes(x: Tensor, mean: Tensor, strata: Tensor, gap: Tensor, root: Tensor) -> Tensor:
     """Return the changes ``(N,)`` of the distance if a sample is left out.
 
     Args:
-        x: Centered features ``(N, F)`` of a set.
+        x: Features ``(N, F)`` of a set.
+        mean: Their mean.
         strata: Numbers of their strata.
         gap: Mean of the set minus mean of the other set.
         root: Root ``R`` of the covariance of the other set.
     """
-    count, rotated = len(x), x @ root
-    product = gram(rotated.T) / count  # the matrix M
+
+    def centered(rows: Tensor) -> Iterator[Tensor]:
+        return (z - mean for z in in_float64(x, rows))
+
+    def rotated_gram(rows: Tensor) -> Tensor:
+        zero = root.new_zeros(root.shape[1], root.shape[1])
+        return sum((gram((z @ root).T) for z in centered(rows)), start=zero)
+
+    count, whole = len(x), torch.arange(len(x))
+    total = rotated_gram(whole)
+    product = total / count  # the matrix M
     squares = torch.linalg.eigvalsh(product)
     lowest = len(squares) * torch.finfo(squares.dtype).eps * squares[-1]
     trace = squares[squares > lowest].sqrt().sum()
-    changes = x.new_empty(count)
+    changes = root.new_empty(count)
     for h in range(int(strata.max()) + 1):
-        rows = strata == h
-        own, size = x[rows], int(rows.sum())
+        rows = (strata == h).nonzero()[:, 0]
+        size = len(rows)
         weight = size / (count * (size - 1))
-        moved = own - own.mean(0)  # the mean of the set moves by −weight · moved
-        norms = own.square().sum(1)
-        # Its square enters the means and, with the other sign, the covariance.
-        of_moments = weight * (norms.mean() - norms - 2 * moved @ gap)
-        without = product + weight / size * gram(rotated[rows].T)
-        of_root = _traces_without(without, rotated[rows], weight, lowest) - trace
+        found = [(z.square().sum(1), z @ gap, z.sum(0)) for z in centered(rows)]
+        norms, along = (torch.cat([part[i] for part in found]) for i in (0, 1))
+        middle = torch.stack([part[2] for part in found]).sum(0) / size
+        # The mean of the set moves by −weight · (z − middle). Its square enters the means and, with
+        # the other sign, the covariance.
+        of_moments = weight * (norms.mean() - norms - 2 * (along - along.mean()))
+        own = total if size == count else rotated_gram(rows)
+        left = _Left(product + weight / size * own, root, middle, weight, lowest)
+        of_root = torch.cat([left.traces(z) for z in centered(rows)]) - trace
         changes[rows] = of_moments - 2 * of_root
     return changes
 
 
-def _traces_without(cov: Tensor, z: Tensor, weight: float, lowest: Tensor) -> Tensor:
-    """Return ``tr (C − η z zᵀ − η² d dᵀ)^{1/2}`` for each row of ``z (n, F)``; ``d = z − mean z``.
+class _Left:
+    """``tr (C − η y yᵀ − η² d dᵀ)^{1/2}`` for samples ``y = Rᵀ z`` of a class; ``d = y − mean y``.
 
     The integral of ``log(1 − q)`` is computed as that of ``log(1 − q) + q``, which decreases fast,
     plus a closed form.
     """
-    squares, basis = torch.linalg.eigh(cov)
-    kept = squares > lowest  # a direction without spread has no part in the trace
-    squares, z = squares[kept], z @ basis[:, kept]
-    if not len(squares):
-        return z.new_zeros(len(z))
-    d = weight * (z - z.mean(0))
-    z = weight**0.5 * z
-    nodes, steps = _nodes(squares)
-    inverse = 1 / (nodes**2 + squares[:, None])
-    zz, zd, dd = (z * z) @ inverse, (z * d) @ inverse, (d * d) @ inverse
-    # The determinant is 0 if the others do not span the space; round-off makes it negative.
-    determinant = ((1 - zz) * (1 - dd) - zd.square()).clamp_min(1e-30)
-    roots = squares.sqrt()
-    linear = (z.square() + d.square()) @ (0.5 / roots)
-    return roots.sum() - linear + (determinant.log() + zz + dd) @ steps
+
+    def __init__(
+        self, cov: Tensor, root: Tensor, middle: Tensor, weight: float, lowest: Tensor
+    ) -> None:
+        squares, basis = torch.linalg.eigh(cov)
+        kept = squares > lowest  # a direction without spread has no part in the trace
+        self.squares, self.turned = squares[kept], root @ basis[:, kept]
+        self.middle, self.weight = middle @ self.turned, weight
+
+    def traces(self, z: Tensor) -> Tensor:
+        """Return the traces ``(n,)`` of centered samples ``z (n, F)``."""
+        if not len(self.squares):
+            return z.new_zeros(len(z))
+        z = z @ self.turned
+        d = self.weight * (z - self.middle)
+        z *= self.weight**0.5
+        nodes, steps = _nodes(self.squares)
+        inverse = 1 / (nodes**2 + self.squares[:, None])
+        zz, zd, dd = (z * z) @ inverse, (z * d) @ inverse, (d * d) @ inverse
+        # The determinant is 0 if the others do not span the space; round-off makes it negative.
+        determinant = ((1 - zz) * (1 - dd) - zd.square()).clamp_min(1e-30)
+        roots = self.squares.sqrt()
+        linear = (z.square() + d.square()) @ (0.5 / roots)
+        return roots.sum() - linear + (determinant.log() + zz + dd) @ steps
 
 
 def _nodes(squares: Tensor) -> tuple[Tensor, Tensor]:

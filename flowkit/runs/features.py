@@ -1,9 +1,12 @@
 """Feature networks for the options in ``conf/metric`` and ``conf/perceptual``."""
 
+import json
 from collections.abc import Callable
 from typing import cast
 
-from torch import Tensor, nn
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 
 from flowkit.data import SplitData
 from flowkit.metrics import (
@@ -102,10 +105,20 @@ def clip_features(
 
 
 def network_features(
-    data: SplitData | None, network: nn.Module, name: str | None = None, device: str = "cpu"
+    data: SplitData | None, network: DictConfig, name: str | None = None, device: str = "cpu"
 ) -> Features:
-    """Return the features of any network."""
-    return NetworkFeatures(network, name, device)
+    """Return the features of any network; ``network`` is its node, whose values are hashed.
+
+    Raises:
+        TypeError: If ``network`` is a module already.
+    """
+    if not isinstance(network, DictConfig):
+        raise TypeError(
+            f"network must be a node of the configuration, got {type(network).__name__}; a file of "
+            "metric needs _recursive_: false"
+        )
+    settings = json.dumps(OmegaConf.to_container(network, resolve=True), sort_keys=True)
+    return NetworkFeatures(instantiate(network), name, device, settings)
 
 
 def classifier_error(

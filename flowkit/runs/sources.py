@@ -302,7 +302,7 @@ def check_features(
             f"of {features.name}; choose a feature network, such as metric=inception, or resize="
         )
     if count is not None:
-        check_at_least(count, 4 * width, f"num_samples with extrapolate=true and {width} features")
+        check_at_least(count, 12 * width, f"num_samples with extrapolate=true and {width} features")
     if statistics is not None:
         statistics.check_features(features.name, features.hash, width)
 

@@ -122,3 +122,36 @@ def test_the_time_of_an_npz_file_beside_the_network(benchmark, tmp_path):
     benchmark.extra_info["ratio"] = whole / own
     print(f"\n{1e3 * own / 6000:.1f} ms an image in the network, {whole / own:.3f} of it in all")
     assert whole / own < 1.1
+
+
+METRICS = """
+import resource, sys
+import torch
+from flowkit.metrics import FeatureSet, Pixels, feature_metrics
+
+torch.set_num_threads(1)
+count, width = map(int, sys.argv[1:])
+generator = torch.Generator().manual_seed(0)
+few = torch.randn(2, 200, 2, generator=generator)
+feature_metrics(*map(FeatureSet, few), Pixels())  # imports all
+a, b = torch.randn(count + 10_000, width, generator=generator).split([count, 10_000])
+start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+feature_metrics(FeatureSet(a), FeatureSet(b), Pixels())
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print((peak - start) / 2**20, 4 * width * (count + 10_000) / 2**30)
+"""
+
+
+@pytest.mark.benchmark
+def test_the_memory_of_all_metrics_beside_the_features(benchmark):
+    """Of features in float32, which precision holds once more in float64."""
+
+    def measured():
+        command = [sys.executable, "-c", METRICS, "30000", "512"]
+        result = subprocess.run(command, capture_output=True, text=True, check=True)
+        return [float(value) for value in result.stdout.split()]
+
+    more, own = benchmark.pedantic(measured, rounds=1)
+    benchmark.extra_info.update(more_gb=more, features_gb=own)
+    print(f"\\n{more:.2f} GB more than the features of {own:.2f} GB")
+    assert more < 3 * own + 0.4

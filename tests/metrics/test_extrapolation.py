@@ -35,16 +35,19 @@ def test_infinity_is_near_the_truth_where_the_distance_is_not():
 
 
 def test_the_line_by_hand():
-    """Parts of all samples in a random order; 5 of them, since each has 4 samples per feature."""
+    """Every k-th of a random order; 5 parts, since each has 4 samples per feature."""
     a, b = normal(103, 5), normal(140, 5, seed=1) + 1
     order = torch.Generator().manual_seed(7)
-    a_parts, b_parts = (x[torch.randperm(len(x), generator=order)] for x in (a, b))
-    means = []
+    sets = [x[torch.randperm(len(x), generator=order)] for x in (a, b)]
+    means, inverses = [], []
     for k in range(1, 6):
-        pairs = zip(a_parts.tensor_split(k), b_parts.tensor_split(k), strict=True)
-        means.append(np.mean([frechet_distance(x, y) for x, y in pairs]))
-    (slope, exact), cov = np.polyfit(range(1, 6), means, 1, cov="unscaled")
-    residual = np.array(means) - slope * np.arange(1, 6) - exact
+        parts = [[x[i::k] for i in range(k)] for x in sets]
+        means.append(np.mean([frechet_distance(x, y) for x, y in zip(*parts, strict=True)]))
+        inverses.append(
+            np.mean([len(x) / len(y) for x, ys in zip(sets, parts, strict=True) for y in ys])
+        )
+    (slope, exact), cov = np.polyfit(inverses, means, 1, cov="unscaled")
+    residual = np.array(means) - slope * np.array(inverses) - exact
     error = (residual @ residual / 3 * cov[1, 1]) ** 0.5
     value, (low, high) = frechet_infinity(a, b, generator=torch.Generator().manual_seed(7))
     assert value == pytest.approx(exact, rel=1e-9)
@@ -52,6 +55,39 @@ def test_the_line_by_hand():
     for end, plain in ((low, ends.low), (high, ends.high)):
         reach = ((plain - center) ** 2 + (1.959964 * error) ** 2) ** 0.5
         assert abs(end - value) == pytest.approx(reach, rel=1e-6)
+
+
+def draws(count, labels, dim, far):
+    """Pairs of sets of the same classes, far from each other."""
+    means = far * normal(int(labels.max()) + 1, dim, seed=5)[labels]
+    for seed in range(count):
+        a, b = normal(2, len(labels), dim, seed=100 + seed) + means
+        yield a, b
+
+
+def test_fixed_numbers_per_class_need_strata():
+    """Beside the unbiased distance: parts of random classes have a bias that the sets lack."""
+    labels = torch.arange(240) % 10
+    strata, generator = (labels, labels), torch.Generator().manual_seed(0)
+    exact, plain, found = [], [], []
+    for a, b in draws(25, labels, 8, 2.0):
+        exact.append(frechet_unbiased(a, b, strata=strata)[0])
+        plain.append(frechet_infinity(a, b, generator=generator)[0])
+        found.append(frechet_infinity(a, b, strata=strata, generator=generator)[0])
+    gaps = [(np.mean(values) - np.mean(exact)) / np.std(exact) for values in (found, plain)]
+    assert -1 < gaps[0] < 1
+    assert gaps[1] < -4
+
+
+def test_classes_of_any_order_and_size_keep_their_shares():
+    """A class that is nowhere near the others, with 3 of 103 samples: each part has one of them."""
+    labels = torch.tensor([0] * 3 + [1] * 100)
+    a, b = normal(2, 103, 2) + 30 * (labels == 0)[:, None]
+    generator = torch.Generator().manual_seed(0)
+    _, (low, high) = frechet_infinity(a, b, strata=(labels, labels), generator=generator)
+    assert low < 0 < high < 30  # a part with a class twice is 300 away
+    with pytest.raises(ValueError, match="each class in strata of b must be at least 3, got 2"):
+        frechet_infinity(a, b[1:], strata=(labels, labels[1:]))
 
 
 def test_statistics_are_the_population():
@@ -66,13 +102,13 @@ def test_statistics_are_the_population():
 
 
 def test_infinity_errors():
-    with pytest.raises(ValueError, match="the number of samples of b must be at least 20, got 19"):
-        frechet_infinity(normal(30, 5), normal(19, 5))
+    with pytest.raises(ValueError, match="the number of samples of b must be at least 60, got 59"):
+        frechet_infinity(normal(60, 5), normal(59, 5))
     with pytest.raises(ValueError, match="b must have the 5 features of a, got 4"):
-        frechet_infinity(normal(30, 5), known(4, 0, 1)[0])
+        frechet_infinity(normal(60, 5), known(4, 0, 1)[0])
     with pytest.raises(ValueError, match=r"a must be finite, got 1 NaN .* in sample 0"):
         frechet_infinity(
-            torch.full((8, 1), torch.nan).index_fill(0, torch.arange(1, 8), 0), normal(8, 1)
+            torch.full((12, 1), torch.nan).index_fill(0, torch.arange(1, 12), 0), normal(12, 1)
         )
 
 
@@ -92,3 +128,21 @@ def test_intervals_of_infinity_cover(gap, scale, sampled):
     assert 372 <= covered <= 388  # 95 % ± 2 %
     assert np.mean(values) == pytest.approx(truth, abs=4 * np.std(values) / 20)
     assert biased == 400  # both estimate the same
+
+
+@pytest.mark.slow
+def test_intervals_of_infinity_cover_at_the_fewest_samples():
+    """12 samples per feature; independent, and 12 of each class."""
+    law, truth = known(16, 0.1, 1.0)
+    generator = torch.Generator().manual_seed(0)
+    covered = 0
+    for _ in range(600):
+        a = torch.randn(192, 16, generator=generator, dtype=F64)
+        _, (low, high) = frechet_infinity(a, law, generator=generator)
+        covered += low <= truth <= high
+    assert 555 <= covered <= 585  # 95 % ± 2.5 %
+    labels, covered = torch.arange(192) % 16, 0
+    for a, b in draws(200, labels, 16, 2.0):
+        _, (low, high) = frechet_infinity(a, b, strata=(labels, labels), generator=generator)
+        covered += low <= 0 <= high
+    assert 182 <= covered <= 199  # 95 % ± 3 standard deviations

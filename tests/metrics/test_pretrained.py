@@ -4,6 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
 from torch import nn
 
 from flowkit.metrics import NetworkFeatures, Pretrained, image_metrics, pretrained, to_uint8
@@ -89,9 +91,48 @@ def test_any_network_gives_features():
     features = NetworkFeatures(net)
     sound = normal(70, 5, dtype=torch.float32)  # more than a batch
     torch.testing.assert_close(features(sound), net[0](sound).detach())
-    assert (features.name, features.hash) == ("Sequential", tensor_hash(net.state_dict()))
+    assert (features.name, features.hash) == ("Sequential", NetworkFeatures(net).hash)
     assert not features(sound).requires_grad
     with pytest.raises(TypeError, match="net must be a torch module, got function"):
         NetworkFeatures(lambda x: x)
     with pytest.raises(ValueError, match=r"net must return features \(3, F\), got \(15,\)"):
         NetworkFeatures(nn.Flatten(0))(sound[:3])
+
+
+class Power(nn.Module):
+    """No weights; a buffer that is not stored, and a power that nothing prints."""
+
+    def __init__(self, power=1, shift=0.0):
+        super().__init__()
+        self.power = power
+        self.register_buffer("shift", torch.tensor(shift), persistent=False)
+
+    def forward(self, x):
+        return x.flatten(1) ** self.power + self.shift
+
+
+class Same(Power):
+    """Another class with other code."""
+
+
+def test_networks_of_the_same_weights_have_hashes_of_their_own():
+    """So that no features of one are taken from a cache for the other."""
+
+    config = OmegaConf.load("conf/metric/network.yaml")
+    config.device = "cpu"
+
+    def of(kind="Power", **settings):
+        config.network = {"_target_": f"{__name__}.{kind}", **settings}
+        return instantiate(config)(None)
+
+    nets = [of(), of(power=3), of(power=1), of(kind="Same"), of(shift=0.5)]
+    assert of(power=3)(torch.full((1, 1), 2.0)).item() == 8
+    assert len({net.hash for net in nets}) == 5
+    assert of(power=3).hash == nets[1].hash
+    first, second, third = (NetworkFeatures(Power(shift=x)).hash for x in (0.0, 1.0, 0.0))
+    assert first == third != second
+    pools = [NetworkFeatures(nn.AvgPool2d(2, stride=k)).hash for k in (1, 2)]
+    assert pools[0] != pools[1]
+    config._recursive_ = True
+    with pytest.raises(TypeError, match=r"node of the configuration, got Power; .* _recursive_"):
+        of()

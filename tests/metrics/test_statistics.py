@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flowkit.metrics import Moments, Statistics, frechet_distance
+from flowkit.metrics import Moments, Statistics, frechet_distance, frechet_from_moments
 from tests.metrics.samples import F64, normal
 
 
@@ -128,3 +128,28 @@ def test_the_image_of_a_value_that_is_not_finite_is_named():
         moments_of([normal(1, 3)]).statistics()
     with pytest.raises(ValueError, match="spatial must be of the same 10 samples, got 9"):
         moments.statistics(moments_of([normal(9, 2)]))
+
+
+def test_matrices_that_are_no_covariance_are_refused():
+    """Not symmetric, a negative variance, a correlation above 1; round-off of float32 is none."""
+    zero, cases = (
+        torch.zeros(2),
+        {
+            r"symmetric, got 5 at \(0, 1\) and 0 at \(1, 0\)": [[1, 5], [0, 1]],
+            r"a covariance, got -1 at \(1, 1\) with variances -1 and -1": [[1, 0], [0, -1]],
+            r"a covariance, got 5 at \(0, 1\) with variances 1 and 1": [[1, 5], [5, 1]],
+        },
+    )
+    for message, rows in cases.items():
+        cov = torch.tensor(rows, dtype=F64)
+        with pytest.raises(ValueError, match=f"sigma must be {message}"):
+            Statistics(zero, cov)
+        with pytest.raises(ValueError, match=f"sigma_s must be {message}"):
+            Statistics(zero, torch.eye(2), spatial_mean=zero, spatial_cov=cov)
+        with pytest.raises(ValueError, match=f"cov_b must be {message}"):
+            frechet_from_moments(zero, torch.eye(2), zero, cov)
+    # Equal columns, a constant one and one near 0: on the border, and accepted.
+    x = normal(50, 6, dtype=torch.float32) @ torch.tensor([1.0, 1, 0, 1e-5, -30, 7]).diag()
+    x[:, 1] = x[:, 0]
+    cov = x.T.cov() + 1e-7 * 900 * normal(6, 6, seed=1)
+    assert Statistics(x.mean(0), cov).cov is cov

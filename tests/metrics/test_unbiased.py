@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 from scipy.integrate import quad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowkit.metrics import (
+    frechet,
     frechet_distance,
     frechet_from_moments,
     frechet_unbiased,
@@ -98,6 +100,32 @@ def test_unequal_numbers_leave_less_than_a_deviation():
         values.append(frechet_unbiased(a, b)[0])
     assert abs(np.mean(values)) < 0.75 * np.std(values)
     assert frechet_distance(a, b) > 30 * np.std(values)
+
+
+class Largest(TorchDispatchMode):
+    """Keeps the number of values in the largest new tensor."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **kwargs or {})
+        parts = found if isinstance(found, (tuple, list)) else [found]
+        self.numel = max(self.numel, *(x.numel() for x in parts if isinstance(x, torch.Tensor)), 0)
+        return found
+
+
+def test_blocks_of_samples_give_the_value_of_all_at_once(monkeypatch):
+    """No tensor is as large as the features, and the results agree to round-off."""
+    a, b = normal(600, 4) @ normal(4, 4, seed=2) + 3, normal(200, 4, seed=1)
+    strata = torch.arange(600) % 2, None
+    monkeypatch.setattr(frechet, "ROWS", 600)
+    whole, plain = frechet_unbiased(a, b, strata=strata), frechet_distance(a, b)
+    monkeypatch.setattr(frechet, "ROWS", 5)
+    with Largest() as most:
+        value, ends = frechet_unbiased(a, b, strata=strata)
+        assert frechet_distance(a, b) == pytest.approx(plain, rel=1e-10)
+    assert [value, *ends] == pytest.approx([whole[0], *whole[1]], rel=1e-10)
+    assert most.numel == 600  # a number for each sample
 
 
 def mean_root(c):
