@@ -64,8 +64,7 @@ def frechet_from_moments(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: T
         The distance, at least 0, in squared units of the features.
 
     Raises:
-        ValueError: If a shape is wrong, a value is not finite, or a covariance is none, see
-            `check_covariance`.
+        ValueError: If a shape is wrong, a value is not finite, or a matrix is no covariance.
 
     >>> zero, one, eye = torch.zeros(3), torch.ones(3), torch.eye(3)
     >>> round(frechet_from_moments(zero, eye, one, 4 * eye), 6)   # 3 + 3 (2 − 1)²

@@ -36,8 +36,7 @@ class Statistics:
         reference_hash: Hash of the samples or of their features.
 
     Raises:
-        ValueError: If a shape is wrong, a value is not finite, or a covariance is none, see
-            `flowkit.metrics.frechet.check_covariance`.
+        ValueError: If a shape is wrong, a value is not finite, or a matrix is no covariance.
 
     >>> import tempfile
     >>> moments = Moments()
