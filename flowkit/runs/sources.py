@@ -17,6 +17,7 @@ from flowkit.data.npz import Npz
 from flowkit.data.pixels import Resize
 from flowkit.data.sample_sets import Drawn, NpzImages, OfSplit, Resized, SampleSet, is_gray
 from flowkit.metrics import Features, Statistics, from_uint8, outputs_of
+from flowkit.metrics.extrapolation import fewest_samples
 from flowkit.modules.checkpoints import read_config
 from flowkit.places import no_such_place
 from flowkit.provenance import read_json
@@ -302,7 +303,9 @@ def check_features(
             f"of {features.name}; choose a feature network, such as metric=inception, or resize="
         )
     if count is not None:
-        check_at_least(count, 12 * width, f"num_samples with extrapolate=true and {width} features")
+        check_at_least(
+            count, fewest_samples(width), f"num_samples with extrapolate=true and {width} features"
+        )
     if statistics is not None:
         statistics.check_features(features.name, features.hash, width)
 

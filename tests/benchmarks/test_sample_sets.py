@@ -147,11 +147,11 @@ def test_the_memory_of_all_metrics_beside_the_features(benchmark):
     """Of features in float32, which precision holds once more in float64."""
 
     def measured():
-        command = [sys.executable, "-c", METRICS, "30000", "512"]
+        command = [sys.executable, "-c", METRICS, "12000", "256"]
         result = subprocess.run(command, capture_output=True, text=True, check=True)
         return [float(value) for value in result.stdout.split()]
 
     more, own = benchmark.pedantic(measured, rounds=1)
     benchmark.extra_info.update(more_gb=more, features_gb=own)
     print(f"\\n{more:.2f} GB more than the features of {own:.2f} GB")
-    assert more < 3 * own + 0.4
+    assert more < 3 * own + 0.4  # blocks of distances take most of it
