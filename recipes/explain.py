@@ -22,6 +22,7 @@ from flowkit.places import choices_of
 from flowkit.provenance import read_json
 from flowkit.rules import did_you_mean
 from flowkit.runs.explaining import (
+    CHANCE,
     COUNT,
     REFERENCE,
     SEEN,
@@ -30,6 +31,7 @@ from flowkit.runs.explaining import (
     at,
     by_size,
     differences,
+    same_draw,
     splits_of,
     verdict,
 )
@@ -50,7 +52,8 @@ def explain(cfg: DictConfig) -> list[Difference]:
     if cfg.samples is not None:
         found = _measured(cfg, first, second, found)
     numbers = [at(record, "metrics", cfg.value) for record in (first, second)]
-    print(f"{cfg.value.replace('_', ' ')}: {numbers[0]:.4g} and {numbers[1]:.4g}\n")
+    name = cfg.value.replace("_", " ").replace("frechet", "Fréchet")
+    print(f"{name}: {numbers[0]:.4g} and {numbers[1]:.4g}\n")
     if found:
         print(
             markdown(
@@ -94,16 +97,16 @@ def _measured(
     one_process = {"device": cfg.device, "devices": 1, "num_nodes": 1}
     fabric = launch(OmegaConf.create(one_process))
     samples = open_source(cfg.samples, "samples", Reading(trust=tuple(cfg.trust))).images
-    stored = {} if samples is None else samples.stored
-    floats, lossless = stored.get("kind") == "pt", stored.get("file_format") != "jpeg"
+    count = at(first, "metrics", "num_samples")
+    if samples is None or len(samples) < count:
+        raise ValueError(
+            f"samples must be those of the first record, {count} images, got {cfg.samples}"
+        )
+    stored = samples.stored
+    floats, lossless = stored["kind"] == "pt", stored["file_format"] != "jpeg"
     possible = {"quantization": floats, "file format": lossless}
     able = [s for s in SEEN if s.options and possible.get(s.name, True)]
-    place = cfg.reference or at(first, "reference", "name")
-    places = [place, cfg.other_reference or (splits_of(first, second) and place)]
-    if not (Path(str(places[0])).exists() or places[0] in choices_of("data")):
-        raise ValueError(
-            f"reference must be given, since that of the first record is no place: {places[0]}"
-        )
+    places = _places(cfg, first, second)
 
     def number(taken: str | None) -> float:
         """Return the number with one setting of the second record."""
@@ -119,7 +122,7 @@ def _measured(
             f"{recorded:.6g}, got {base:.6g}"
         )
     names = {setting.name for setting in able}
-    if samples is None or at(second, "metrics", "num_samples") > len(samples):
+    if at(second, "metrics", "num_samples") > len(samples):
         names -= {COUNT.name}
     if places[1] is None:
         names -= {REFERENCE.name}
@@ -129,10 +132,27 @@ def _measured(
             change = number(one.name) - base
             one = one._replace(change=(change, change), how="measured")
         again.append(one)
+    known = all(one.how == "measured" or one.name == CHANCE for one in again)
+    if known and same_draw(first, second):
+        again = [one for one in again if one.name != CHANCE]  # it is in what was measured
     return by_size(again)
 
 
-def _number(cfg: DictConfig, options: list[str], place: str, fabric: Fabric) -> float:
+def _places(cfg: DictConfig, first: Record, second: Record) -> list[str | None]:
+    """Return the references of both records; None for one of no known place.
+
+    Raises:
+        ValueError: If the first is not known.
+    """
+    place = cfg.reference or at(first, "reference", "name")
+    if not (Path(str(place)).exists() or place in choices_of("data")):
+        raise ValueError(
+            f"reference must be given, since that of the first record is no place: {place}"
+        )
+    return [place, cfg.other_reference or (splits_of(first, second) and place)]
+
+
+def _number(cfg: DictConfig, options: list[str], place: str | None, fabric: Fabric) -> float:
     """Return the number of ``flowkit evaluate`` with these options and this reference."""
     named = place in choices_of("data")
     options = [*options, f"extrapolate={str(cfg.value.endswith('_infinity')).lower()}"]

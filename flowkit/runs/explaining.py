@@ -185,13 +185,18 @@ def differences(first: Record, second: Record, value: str) -> list[Difference]:
             change, how = _size(setting.name, first, second, value, (a, b))
             shown = _shown(setting.name, first, a), _shown(setting.name, second, b)
             found.append(Difference(setting.name, *shown, change, how))
-    other_images = {one.name for one in found} & {s.name for s in (COUNT, REFERENCE, *MADE)}
-    if other_images or DRAW.find(first) != DRAW.find(second):
+    other_images = {one.name for one in found} & {COUNT.name, REFERENCE.name}
+    if other_images or not (same or same_draw(first, second)):
         chance = chance_of(first, second, value)
         change = None if chance is None else (-chance, chance)
         how = "not known" if chance is None else "intervals of both records"
         found.append(Difference(CHANCE, "", "", change, how))
     return by_size(found)
+
+
+def same_draw(first: Record, second: Record) -> bool:
+    """Say whether the images of two records come from the same draw of the same model."""
+    return all(one.find(first) == one.find(second) for one in (DRAW, *MADE))
 
 
 def by_size(found: list[Difference]) -> list[Difference]:
@@ -292,7 +297,8 @@ def verdict(first: Record, second: Record, value: str, found: list[Difference]) 
     if inside:
         said = "explained within the interval"
     else:
-        said = "cannot be told from the records" if unknown else "not explained within the interval"
+        told = "cannot be told from the records; samples= measures more"
+        said = told if unknown else "not explained within the interval"
     rest = f"; not known is what {' and '.join(unknown)} adds" if unknown else ""
     return (
         f"{said}: the difference is {gap:+.4g}, what is known adds {low:+.4g} to {high:+.4g}{rest}"

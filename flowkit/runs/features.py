@@ -29,7 +29,10 @@ def features_for(data: SplitData | None, seed: int) -> Features:
     """Return `classifier_features`, or `pixel_features` for data without two classes or more."""
     if _has_classes(data):
         return classifier_features(data, seed)
-    say("features  pixels, since the data do not have several classes")
+    if data is None:
+        say("features  pixels, since there are no data to train a classifier on")
+    else:
+        say("features  pixels, since the data do not have several classes")
     return pixel_features(data)
 
 
@@ -47,7 +50,12 @@ def classifier_features(data: SplitData | None, seed: int) -> ConvClassifier:
     Raises:
         ValueError: If the data do not have labels of several classes.
     """
-    if data is None or not _has_classes(data):
+    if data is None:
+        raise ValueError(
+            "metric must be another than classifier without data to train it on, got classifier; "
+            "give data or a run as reference="
+        )
+    if not _has_classes(data):
         raise ValueError(
             "metric must be pixels or inception for data without several classes, got classifier"
         )

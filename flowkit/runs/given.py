@@ -75,7 +75,9 @@ def of_samples(cfg: DictConfig, fabric: Fabric, out: Path) -> Measured | None:
         _check_enough(real, "reference")
     shape, statistics, warnings = _common(images, reference, data, features, statistics)
     check_features(features, shape, len(rows) if cfg.extrapolate else None, statistics)
-    judge = None if real is None else _judge(cfg, data, images.read(rows[:1]).labels)
+    resized = data is not None and tuple(shape[1:]) != tuple(data.shape[1:])
+    labels = None if real is None or resized else images.read(rows[:1]).labels
+    judge = _judge(cfg, data, labels)
     watch = Watch(features, fabric, out, cfg.batch_size, shape[0])
     if data is not None:
         key = "" if judge is None else f"{data.fingerprint('train')} {cfg.seed}"
@@ -99,6 +101,10 @@ def of_samples(cfg: DictConfig, fabric: Fabric, out: Path) -> Measured | None:
         extrapolate=cfg.extrapolate,
     )
     metrics["warnings"] = [*warnings, *metrics["warnings"]]
+    if floor is None and data is not None:
+        metrics["left_out"]["floor"] = "the reference is the training images"
+    if resized:
+        metrics["left_out"]["class_agreement"] = "the judge sees images of the size of the data"
     if judge is not None and known is not None:
         metrics |= agreement_of(judge, generated, known)
     seed = cfg.seed if len(rows) < len(images) else None
@@ -132,6 +138,10 @@ def _opened(cfg: DictConfig) -> tuple[Source, Source, Statistics | None]:
             f"quantization must be round for samples that are bytes already, got {cfg.quantization}"
         )
     reference = open_source(place, "reference", replace(reading, quantization="round"))
+    if reference.data is None and cfg.split != "test":
+        raise ValueError(
+            f"split must be absent for a reference that is no data with splits, got {cfg.split}"
+        )
     moments = None if reference.moments is None else Statistics.load(reference.moments.file)
     return samples, reference, moments
 

@@ -293,10 +293,16 @@ def check_features(
         statistics: Statistics of the reference, or None.
 
     Raises:
-        ValueError: If there are too many features, or too few samples, or the statistics are of
-            another network.
+        ValueError: If the network does not take such images, there are too many features, or too
+            few samples, or the statistics are of another network.
     """
-    width = width_of(features, shape)
+    try:
+        width = width_of(features, shape)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"metric must take images of shape {tuple(shape)}, got {features.name}: {error}; "
+            "choose another metric, or another resize="
+        ) from error
     if width > WIDEST:
         raise ValueError(
             f"metric must have at most {WIDEST:,} features for a Fréchet distance, got {width:,} "

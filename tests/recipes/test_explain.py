@@ -31,6 +31,7 @@ def records(tiny_run, tmp_path_factory):
     with initialize_config_dir(CONF, version_base="1.3"):
         options = [f"run={tiny_run}", f"out={folder}/drawn", "num_samples=300", "sampler.grid=2"]
         sample(compose("sample", options))
+        sample(compose("sample", [*options[:1], f"out={folder}/few", "num_samples=20"]))
         base = [f"samples={folder}/drawn", f"reference={tiny_run}", "metric=pixels"]
         same_size = ["resize=8", "filter=lanczos"]
         for name, options in {"first": [], "resized": same_size, **PAIRS}.items():
@@ -58,7 +59,7 @@ def test_a_pair_that_differs_in_one_way_is_explained_by_it(name, records, tiny_r
     place = [f"samples={records}/drawn", f"reference={tiny_run}", "metric=pixels"]
     again = explained(records, name, *place)
     said = capsys.readouterr().out
-    assert next(one for one in again if one.name != "chance").name == name
+    assert [one.name for one in again] == [name]  # chance is in what was measured
     gap = number(records, name) - number(records, "resized" if name == "resize" else "first")
     assert again[0].change == pytest.approx((gap, gap), rel=1e-6)
     assert again[0].how == "measured"
@@ -113,7 +114,7 @@ def test_another_sampler_has_no_known_size_in_general():
     assert found[0].name == "steps"
     assert (found[0].first, found[0].second, found[0].change) == ("2", "76", None)
     said = verdict(a, b, "frechet_distance", found)
-    assert said.startswith("cannot be told from the records: the difference is +0.2, what is known")
+    assert said.startswith("cannot be told from the records; samples= measures more: the differen")
     assert said.endswith("not known is what steps adds")
 
 
@@ -138,6 +139,11 @@ def test_what_explain_refuses(records, configure, tmp_path):
             f"{first},{first}",
             ["value=recal"],
             "value must be a number .* got recal; did you mean re",
+        ),
+        (
+            f"{first},{first}",
+            [f"samples={records}/few", f"reference={records}/drawn"],
+            "samples must be those of the first record, 300 images, got",
         ),
         (
             f"{first},{records}/reference/metrics.json",

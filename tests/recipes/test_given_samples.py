@@ -175,6 +175,16 @@ def test_a_run_gives_its_samples_and_its_data_as_the_reference(tiny_run, configu
     assert record["data"]["name"] == "Digits"
     by_name = judged(f"samples={tiny_run}", "data@reference=digits", out="other")
     assert by_name["metrics"] == record["metrics"]
+    by_training = judged(f"samples={tiny_run}", "split=train", out="train")["metrics"]
+    assert "floor" not in by_training
+    assert by_training["left_out"]["floor"] == "the reference is the training images"
+    with pytest.raises(
+        ValueError, match=r"metric must take images of shape \(1, 16, 16\), got conv"
+    ):
+        judged(f"samples={tiny_run}", "resize=16", metric="classifier")
+    resized = judged(f"samples={tiny_run}", "resize=4", out="resized")["metrics"]
+    assert "class_agreement" not in resized
+    assert resized["left_out"]["class_agreement"] == "the judge sees images of the size of the data"
 
 
 def test_a_run_and_its_samples_in_a_file_are_measured_alike(tiny_run, configure, judged, tmp_path):
@@ -439,6 +449,7 @@ def test_wrong_pairs_and_options_are_refused(tiny_run, judged, tmp_path):
         "reference must be given, .* got null": both[:1],
         "reference must be absent with run=": [f"run={tiny_run}", both[1]],
         "guidance must be absent with samples=.* got 2": [*both, "guidance=2"],
+        "split must be absent for a reference that is no data .* got train": [*both, "split=train"],
         "filter and antialias must be absent without resize=": [*both, "filter=box"],
         "sampler must be absent with samples=, .* method=euler": [*both, "sampler=euler"],
         "sampler must be absent with samples=, where it is unused, got grid=8$": [
