@@ -53,7 +53,7 @@ def classifier_features(data: SplitData | None, seed: int) -> ConvClassifier:
     if data is None:
         raise ValueError(
             "metric must be another than classifier without data to train it on, got classifier; "
-            "give data or a run as reference="
+            "give data or a run as reference=, or a run as samples="
         )
     if not _has_classes(data):
         raise ValueError(
