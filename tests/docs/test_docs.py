@@ -291,7 +291,7 @@ def run(words: list[str], where: str = "", resumed: int = 0) -> None:
         return
     recipe, given = words[0], words[1:]
     own = [word for word in given if word.startswith("--")]
-    given = [word for word in given if not word.startswith("--")]
+    given = files_as_option(recipe, [word for word in given if not word.startswith("--")])
     if own:
         config = own[0].partition("=")[2]
         GlobalHydra.instance().clear()
