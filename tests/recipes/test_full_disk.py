@@ -129,7 +129,12 @@ FAST = ("sample", "pairs")
 OTHER = dict.fromkeys(("boss", "consistency", "epsilon", "evaluate", "inpaint"), "seed=1")
 OTHER |= dict.fromkeys(("pairs", "pareto", "predict", "sample", "semantic", "tokens"), "seed=1")
 OTHER |= {"compare": f"overrides={[*POINTS, 'seed=7']}", "compare_edits": "num_steps=4"}
-OTHER |= {"edit": "num_iters=2", "encode": "shard_size=500", "report": "nfe=[4]"}
+OTHER |= {
+    "statistics": "split=train",
+    "edit": "num_iters=2",
+    "encode": "shard_size=500",
+    "report": "nfe=[4]",
+}
 REFUSED = ("encode", "pairs", "tokens")  # trainings may depend on these files
 
 
@@ -363,7 +368,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_recipe_is_read(
     assert status_of([name, *options, f"{key}=closed/x"], monkeypatch) == 2
     said = f"error: {key} must be a writable folder, got closed/x\n"
     assert capsys.readouterr() == ("", said)
-    if name in PLACES or name == "evaluate":
+    if recipe in PLACES or recipe == "evaluate":
         assert status_of([name, *options], monkeypatch) == 2
         said = f"error: run must be a writable folder, got {tiny_run}; choose another folder by "
         assert capsys.readouterr() == ("", f"{said}out=\n")
