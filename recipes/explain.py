@@ -68,10 +68,17 @@ def _records(cfg: DictConfig) -> tuple[Record, Record]:
     """Return both records.
 
     Raises:
+        FileNotFoundError: If there is no such file.
         ValueError: If there are not two, or one is no record with the number.
     """
     if len(cfg.records) != 2:
-        raise ValueError(f"records must be two files, got {len(cfg.records)}")
+        raise ValueError(
+            f"records must be two files, got {len(cfg.records)}; write "
+            "flowkit explain a/metrics.json b/metrics.json"
+        )
+    for file in cfg.records:
+        if not Path(file).is_file():
+            raise FileNotFoundError(f"records must be files that exist, got no {file}")
     found = [read_json(Path(file)) for file in cfg.records]
     for file, record in zip(cfg.records, found, strict=True):
         metrics = at(record, "metrics") if isinstance(record, dict) else None

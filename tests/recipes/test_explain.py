@@ -133,7 +133,12 @@ def test_what_explain_refuses(records, configure, tmp_path):
     (tmp_path / "other.json").write_text("{}")
     first = f"{records}/first/metrics.json"
     for files, options, said in (
-        (first, [], "records must be two files, got 1"),
+        (first, [], "records must be two files, got 1; write flowkit explain a/metrics.json b/met"),
+        (
+            f"{first},{tmp_path}/none.json",
+            [],
+            "records must be files that exist, got no .*/none.js",
+        ),
         (f"{first},{tmp_path}/other.json", [], "records must be written by flowkit evaluate, got"),
         (
             f"{first},{first}",
@@ -151,7 +156,7 @@ def test_what_explain_refuses(records, configure, tmp_path):
             "reference must be given, since that of the first record is no place: Digits, test spl",
         ),
     ):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises((FileNotFoundError, ValueError), match=said):
             explain(configure("explain", f"records=[{files}]", *options))
 
 
