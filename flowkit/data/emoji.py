@@ -144,7 +144,7 @@ def bitmaps(font: Path) -> Iterator[tuple[tuple[int, ...], bytes]]:
             "fonts-noto-color-emoji, or give the file of another font as font"
         )
     try:
-        with TTFont(font, lazy=True) as opened:
+        with font.open("rb") as file, TTFont(file, lazy=True) as opened:
             if "CBDT" not in opened:
                 raise ValueError(f"font must have color bitmaps (table CBDT), got none in {font}")
             sequences = _sequences(opened)

@@ -16,6 +16,11 @@ OTHER_ROLES = {  # of a person with an object that is not the tool of a professi
     **dict.fromkeys((0x1F9AF, 0x1F9BC, 0x1F9BD), "person-activity"),
     0x1F384: "person-fantasy",
 }
+OTHER_PAIRS = {  # with another sub-group than their first code point alone
+    (0x1F62E, 0x1F4A8): "face-neutral-skeptical",  # exhaling
+    (0x1F441, 0x1F5E8): "emotion",  # an eye in a bubble of speech
+    (0x1FAF1, 0x1FAF2): "hands",  # a handshake in two tones
+}
 SEQUENCES = {  # sub-groups of sequences alone
     "keycap": "Symbols",
     "country-flag": "Flags",
@@ -210,4 +215,4 @@ def group_of(sequence: tuple[int, ...]) -> str | None:
     if points[0] in PEOPLE and others:
         alone = not any(point in PEOPLE for point in others)
         return OTHER_ROLES.get(others[0], "person-role") if alone else "family"
-    return by_code_point().get(points[0])
+    return OTHER_PAIRS.get((points[0], *others)) or by_code_point().get(points[0])
