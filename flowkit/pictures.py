@@ -1,0 +1,218 @@
+"""Pictures for notebooks: tiles of samples, ways between two of them, and ways from noise.
+
+The functions return images of Pillow or write GIF files; Jupyter shows the images as they are.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from flowkit.checks import as_seeds, check_at_least, check_positive
+from flowkit.metrics.pictures import to_uint8
+from flowkit.provenance import write_atomically
+from flowkit.sampling import Sampler, seeded_noise
+from flowkit.types import Cond
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+GAP, LETTER = 4, 12  # pixels between tiles, and height of a letter
+SMALLEST = 64  # pixels; smaller tiles are enlarged to about this side
+
+
+def show(
+    images: Tensor,
+    columns: int = 10,
+    titles: Sequence[object] | None = None,
+    rows: Sequence[object] | None = None,
+    zoom: int | None = None,
+) -> "Image":
+    """Return images as tiles with gaps between them, and with words if you like.
+
+    Args:
+        images: Images ``(N, C, H, W)`` in [-1, 1] with 1 or 3 channels, on any device.
+        columns: Tiles in a row, at least 1.
+        titles: One text above each column, or above each tile.
+        rows: One text before each row.
+        zoom: Factor by which pixels are enlarged; None makes tiles of about 64 pixels.
+
+    Returns:
+        The picture; ``.save("a.png")`` writes it.
+
+    Raises:
+        ValueError: If the images have another shape, or a list of texts another length.
+
+    >>> show(torch.zeros(6, 1, 8, 8), columns=3, titles=["a", "b", "c"]).size
+    (208, 156)
+    """
+    if images.ndim != 4 or images.shape[1] not in (1, 3) or not len(images):
+        raise ValueError(f"images must be (N, 1 or 3, H, W), got {tuple(images.shape)}")
+    check_at_least(columns, 1, "columns")
+    factor = max(1, SMALLEST // images.shape[-1]) if zoom is None else zoom
+    check_at_least(factor, 1, "zoom")
+    columns = min(columns, len(images))
+    lines = -(-len(images) // columns)
+    if titles is not None and len(titles) not in (columns, len(images)):
+        raise ValueError(
+            f"titles must hold {columns} texts, one per column, or {len(images)}, one per image, "
+            f"got {len(titles)}"
+        )
+    if rows is not None and len(rows) != lines:
+        raise ValueError(f"rows must hold {lines} texts, one per row, got {len(rows)}")
+    return _tiles(images, columns, titles, rows, int(factor))
+
+
+def _tiles(
+    images: Tensor,
+    columns: int,
+    titles: Sequence[object] | None,
+    rows: Sequence[object] | None,
+    zoom: int,
+) -> "Image":
+    """Return tiles; a title of a column stands above its first tile only."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    pixels = to_uint8(images.detach().float().cpu()).expand(-1, 3, -1, -1)
+    pixels = pixels.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3).permute(0, 2, 3, 1)
+    (count, height, width, _), lines = pixels.shape, -(-len(images) // columns)
+    font = ImageFont.load_default(LETTER)
+    left = max((int(font.getlength(str(text))) + GAP for text in rows or ()), default=0)
+    each = titles is not None and len(titles) == count and lines > 1
+    above = LETTER + GAP if titles is not None else 0
+    step = height + GAP + (above if each else 0)
+    size = (left + columns * (width + GAP) + GAP, above * (not each) + lines * step + GAP)
+    canvas = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(canvas)
+    for k, tile in enumerate(pixels.numpy()):
+        x, y = left + GAP + k % columns * (width + GAP), GAP + above + k // columns * step
+        canvas.paste(Image.fromarray(tile), (x, y))
+        if titles is not None and (each or k < columns):
+            text = _fitting(str(titles[k]), width, font)
+            draw.text((x, y - LETTER - GAP), text, fill="black", font=font)
+        if rows is not None and k % columns == 0:
+            draw.text((GAP, y + height // 2), str(rows[k // columns]), "black", font, anchor="lm")
+    return canvas
+
+
+def _fitting(text: str, width: int, font: Any) -> str:
+    """Return a text, shortened so that it is not wider than ``width`` pixels."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(f"{text}…") > width:
+        text = text[:-1]
+    return f"{text}…"
+
+
+def slerp(start: Tensor, end: Tensor, weights: Tensor) -> Tensor:
+    """Return points of the great arc from one noise to another, which keep the length of noise.
+
+    ``x(w) = (sin((1−w)θ) start + sin(wθ) end) / sin θ`` with the angle ``θ`` between the two. A
+    straight line would pass through points shorter than noise, whose samples are dull.
+
+    Source: Shoemake, *Animating rotation with quaternion curves*, 1985.
+
+    Args:
+        start: Noise of one sample ``(*)``.
+        end: Noise of the other sample, of the same shape.
+        weights: Places ``(n,)`` between them, 0 at the start and 1 at the end.
+
+    Returns:
+        Noise ``(n, *)``.
+
+    >>> slerp(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0]), torch.tensor([0.5]))
+    tensor([[0.7071, 0.7071]])
+    """
+    a, b = start.double(), end.double()
+    cosine = (a * b).sum() / (a.norm() * b.norm()).clamp_min(1e-300)
+    angle = torch.arccos(cosine.clamp(-1, 1))
+    w = weights.double().to(a.device).reshape(-1, *[1] * a.ndim)
+    if angle.sin() < 1e-6:  # the same direction, or the opposite, which has no arc of its own
+        return ((1 - w) * a + w * b).to(start.dtype)
+    return ((torch.sin((1 - w) * angle) * a + torch.sin(w * angle) * b) / angle.sin()).to(
+        start.dtype
+    )
+
+
+@torch.no_grad()
+def interpolate(
+    module: Any,
+    seeds: Sequence[int],
+    steps: int = 8,
+    cond: Cond = None,
+    sampler: Sampler | None = None,
+    guidance: Any = None,
+) -> Tensor:
+    """Return samples on the way between two samples, from arcs between their noises.
+
+    Args:
+        module: A trained `flowkit.modules.FlowModule`, for example of `load_run`.
+        seeds: The seeds of the two samples.
+        steps: Number of samples, both ends included, at least 2.
+        cond: Condition of all samples ``(1, *)``, or one for each ``(steps, *)``.
+        sampler: The solver; by default the module's own.
+        guidance: Scale of classifier-free guidance, or a wrapper of velocities.
+
+    Returns:
+        Data ``(steps, *)``. The first and the last are those of ``module.sample`` with the seeds.
+
+    Raises:
+        ValueError: If there are not two seeds, or fewer than two steps.
+    """
+    check_at_least(steps, 2, "steps")
+    start, end = seeded_noise(module.sample_shape, as_seeds(seeds, 2))
+    noise = slerp(start, end, torch.linspace(0, 1, steps))
+    noise[0], noise[-1] = start, end
+    cond = cond.expand(steps, *cond.shape[1:]) if isinstance(cond, Tensor) else cond
+    return module.autoencoder.decode(module.solve(noise, sampler, cond, guidance).x)
+
+
+@torch.no_grad()
+def animate(
+    module: Any,
+    file: str | Path,
+    num_samples: int = 10,
+    cond: Cond = None,
+    seeds: Sequence[int] | Tensor | None = None,
+    sampler: Sampler | None = None,
+    guidance: Any = None,
+    columns: int = 10,
+    seconds: float = 2.0,
+) -> Path:
+    """Write a GIF of the way of samples from noise to data.
+
+    Args:
+        module: A trained `flowkit.modules.FlowModule` of images.
+        file: The GIF file, in a folder that exists.
+        num_samples: Number of samples, at least 1.
+        cond: Conditions ``(num_samples, *)``.
+        seeds: One seed per sample; by default 0, 1, 2, …
+        sampler: The solver, whose grid gives the frames; by default the module's own.
+        guidance: Scale of classifier-free guidance, or a wrapper of velocities.
+        columns: Tiles in a row.
+        seconds: Time of the way in seconds, above 0. The last frame stays a second longer.
+
+    Returns:
+        The file.
+
+    Raises:
+        ValueError: If a value is out of range, or the module makes no images.
+    """
+    check_at_least(num_samples, 1, "num_samples")
+    check_positive(seconds, "seconds")
+    numbers = as_seeds(range(num_samples) if seeds is None else seeds, num_samples)
+    noise = seeded_noise(module.sample_shape, numbers)
+    path = module.solve(noise, sampler, cond, guidance, return_path=True).path
+    frames = [show(module.autoencoder.decode(state), columns) for state in path]
+    each = round(1000 * seconds / len(frames))
+    times = [each] * (len(frames) - 1) + [1000 + each]
+
+    def write(partial: Path) -> None:
+        frames[0].save(
+            partial, "GIF", save_all=True, append_images=frames[1:], duration=times, loop=0
+        )
+
+    write_atomically(Path(file), write)
+    return Path(file)
