@@ -74,7 +74,8 @@ def test_every_import_is_declared():
     ]
     declared = {re.split(r"[<>=\[]", requirement)[0].lower() for requirement in users}
     on_the_index = {"PIL": "pillow", "sklearn": "scikit-learn", "hydra": "hydra-core", "ot": "pot"}
-    on_the_index |= {"yaml": "pyyaml"}
+    on_the_index |= {"yaml": "pyyaml", "fontTools": "fonttools", "mlflow": "mlflow-skinny"}
+    on_the_index |= {"huggingface_hub": "huggingface-hub"}
     imported = set()
     for file in [*(root / "flowkit").rglob("*.py"), *(root / "recipes").glob("*.py")]:
         for node in ast.walk(ast.parse(file.read_text())):
