@@ -52,7 +52,7 @@ def sample(cfg: DictConfig) -> Tensor:
     """
     fabric = launch(cfg)
     run = Run.load(cfg.run, cfg.weights, fabric.device, cfg.guidance, cfg.trust, **place_of(cfg))
-    folder = Path(cfg.out) if cfg.out else run.folder / "drawn"
+    folder = Path(cfg.out) if cfg.out else run.results / "drawn"
     check_writable(folder, "out")
     run.reuse_features(cfg.feature_mode, cfg.tolerance, cfg.seed, cfg.seeding)
     sampler = run.sampler(cfg.sampler)

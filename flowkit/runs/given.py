@@ -66,7 +66,7 @@ def of_samples(cfg: DictConfig, fabric: Fabric, out: Path) -> Measured | None:
         samples, reference, statistics = _opened(cfg)
         data = reference.data
         if data is None and is_run(cfg.samples):  # for its classifier
-            data = data_of_run(Path(cfg.samples), Reading.of(cfg))
+            data = data_of_run(cfg.samples, Reading.of(cfg))
         features: Features = instantiate(cfg.metric)(data)
     images, real = cast(SampleSet, samples.images), reference.images
     images = images if data is None else with_classes_of(data, images)
