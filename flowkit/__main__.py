@@ -281,7 +281,9 @@ def _check_composed(recipe: str, own: str | None, overrides: list[str]) -> Path 
 
 def _check_places(values: dict[str, Any], folder: Path | None) -> None:
     """Require that the folders can be written to which the results go."""
-    out, run = values.get("out"), values.get("run")
+    out, run, to = values.get("out"), values.get("run"), values.get("to")
+    if to and not to.startswith("hub:"):  # of flowkit push
+        check_writable(Path(to), "to")
     if isinstance(run, list):  # of flowkit report
         run, out = None, out or "runs/report"
     if "out" in values and out is None and run is not None:

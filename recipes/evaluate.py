@@ -82,7 +82,8 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     record = {"metrics": found.metrics, **found.record}
     files = [out / "metrics.json", out / "samples.png"]
     with recording(record, files):
-        save_picture(found.shown, files[1], found.columns, beside=found.beside)
+        options = {"beside": found.beside, "captions": found.captions}
+        save_picture(found.shown, files[1], found.columns, **options)
     if found.parts is not None:
         found.parts.remove()
     _report(found.metrics, None if cfg.samples is None else found.record["reference"])
@@ -191,7 +192,9 @@ def _measure_images(cfg: DictConfig, run: Run, sampler: Sampler, fabric: Fabric)
     if labels is None:
         return Measured(metrics, record, as_saved(samples[:100]), parts=parts)
     shown, columns = picture_rows(labels)
-    return Measured(metrics, record, as_saved(samples[shown]), columns, parts=parts)
+    names = run.names_of(labels[shown], len(shown))
+    picture = (as_saved(samples[shown]), columns)
+    return Measured(metrics, record, *picture, parts=parts, captions=names)
 
 
 def _set_record(

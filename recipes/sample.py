@@ -92,7 +92,8 @@ def sample(cfg: DictConfig) -> Tensor:
     others = [folder / place_in(form) for form in FORMS if form != cfg.format]
     with recording(record, [*files, *others]):
         write_samples(files[2], cfg.format, samples, cond, cfg.quantization)
-        save_picture(samples[:SHOWN], files[1], columns)
+        names = run.names_of(cond, SHOWN)
+        save_picture(samples[:SHOWN], files[1], columns, captions=names)
     parts.remove()
     print(f"picture   {files[1]}\nsamples   {files[2]}")
     return samples

@@ -140,8 +140,8 @@ def _obtained(config: Record, metrics: Record) -> str:
     weights = metrics.get("weights") or {}
     words.append(f"{weights.get('kind')} weights of step {weights.get('step')}")
     text = f"How: {'; '.join(words)}. `metrics.json` has all settings."
-    if (dtype := config["weights"]["dtype"]) != "float32":
-        text += f" Measured before the weights were rounded to {dtype}."
+    if weights.get("hash") != config["weights"]["hash"]:
+        text += f" Measured before the weights were rounded to {config['weights']['dtype']}."
     for warning in found.get("warnings") or ():
         text += f" {warning[:1].upper()}{warning[1:]}."
     return text

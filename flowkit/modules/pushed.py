@@ -18,7 +18,7 @@ from flowkit.autoencoders import KLAutoencoder
 from flowkit.checks import check_choice
 from flowkit.hub import CONFIG, WEIGHTS, is_pushed
 from flowkit.modules.earlier import current
-from flowkit.provenance import read_json, tensor_hash, write_atomically, write_json
+from flowkit.provenance import read_json, tensor_hash, write_atomically, write_json, write_text
 from flowkit.sampling import ODESampler
 
 if TYPE_CHECKING:
@@ -76,6 +76,11 @@ def read(folder: Path) -> Config:
     for name, (kind, words) in FIELDS.items():
         if name not in found or not isinstance(found[name], kind):
             raise ValueError(f"{name} in {file} must be {words}, got {found.get(name)!r}")
+    names = found["classes"]
+    if names is not None and len(names) != found["num_classes"]:
+        raise ValueError(
+            f"classes in {file} must be {found['num_classes']} names, got {len(names)}"
+        )
     shape = found["state"].get("sample_shape")
     sides = shape if isinstance(shape, list) else [0]
     if shape is not None and not all(type(side) is int and side > 0 for side in sides):
@@ -322,7 +327,7 @@ def write(
         module: The module, with rounded weights.
         folder: The folder, after `check_place`.
         config: Result of `portable`.
-        files: Other files: a text, or a function that writes to a path; None for none.
+        files: Other files: a text, or a function that writes one atomically; None for none.
     """
     from safetensors.torch import save_file
 
@@ -333,15 +338,21 @@ def write(
         state[name] = stored.cpu().contiguous().clone()  # safetensors shares no memory
     folder.mkdir(parents=True, exist_ok=True)
     about = {"format": "pt", "format_of": FORMAT}
-    write_atomically(folder / WEIGHTS, lambda file: save_file(state, file, about))
-    if config["module"].get("autoencoder", {}).get("path") == AUTOENCODER:
+
+    def save(file: Path) -> None:
+        file.touch()
+        mode = file.stat().st_mode  # which safetensors would narrow to its owner
+        save_file(state, file, about)
+        file.chmod(mode)
+
+    write_atomically(folder / WEIGHTS, save)
+    if (config["module"].get("autoencoder") or {}).get("path") == AUTOENCODER:
         own: Any = module.autoencoder
         vae = copy.deepcopy(own.vae).to(dtype)
         KLAutoencoder(vae, own.image_shape).save_pretrained(folder / AUTOENCODER)
     for name, content in files.items():
         if isinstance(content, str):
-            text = content
-            write_atomically(folder / name, lambda file, text=text: file.write_text(text))
+            write_text(folder / name, content)
         elif content is not None:
-            write_atomically(folder / name, content)
+            content(folder / name)
     write_json(folder / CONFIG, config)

@@ -27,6 +27,7 @@ from flowkit.runs.records import weights
 from flowkit.runs.splits import stored_data
 from flowkit.runs.starts import Starts
 from flowkit.sampling import ADAPTIVE, MeanVelocity, ODESampler, Sampler, SDESampler
+from flowkit.types import Cond
 from flowkit.velocity import Velocity
 
 
@@ -150,6 +151,13 @@ class Run:
                 f"{did_you_mean(label, classes, known)}"
             )
         return classes.index(label)
+
+    def names_of(self, cond: Cond, count: int) -> list[str] | None:
+        """Return the class names of the first samples, for a picture; None without classes."""
+        names, labels = self.module.class_names, cond
+        if names is None or not isinstance(labels, Tensor) or labels.ndim != 1:
+            return None
+        return [names[int(label)] for label in labels[:count]]
 
     @property
     def brings_starts(self) -> bool:
