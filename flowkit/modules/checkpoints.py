@@ -109,18 +109,19 @@ def described(
         return twin, module.configuration
     twin = build(copy.deepcopy(dict(config)), "config")
     kinds, theirs = (
-        {name: type(part) for name, part in one.named_modules()} for one in (module, twin)
+        {name: _settings(part, name) for name, part in one.named_modules()}
+        for one in (module, twin)
     )
     if differing := [name for name in {**kinds, **theirs} if kinds.get(name) != theirs.get(name)]:
         raise ValueError(
-            "config must build the module, got other classes of "
+            "config must build the module, got other classes or settings of "
             f"{', '.join(name or 'the module' for name in sorted(differing)[:5])}"
         )
     try:
         twin.load_state_dict(module.state_dict())
     except RuntimeError as error:
         raise ValueError(f"config must build the module, got other weights: {error}") from error
-    for name in ("path", "coupling", "times", "drop_cond", "codec"):
+    for name in ("path", "coupling", "times", "codec"):
         values = [getattr(one, name, None) for one in (module, twin)]
         if not isinstance(values[0], torch.nn.Module) and values[0] != values[1]:
             raise ValueError(
@@ -138,6 +139,13 @@ def described(
     images = getattr(module.autoencoder, "image_shape", shape)
     known = {"num_classes": count, "shape": shape, "image_shape": images}
     return twin.eval().requires_grad_(False), {**known, "module": dict(config)}
+
+
+def _settings(part: torch.nn.Module, name: str) -> tuple[type, dict[str, Any]]:
+    """Return the class of a part of a module, and its plain settings."""
+    plain = (str, int, float, bool, tuple, type(None))
+    public = vars(part).items() if name else ()  # those of the whole module may have changed
+    return type(part), {k: v for k, v in public if k[0] != "_" and isinstance(v, plain)}
 
 
 def weights_of(place: str | Path) -> dict[str, Any]:

@@ -126,7 +126,11 @@ RECIPES = {
 LAST = {"autoencoder": "metrics", "boss": "grid", "consistency": "consistency", "edit": "edit"}
 LAST |= {"epsilon": "epsilon", "evaluate": "metrics", "inpaint": "inpainted", "pareto": "pareto"}
 LAST |= {"predict": "predicted", "sample": "samples", "semantic": "semantic"}
-LAST |= {"push": "config", "evaluate samples": "metrics", "statistics": "statistics"}  # stand for a whole
+LAST |= {
+    "push": "config",
+    "evaluate samples": "metrics",
+    "statistics": "statistics",
+}  # stand for a whole
 FAST = ("sample", "pairs")
 TO = {"push": "to"}  # instead of out
 OTHER = dict.fromkeys(("boss", "consistency", "epsilon", "evaluate", "inpaint"), "seed=1")
