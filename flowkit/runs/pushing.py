@@ -1,4 +1,4 @@
-"""What a run shares beside its weights: data, metrics, grids and a picture, without places."""
+"""Parts of a shared model beside its weights: data, metrics, grids and a picture."""
 
 import json
 from collections.abc import Mapping
