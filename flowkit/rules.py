@@ -11,8 +11,9 @@ rule                     values that fit
 ``bool``                 true or false
 ``text``, ``path``       a string that is not empty
 ``file``, ``folder``     the path of a file or of a folder that exists
-``run folder``           a folder that ``flowkit train`` or ``flowkit push`` wrote, or a name of
-                         one: ``hub:owner/name``, ``flowkit:name``
+``run folder``           a folder that ``flowkit train`` wrote
+``run``                  such a folder, one of ``flowkit push``, or the name of a shared model:
+                         ``hub:owner/name``, ``flowkit:name``
 ``device``               a device of this machine
 ``part``, ``settings``   a mapping, for a part with the class to build as ``_target_``
 ``[int >= 1]``           a list of one or more such values; ``[]`` is the empty list
@@ -52,7 +53,8 @@ Rules = Mapping[tuple[str, str], str]
 rule has an empty text."""
 
 WORDS = {
-    "run folder": "a run folder, hub:owner/name or flowkit:name",
+    "run folder": "a folder with a config.yaml",
+    "run": "a run folder, hub:owner/name or flowkit:name",
     "device": "a device of this machine, such as cpu",
     "file": "a file that exists",
     "folder": "a folder that exists",
@@ -265,8 +267,8 @@ def _of_kind(kind: str, value: Any) -> bool:
     exists = {"file": path.is_file, "folder": path.is_dir}
     if kind in exists:
         return exists[kind]()
-    if kind == "run folder":
-        return is_run(value)
+    if kind in ("run folder", "run"):  # to resume a shared model is refused in other words
+        return is_run(value) and (kind == "run" or not NAMED.fullmatch(value))
     return kind != "device" or _is_device(value)
 
 

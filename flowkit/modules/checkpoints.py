@@ -24,7 +24,6 @@ from flowkit.modules.flow import FlowModule
 from flowkit.modules.listed import find
 from flowkit.modules.trust import CONTROLS, check, substituted, trusting
 from flowkit.provenance import bounded, read_bounded, read_json
-from flowkit.rules import NAMED
 
 CONFIG, CHECKPOINT = "config.yaml", "checkpoints/last.ckpt"
 DATA = "data.json"  # record of the data, see `flowkit.runs.known_data`
@@ -205,9 +204,9 @@ def read_config(folder: str | Path, file: str = CONFIG) -> dict[str, Any]:
         return pushed.read(folder)
     path = folder / file
     if not path.is_file():
-        like_hub = NAMED.fullmatch(f"hub:{place}") and not folder.exists()
-        fix = f"; on the hub it is hub:{place}" if like_hub else ""
-        raise FileNotFoundError(f"run must be a folder with a {file}, got {place}{fix}")
+        kind = "run folder, hub:owner/name or flowkit:name"
+        kind = kind if file == CONFIG else f"folder with a {file}"
+        raise FileNotFoundError(f"run must be a {kind}, got {place}")
     text = read_bounded(path)
     try:
         found = bounded(_Loader(text).get_single_data(), path)

@@ -227,9 +227,8 @@ def test_a_model_of_the_hub_is_fetched_by_its_whole_name(
 
 @pytest.mark.parametrize("place", ["owner/name", "owner/nmae", "nowhere"])
 def test_a_mistyped_path_is_never_looked_for_on_the_hub(place, fetched, monkeypatch, capsys):
-    with pytest.raises(FileNotFoundError, match="run must be a folder") as found:
+    with pytest.raises(FileNotFoundError, match="run must be a run folder, hub:owner/name or"):
         FlowModule.from_pretrained(place)
-    assert (f"on the hub it is hub:{place}" in str(found.value)) == ("/" in place)
     assert status_of(["sample", f"run={place}"], monkeypatch) == 2
     assert "run must be a run folder, hub:owner/name or" in capsys.readouterr().err
     assert not fetched
