@@ -16,6 +16,7 @@ from typing import Any, NoReturn, cast
 import flowkit.recipes
 from flowkit import __version__
 from flowkit.errors import ErrorInALine, errors_to_us, is_hydras
+from flowkit.hub import results_of
 from flowkit.places import check_writable, choice_of_group, files_as_option
 from flowkit.rules import (
     CONF,
@@ -280,11 +281,13 @@ def _check_composed(recipe: str, own: str | None, overrides: list[str]) -> Path 
 
 def _check_places(values: dict[str, Any], folder: Path | None) -> None:
     """Require that the folders can be written to which the results go."""
-    out, run = values.get("out"), values.get("run")
+    out, run, to = values.get("out"), values.get("run"), values.get("to")
+    if to and not to.startswith("hub:"):  # of flowkit push
+        check_writable(Path(to), "to")
     if isinstance(run, list):  # of flowkit report
         run, out = None, out or "runs/report"
     if "out" in values and out is None and run is not None:
-        check_writable(Path(run), "run", "; choose another folder by out=")
+        check_writable(results_of(run), "run", "; choose another folder by out=")
     elif out and "${" not in str(out):
         file = Path(out).suffix == ".npz"  # of flowkit statistics
         check_writable(Path(out).parent if file else Path(out), "out")

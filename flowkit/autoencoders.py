@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowkit.checks import check_at_least, check_finite
+from flowkit.hub import folder_of
 from flowkit.nn.frozen import Frozen
 from flowkit.paths import noise_like
 from flowkit.provenance import content_hash, located, write_atomically
@@ -140,7 +141,8 @@ class KLAutoencoder(Frozen, frozen=("vae",)):
         """Read an autoencoder that `save_pretrained` or diffusers wrote.
 
         Args:
-            path: A folder, or ``hub:owner/name`` for a model of the Hugging Face hub.
+            path: A folder, ``hub:owner/name`` for a model of the Hugging Face hub, or
+                ``flowkit:name``. Of a shared flow on latents it is the flow's autoencoder.
             image_shape: See the class.
             **options: Other arguments of diffusers' ``from_pretrained``, e.g. ``subfolder="vae"``.
 
@@ -150,8 +152,11 @@ class KLAutoencoder(Frozen, frozen=("vae",)):
         """
         from diffusers import AutoencoderKL  # type: ignore[attr-defined]
 
+        path = folder_of(path) if str(path).startswith("flowkit:") else path
         place, on_hub = located(path, "path")
         if not on_hub:
+            inner = Path(place) / "autoencoder"
+            place = str(inner) if (inner / "config.json").is_file() else place
             options["local_files_only"] = True
         try:
             vae = AutoencoderKL.from_pretrained(place, **options)

@@ -12,6 +12,8 @@ rule                     values that fit
 ``text``, ``path``       a string that is not empty
 ``file``, ``folder``     the path of a file or of a folder that exists
 ``run folder``           a folder that ``flowkit train`` wrote
+``run``                  such a folder, one of ``flowkit push``, or the name of a shared model:
+                         ``hub:owner/name``, ``flowkit:name``
 ``device``               a device of this machine
 ``part``, ``settings``   a mapping, for a part with the class to build as ``_target_``
 ``[int >= 1]``           a list of one or more such values; ``[]`` is the empty list
@@ -41,6 +43,7 @@ MISSING = "???"
 
 LINE = re.compile(r'( *)(- )?"?([\w/@]+)"?:(?: ([^#]*?))?(?: *# ([^;]*).*)?')
 NUMBER = re.compile(r"(?:([-\d.*]+) (<=?) )?(int|float)(?: (<=?|>=?) ([-\d.*]+))?")
+NAMED = re.compile(r"hub:[\w.-]+/[\w.-]+|flowkit:[\w.-]+")  # a model, see `flowkit.hub`
 DEVICE = re.compile(r"(cpu|cuda|mps|xpu|hpu|xla|mtia)(:\d+)?")
 
 COMPARE = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
@@ -51,6 +54,7 @@ rule has an empty text."""
 
 WORDS = {
     "run folder": "a folder with a config.yaml",
+    "run": "a run folder, hub:owner/name or flowkit:name",
     "device": "a device of this machine, such as cpu",
     "file": "a file that exists",
     "folder": "a folder that exists",
@@ -260,14 +264,18 @@ def _of_kind(kind: str, value: Any) -> bool:
     if not isinstance(value, str) or not value.strip():
         return False
     path = Path(value)
-    exists = {
-        "file": path.is_file,
-        "folder": path.is_dir,
-        "run folder": (path / "config.yaml").is_file,
-    }
+    exists = {"file": path.is_file, "folder": path.is_dir}
     if kind in exists:
         return exists[kind]()
+    if kind in ("run folder", "run"):  # to resume a shared model is refused in other words
+        return is_run(value) and (kind == "run" or not NAMED.fullmatch(value))
     return kind != "device" or _is_device(value)
+
+
+def is_run(place: str) -> bool:
+    """Return True for a folder with the configuration of a run, or the name of such a model."""
+    files = (Path(place) / name for name in ("config.yaml", "config.json"))
+    return bool(NAMED.fullmatch(place)) or any(file.is_file() for file in files)
 
 
 def _is_device(name: str) -> bool:

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from flowkit.checks import check_between
 from flowkit.data import SplitData
 from flowkit.flowopt import FlowOpt
+from flowkit.hub import results_of
 from flowkit.metrics import PixelSVC
 from flowkit.metrics.pictures import save_figure, save_picture
 from flowkit.modules.flow import labels_of
@@ -46,7 +47,7 @@ def compare_edits(cfg: DictConfig) -> dict[str, Any]:
     data = model.run.data
     for name in ("source", "target"):
         cfg[name] = model.run.class_number(cfg[name], name)
-    folder = Path(cfg.out or Path(cfg.run) / "edits" / "comparison")
+    folder = Path(cfg.out or results_of(cfg.run) / "edits" / "comparison")
     check_writable(folder, "out")
     names = ("report.json", "inversions.png", "edits.png", "strip.png", "inversions.md", "edits.md")
     files = [folder / name for name in names]

@@ -28,11 +28,10 @@ from flowkit.metrics.pictures import colored, save_picture
 from flowkit.modules import SymmetricalFlowMatching
 from flowkit.places import check_writable
 from flowkit.runs import Run
-from flowkit.runs.drawing import draw
+from flowkit.runs.drawing import draw, symmetrical
 from flowkit.runs.features import judge_of
 from flowkit.runs.known_data import place_of
 from flowkit.runs.records import recording
-from flowkit.runs.run import symmetrical
 from flowkit.runs.starts import choose_labels, noise_batches
 from flowkit.sampling import ODESampler, sample_seeds
 
@@ -44,7 +43,7 @@ def consistency(cfg: DictConfig) -> dict[str, Any]:
     check_at_least(cfg.num_samples, 1, "num_samples")
     check_at_least(cfg.batch_size, 1, "batch_size")
     run = Run.load(cfg.run, cfg.weights, cfg.device, cfg.guidance, cfg.trust, **place_of(cfg))
-    out = Path(cfg.out) if cfg.out else run.folder / "consistency"
+    out = Path(cfg.out) if cfg.out else run.results / "consistency"
     check_writable(out, "out")
     module, data, sampler = symmetrical(run), run.data, run.ode_sampler(cfg.sampler)
     test = data.test[: cfg.num_samples]

@@ -22,6 +22,7 @@ from torch import Tensor
 from flowkit.checks import check_between
 from flowkit.data.folder import FORMATS, square
 from flowkit.flowopt import Edit, FlowOpt
+from flowkit.hub import results_of
 from flowkit.metrics import from_uint8, to_uint8
 from flowkit.metrics.gaussianity import gaussianity
 from flowkit.metrics.pictures import save_figure, save_image, save_picture
@@ -164,7 +165,7 @@ def folder_of(cfg: DictConfig) -> Path:
     parts = [Path(cfg.image).name, cfg.source, *([] if cfg.target is None else ["to", cfg.target])]
     name = "-".join(str(part) for part in parts if part is not None)
     name = "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
-    return Path(cfg.out) if cfg.out else Path(cfg.run or "runs") / "edits" / name
+    return Path(cfg.out) if cfg.out else results_of(cfg.run or "runs") / "edits" / name
 
 
 def write(cfg: DictConfig, model: Any, image: Tensor, found: Edit, record: dict[str, Any]) -> None:

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from flowkit.checks import check_at_least
 from flowkit.data.pixels import as_seen
+from flowkit.hub import results_of
 from flowkit.metrics import (
     Features,
     Pixels,
@@ -72,7 +73,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         The record; it is empty on all processes but the first.
     """
     check_options(cfg)
-    out = Path(cfg.out or cfg.run or "runs/evaluate")
+    out = Path(cfg.out or (results_of(cfg.run) if cfg.run else "runs/evaluate"))
     fabric = launch(cfg)
     check_writable(out, "out")
     found = of_samples(cfg, fabric, out) if cfg.run is None else _of_run(cfg, fabric)
@@ -81,7 +82,8 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     record = {"metrics": found.metrics, **found.record}
     files = [out / "metrics.json", out / "samples.png"]
     with recording(record, files):
-        save_picture(found.shown, files[1], found.columns, beside=found.beside)
+        options = {"beside": found.beside, "captions": found.captions}
+        save_picture(found.shown, files[1], found.columns, **options)
     if found.parts is not None:
         found.parts.remove()
     _report(found.metrics, None if cfg.samples is None else found.record["reference"])
@@ -152,7 +154,7 @@ def _measure_images(cfg: DictConfig, run: Run, sampler: Sampler, fabric: Fabric)
     used |= {"mode": [cfg.feature_mode, cfg.tolerance], "features": features.hash}
     used |= {"cond": hash_of(cond), "seen": [cfg.quantization, cfg.jpeg]}
     used["test"] = data.fingerprint("test")  # given source samples come from this split
-    parts = Parts(Path(cfg.out or cfg.run), used, fabric)
+    parts = Parts(Path(cfg.out or run.results), used, fabric)
     drawn, cost = draw_parts(run, x0, cond, sampler, finish, parts)
     if not fabric.is_global_zero:
         return None
@@ -178,7 +180,7 @@ def _measure_images(cfg: DictConfig, run: Run, sampler: Sampler, fabric: Fabric)
     sampling["conditions"] = None if cond is None else chosen
     stored = {"kind": "run", "file_format": None, "quantization": cfg.quantization}
     sets = {
-        "samples": _set_record(str(run.folder), stored, samples, labels) | through(cfg.jpeg),
+        "samples": _set_record(str(run.place), stored, samples, labels) | through(cfg.jpeg),
         "reference": _set_record(
             f"{type(data).__name__}, test split",
             {"kind": "data", "file_format": None, "quantization": None},
@@ -190,7 +192,9 @@ def _measure_images(cfg: DictConfig, run: Run, sampler: Sampler, fabric: Fabric)
     if labels is None:
         return Measured(metrics, record, as_saved(samples[:100]), parts=parts)
     shown, columns = picture_rows(labels)
-    return Measured(metrics, record, as_saved(samples[shown]), columns, parts=parts)
+    names = run.names_of(labels[shown], len(shown))
+    picture = (as_saved(samples[shown]), columns)
+    return Measured(metrics, record, *picture, parts=parts, captions=names)
 
 
 def _set_record(

@@ -34,7 +34,7 @@ def inpaint(cfg: DictConfig) -> Tensor:
     run = Run.load(
         cfg.run, cfg.weights, cfg.device, cfg.guidance if labeled else 1, cfg.trust, **place_of(cfg)
     )
-    folder = Path(cfg.out) if cfg.out else run.folder / "inpainted"
+    folder = Path(cfg.out) if cfg.out else run.results / "inpainted"
     check_writable(folder, "out")
     module = run.module
     if not isinstance(module, LatentFlowMatching) or module.masks is None:

@@ -45,6 +45,7 @@ from flowkit.modules import FlowModule
 from flowkit.modules.flow import labels_of
 from flowkit.places import check_writable
 from flowkit.provenance import versions, write_text
+from flowkit.rules import NAMED
 from flowkit.runs import Run
 from flowkit.runs.drawing import draw, start
 from flowkit.runs.features import judge_of
@@ -116,13 +117,14 @@ def pareto(cfg: DictConfig) -> list[Row]:
 
 
 def folders(chosen: str | Sequence[str]) -> list[Path]:
-    """Return run folders, given one pattern or several, with ``*`` for any name.
+    """Return runs, given one pattern or several, with ``*`` for any name of a folder.
 
     Raises:
         FileNotFoundError: If no folder matches.
     """
     patterns = [chosen] if isinstance(chosen, str) else list(chosen)
-    found = [Path(file) for pattern in patterns for file in sorted(glob(pattern))]
+    names = [[one] if NAMED.fullmatch(one) else sorted(glob(one)) for one in patterns]
+    found = [Path(name) for several in names for name in several]
     if not found:
         raise FileNotFoundError(f"runs must name run folders, got {chosen}; no folder matches")
     return found

@@ -27,9 +27,9 @@ from flowkit.modules import SymmetricalFlowMatching
 from flowkit.places import check_writable
 from flowkit.provenance import write_atomically
 from flowkit.runs import Run
+from flowkit.runs.drawing import symmetrical
 from flowkit.runs.known_data import place_of
 from flowkit.runs.records import recording
-from flowkit.runs.run import symmetrical
 from flowkit.runs.splits import prepared
 from flowkit.sampling import ODESampler, sample_seeds
 
@@ -45,7 +45,7 @@ def predict(cfg: DictConfig) -> dict[str, Any]:
     """
     check_at_least(cfg.batch_size, 1, "batch_size")
     run = Run.load(cfg.run, cfg.weights, cfg.device, 1, cfg.trust, **place_of(cfg))
-    out = Path(cfg.out) if cfg.out else run.folder / "predicted"
+    out = Path(cfg.out) if cfg.out else run.results / "predicted"
     check_writable(out, "out")
     module, sampler = symmetrical(run), run.ode_sampler(cfg.sampler)
     data = _data(cfg, run)

@@ -29,6 +29,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from flowkit.checks import check_at_least
+from flowkit.hub import results_of
 from flowkit.metrics import (
     StoredFeatures,
     agreement,
@@ -154,7 +155,8 @@ def _folders(cfg: DictConfig) -> list[Path]:
 def _folder(cfg: DictConfig) -> Path:
     """Return the folder of the report."""
     folders = _folders(cfg)
-    return Path(cfg.out or (folders[0] / "report" if len(folders) == 1 else "runs/report"))
+    own = results_of(folders[0]) / "report" if len(folders) == 1 else "runs/report"
+    return Path(cfg.out or own)
 
 
 def _runs(cfg: DictConfig, guidance: float | None, device: torch.device) -> dict[str, Run]:
@@ -263,7 +265,7 @@ def _samplers(cfg: DictConfig, run: Run) -> list[tuple[str, str, ODESampler]]:
         raise TypeError(f"nfe must be a list of numbers, such as [4, 8], got {cfg.nfe}")
     solvers = _solvers(list(cfg.solvers), run)
     counts: list[int] = sorted({*cfg.nfe, *([2, 4] if 1 in cfg.nfe else [])})
-    nodes = OmegaConf.merge(cfg, {"run": str(run.folder)}).grids  # in a grid ${run} is this run
+    nodes = OmegaConf.merge(cfg, {"run": str(run.place)}).grids  # in a grid ${run} is this run
     made = {name: instantiate(node) for name, node in nodes.items() if node}
     samplers = []
     for solver in solvers:

@@ -52,7 +52,7 @@ def sample(cfg: DictConfig) -> Tensor:
     """
     fabric = launch(cfg)
     run = Run.load(cfg.run, cfg.weights, fabric.device, cfg.guidance, cfg.trust, **place_of(cfg))
-    folder = Path(cfg.out) if cfg.out else run.folder / "drawn"
+    folder = Path(cfg.out) if cfg.out else run.results / "drawn"
     check_writable(folder, "out")
     run.reuse_features(cfg.feature_mode, cfg.tolerance, cfg.seed, cfg.seeding)
     sampler = run.sampler(cfg.sampler)
@@ -92,7 +92,8 @@ def sample(cfg: DictConfig) -> Tensor:
     others = [folder / place_in(form) for form in FORMS if form != cfg.format]
     with recording(record, [*files, *others]):
         write_samples(files[2], cfg.format, samples, cond, cfg.quantization)
-        save_picture(samples[:SHOWN], files[1], columns)
+        names = run.names_of(cond, SHOWN)
+        save_picture(samples[:SHOWN], files[1], columns, captions=names)
     parts.remove()
     print(f"picture   {files[1]}\nsamples   {files[2]}")
     return samples

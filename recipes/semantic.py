@@ -30,7 +30,7 @@ def semantic(cfg: DictConfig) -> dict[str, Any]:
     """Draw as configured; write ``semantic.json`` and a picture: map, image, samples."""
     check_at_least(cfg.num_images, 1, "num_images")
     run = Run.load(cfg.run, cfg.weights, cfg.device, cfg.guidance, cfg.trust, **place_of(cfg))
-    folder = Path(cfg.out) if cfg.out else run.folder / "semantic"
+    folder = Path(cfg.out) if cfg.out else run.results / "semantic"
     check_writable(folder, "out")
     module, data = run.module, run.data
     if not isinstance(data, Masks) or not isinstance(module, LatentFlowMatching):

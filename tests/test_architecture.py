@@ -142,6 +142,10 @@ def test_a_checkout_runs_without_being_installed(inside, tmp_path):
 def test_the_wheel_holds_recipes_and_configuration_and_runs_elsewhere(source, tmp_path):
     """Built and installed in an environment of its own, seen from another folder."""
     built_from = _copy_of_the_checkout(tmp_path / "checkout")
+    shared = {f"flowkit/weights/probe/{name}" for name in ("config.json", "autoencoder/a.json")}
+    for name in shared:
+        (built_from / name).parent.mkdir(parents=True, exist_ok=True)
+        (built_from / name).write_text("{}")
     if source == "sdist":
         script = (
             "import sys; from setuptools.build_meta import build_sdist; build_sdist(sys.argv[1])"
@@ -162,7 +166,12 @@ def test_the_wheel_holds_recipes_and_configuration_and_runs_elsewhere(source, tm
     for folder in ("recipes", "conf"):
         expected |= {f"flowkit/{f.relative_to(ROOT)}" for f in (ROOT / folder).rglob("*.py")}
     expected |= {f"flowkit/{f.relative_to(ROOT)}" for f in (ROOT / "conf").rglob("*.yaml")}
-    assert packed == {*expected, "flowkit/py.typed"}
+    shared |= {
+        str(file.relative_to(ROOT))
+        for file in (ROOT / "flowkit" / "weights").rglob("*")
+        if file.is_file()
+    }
+    assert packed == {*expected, *shared, "flowkit/py.typed"}
 
     # The environment sees this one's packages, but not the checkout.
     environment = tmp_path / "env"

@@ -81,7 +81,7 @@ def test_keys_of_a_class_have_their_rule_wherever_it_is_built():
         ("num_samples", 1e2, "int >= 1, got 100.0; write 100"),
         ("out", 2024, "a path or null, got 2024; write ./2024"),
         ("trust", "my.Net", "[] or [a text], got my.Net; write [my.Net]"),
-        ("run", "typo", "a folder with a config.yaml, got typo"),
+        ("run", "typo", "a run folder, hub:owner/name or flowkit:name, got typo"),
         ("device", "foo", "a device of this machine, such as cpu, got foo"),
         ("num_samples", "", "int >= 1, got an empty text"),
     ],

@@ -234,7 +234,7 @@ class Folder(SplitData):
         verify([self.root / name for name in names])
         hashes = file_hashes(self.root, names)
         labels = self._labels(names, hashes, given)
-        if self.split_by == "order" and self.known is None:
+        if self.split_by == "order" and not (self.known and self.known["files"]):
             share, notes = share_of_test(self.fractions["test"], len(names))
             shares = [cast(float, self.fractions["val"]), share]
             places = partition(len(names), shares, self.split_seed, labels)

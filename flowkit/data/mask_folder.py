@@ -208,7 +208,7 @@ class MaskFolder(SplitData):
         verify((masks / name for name in labels), masks=True)
         _check_sizes([images / name for name in names], [masks / name for name in labels])
         hashes, contents = file_hashes(images, names), file_hashes(masks, labels)
-        if self.split_by == "order" and self.known is None:
+        if self.split_by == "order" and not (self.known and self.known["files"]):
             share, notes = share_of_test(self.fractions["test"], len(names))
             shares = [cast(float, self.fractions["val"]), share]
             places = partition(len(names), shares, self.split_seed)

@@ -1,5 +1,6 @@
 """Pictures of samples as files: grids of images, scatter plots and histograms."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ def save_picture(
     columns: int = 10,
     zoom: int = 8,
     beside: Tensor | None = None,
+    captions: Sequence[str] | None = None,
 ) -> Path:
     """Save images as one picture in rows and columns, or points as a plot.
 
@@ -30,6 +32,8 @@ def save_picture(
         columns: Number of images in a row.
         zoom: Largest integer factor by which small images are enlarged.
         beside: Real points ``(M, *)``, for a second plot in the same range.
+        captions: A name for each image, above it. If all images of each column have one name, it
+            stands at the top of the column alone.
 
     Returns:
         The file.
@@ -45,35 +49,80 @@ def save_picture(
     file.parent.mkdir(parents=True, exist_ok=True)
     if samples.ndim == 4:
         shown = samples if samples.shape[1] in (1, 3) else samples.mean(1, keepdim=True)
-        _save_images(shown, file, columns, zoom)
+        _save_images(shown, file, columns, zoom, captions)
     else:
         real = {} if beside is None else {"real": beside}
         _save_points({"generated": samples, **real}, file)
     return file
 
 
-def _save_images(samples: Tensor, file: Path, columns: int, zoom: int) -> None:
-    """Save images ``(N, 1 or 3, H, W)`` with white gaps between them."""
+LINE, SIZES, GAP = 12, (10, 9, 8, 7), 2  # pixels: height of a caption, its fonts, between images
+
+
+def _save_images(
+    samples: Tensor, file: Path, columns: int, zoom: int, captions: Sequence[str] | None
+) -> None:
+    """Save images ``(N, 1 or 3, H, W)`` with white gaps between them, and captions above them."""
     pixels = to_uint8(samples.detach().cpu())
     scale = max(1, min(zoom, 64 // pixels.shape[-1]))
     pixels = pixels.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-    (count, channels, height, width), gap = pixels.shape, 2
-    rows = -(-count // columns)
-    canvas = torch.full(
-        (channels, rows * (height + gap) + gap, columns * (width + gap) + gap), 255
-    ).byte()
-    for k, image in enumerate(pixels):
-        top, left = k // columns * (height + gap) + gap, k % columns * (width + gap) + gap
+    count, channels, height, width = pixels.shape
+    rows, names = -(-count // columns), [] if captions is None else list(captions)[:count]
+    by_column = all(name == names[k % columns] for k, name in enumerate(names))
+    head = LINE if names and by_column else 0
+    line = LINE if names and not by_column else 0
+    places = [
+        (
+            head + k // columns * (line + height + GAP) + line + GAP,
+            k % columns * (width + GAP) + GAP,
+        )
+        for k in range(count)
+    ]
+    size = (head + rows * (line + height + GAP) + GAP, columns * (width + GAP) + GAP)
+    canvas = torch.full((channels, *size), 255).byte()
+    for image, (top, left) in zip(pixels, places, strict=True):
         canvas[:, top : top + height, left : left + width] = image
     array = canvas.permute(1, 2, 0).numpy()
-    save_image(array[..., 0] if channels == 1 else array, file)
+    above = list(zip(names, places, strict=False))[: columns if by_column else count]
+    save_image(array[..., 0] if channels == 1 else array, file, above, width)
 
 
-def save_image(pixels: Any, file: Path) -> None:
-    """Write bytes ``(H, W)`` or ``(H, W, 3)`` of NumPy as a PNG file, whose folder must exist."""
+def _write_names(picture: Any, above: Sequence[tuple[str, tuple[int, int]]], width: int) -> None:
+    """Write names above places ``(top, left)`` of a picture, each no wider than an image.
+
+    A name that is too long gets a smaller font, and then an ellipsis.
+    """
+    import matplotlib
+    from PIL import ImageDraw, ImageFont
+
+    file = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
+    fonts = [ImageFont.truetype(file, size) for size in SIZES]
+    draw = ImageDraw.Draw(picture)
+    for name, (top, left) in above:
+        font = next((font for font in fonts if font.getlength(name) <= width), fonts[-1])
+        shown = " ".join(name.split())
+        while len(shown) > 1 and font.getlength(shown) > width:
+            shown = shown.removesuffix("…")[:-1] + "…"
+        draw.text((left + width / 2, top - 1), shown, fill=0, font=font, anchor="md")
+
+
+def save_image(
+    pixels: Any, file: Path, above: Sequence[tuple[str, tuple[int, int]]] = (), width: int = 0
+) -> None:
+    """Write bytes ``(H, W)`` or ``(H, W, 3)`` of NumPy as a PNG file, whose folder must exist.
+
+    Args:
+        pixels: The bytes.
+        file: The file.
+        above: Names, and the places ``(top, left)`` that they are written above.
+        width: Largest width of a name.
+    """
     from PIL import Image
 
-    write_atomically(file, lambda partial: Image.fromarray(pixels).save(partial, "PNG"))
+    picture = Image.fromarray(pixels)
+    if above:
+        _write_names(picture, above, width)
+    write_atomically(file, lambda partial: picture.save(partial, "PNG"))
 
 
 def save_figure(figure: Any, file: Path, dpi: int = 120) -> None:

@@ -18,7 +18,7 @@ from flowkit.blockwise.parts import PlainStack
 from flowkit.checks import check_at_least, check_choice
 from flowkit.couplings import Coupling, Independent
 from flowkit.guidance import DropCond
-from flowkit.modules.checkpoints import CHECKPOINT, read_checkpoint
+from flowkit.modules.checkpoints import weights_of
 from flowkit.modules.flow import FlowModule
 from flowkit.modules.resume import ADAMW, MakeOptimizer, MakeScheduler
 from flowkit.paths import Linear, Path
@@ -77,6 +77,8 @@ class BlockwiseFlowMatching(FlowModule, frozen=("encoder",)):
     >>> sorted(module.loss({"x1": torch.randn(8, 2)}))
     ['explained', 'loss', 'segment_0', 'segment_1']
     """
+
+    of_training = ("projector",)
 
     def __init__(
         self,
@@ -243,7 +245,7 @@ class BlockwiseFlowMatching(FlowModule, frozen=("encoder",)):
                 stacklevel=2,
             )
         if self.start is not None:
-            self.take_weights(read_checkpoint(FilePath(self.start) / CHECKPOINT)["state_dict"])
+            self.take_weights(weights_of(self.start))
 
     def take_weights(self, state: Mapping[str, Tensor]) -> None:
         """Load weights of the same blocks, or weights of one plain network into every stack.

@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 from flowkit.checks import check_at_least, check_between
 from flowkit.distributed import batches_seen
 from flowkit.metrics.pictures import save_picture
-from flowkit.modules.flow import FlowModule, Guidance, brings_start
+from flowkit.modules.flow import FlowModule, Guidance, brings_start, labels_of
 from flowkit.provenance import write_atomically
 from flowkit.sampling import Sampler, SDESampler, seeded_noise
 from flowkit.stopping import Stopped
@@ -164,7 +164,11 @@ class SampleGrid(Callback):
         states = pl_module.solve(x0, self.sampler, cond, self.guidance).x
         samples = pl_module.autoencoder.decode(states)
         if trainer.is_global_zero:
-            save_picture(samples, self.folder / f"step-{trainer.global_step:06d}.png", columns)
+            labels = None if cond is None else labels_of({"x1": x0, "cond": cond}, classes)
+            names = getattr(data, "class_names", None)
+            captions = [names[int(k)] for k in labels] if names and labels is not None else None
+            file = self.folder / f"step-{trainer.global_step:06d}.png"
+            save_picture(samples, file, columns, captions=captions)
 
 
 class LastCheckpoint(Checkpoint):

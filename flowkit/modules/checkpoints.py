@@ -1,13 +1,14 @@
-"""Reading of run folders: configuration, checkpoint, and the module that they describe.
+"""Reading of runs and shared models: configuration, weights, and the module that they describe.
 
 Every stored configuration is read by `read_config`, which translates names of earlier versions.
 `build` makes the objects that a configuration describes, after `trust.check`.
 """
 
+import copy
 import importlib
 import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,13 +17,16 @@ import torch
 import yaml
 
 from flowkit.checks import check_choice
+from flowkit.hub import folder_of, is_pushed
+from flowkit.modules import pushed
 from flowkit.modules.earlier import current
 from flowkit.modules.flow import FlowModule
 from flowkit.modules.listed import find
 from flowkit.modules.trust import CONTROLS, check, substituted, trusting
-from flowkit.provenance import bounded, read_bounded
+from flowkit.provenance import bounded, read_bounded, read_json
 
 CONFIG, CHECKPOINT = "config.yaml", "checkpoints/last.ckpt"
+DATA = "data.json"  # record of the data, see `flowkit.runs.known_data`
 UNRESOLVED = "unresolved.yaml"  # the configuration with its references; `resume` changes values
 
 
@@ -32,36 +36,128 @@ def load_run(
     weights: str = "averaged",
     trust: Sequence[str] = (),
 ) -> FlowModule:
-    """Rebuild the module of a run folder, in ``eval`` mode on the CPU.
+    """Rebuild the module of a run or of a shared model, in ``eval`` mode on the CPU.
 
-    The function reads the resolved ``config.yaml`` and, with torch's ``weights_only``, the last
-    checkpoint. ``module.weights`` records the kind and the step of the weights. Runs of earlier
-    versions load as well. The configuration may name the classes that flowkit lists, see
-    `flowkit.modules.listed`, and those that you trust.
+    Of a run folder, the function reads the resolved ``config.yaml`` and, with torch's
+    ``weights_only``, the last checkpoint; of a pushed folder ``config.json`` and the safetensors.
+    ``module.weights`` records the kind and the step of the weights, and ``module.class_names`` the
+    names of the classes. Runs of earlier versions load as well. The configuration may name the
+    classes that flowkit lists, see `flowkit.modules.listed`, and those that you trust.
 
     Args:
-        folder: Run folder that ``flowkit train`` wrote.
-        checkpoint: Checkpoint file; None is the last checkpoint of the run.
+        folder: Folder of ``flowkit train`` or ``flowkit push``, ``hub:owner/name`` on the Hugging
+            Face hub, or ``flowkit:name`` for a model that is part of flowkit.
+        checkpoint: Checkpoint file of a run; None is the last checkpoint.
         weights: ``"averaged"``, or ``"raw"`` for the weights of the last step. A run without
             averaged weights (``callback=raw``) always gives its raw weights.
         trust: Dotted names of other classes that the configuration may name, for example
             ``["mypackage.Net"]``: their code runs. See also `trust.trust_file`.
 
     Raises:
-        FileNotFoundError: If the folder is not a run, or has no checkpoint yet.
-        ValueError: If the run does not train a flow, if ``weights`` is another word, or if the
-            configuration names a class that is neither listed nor trusted.
-        RuntimeError: If the checkpoint is damaged or belongs to another model.
+        FileNotFoundError: If the folder is not a run, or has no weights yet.
+        ValueError: If the run does not train a flow, if ``weights`` is another word, if the
+            configuration names a class that is neither listed nor trusted, or if a shared model is
+            of another format, another direction of time or another autoencoder.
+        RuntimeError: If the weights are damaged or belong to another model.
         ImportError: If a class that the configuration names cannot be imported.
+        OSError: If the hub does not give the model.
     """
     check_choice(weights, ("averaged", "raw"), "weights")
-    folder = Path(folder)
-    config = read_config(folder)
+    place, folder = folder, folder_of(folder)
+    config, is_shared = read_config(folder), is_pushed(folder)
+    if is_shared and (weights == "raw" or checkpoint is not None):
+        other = "raw weights" if checkpoint is None else f"checkpoint {checkpoint}"
+        raise ValueError(f"a shared model must be loaded as it is, got {other} of {place}")
     with trusting(trust):
         module = build(_module_of(config, folder), "module")
-    file = folder / CHECKPOINT if checkpoint is None else Path(checkpoint)
-    restore(module, read_checkpoint(file), file, weights)
+    if is_shared:
+        pushed.restore(module, folder, config)
+    else:
+        file = folder / CHECKPOINT if checkpoint is None else Path(checkpoint)
+        restore(module, read_checkpoint(file), file, weights)
+        found = read_json(folder / DATA) if (folder / DATA).is_file() else None
+        record = found if isinstance(found, dict) else None
+        config |= {"data_record": record, "classes": (record or {}).get("classes")}
+    module.configuration = config
+    module.class_names = config["classes"] if config.get("num_classes") else None
     return module.eval().requires_grad_(False)
+
+
+def described(
+    module: FlowModule, config: Mapping[str, Any] | None, dtype: str
+) -> tuple[FlowModule, Mapping[str, Any]]:
+    """Return a copy of a module with rounded weights, and its configuration.
+
+    Args:
+        module: The module.
+        config: Configuration of the module; None takes that of the run it was loaded from.
+        dtype: Type of the numbers, see `pushed.round_weights`.
+
+    Raises:
+        ValueError: If neither is known, or the configuration builds another module.
+    """
+    if config is None:
+        if module.configuration is None:
+            name = f"{type(module).__module__}.{type(module).__qualname__}"
+            raise ValueError(
+                "config must be given for a module made in Python, got None; write its class and "
+                f"arguments: config={{'_target_': '{name}', 'velocity': {{'_target_': ...}}}}"
+            )
+        twin = copy.deepcopy(module)
+        pushed.round_weights(twin, dtype)
+        return twin, module.configuration
+    twin = build(copy.deepcopy(dict(config)), "config")
+    kinds, theirs = (
+        {name: _settings(part, name) for name, part in one.named_modules()}
+        for one in (module, twin)
+    )
+    if differing := [name for name in {**kinds, **theirs} if kinds.get(name) != theirs.get(name)]:
+        raise ValueError(
+            "config must build the module, got other classes or settings of "
+            f"{', '.join(name or 'the module' for name in sorted(differing)[:5])}"
+        )
+    try:
+        twin.load_state_dict(module.state_dict())
+    except RuntimeError as error:
+        raise ValueError(f"config must build the module, got other weights: {error}") from error
+    for name in ("path", "coupling", "times", "codec"):
+        values = [getattr(one, name, None) for one in (module, twin)]
+        if not isinstance(values[0], torch.nn.Module) and values[0] != values[1]:
+            raise ValueError(
+                f"config must build the module, got {name} {values[1]} instead of {values[0]}"
+            )
+    saved: dict[str, Any] = {}
+    module.on_save_checkpoint(saved)
+    twin.on_load_checkpoint(saved)
+    twin.weights, twin.class_names = module.weights, module.class_names
+    twin.default_sampler = module.default_sampler
+    pushed.round_weights(twin, dtype)
+    own, shape = config.get("velocity"), module.sample_shape
+    count = own.get("num_classes") if isinstance(own, Mapping) else None
+    count = count if module.class_names is None else len(module.class_names)
+    images = getattr(module.autoencoder, "image_shape", shape)
+    known = {"num_classes": count, "shape": shape, "image_shape": images}
+    return twin.eval().requires_grad_(False), {**known, "module": dict(config)}
+
+
+def _settings(part: torch.nn.Module, name: str) -> tuple[type, dict[str, Any]]:
+    """Return the class of a part of a module, and its plain settings."""
+    plain = (str, int, float, bool, tuple, type(None))
+    public = vars(part).items() if name else ()  # those of the whole module may have changed
+    return type(part), {k: v for k, v in public if k[0] != "_" and isinstance(v, plain)}
+
+
+def weights_of(place: str | Path) -> dict[str, Any]:
+    """Read the weights of a run or a shared model; of a run that averages them, the average.
+
+    Raises:
+        FileNotFoundError: If there are none.
+        RuntimeError: If they are damaged.
+    """
+    folder = folder_of(place)
+    if is_pushed(folder):
+        return pushed.read_weights(folder)
+    return read_checkpoint(folder / CHECKPOINT)["state_dict"]
 
 
 def _module_of(config: dict[str, Any], folder: str | Path) -> dict[str, Any]:
@@ -96,15 +192,21 @@ def newest_checkpoint(folder: str | Path) -> Path | None:
 
 
 def read_config(folder: str | Path, file: str = CONFIG) -> dict[str, Any]:
-    """Read a configuration file of a run folder, with the names of this version.
+    """Read a configuration file of a run or of a shared model, with the names of this version.
 
     Raises:
         FileNotFoundError: If the folder has no such file.
-        ValueError: If the file is not YAML of a mapping, or is too large or too deep.
+        ValueError: If the file is not YAML of a mapping, or is too large or too deep; or as
+            `pushed.read`.
     """
-    path = Path(folder) / file
+    place, folder = folder, folder_of(folder)
+    if is_pushed(folder) and file == CONFIG:
+        return pushed.read(folder)
+    path = folder / file
     if not path.is_file():
-        raise FileNotFoundError(f"run must be a folder with a {file}, got {folder}")
+        kind = "run folder, hub:owner/name or flowkit:name"
+        kind = kind if file == CONFIG else f"folder with a {file}"
+        raise FileNotFoundError(f"run must be a {kind}, got {place}")
     text = read_bounded(path)
     try:
         found = bounded(_Loader(text).get_single_data(), path)

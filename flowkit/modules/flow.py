@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from flowkit.checks import as_seeds, check_at_least
 from flowkit.couplings import Independent
 from flowkit.guidance import ClassifierFree, DropCond
 from flowkit.modules.resume import ADAMW, ExactResume, MakeOptimizer, MakeScheduler
+from flowkit.modules.sharing import Shared
 from flowkit.paths import Interpolant
 from flowkit.sampling import (
     ODESampler,
@@ -34,7 +35,7 @@ from flowkit.velocity import Velocity
 Guidance = float | Callable[[Velocity], Velocity] | None
 
 
-class FlowModule(ExactResume, frozen=("autoencoder",)):
+class FlowModule(Shared, ExactResume, frozen=("autoencoder",)):
     """A velocity, its optimizer and sampling from it. A method adds `loss`.
 
     A resumed run continues exactly as an uninterrupted run does, see
@@ -62,6 +63,12 @@ class FlowModule(ExactResume, frozen=("autoencoder",)):
 
     weights: Mapping[str, Any] | None = None
     """Record of the loaded weights: their ``kind`` (averaged or raw) and their ``step``."""
+
+    class_names: list[str] | None = None
+    """Names of the classes of a loaded module; None without classes, or if they have no names."""
+
+    of_training: ClassVar[tuple[str, ...]] = ()
+    """Parts that only the training uses, and that a shared model leaves out."""
 
     def __init__(
         self,

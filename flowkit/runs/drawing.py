@@ -13,7 +13,7 @@ from tqdm import tqdm
 from flowkit.blockwise import Blockwise, solve_cost
 from flowkit.checks import check_at_least
 from flowkit.data import SplitData
-from flowkit.modules import FlowModule
+from flowkit.modules import FlowModule, SymmetricalFlowMatching
 from flowkit.modules.flow import brings_start, labels_of
 from flowkit.runs.parts import Columns, Parts
 from flowkit.runs.run import Run
@@ -185,3 +185,17 @@ def draw(
     """
     columns, cost = draw_parts(run, x0, cond, sampler)
     return columns["samples"], cost
+
+
+def symmetrical(run: Run) -> SymmetricalFlowMatching:
+    """Return the module of a symmetrical run, which can label images.
+
+    Raises:
+        TypeError: If the run has another method.
+    """
+    if not isinstance(run.module, SymmetricalFlowMatching):
+        raise TypeError(
+            "run must be a run of SymmetricalFlowMatching (module=symmetrical) to label images, "
+            f"got {type(run.module).__name__}"
+        )
+    return run.module

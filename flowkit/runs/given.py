@@ -39,7 +39,8 @@ MOST_NUMBERS = 2**28  # of the pixels that a judge is fitted to
 class Measured(NamedTuple):
     """Metrics, the rest of the record, and samples for the picture with its number of columns.
 
-    Real points are shown beside generated ones. The parts are removed when the record is written.
+    Real points are shown beside generated ones, and images have their classes as captions. The
+    parts are removed when the record is written.
     """
 
     metrics: dict[str, Any]
@@ -48,6 +49,7 @@ class Measured(NamedTuple):
     columns: int = 10
     beside: Tensor | None = None
     parts: Parts | None = None
+    captions: list[str] | None = None
 
 
 def of_samples(cfg: DictConfig, fabric: Fabric, out: Path) -> Measured | None:
@@ -66,7 +68,7 @@ def of_samples(cfg: DictConfig, fabric: Fabric, out: Path) -> Measured | None:
         samples, reference, statistics = _opened(cfg)
         data = reference.data
         if data is None and is_run(cfg.samples):  # for its classifier
-            data = data_of_run(Path(cfg.samples), Reading.of(cfg))
+            data = data_of_run(cfg.samples, Reading.of(cfg))
         features: Features = instantiate(cfg.metric)(data)
     images, real = cast(SampleSet, samples.images), reference.images
     images = images if data is None else with_classes_of(data, images)

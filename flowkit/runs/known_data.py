@@ -12,10 +12,12 @@ from typing import Any
 from omegaconf import DictConfig
 
 from flowkit.data import SplitData
-from flowkit.provenance import read_json, write_atomically
+from flowkit.hub import folder_of, is_pushed
+from flowkit.modules.checkpoints import DATA, read_config
+from flowkit.provenance import read_json, write_text
 from flowkit.runs.processes import say
 
-RECORD = "data.json"
+RECORD = DATA
 FIELDS = {
     "kind": (str, "a text"),
     "root": (str | None, "a path or null"),
@@ -45,20 +47,24 @@ def write_data_record(folder: Path, data: SplitData, config: Any = None) -> None
     record = data.record()
     if "${oc.env:" in str(config):
         record["root"] = None
-    text = json.dumps(record, indent=1) + "\n"
-    write_atomically(folder / RECORD, lambda file: file.write_text(text))
+    write_text(folder / RECORD, json.dumps(record, indent=1) + "\n")
 
 
 def read_data_record(folder: str | Path) -> Record | None:
     """Return the record of a folder; None if the folder has none.
 
+    The record of a shared model holds no files and no place.
+
     Raises:
         ValueError: If the file is not such a record.
     """
-    file = Path(folder) / RECORD
-    if not file.is_file():
+    folder = folder_of(folder)
+    file, shared = folder / RECORD, is_pushed(folder)
+    if not shared and not file.is_file():
         return None
-    record = read_json(file)
+    record = read_config(folder)["data_record"] if shared else read_json(file)
+    if shared and record is None:
+        return None
     if not isinstance(record, dict):
         raise ValueError(f"{file} must be a mapping, got {type(record).__name__}")
     for name, (kind, words) in FIELDS.items():
@@ -80,9 +86,8 @@ def record_of(folder: str | Path | None) -> Record | None:
 
 def copy_data_record(source: Path, folder: Path) -> None:
     """Copy the record of a run's data to the folder of what the run made, if there is a record."""
-    if (source / RECORD).is_file():
-        text = (source / RECORD).read_text()
-        write_atomically(folder / RECORD, lambda file: file.write_text(text))
+    if (record := read_data_record(source)) is not None:
+        write_text(folder / RECORD, json.dumps(record, indent=1) + "\n")
 
 
 def changes(then: Record, now: Record) -> list[str]:
@@ -101,7 +106,8 @@ def changes(then: Record, now: Record) -> list[str]:
     for name, value in then["preprocessing"].items():
         if (other := now["preprocessing"].get(name)) != value:
             told.append(f"{name} {other} instead of {value}")
-    told += _changed_files(then["files"], now["files"], then["classes"] or [])
+    if then["files"]:
+        told += _changed_files(then["files"], now["files"], then["classes"] or [])
     if not told:
         prints = {
             name: [record["splits"].get(name, {}).get("fingerprint") for record in (then, now)]

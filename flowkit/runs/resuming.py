@@ -8,6 +8,7 @@ from typing import Any, cast
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from flowkit.hub import is_pushed
 from flowkit.modules.checkpoints import (
     CONFIG,
     UNRESOLVED,
@@ -16,7 +17,7 @@ from flowkit.modules.checkpoints import (
     read_config,
 )
 from flowkit.modules.trust import check, trusting
-from flowkit.rules import keys_of, no_such_option
+from flowkit.rules import NAMED, keys_of, no_such_option
 from flowkit.runs.known_data import read_data_record
 from flowkit.runs.splits import as_trained, located
 
@@ -29,7 +30,13 @@ def find_checkpoint(resume: Path) -> Path:
 
     Raises:
         FileNotFoundError: If there is no checkpoint.
+        ValueError: If it is a shared model.
     """
+    if NAMED.fullmatch(str(resume)) or is_pushed(resume):
+        raise ValueError(
+            f"resume must be a run folder or a checkpoint, got the shared model {resume}, which "
+            "holds no optimizer; flows that start from it take it as module.start="
+        )
     file = newest_checkpoint(resume) if resume.is_dir() else resume
     if file is None or not file.is_file():
         begun = " without a checkpoint" if resume.is_dir() else ""
@@ -133,6 +140,8 @@ def resumed(cfg: DictConfig, overrides: list[str]) -> DictConfig:
             listed nor trusted, or a place outside of the run folder to write to.
     """
     folder = Path(cfg.resume)
+    if is_pushed(folder):
+        find_checkpoint(folder)  # refuses it in words
     if not (folder / UNRESOLVED).is_file():
         raise FileNotFoundError(f"resume must be a run folder with {UNRESOLVED}, got {folder}")
     try:

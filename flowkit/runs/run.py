@@ -15,7 +15,8 @@ from flowkit import grids
 from flowkit.blockwise import Blockwise, Drift, feature_drift
 from flowkit.checks import check_at_least, usable_device
 from flowkit.data import SplitData
-from flowkit.modules import FlowModule, SymmetricalFlowMatching, load_run
+from flowkit.hub import folder_of, results_of
+from flowkit.modules import FlowModule, load_run
 from flowkit.modules.checkpoints import read_config
 from flowkit.modules.flow import Guidance
 from flowkit.provenance import versions
@@ -26,6 +27,7 @@ from flowkit.runs.records import weights
 from flowkit.runs.splits import stored_data
 from flowkit.runs.starts import Starts
 from flowkit.sampling import ADAPTIVE, MeanVelocity, ODESampler, Sampler, SDESampler
+from flowkit.types import Cond
 from flowkit.velocity import Velocity
 
 
@@ -40,13 +42,14 @@ class Run:
         print(run.classes, run.weights, len(run.data.test))
 
     Attributes:
-        folder: The run folder.
+        folder: The folder of the run or of the shared model.
         config: The resolved configuration of the training.
         module: The module, in ``eval`` mode.
         guidance: A guidance scale, a wrapper of velocities, or None for no guidance.
         trust: Names of classes that the configuration may name beside those that flowkit lists.
         data_root: New place of the data, if they have moved.
         data_changed: ``"refuse"`` or ``"accept"`` data that are not those of the training.
+        place: The folder, or the name of a shared model; None is the folder.
     """
 
     folder: Path
@@ -56,6 +59,7 @@ class Run:
     trust: Sequence[str] = field(default=(), repr=False)
     data_root: str | Path | None = None
     data_changed: str = "refuse"
+    place: str | Path | None = None
 
     @classmethod
     def load(
@@ -68,10 +72,11 @@ class Run:
         data_root: str | Path | None = None,
         data_changed: str = "refuse",
     ) -> "Run":
-        """Load a run folder.
+        """Load a run or a shared model.
 
         Args:
-            folder: Run folder that ``flowkit train`` wrote.
+            folder: Folder that ``flowkit train`` or ``flowkit push`` wrote, ``hub:owner/name`` or
+                ``flowkit:name``; see `flowkit.modules.load_run`.
             weights: ``"averaged"`` or ``"raw"``; see `flowkit.modules.load_run`.
             device: Device of the module.
             guidance: A scale or a wrapper of velocities. None takes the scale of the run's
@@ -86,11 +91,17 @@ class Run:
                 run's training does not allow the guidance scale, or if the run names a class that
                 is neither listed nor trusted.
         """
-        place, config = usable_device(device), read_config(folder)
-        module = load_run(folder, weights=weights, trust=trust).to(place)
+        device, place, folder = usable_device(device), folder, folder_of(folder)
+        config = read_config(folder)
+        module = load_run(folder, weights=weights, trust=trust).to(device)
         scale = config.get("guidance") if guidance is None else guidance
         module.guided(scale)  # refuses a wrong scale before the work
-        return cls(Path(folder), config, module, scale, trust, data_root, data_changed)
+        return cls(folder, config, module, scale, trust, data_root, data_changed, place)
+
+    @property
+    def results(self) -> Path:
+        """Folder for results: that of the run, but for shared models one of ``runs``."""
+        return results_of(self.place or self.folder)
 
     @cached_property
     def data(self) -> SplitData:
@@ -140,6 +151,13 @@ class Run:
                 f"{did_you_mean(label, classes, known)}"
             )
         return classes.index(label)
+
+    def names_of(self, cond: Cond, count: int) -> list[str] | None:
+        """Return the class names of the first samples, for a picture; None without classes."""
+        names, labels = self.module.class_names, cond
+        if names is None or not isinstance(labels, Tensor) or labels.ndim != 1:
+            return None
+        return [names[int(label)] for label in labels[:count]]
 
     @property
     def brings_starts(self) -> bool:
@@ -367,29 +385,16 @@ def saved_grid(num_steps: int, folder: str) -> Tensor | None:
 def own_grid(num_steps: int, run: str) -> Tensor | None:
     """Return the grid of ``num_steps`` steps that is a run's own, or None.
 
-    It is a grid of ``flowkit boss run=...``, or one that the run was straightened onto: a grid of
-    its pairs, or the times of its module.
+    It is a grid of ``flowkit boss run=...``, one in a shared model, or one that the run was
+    straightened onto: a grid of its pairs, or the times of its module.
     """
     config = read_config(run)
-    data, taught = config["data"], config["module"].get("grid")
-    if (found := saved_grid(num_steps, str(Path(run) / "boss"))) is not None:
-        return found
+    data, taught = config["data"] or {}, config["module"].get("grid")
+    for folder in (results_of(run) / "boss", folder_of(run)):
+        if (found := saved_grid(num_steps, str(folder))) is not None:
+            return found
     if data.get("_target_") == "flowkit.data.Pairs":
         return saved_grid(num_steps, data["root"])
     if isinstance(taught, list) and len(taught) == num_steps + 1:
         return torch.tensor(taught, dtype=torch.float64)
     return None
-
-
-def symmetrical(run: Run) -> SymmetricalFlowMatching:
-    """Return the module of a symmetrical run, which can label images.
-
-    Raises:
-        TypeError: If the run has another method.
-    """
-    if not isinstance(run.module, SymmetricalFlowMatching):
-        raise TypeError(
-            "run must be a run of SymmetricalFlowMatching (module=symmetrical) to label images, "
-            f"got {type(run.module).__name__}"
-        )
-    return run.module

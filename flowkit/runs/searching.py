@@ -25,7 +25,7 @@ class RunModel:
         self.run = Run.load(
             cfg.run, cfg.weights, cfg.device, cfg.guidance, cfg.trust, **place_of(cfg)
         )
-        self.folder, self.velocity = self.run.folder, self.run.velocity
+        self.folder, self.velocity = self.run.results, self.run.velocity
         self.starts = self.run.starts(cfg.seed, cfg.seeding)
         self.guided = self.velocity is not self.run.module.velocity
 

@@ -16,11 +16,13 @@ from flowkit.data.image_files import ImageFiles, folder_of_images, tar_of_images
 from flowkit.data.npz import Npz
 from flowkit.data.pixels import Resize
 from flowkit.data.sample_sets import Drawn, NpzImages, OfSplit, Resized, SampleSet, is_gray
+from flowkit.hub import folder_of, results_of
 from flowkit.metrics import Features, Statistics, from_uint8, outputs_of
 from flowkit.metrics.extrapolation import fewest_samples
 from flowkit.modules.checkpoints import read_config
 from flowkit.places import no_such_place
 from flowkit.provenance import read_json
+from flowkit.rules import is_run as names_run
 from flowkit.runs.splits import prepared, stored_data
 from flowkit.runs.written import form_of, place_in
 
@@ -108,8 +110,8 @@ class Reading:
 
 
 def is_run(place: Any) -> bool:
-    """Return True for the path of a run folder."""
-    return isinstance(place, str) and (Path(place) / "config.yaml").is_file()
+    """Return True for a run folder or a shared model."""
+    return isinstance(place, str) and names_run(place)
 
 
 def open_source(place: Any, argument: str, reading: Reading) -> Source:
@@ -129,17 +131,17 @@ def open_source(place: Any, argument: str, reading: Reading) -> Source:
     if OmegaConf.is_dict(place) or isinstance(place, Mapping):
         return _of_data(prepared(instantiate(place)), argument, reading)
     path = Path(str(place))
-    if not path.exists():
-        raise FileNotFoundError(no_such_place(argument, str(place), "data"))
     if is_run(str(place)):
         if argument != "samples":
-            return _of_data(data_of_run(path, reading), argument, reading)
-        path = path / "drawn"
+            return _of_data(data_of_run(str(place), reading), argument, reading)
+        path = results_of(place) / "drawn"
         if not (path / "samples.json").is_file():
             raise FileNotFoundError(
                 f"{argument} must hold drawn samples, got no {path / 'samples.json'}; draw them: "
                 f"flowkit sample run={place}"
             )
+    elif not path.exists():
+        raise FileNotFoundError(no_such_place(argument, str(place), "data"))
     if (record := _record(path / "samples.json")) is not None:
         path = path / place_in(form_of(record))
         if not path.exists():
@@ -149,8 +151,9 @@ def open_source(place: Any, argument: str, reading: Reading) -> Source:
     return _made(_opened(path, argument, reading), path, argument, reading)
 
 
-def data_of_run(folder: Path, reading: Reading) -> SplitData:
+def data_of_run(place: str, reading: Reading) -> SplitData:
     """Return the data of a run with their splits, without loading its network."""
+    folder = folder_of(place)
     node = read_config(folder)["data"]
     return stored_data(node, reading.trust, folder, reading.data_root, reading.data_changed)
 

@@ -11,6 +11,7 @@ from flowkit.data.pairs import RECORD as PAIRS
 from flowkit.metrics.comparison import FEW
 from flowkit.modules.checkpoints import build
 from flowkit.modules.earlier import current
+from flowkit.modules.pushed import GIVEN_LATER
 from flowkit.modules.trust import trusting
 from flowkit.runs.known_data import Record, changes, classes_of, record_of
 from flowkit.runs.processes import say
@@ -43,6 +44,7 @@ def stored_data(
         ValueError: If the configuration names a class that is neither listed nor trusted, or the
             data differ from the record.
     """
+    check_known(node, folder)
     record = record_of(folder)
     node = as_trained(current(node), record)
     made = node.get("_target_") in ("flowkit.data.Latents", "flowkit.data.Pairs")
@@ -56,6 +58,19 @@ def stored_data(
         return data
     cache, rest = getattr(data, "root", folder), None if moved else root
     return stored_data(source, trust, cache, rest, changed, f"source in {cache}")
+
+
+def check_known(node: Any, folder: str | Path) -> None:
+    """Require a configuration of data, which some shared models lack.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if node is None:
+        raise ValueError(
+            f"data must be known for this, got a shared model without a configuration of data in "
+            f"{folder}"
+        )
 
 
 def as_trained(node: dict[str, Any], record: Record | None) -> dict[str, Any]:
@@ -93,6 +108,11 @@ def located(
     kept = None if record is None else record["root"]
     if root is not None:
         node[key] = str(root)
+    elif node[key] == GIVEN_LATER:
+        raise ValueError(
+            "data.root must be given for a shared model, which names no place of its data, got "
+            "null; data.root=<folder of the data>"
+        )
     elif kept and node[key] and not Path(str(node[key])).is_absolute() and Path(kept).is_dir():
         node[key] = kept
     return node

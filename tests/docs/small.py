@@ -46,6 +46,7 @@ OPTIONS = {
     "tokens": {"steps": 3, "sizes.depth": 1},
     "epsilon": {"num_samples": 100},
     "encode": {"shard_size": 1000},
+    "push": {"num_samples": 10},
 }
 
 

@@ -144,3 +144,40 @@ def test_rules_of_other_programs_differ_from_ours_as_their_formulas_say():
     assert (found["round"] != found["floor"]).double().mean() < 0.002
     with pytest.raises(ValueError, match="quantization must be one of"):
         to_uint8(x, "ceil")
+
+
+def dark(picture, top, bottom, left, right):
+    """The number of dark pixels of a part of a picture."""
+    return int((picture[top:bottom, left:right] < 128).sum())
+
+
+@pytest.mark.parametrize("names", [["ab", "c", "ab", "c"], ["ab", "c", "c", "ab"]])
+def test_captions_stand_above_images_and_hide_none(names, tmp_path):
+    """Once a column if all of its images have the same name, else above each image."""
+    images = torch.full((4, 1, 8, 8), 1.0)
+    images[:, :, ::2] = -1
+    file = save_picture(images, tmp_path / "a.png", columns=2, captions=names)
+    plain = save_picture(images, tmp_path / "b.png", columns=2)
+    with Image.open(file) as one, Image.open(plain) as two:
+        found, without = np.array(one), np.array(two)
+    once = names[:2] == names[2:]
+    assert found.shape[0] - without.shape[0] == (12 if once else 24)
+    rows = np.concatenate([found[12:]] if once else [found[12:78], found[90:156], found[156:]])
+    assert np.array_equal(rows, without)
+    places = [(0, 0), (0, 66)] if once else [(0, 0), (0, 66), (78, 0), (78, 66)]
+    widths = {
+        name: {dark(found, top, top + 12, left, left + 66)}
+        for name, (top, left) in zip(names, places, strict=False)
+    }
+    assert all(min(count) > 5 for count in widths.values())
+    assert widths["ab"] != widths["c"]
+
+
+def test_a_long_caption_stays_within_its_image(tmp_path):
+    images = torch.ones(3, 1, 32, 32)
+    names = ["", "smileys and emotion, all faces", ""]
+    file = save_picture(images, tmp_path / "a.png", columns=3, captions=names)
+    with Image.open(file) as one:
+        line = np.array(one)[:12]
+    assert dark(line, 0, 12, 68, 132) > 20
+    assert dark(line, 0, 12, 0, 68) == dark(line, 0, 12, 132, 200) == 0

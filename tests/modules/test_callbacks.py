@@ -35,7 +35,7 @@ def drawn(monkeypatch):
 
     def draw(batch, rows=2, **data):
         shown = []
-        monkeypatch.setattr(callbacks, "save_picture", lambda x, *_: shown.append(x))
+        monkeypatch.setattr(callbacks, "save_picture", lambda x, *_, **__: shown.append(x))
         module = ConditionalFlowMatching(Recording())
         module.sample_shape = (2,)
         trainer = SimpleNamespace(

@@ -124,7 +124,7 @@ def test_the_checkpoint_knows_the_shape_of_a_sample():
 
 
 def test_load_run_names_what_is_wrong(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"run must be a folder with a config.yaml, got"):
+    with pytest.raises(FileNotFoundError, match="run must be a run folder, hub:owner/name or"):
         load_run(tmp_path)
     (tmp_path / "config.yaml").write_text(
         "module:\n  _target_: flowkit.modules.ConditionalFlowMatching\n"

@@ -48,12 +48,14 @@ def _run(folder, *command, **environment):
 def test_a_mistyped_run_is_an_error_at_once_and_makes_no_folder(tmp_path):
     result = _run(tmp_path, "sample", "run=runs/typo")
     assert result.returncode == 2
-    assert result.stderr == "error: run must be a folder with a config.yaml, got runs/typo\n"
+    said = "run must be a run folder, hub:owner/name or flowkit:name, got runs/typo"
+    assert result.stderr == f"error: {said}\n"
     assert not list(tmp_path.iterdir())
 
 
 def test_a_missing_run_is_one_message_for_the_command_line_and_for_the_library(tmp_path):
-    said = re.escape(f"run must be a folder with a config.yaml, got {tmp_path}") + "$"
+    said = "run must be a run folder, hub:owner/name or flowkit:name, got "
+    said += re.escape(str(tmp_path)) + "$"
     with pytest.raises(ValueError, match=said):
         check_command("sample", [f"run={tmp_path}"])
     with pytest.raises(FileNotFoundError, match=said):

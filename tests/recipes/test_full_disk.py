@@ -31,6 +31,7 @@ from flowkit.recipes.inpaint import inpaint
 from flowkit.recipes.pairs import pairs
 from flowkit.recipes.pareto import pareto
 from flowkit.recipes.predict import predict
+from flowkit.recipes.push import push
 from flowkit.recipes.report import report
 from flowkit.recipes.sample import sample
 from flowkit.recipes.semantic import semantic
@@ -110,6 +111,7 @@ RECIPES = {
     "pairs": (pairs, PLAIN, ["num_noises=4", "shard_size=2", "fine_steps=2", "grid=[1,2]"]),
     "pareto": (pareto, "blocks", ["num_samples=4", "nfe=[2]", "repetitions=1", "metric=pixels"]),
     "predict": (predict, "symmetrical", ["batch_size=200"]),
+    "push": (push, PLAIN, ["num_samples=4", "batch_size=2", "sampler.grid=1"]),
     "report": (
         report,
         PLAIN,
@@ -124,14 +126,20 @@ RECIPES = {
 LAST = {"autoencoder": "metrics", "boss": "grid", "consistency": "consistency", "edit": "edit"}
 LAST |= {"epsilon": "epsilon", "evaluate": "metrics", "inpaint": "inpainted", "pareto": "pareto"}
 LAST |= {"predict": "predicted", "sample": "samples", "semantic": "semantic"}
-LAST |= {"evaluate samples": "metrics", "statistics": "statistics"}  # stand for a whole
+LAST |= {
+    "push": "config",
+    "evaluate samples": "metrics",
+    "statistics": "statistics",
+}  # stand for a whole
 FAST = ("sample", "pairs")
+TO = {"push": "to"}  # instead of out
 OTHER = dict.fromkeys(("boss", "consistency", "epsilon", "evaluate", "inpaint"), "seed=1")
 OTHER |= dict.fromkeys(("pairs", "pareto", "predict", "sample", "semantic", "tokens"), "seed=1")
 OTHER |= {"compare": f"overrides={[*POINTS, 'seed=7']}", "compare_edits": "num_steps=4"}
 OTHER |= {
     "statistics": "split=train",
     "edit": "num_iters=2",
+    "push": "license=mit",
     "encode": "shard_size=500",
     "report": "nfe=[4]",
 }
@@ -192,7 +200,7 @@ def call(recipe, folder, starts, *more):
     trains = recipe in ("autoencoder", "blockwise", "reflow", "train")
     name, options = arguments(recipe, starts)
     out = folder / "statistics.npz" if recipe == "statistics" else folder
-    options += [f"run_dir={folder}" if trains else f"out={out}", *more]
+    options += [f"run_dir={folder}" if trains else f"{TO.get(recipe, 'out')}={out}", *more]
     if trains and (folder / "checkpoints" / "last.ckpt").is_file():
         name = "train" if recipe == "blockwise" else name
         work = {"train": train, "autoencoder": autoencoder}[name]
@@ -365,6 +373,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_recipe_is_read(
     (tmp_path / "closed").mkdir()
     name, options = arguments(recipe, lambda _: tiny_run)
     key = "out" if name in OTHER and name not in ("compare", "tokens") else "hydra.run.dir"
+    key = TO.get(name, key)
     assert status_of([name, *options, f"{key}=closed/x"], monkeypatch) == 2
     said = f"error: {key} must be a writable folder, got closed/x\n"
     assert capsys.readouterr() == ("", said)

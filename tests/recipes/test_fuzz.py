@@ -21,7 +21,7 @@ from tests.recipes.conftest import status_of
 WRONG = [-1, 0, 1.5, -0.5, 10**30, "abc", "", None, [], [1, -2], {"a": 1}, True, float("nan")]
 NEEDED = {"run": "${run}", "out": "o", "image": "${image}", "source": 3, "target": 8}
 NEEDED |= {"couplings": {"a": []}, "problems": {"p": []}, "runs": {"a": "r"}}
-NEEDED |= {"path": "p"}  # of an autoencoder
+NEEDED |= {"path": "p", "to": "t"}  # of an autoencoder
 
 
 @pytest.fixture(scope="module")

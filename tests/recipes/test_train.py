@@ -267,7 +267,8 @@ def test_pictures_of_training_are_of_the_averaged_weights(tiny_run, tmp_path):
     def picture(module):
         x0 = seeded_noise(module.sample_shape, range(10))
         samples = module.solve(x0, ODESampler(2, "heun"), torch.arange(10)).x
-        return save_picture(samples, tmp_path / "samples.png").read_bytes()
+        names = [str(digit) for digit in range(10)]
+        return save_picture(samples, tmp_path / "samples.png", captions=names).read_bytes()
 
     module = load_run(tiny_run)
     assert picture(module) == (tiny_run / "samples" / "step-000020.png").read_bytes()

@@ -1,0 +1,163 @@
+"""The model card of a shared model: ``README.md``, made from its records."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+
+WORDS = {"w2": "W2", "w2_squared": "W2²", "c2st": "C2ST"}
+SKIPPED = ("neighbors", "num_reference", "num_samples")
+Record = Mapping[str, Any]
+
+
+def card(
+    config: Record,
+    place: str,
+    license: str | None = None,
+    metrics: Record | None = None,
+    grids: Sequence[str] = (),
+    picture: str | None = None,
+) -> str:
+    """Return the text of a model card, with the front matter that the hub reads.
+
+    Args:
+        config: Content of ``config.json``.
+        place: Folder or ``hub:owner/name``, for the commands.
+        license: License of the weights; with None the card says that none is given.
+        metrics: Record of ``flowkit evaluate``.
+        grids: Names of the files with grids.
+        picture: How ``samples.png`` was drawn, in words; None without a picture.
+    """
+    parts = [_front(config, license), f"# {place.rpartition('/')[2].removeprefix('flowkit:')}"]
+    if picture is not None:
+        parts += ["![samples](samples.png)", picture]
+    parts += [_about(config), "## Use", _use(config, place, grids)]
+    parts += ["## Numbers", _numbers(config, metrics, place), "## License", _license(license)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _front(config: Record, license: str | None) -> str:
+    """Return the front matter."""
+    about: dict[str, Any] = {"library_name": "flowkit"}
+    about |= {"license": "other", "license_name": "none-given"} if license is None else {}
+    about |= {} if license is None else {"license": license}
+    if len(config.get("image_shape") or ()) == 3:
+        about["pipeline_tag"] = "unconditional-image-generation"
+    about["tags"] = ["flowkit", "flow-matching"]
+    return f"---\n{yaml.safe_dump(about, sort_keys=False).strip()}\n---"
+
+
+def _license(license: str | None) -> str:
+    """Return the words on the license."""
+    if license is None:
+        return "No license was given for these weights: ask their owner before you use them."
+    return f"The weights have the license `{license}`."
+
+
+def _about(config: Record) -> str:
+    """Return a list of data, method and weights."""
+    weights, node, data = config["weights"], config["module"], config.get("data") or {}
+    record, sampler = config.get("data_record") or {}, config["sampler"]
+    names = config.get("classes")
+    classes = config.get("num_classes") or "none"
+    if names:
+        more = ", …" if len(names) > 100 else ""
+        classes = f"{len(names)}: {', '.join(map(str, names[:100]))}{more}"
+    step = "" if weights.get("step") is None else f" of step {weights['step']:,}"
+    kind = record.get("kind") or _short(data.get("_target_")) or "not known"
+    sizes = [f"{split['samples']:,} {name}" for name, split in record.get("splits", {}).items()]
+    path = _short((node.get("path") or {}).get("_target_"))
+    rows = {
+        "data": kind + (f" ({', '.join(sizes)})" if sizes else ""),
+        "classes": classes,
+        "method": _short(node["_target_"]) + (f" on the path {path}" if path else ""),
+        "network": _short((node.get("velocity") or {}).get("_target_")),
+        "state": " × ".join(map(str, config["state"].get("sample_shape") or ["not known"])),
+        "weights": f"{weights['kind']}{step}, stored as {weights['dtype']}",
+        "default sampler": f"{sampler['method']}, {_steps(sampler['grid'])}",
+        "guidance": _guidance(config.get("guidance")),
+        "time": "0 is noise, 1 is data",
+        "flowkit": config["flowkit"],
+    }
+    return "\n".join(f"- **{name}**: {value}" for name, value in rows.items())
+
+
+def _use(config: Record, place: str, grids: Sequence[str]) -> str:
+    """Return commands and Python."""
+    label = str((config.get("classes") or [""])[0])
+    plain = re.fullmatch(r"[\w-]*", label)
+    chosen = (f" labels=[{label}]" if plain else f" \"labels=['{label}']\"") if label else ""
+    lines = [f"flowkit sample run={place}{chosen}"]
+    known = config.get("data") or {}
+    root = " data.root=<folder of the data>" if "???" in map(str, known.values()) else ""
+    lines += [f"flowkit evaluate run={place}{root}"] if known else []
+    if grids:
+        lines.append(
+            f"flowkit sample run={place} sampler=from_file sampler.grid.file=<folder>/{grids[0]}"
+        )
+    commands = "\n".join(lines)
+    return (
+        f"```bash\n{commands}\n```\n\n```python\nfrom flowkit.modules import load_run\n\n"
+        f'module = load_run("{place}")\n```'
+    )
+
+
+def _numbers(config: Record, metrics: Record | None, place: str) -> str:
+    """Return a table of numbers, and how they were obtained."""
+    if metrics is None:
+        return f"Not measured. `flowkit evaluate run={place}` measures it on its data."
+    found, rows = metrics["metrics"], []
+    floors = found.get("floor") or {}
+    for name, value in found.items():
+        if type(value) not in (int, float) or name in SKIPPED:
+            continue
+        words = WORDS.get(name, name.replace("_", " "))
+        if name == "frechet_distance":
+            words = found.get("distance_name", words)
+        ends, floor = found.get(f"{name}_interval"), floors.get(name)
+        interval = "" if ends is None else " to ".join(f"{end:.4g}" for end in ends)
+        mark = " (unreliable)" if name in (found.get("unreliable") or ()) else ""
+        real = "" if floor is None else f"{floor:.4g}"
+        rows.append(f"| {words}{mark} | {value:.4g} | {interval} | {real} |")
+    table = "| | value | interval | training images or points instead |\n| --- | --- | --- | --- |"
+    return "\n".join([table, *rows, "", _obtained(config, metrics)])
+
+
+def _obtained(config: Record, metrics: Record) -> str:
+    """Return how the numbers were obtained, in words."""
+    found, how = metrics["metrics"], metrics.get("sampling") or {}
+    reference, features = metrics.get("reference") or {}, found.get("features") or {}
+    words = [f"{found.get('num_samples', how.get('num_samples'))} samples"]
+    if reference:
+        words.append(f"{reference['num_samples']} of the reference ({reference['name']})")
+    if features:
+        words.append(f"features of {features['name']}")
+    words.append(f"sampler {how.get('method')}, {_steps(how.get('grid') or [0])}")
+    words.append(f"guidance {_guidance(how.get('guidance'))}")
+    if seeds := how.get("seeds"):
+        words.append(f"seeds {seeds[0]} to {seeds[1] - 1} (seeding {how.get('seeding')})")
+    weights = metrics.get("weights") or {}
+    words.append(f"{weights.get('kind')} weights of step {weights.get('step')}")
+    text = f"How: {'; '.join(words)}. `metrics.json` has all settings."
+    if weights.get("hash") != config["weights"]["hash"]:
+        text += f" Measured before the weights were rounded to {config['weights']['dtype']}."
+    for warning in found.get("warnings") or ():
+        text += f" {warning[:1].upper()}{warning[1:]}."
+    return text
+
+
+def _steps(grid: Sequence[float]) -> str:
+    """Return the number of steps of a grid."""
+    count = len(grid) - 1
+    return f"{count} step{'' if count == 1 else 's'}"
+
+
+def _guidance(scale: Any) -> str:
+    """Return a scale of guidance in words."""
+    return "none" if scale in (None, 1) else str(scale)
+
+
+def _short(name: str | None) -> str:
+    """Return the last part of a dotted name."""
+    return (name or "").rpartition(".")[2]

@@ -1,0 +1,91 @@
+"""Write a run as a folder to share, and send it to the Hugging Face hub.
+
+flowkit push run=runs/mine to=shared/mine                      a folder, without a network
+flowkit push run=runs/mine to=shared/mine license=mit dtype=float16
+flowkit push run=runs/mine to=hub:owner/name license=mit       the hub; log in by `hf auth login`
+
+The folder holds model.safetensors, config.json, README.md (a model card), samples.png, the metrics
+of flowkit evaluate and the grids of flowkit boss. All recipes read it, and its name on the hub:
+
+flowkit sample run=shared/mine
+flowkit sample run=hub:owner/name
+"""
+
+import json
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+from flowkit import hub
+from flowkit.modules.card import card
+from flowkit.modules.pushed import check_place, hash_of, portable, round_weights, write
+from flowkit.places import check_writable
+from flowkit.runs import Run
+from flowkit.runs.known_data import place_of
+from flowkit.runs.pushing import (
+    CARD,
+    METRICS,
+    PICTURE,
+    grids_of,
+    images_of,
+    metrics_of,
+    picture_of,
+    put_aside,
+)
+from flowkit.sampling import ODESampler
+
+
+def push(cfg: DictConfig) -> Path:
+    """Push as configured; return the folder."""
+    on_hub = cfg.to.startswith("hub:")
+    if on_hub:
+        hub.check_name(cfg.to.removeprefix("hub:"), "to=hub:")
+    else:
+        check_place(Path(cfg.to))  # before the work
+    run = Run.load(cfg.run, "averaged", cfg.device, None, cfg.trust, **place_of(cfg))
+    module, _ = run.module, run.weights  # whose hash is that before rounding
+    round_weights(module, cfg.dtype)
+    digest = hash_of(module)
+    folder = run.results / "pushed" / digest[:12] if on_hub else Path(cfg.to)
+    check_writable(folder, "to")
+    check_place(folder, digest)
+    sampler = run.sampler(cfg.sampler)
+    if not isinstance(sampler, ODESampler):
+        raise TypeError(
+            "sampler must be an ODESampler (such as sampler=heun), which a shared model has as its "
+            "own, got SDESampler"
+        )
+    module.default_sampler = sampler
+    known = dict(module.configuration or {})
+    data, record = images_of(run.config["data"], run.folder)
+    shared = portable(module, {**known, "data": data, "data_record": record}, cfg.dtype)
+    origin = known.get("weights", {}).get("origin") or run.weights["hash"]
+    shared["weights"]["origin"] = origin  # before any rounding: of metrics and grids
+    hashes = {origin, run.weights["hash"], digest}
+    metrics, grids = metrics_of(run, hashes), grids_of(run, hashes, digest)
+    labels = cfg.labels
+    if OmegaConf.is_list(labels):
+        labels = [run.class_number(label) for label in labels]
+    drawn = (cfg.num_samples, cfg.seed, cfg.batch_size)
+    picture, words = picture_of(run, sampler, labels, *drawn)
+    place = cfg.to if on_hub else folder.name
+    texts = {METRICS: None if metrics is None else json.dumps(metrics, indent=2) + "\n", **grids}
+    texts[CARD] = card(shared, place, cfg.license, metrics, list(grids), words)
+    put_aside(folder, texts)
+    write(module, folder, shared, {**texts, PICTURE: picture})
+    size = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+    print(f"model     {folder}, {size / 2**20:.2f} MiB\ncard      {folder / CARD}")
+    if on_hub:
+        print(f"hub       {hub.upload(folder, cfg.to, private=cfg.private)}")
+    return folder
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="push")
+def main(cfg: DictConfig) -> None:
+    """Entry point of ``flowkit push``."""
+    push(cfg)
+
+
+if __name__ == "__main__":
+    main()
