@@ -17,6 +17,7 @@ from flowkit.checks import check_at_least, check_between
 from flowkit.distributed import batches_seen
 from flowkit.metrics.pictures import save_picture
 from flowkit.modules.flow import FlowModule, Guidance, brings_start
+from flowkit.modules.logs import show_picture
 from flowkit.provenance import write_atomically
 from flowkit.sampling import Sampler, SDESampler, seeded_noise
 from flowkit.stopping import Stopped
@@ -164,7 +165,8 @@ class SampleGrid(Callback):
         states = pl_module.solve(x0, self.sampler, cond, self.guidance).x
         samples = pl_module.autoencoder.decode(states)
         if trainer.is_global_zero:
-            save_picture(samples, self.folder / f"step-{trainer.global_step:06d}.png", columns)
+            file = self.folder / f"step-{trainer.global_step:06d}.png"
+            show_picture(trainer, "samples", save_picture(samples, file, columns))
 
 
 class LastCheckpoint(Checkpoint):

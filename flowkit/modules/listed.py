@@ -28,9 +28,8 @@ CLASSES: dict[str, type] = {
     "torch.optim.lr_scheduler": object,
 }
 
-# Other names. Left out are loggers that send to other machines with the user's credentials,
-# callbacks that write or delete files at places that a checkpoint names, and networks that read
-# other networks by a path or from the hub.
+# Other names. Left out are callbacks that write or delete files at places that a checkpoint names,
+# and networks that read other networks by a path or from the hub.
 NAMES: dict[str, tuple[str, ...]] = {
     "diffusers": (
         "AsymmetricAutoencoderKL",
@@ -92,7 +91,12 @@ NAMES: dict[str, tuple[str, ...]] = {
         "Timer",
         "WeightAveraging",
     ),
-    "lightning.pytorch.loggers": ("CSVLogger", "TensorBoardLogger"),
+    "lightning.pytorch.loggers": (
+        "CSVLogger",
+        "MLFlowLogger",
+        "TensorBoardLogger",
+        "WandbLogger",
+    ),
     "transformers": (
         "CLIPTextConfig",
         "CLIPTextModel",
@@ -117,7 +121,10 @@ ARGUMENTS = {
         "subfolder",
         "revision",
         "variant",
-    )
+    ),
+    # They send to the user's own server and account, which only his environment names.
+    "lightning.pytorch.loggers.MLFlowLogger": ("experiment_name", "run_name", "save_dir"),
+    "lightning.pytorch.loggers.WandbLogger": ("project", "name", "save_dir", "offline"),
 }
 
 # Arguments of networks of transformers that choose code of the hub.
