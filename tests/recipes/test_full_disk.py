@@ -55,7 +55,7 @@ LATENT += [
 DIT = [*SHORT, "model.net.width=16", "model.net.depth=1", "model.net.heads=2"]
 POINTS = ["data=toy", "data.size=50", "model=mlp", "batch_size=16", "trainer.max_steps=1"]
 POINTS += ["trainer.enable_progress_bar=false", "trainer.accelerator=cpu", "callback.samples=null"]
-POINTS += ["logger.csv=null", "logger.tensorboard=null"]
+POINTS += ["callback.losses=null", "logger.csv=null", "logger.tensorboard=null"]
 PLAIN = "plain"  # the run that a recipe starts from
 RUNS = {
     "holes": [*DIT, "module=inpainting", "model=inpainting_dit", "model.net.in_channels=3"],

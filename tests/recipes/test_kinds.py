@@ -25,7 +25,7 @@ from tests.recipes.conftest import TINY
 HERE = "tests.recipes.test_kinds"
 TOY = ["data=toy", "data.size=40", "model=mlp", "model.width=8", "trainer.accelerator=cpu"]
 TOY += ["trainer.enable_progress_bar=false", "batch_size=10", "callback=raw", "sampler.grid=2"]
-TOY += ["logger.tensorboard=null", "callback.samples.rows=1"]
+TOY += ["logger.tensorboard=null", "callback.losses=null", "callback.samples.rows=1"]
 
 
 # --- epochs -----------------------------------------------------------------------------------

@@ -45,6 +45,7 @@ FLOW = [
     "trainer.max_steps=20",
     "trainer.val_check_interval=10",
     "callback.ema.decay=0.9",
+    "callback.losses=null",
     "callback.samples.rows=1",
     "sampler.grid=2",
 ]
