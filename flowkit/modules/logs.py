@@ -190,7 +190,7 @@ def plot_losses(rows: Rows, file: Path) -> None:
     for axes, (title, names) in zip(every, panels.items(), strict=True):
         for name in names:
             held_out = name.startswith("val/")
-            style = {"marker": "o", "ms": 4, "lw": 1.5} if held_out else {"lw": 1}
+            style: dict[str, Any] = {"marker": "o", "ms": 4, "lw": 1.5} if held_out else {"lw": 1}
             label, color = ("validation", "C1") if held_out else ("training", "C0")
             if len(series[name]) == 1:
                 style["marker"] = "o"
