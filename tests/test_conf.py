@@ -16,6 +16,7 @@ from flowkit.autoencoders import KLAutoencoder
 from flowkit.modules.checkpoints import build
 from flowkit.nn import autoencoder_kl
 from tests.conftest import CONF
+from tests.test_other_autoencoders import KINDS
 
 TRAIN_GROUPS = [
     "model",
@@ -33,7 +34,7 @@ TRAIN_GROUPS = [
 ]
 MANDATORY = {
     "sampler/from_file": "sampler.grid.file={tmp}/grid.json",
-    "autoencoder/kl": "autoencoder.path={tmp}/autoencoder",
+    **{f"autoencoder/{kind}": "autoencoder.path={tmp}/autoencoder" for kind in ("kl", *KINDS)},
 }
 
 
@@ -53,6 +54,9 @@ def test_option(option, configure, tmp_path):
     if option == "autoencoder/kl":
         vae = autoencoder_kl((1, 8, 8), width=4, multipliers=(1, 2))
         KLAutoencoder(vae).save_pretrained(tmp_path / "autoencoder")
+    if group == "autoencoder" and name in KINDS:
+        kind, make = KINDS[name][:2]
+        kind(make()).save_pretrained(tmp_path / "autoencoder")
     if option in MANDATORY:
         overrides.append(MANDATORY[option].format(tmp=tmp_path))
     cfg = configure("train", *overrides)

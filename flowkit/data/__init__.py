@@ -10,6 +10,7 @@ resumed run reads the same batches as a run without interruption. A new data set
 from flowkit.data.arrays import Arrays
 from flowkit.data.cache import write_cache
 from flowkit.data.digits import Digits
+from flowkit.data.edm_latents import EDMLatents
 from flowkit.data.folder import Folder
 from flowkit.data.from_arrays import FromArrays
 from flowkit.data.hub import Hub
@@ -26,6 +27,7 @@ __all__ = [
     "IDX",
     "Arrays",
     "Digits",
+    "EDMLatents",
     "Folder",
     "FromArrays",
     "Hub",

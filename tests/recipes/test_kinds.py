@@ -160,7 +160,7 @@ def test_splits_must_be_splits():
 def test_images_are_encoded_by_a_kl_autoencoder_on_a_device_that_exists(configure, tmp_path):
     cfg = configure("encode", "autoencoder=identity", f"out={tmp_path}/cache")
     with pytest.raises(
-        TypeError, match=r"autoencoder must be a KL autoencoder, got Identity; give"
+        TypeError, match=r"autoencoder must be a network of diffusers, got Identity; give"
     ):
         encode(cfg)
     cfg.device = "foo"

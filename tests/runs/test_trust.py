@@ -123,6 +123,10 @@ ATTACKS = {
         {"_target_": "lightning.pytorch.loggers.MLFlowLogger", "tracking_uri": "http://evil"},
         "http://evil",
     ),
+    "a logger by the name of its module": (
+        {"_target_": "lightning.pytorch.loggers.wandb.WandbLogger", "entity": "evil"},
+        "evil",
+    ),
     "a reference": (
         {"_target_": "torch.nn.Identity", "x": "${oc.create:{_target_: os.system}}"},
         "x",
