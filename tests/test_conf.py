@@ -15,6 +15,7 @@ from flowkit.__main__ import experiments, recipes
 from flowkit.autoencoders import KLAutoencoder
 from flowkit.modules.checkpoints import build
 from flowkit.nn import autoencoder_kl
+from flowkit.runs.logs import build_loggers
 from tests.conftest import CONF
 from tests.test_other_autoencoders import KINDS
 
@@ -65,7 +66,10 @@ def test_option(option, configure, tmp_path):
     cfg.network.shape, cfg.network.num_classes = [1, 8, 8], 10
     cfg.network.num_times = 2 if option == "module/mean_flow" else 1
     node = cfg[group]
-    if group in ("callback", "logger"):
+    if group == "logger":
+        names = {type(logger).__name__ for logger in build_loggers(node, tmp_path, 0)}
+        assert names == {part._target_.split(".")[-1] for part in node.values() if part}
+    elif group == "callback":
         parts = [instantiate(part) for part in node.values() if part and part._target_]
         assert all(part is not None for part in parts)
         assert parts

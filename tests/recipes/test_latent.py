@@ -28,6 +28,7 @@ from flowkit.recipes.report import report
 from flowkit.recipes.sample import sample
 from flowkit.recipes.semantic import semantic
 from flowkit.recipes.train import train
+from flowkit.runs.resuming import resumed
 from flowkit.runs.splits import stored_data
 from flowkit.sampling import seeded_noise
 from tests.conftest import CONF
