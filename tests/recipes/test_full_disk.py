@@ -35,6 +35,7 @@ from flowkit.recipes.report import report
 from flowkit.recipes.sample import sample
 from flowkit.recipes.semantic import semantic
 from flowkit.recipes.statistics import statistics
+from flowkit.recipes.table import table
 from flowkit.recipes.tokens import tokens
 from flowkit.recipes.train import train
 from flowkit.runs.resuming import resumed
@@ -118,13 +119,18 @@ RECIPES = {
     "sample": (sample, PLAIN, ["num_samples=4", "batch_size=2", "sampler.grid=1"]),
     "semantic": (semantic, "maps", ["num_images=4", "rows=1", "columns=1", "sampler.grid=1"]),
     "reflow": (train, PLAIN, [*SHORT, "module=straightening", "data=pairs", "sampler.grid=1"]),
+    "table": (table, "evaluated", []),
     "tokens": (tokens, None, ["steps=1", "sizes.width=8", "sizes.depth=1", "sizes.heads=1"]),
     "train": (train, None, [*SHORT[:-1], "callback.samples.rows=1", "sampler.grid=1"]),
 }
 LAST = {"autoencoder": "metrics", "boss": "grid", "consistency": "consistency", "edit": "edit"}
 LAST |= {"epsilon": "epsilon", "evaluate": "metrics", "inpaint": "inpainted", "pareto": "pareto"}
 LAST |= {"predict": "predicted", "sample": "samples", "semantic": "semantic"}
-LAST |= {"evaluate samples": "metrics", "statistics": "statistics"}  # stand for a whole
+LAST |= {
+    "evaluate samples": "metrics",
+    "statistics": "statistics",
+    "table": "table",
+}  # stand for a whole
 FAST = ("sample", "pairs")
 OTHER = dict.fromkeys(("boss", "consistency", "epsilon", "evaluate", "inpaint"), "seed=1")
 OTHER |= dict.fromkeys(("pairs", "pareto", "predict", "sample", "semantic", "tokens"), "seed=1")
@@ -134,6 +140,7 @@ OTHER |= {
     "edit": "num_iters=2",
     "encode": "shard_size=500",
     "report": "nfe=[4]",
+    "table": "metrics=[recall]",
 }
 REFUSED = ("encode", "pairs", "tokens")  # trainings may depend on these files
 
@@ -164,6 +171,9 @@ def starts(tmp_path_factory, tiny_run):
         elif name == "pairs" and name not in made:
             options = [f"run={tiny_run}", f"out={folder}", *RECIPES["pairs"][2]]
             pairs(composed("pairs", *options))
+        elif name == "evaluated" and name not in made:
+            options = [f"run={tiny_run}", f"out={folder}", *RECIPES["evaluate"][2]]
+            evaluate(composed("evaluate", *options))
         elif name == "samples" and name not in made:
             options = [f"run={tiny_run}", f"out={folder}", *RECIPES["sample"][2], "format=npz"]
             sample(composed("sample", *options, "num_samples=20"))
@@ -177,9 +187,15 @@ def arguments(recipe, starts):
     _, origin, options = RECIPES[recipe]
     options = [*options]
     if origin is not None:
-        key = {"encode": "autoencoder.path", "pareto": "+runs.it", "reflow": "module.start"}
+        key = {
+            "encode": "autoencoder.path",
+            "pareto": "+runs.it",
+            "reflow": "module.start",
+            "table": "runs",
+        }
         key["evaluate samples"] = "samples"
-        options.append(f"{key.get(recipe, 'run')}={starts(origin)}")
+        place = f"[{starts(origin)}]" if recipe == "table" else starts(origin)
+        options.append(f"{key.get(recipe, 'run')}={place}")
     if recipe == "reflow":
         options.append(f"data.root={starts('pairs')}")
     if recipe == "edit":
