@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flowkit.autoencoders import Autoencoder, KLAutoencoder, mean_latents
+from flowkit.autoencoders import Autoencoder, FrozenAutoencoder, mean_latents
 from flowkit.checks import check_at_least, check_choice
 
 
@@ -176,7 +176,7 @@ def inpainting_cond(
     hidden = torch.where(mask > 0, 0.0, images)
     masked = mean_latents(autoencoder, hidden)
     mask = mask.to(images.dtype)
-    if isinstance(autoencoder, KLAutoencoder):
+    if isinstance(autoencoder, FrozenAutoencoder):
         mask = autoencoder.pad(mask)
     cells = (masked.shape[-2], masked.shape[-1])
     if resize == "max":

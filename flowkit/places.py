@@ -6,7 +6,7 @@ from tempfile import TemporaryFile
 
 from flowkit.rules import CONF, did_you_mean, rules_of
 
-FILES = {"explain": "records"}  # recipes whose arguments without a name are files
+FILES = {"explain": "records", "table": "runs"}  # recipes whose arguments without a name are files
 
 
 def files_as_option(recipe: str, arguments: list[str]) -> list[str]:

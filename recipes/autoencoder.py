@@ -28,7 +28,7 @@ from flowkit.checks import usable_device
 from flowkit.data import SplitData
 from flowkit.metrics import Features, image_metrics, to_uint8
 from flowkit.metrics.pictures import save_picture
-from flowkit.modules import LastCheckpoint
+from flowkit.modules import LastCheckpoint, LossPlot
 from flowkit.modules.autoencoding import Autoencoding
 from flowkit.modules.callbacks import LastValidation, StepProgress, StopOnInterrupt
 from flowkit.modules.checkpoints import (
@@ -38,10 +38,12 @@ from flowkit.modules.checkpoints import (
     newest_checkpoint,
     read_checkpoint,
 )
+from flowkit.modules.logs import LOSSES
 from flowkit.provenance import versions, write_json, write_text
 from flowkit.runs.epochs import count_in_steps
 from flowkit.runs.known_data import record_of, write_data_record
 from flowkit.runs.locks import locked
+from flowkit.runs.logs import Settings, build_loggers, logging_to
 from flowkit.runs.processes import check_trainer, quiet
 from flowkit.runs.records import composed, kept_record, recorded
 from flowkit.runs.resuming import (
@@ -142,7 +144,9 @@ def _measure(
     }
     for name, value in rows.items():
         print(f"{name:<{max(map(len, rows))}}  {value}")
-    print(f"picture   {picture}\nnetwork   {folder}")
+    losses = folder / LOSSES
+    print(f"picture   {picture}" + (f"\nlosses    {losses}" if losses.is_file() else ""))
+    print(f"network   {folder}")
 
 
 def _refuse_overwriting(folder: Path, checkpoint: Path | None) -> None:
@@ -163,14 +167,18 @@ def _fit(
     """Train with Lightning, from a checkpoint if there is one."""
     callbacks: list[Any] = [
         LastCheckpoint((folder / CHECKPOINT).parent, cfg.trainer.val_check_interval),
+        LossPlot(folder),
+        Settings(folder, recorded(cfg)),
         LastValidation(),
         StopOnInterrupt(folder),
     ]
     if cfg.trainer.enable_progress_bar:
         callbacks.append(StepProgress())
-    loggers = [instantiate(node) for node in cfg.logger.values() if node]
+    made = 0 if checkpoint is None else read_checkpoint(checkpoint)["global_step"]
+    loggers = build_loggers(cfg.logger, folder, made)
     trainer: Trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers)
-    trainer.fit(module, data, ckpt_path=checkpoint, weights_only=checkpoint and True)
+    with logging_to(loggers):
+        trainer.fit(module, data, ckpt_path=checkpoint, weights_only=checkpoint and True)
 
 
 def _until(batches: Iterable[Tensor], limit: int) -> Iterator[Tensor]:

@@ -18,7 +18,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from flowkit.autoencoders import KLAutoencoder
+from flowkit.autoencoders import FrozenAutoencoder
 from flowkit.checks import usable_device
 from flowkit.data.cache import SPLITS, write_cache
 from flowkit.runs.known_data import write_data_record
@@ -31,9 +31,9 @@ def encode(cfg: DictConfig) -> dict[str, Any]:
     device = usable_device(cfg.device)
     data = prepared(instantiate(cfg.data))
     autoencoder = instantiate(cfg.autoencoder)
-    if not isinstance(autoencoder, KLAutoencoder):
+    if not isinstance(autoencoder, FrozenAutoencoder):
         raise TypeError(
-            f"autoencoder must be a KL autoencoder, got {type(autoencoder).__name__}; give "
+            f"autoencoder must be a network of diffusers, got {type(autoencoder).__name__}; give "
             "autoencoder.path=<folder or name on the hub>"
         )
     autoencoder.to(device)

@@ -13,7 +13,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor
 
-from flowkit.autoencoders import Autoencoder, KLAutoencoder
+from flowkit.autoencoders import Autoencoder, FrozenAutoencoder
 from flowkit.checks import check_at_least
 from flowkit.couplings import EpsilonChoice, cost_matrix, suggest_epsilon
 from flowkit.couplings.epsilon import variance_components
@@ -61,7 +61,7 @@ def _encoded(
     autoencoder: Autoencoder, x1: Tensor, batch_size: int, generator: torch.Generator
 ) -> Tensor:
     """Encode data ``(N, *)``, at most ``batch_size`` samples at once."""
-    drawn = {"generator": generator} if isinstance(autoencoder, KLAutoencoder) else {}
+    drawn = {"generator": generator} if isinstance(autoencoder, FrozenAutoencoder) else {}
     return torch.cat([autoencoder.encode(part, **drawn) for part in x1.split(batch_size)])
 
 

@@ -21,7 +21,6 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_object, instantiate
 from lightning import Trainer, seed_everything
 from lightning.pytorch.callbacks import WeightAveraging
-from lightning.pytorch.loggers import CSVLogger
 from omegaconf import DictConfig, OmegaConf
 
 import flowkit.recipes._resolvers  # noqa: F401  # functions that configurations refer to
@@ -31,7 +30,9 @@ from flowkit.modules import (
     BlockwiseFlowMatching,
     ConditionGrid,
     FlowModule,
+    LossPlot,
     MeanFlowMatching,
+    MetricsTable,
     SampleGrid,
     Straightening,
     SymmetricalFlowMatching,
@@ -51,6 +52,7 @@ from flowkit.provenance import write_text
 from flowkit.runs.epochs import count_in_steps
 from flowkit.runs.known_data import record_of, write_data_record
 from flowkit.runs.locks import locked
+from flowkit.runs.logs import Settings, build_loggers, logging_to
 from flowkit.runs.processes import check_trainer, quiet, say
 from flowkit.runs.records import composed, recorded
 from flowkit.runs.resuming import (
@@ -108,11 +110,13 @@ def _train(cfg: DictConfig) -> FlowModule:
         restore(module, state, checkpoint)  # refuses another model before any file is written
     averaged = state is not None and "current_model_state" in state
     progress = state["loops"]["fit_loop"] if state is not None and ended else None
+    loggers = build_loggers(cfg.logger, folder, 0 if state is None else state["global_step"])
     del state
 
     pairs = cfg.data.root if cfg.data._target_ == "flowkit.data.Pairs" else None
     cost = TrainingCost(folder, cfg.module.get("start"), pairs)
-    callbacks = [*_parts(cfg.callback), cost, LastValidation(), StopOnInterrupt(folder)]
+    told = Settings(folder, recorded(cfg))
+    callbacks = [*_parts(cfg.callback), cost, told, LastValidation(), StopOnInterrupt(folder)]
     if averaged and not any(isinstance(callback, WeightAveraging) for callback in callbacks):
         raise ValueError(
             "callback.ema must stay for a run that averages its weights, got no average; the raw "
@@ -120,7 +124,7 @@ def _train(cfg: DictConfig) -> FlowModule:
         )
     if cfg.trainer.enable_progress_bar:
         callbacks.append(StepProgress())
-    trainer: Trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=_parts(cfg.logger))
+    trainer: Trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers)
     shard_if_asked(module, trainer)
     even_validation(trainer, len(data.val), data.batch_size)
     fresh = not folder.exists() or not any(folder.iterdir())
@@ -131,11 +135,8 @@ def _train(cfg: DictConfig) -> FlowModule:
             write_text(folder / UNRESOLVED, unresolved)
             write_data_record(folder, data, recorded(cfg)["data"])
         try:
-            if progress is not None:  # the training has ended, but not its last validation
-                trainer.fit_loop.load_state_dict(progress)  # for the step in names and tables
-                trainer.validate(module, data, verbose=False)
-            else:
-                trainer.fit(module, data, ckpt_path=checkpoint, weights_only=checkpoint and True)
+            with logging_to(loggers):
+                _fit(trainer, module, data, checkpoint, progress)
         except Exception:
             if fresh and trainer.is_global_zero and trainer.global_step == 0:
                 _empty(folder)  # a training that could not start
@@ -143,6 +144,21 @@ def _train(cfg: DictConfig) -> FlowModule:
     say(f"run       {folder}")
     _report(trainer)
     return module
+
+
+def _fit(
+    trainer: Trainer,
+    module: FlowModule,
+    data: Any,
+    checkpoint: Path | None,
+    progress: dict[str, Any] | None,
+) -> None:
+    """Train; with the progress of a training that has ended, make its last validation alone."""
+    if progress is not None:
+        trainer.fit_loop.load_state_dict(progress)  # for the step in names and tables
+        trainer.validate(module, data, verbose=False)
+    else:
+        trainer.fit(module, data, ckpt_path=checkpoint, weights_only=checkpoint and True)
 
 
 def _ended(cfg: DictConfig, checkpoint: Path | None, state: dict[str, Any] | None) -> bool:
@@ -170,9 +186,11 @@ def _report(trainer: Trainer) -> None:
             picture = callback.folder / f"step-{trainer.global_step:06d}.png"
             if picture.is_file():
                 say(f"picture   {picture}")
+        if isinstance(callback, LossPlot) and callback.file.is_file():
+            say(f"losses    {callback.file}")
     for logger in trainer.loggers:
-        if isinstance(logger, CSVLogger):
-            say(f"numbers   {Path(logger.log_dir) / 'metrics.csv'}")
+        if isinstance(logger, MetricsTable):
+            say(f"numbers   {logger.file}")
 
 
 def _follow_start(cfg: DictConfig) -> None:

@@ -15,7 +15,9 @@ from flowkit.__main__ import experiments, recipes
 from flowkit.autoencoders import KLAutoencoder
 from flowkit.modules.checkpoints import build
 from flowkit.nn import autoencoder_kl
+from flowkit.runs.logs import build_loggers
 from tests.conftest import CONF
+from tests.test_other_autoencoders import KINDS
 
 TRAIN_GROUPS = [
     "model",
@@ -33,7 +35,7 @@ TRAIN_GROUPS = [
 ]
 MANDATORY = {
     "sampler/from_file": "sampler.grid.file={tmp}/grid.json",
-    "autoencoder/kl": "autoencoder.path={tmp}/autoencoder",
+    **{f"autoencoder/{kind}": "autoencoder.path={tmp}/autoencoder" for kind in ("kl", *KINDS)},
 }
 
 
@@ -53,6 +55,9 @@ def test_option(option, configure, tmp_path):
     if option == "autoencoder/kl":
         vae = autoencoder_kl((1, 8, 8), width=4, multipliers=(1, 2))
         KLAutoencoder(vae).save_pretrained(tmp_path / "autoencoder")
+    if group == "autoencoder" and name in KINDS:
+        kind, make = KINDS[name][:2]
+        kind(make()).save_pretrained(tmp_path / "autoencoder")
     if option in MANDATORY:
         overrides.append(MANDATORY[option].format(tmp=tmp_path))
     cfg = configure("train", *overrides)
@@ -61,7 +66,10 @@ def test_option(option, configure, tmp_path):
     cfg.network.shape, cfg.network.num_classes = [1, 8, 8], 10
     cfg.network.num_times = 2 if option == "module/mean_flow" else 1
     node = cfg[group]
-    if group in ("callback", "logger"):
+    if group == "logger":
+        names = {type(logger).__name__ for logger in build_loggers(node, tmp_path, 0)}
+        assert names == {part._target_.split(".")[-1] for part in node.values() if part}
+    elif group == "callback":
         parts = [instantiate(part) for part in node.values() if part and part._target_]
         assert all(part is not None for part in parts)
         assert parts

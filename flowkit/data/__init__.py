@@ -10,6 +10,7 @@ is a subclass of `SplitData` with a method ``load``.
 from flowkit.data.arrays import Arrays
 from flowkit.data.cache import write_cache
 from flowkit.data.digits import Digits
+from flowkit.data.edm_latents import EDMLatents
 from flowkit.data.emoji import Emoji
 from flowkit.data.folder import Folder
 from flowkit.data.from_arrays import FromArrays
@@ -27,6 +28,7 @@ __all__ = [
     "IDX",
     "Arrays",
     "Digits",
+    "EDMLatents",
     "Emoji",
     "Folder",
     "FromArrays",

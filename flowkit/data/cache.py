@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from flowkit.autoencoders import KLAutoencoder, identity
+from flowkit.autoencoders import FrozenAutoencoder, identity
 from flowkit.checks import check_at_least, check_finite, check_labels
 from flowkit.data.arrays import Index, Split, positions
 from flowkit.data.splits import SPLITS, SplitData
@@ -35,7 +35,7 @@ Columns = dict[str, Tensor]
 
 def write_cache(
     data: SplitData,
-    autoencoder: KLAutoencoder,
+    autoencoder: FrozenAutoencoder,
     root: str | Path,
     shard_size: int = 2048,
     batch_size: int = 64,
@@ -156,7 +156,7 @@ class _Shard:
 
 
 def _plan(
-    data: SplitData, autoencoder: KLAutoencoder, root: Path, shard_size: int
+    data: SplitData, autoencoder: FrozenAutoencoder, root: Path, shard_size: int
 ) -> Iterator[_Shard]:
     """Yield the plans of all shards, split by split."""
     for name in SPLITS:
@@ -175,7 +175,7 @@ def _plan(
 @torch.inference_mode()
 def _encode(
     loader: DataLoader[Batch],
-    autoencoder: KLAutoencoder,
+    autoencoder: FrozenAutoencoder,
     mirror: bool,
     num_classes: int | None,
     done: Callable[[int], object],
@@ -199,7 +199,7 @@ def _encode(
     return {k: torch.cat([part[k] for part in parts]).contiguous() for k in parts[0]}
 
 
-def _moments(autoencoder: KLAutoencoder, images: Tensor) -> Columns:
+def _moments(autoencoder: FrozenAutoencoder, images: Tensor) -> Columns:
     """Return the mean and the std of the posteriors of some images, on the CPU."""
     columns = {k: v.cpu() for k, v in autoencoder.posterior(images)._asdict().items()}
     for name, value in columns.items():

@@ -13,6 +13,7 @@ from flowkit.modules.condition_grid import ConditionGrid
 from flowkit.modules.conditional import ConditionalFlowMatching, WeightedFlowMatching
 from flowkit.modules.flow import FlowModule
 from flowkit.modules.latent import LatentFlowMatching, describe_latents, expected_losses
+from flowkit.modules.logs import LossPlot, MetricsTable
 from flowkit.modules.mean_flow import MeanFlowMatching
 from flowkit.modules.sharding import FullySharded
 from flowkit.modules.straightening import Straightening
@@ -28,7 +29,9 @@ __all__ = [
     "FullySharded",
     "LastCheckpoint",
     "LatentFlowMatching",
+    "LossPlot",
     "MeanFlowMatching",
+    "MetricsTable",
     "SampleGrid",
     "Straightening",
     "SymmetricalFlowMatching",

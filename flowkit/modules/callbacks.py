@@ -17,6 +17,7 @@ from flowkit.checks import check_at_least, check_between
 from flowkit.distributed import batches_seen
 from flowkit.metrics.pictures import save_picture
 from flowkit.modules.flow import FlowModule, Guidance, brings_start, labels_of
+from flowkit.modules.logs import show_picture
 from flowkit.provenance import write_atomically
 from flowkit.sampling import Sampler, SDESampler, seeded_noise
 from flowkit.stopping import Stopped
@@ -168,7 +169,8 @@ class SampleGrid(Callback):
             names = getattr(data, "class_names", None)
             captions = [names[int(k)] for k in labels] if names and labels is not None else None
             file = self.folder / f"step-{trainer.global_step:06d}.png"
-            save_picture(samples, file, columns, captions=captions)
+            picture = save_picture(samples, file, columns, captions=captions)
+            show_picture(trainer, "samples", picture)
 
 
 class LastCheckpoint(Checkpoint):

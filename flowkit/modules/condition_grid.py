@@ -12,6 +12,7 @@ from flowkit.checks import check_at_least
 from flowkit.metrics.pictures import save_picture
 from flowkit.modules.flow import FlowModule, Guidance
 from flowkit.modules.latent import LatentFlowMatching
+from flowkit.modules.logs import show_picture
 from flowkit.sampling import Sampler, SDESampler, sample_seeds
 from flowkit.types import Batch
 
@@ -76,7 +77,7 @@ class ConditionGrid(Callback):
         )
         if trainer.is_global_zero:
             file = self.folder / f"step-{trainer.global_step:06d}.png"
-            save_picture(picture, file, self.samples + 2)
+            show_picture(trainer, "samples", save_picture(picture, file, self.samples + 2))
 
     def _of_first_process(self, trainer: Trainer, batch: Batch, device: torch.device) -> Batch:
         """Return the first rows of the batch of the first process, on all processes."""

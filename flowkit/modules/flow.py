@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from flowkit.autoencoders import (
     Autoencoder,
+    FrozenAutoencoder,
     Identity,
-    KLAutoencoder,
     check_identity,
     identity,
 )
@@ -105,7 +105,7 @@ class FlowModule(Shared, ExactResume, frozen=("autoencoder",)):
                 f"got {ours}"
             )
         x1 = batch["x1"]
-        if cached is None and isinstance(self.autoencoder, KLAutoencoder):
+        if cached is None and isinstance(self.autoencoder, FrozenAutoencoder):
             x1 = self.autoencoder.encode(x1, generator)
         elif cached is None:
             x1 = self.autoencoder.encode(x1)

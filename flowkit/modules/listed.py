@@ -28,9 +28,10 @@ CLASSES: dict[str, type] = {
     "torch.optim.lr_scheduler": object,
 }
 
-# Other names. Left out are loggers that send to other machines with the user's credentials,
-# callbacks that write or delete files at places that a checkpoint names, and networks that read
-# other networks by a path or from the hub.
+KINDS = ("DC", "KL", "RAE", "Tiny")  # of autoencoders
+
+# Other names. Left out are callbacks that write or delete files at places that a checkpoint names,
+# and networks that read other networks by a path or from the hub.
 NAMES: dict[str, tuple[str, ...]] = {
     "diffusers": (
         "AsymmetricAutoencoderKL",
@@ -57,7 +58,7 @@ NAMES: dict[str, tuple[str, ...]] = {
         "UVit2DModel",
         "VQModel",
     ),
-    "flowkit.autoencoders": ("KLAutoencoder.from_pretrained",),
+    "flowkit.autoencoders": tuple(f"{kind}Autoencoder.from_pretrained" for kind in KINDS),
     "flowkit.blockwise": ("MaskedEncoder.load", "copies"),
     "flowkit.grids": ("blockwise", "load", "power", "shifted", "uniform"),
     "flowkit.nn": ("autoencoder_kl", "unet2d"),
@@ -92,7 +93,12 @@ NAMES: dict[str, tuple[str, ...]] = {
         "Timer",
         "WeightAveraging",
     ),
-    "lightning.pytorch.loggers": ("CSVLogger", "TensorBoardLogger"),
+    "lightning.pytorch.loggers": (
+        "CSVLogger",
+        "MLFlowLogger",
+        "TensorBoardLogger",
+        "WandbLogger",
+    ),
     "transformers": (
         "CLIPTextConfig",
         "CLIPTextModel",
@@ -111,13 +117,15 @@ NAMES: dict[str, tuple[str, ...]] = {
 
 # The only arguments of a name whose other arguments choose servers and credentials.
 ARGUMENTS = {
-    "flowkit.autoencoders.KLAutoencoder.from_pretrained": (
-        "path",
-        "image_shape",
-        "subfolder",
-        "revision",
-        "variant",
-    )
+    **{
+        f"flowkit.autoencoders.{kind}Autoencoder.from_pretrained": (
+            *("path", "image_shape", "subfolder", "revision", "variant"),
+        )
+        for kind in KINDS
+    },
+    # They send to the user's own server and account, which only his environment names.
+    "lightning.pytorch.loggers.MLFlowLogger": ("experiment_name", "run_name", "save_dir"),
+    "lightning.pytorch.loggers.WandbLogger": ("project", "name", "save_dir", "offline"),
 }
 
 # Arguments of networks of transformers that choose code of the hub.

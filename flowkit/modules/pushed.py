@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from flowkit._version import __version__
-from flowkit.autoencoders import KLAutoencoder
+from flowkit.autoencoders import FrozenAutoencoder
 from flowkit.checks import check_choice
 from flowkit.hub import CONFIG, WEIGHTS, is_pushed
 from flowkit.modules.earlier import current
@@ -184,9 +184,10 @@ def round_weights(module: "FlowModule", dtype: str) -> None:
             if value.isfinite().all() and not rounded.isfinite().all():
                 raise ValueError(f"dtype must hold all weights, got {dtype} and overflow in {name}")
             value.copy_(rounded)
-    if isinstance(module.autoencoder, KLAutoencoder) and dtype != "float32":
-        vae = module.autoencoder.vae.to(DTYPES[dtype]).float()
-        module.autoencoder = KLAutoencoder(vae, module.autoencoder.image_shape)
+    own = module.autoencoder
+    if isinstance(own, FrozenAutoencoder) and dtype != "float32":
+        vae = own.vae.to(DTYPES[dtype]).float()
+        module.autoencoder = type(own)(vae, own.image_shape)
 
 
 def portable(module: "FlowModule", configuration: Mapping[str, Any], dtype: str) -> Config:
@@ -232,8 +233,9 @@ def portable(module: "FlowModule", configuration: Mapping[str, Any], dtype: str)
 
 def _is_embedded(node: Mapping[str, Any]) -> bool:
     """Return True for an autoencoder in a folder, which becomes a part of the pushed folder."""
-    by_path = "flowkit.autoencoders.KLAutoencoder.from_pretrained"
-    return node.get("_target_") == by_path and not str(node.get("path")).startswith("hub:")
+    target = str(node.get("_target_"))
+    by_path = target.startswith("flowkit.autoencoders.") and target.endswith(".from_pretrained")
+    return by_path and not str(node.get("path")).startswith("hub:")
 
 
 def _placeless(data: Mapping[str, Any] | None) -> Config | None:
@@ -246,7 +248,7 @@ def _placeless(data: Mapping[str, Any] | None) -> Config | None:
     node = {name: value for name, value in data.items() if name != "coupling"}
     if isinstance(node.get("images"), Mapping):
         node["images"] = _placeless(node["images"])
-    for name in ("root", "path"):
+    for name in ("root", "path", "font"):
         if (place := node.get(name)) is not None and not str(place).startswith("hub:"):
             node[name] = GIVEN_LATER
     return node
@@ -349,7 +351,7 @@ def write(
     if (config["module"].get("autoencoder") or {}).get("path") == AUTOENCODER:
         own: Any = module.autoencoder
         vae = copy.deepcopy(own.vae).to(dtype)
-        KLAutoencoder(vae, own.image_shape).save_pretrained(folder / AUTOENCODER)
+        type(own)(vae, own.image_shape).save_pretrained(folder / AUTOENCODER)
     for name, content in files.items():
         if isinstance(content, str):
             write_text(folder / name, content)

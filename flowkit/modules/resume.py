@@ -91,7 +91,12 @@ class ExactResume(Frozen, LightningModule):
         if self.terms_are_seen:
             for name, value in terms.items():
                 self.log(f"train/{name}", value.detach(), prog_bar=name == "loss", sync_dist=True)
+            self.log("train/learning_rate", self._learning_rate())
         return terms["loss"]
+
+    def _learning_rate(self) -> float:
+        """Return the learning rate of this step."""
+        return cast(Any, self.trainer).optimizers[0].param_groups[0]["lr"]
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Log the loss under fixed noise as ``val/…``."""

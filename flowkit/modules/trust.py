@@ -148,7 +148,9 @@ def _arguments(node: Any) -> tuple[str, ...] | None:
     if not isinstance(node, dict):
         return ()  # a reference, whose node is not known here
     if node.get("_target_") != "functools.partial":
-        return ARGUMENTS.get(str(node.get("_target_")))
+        found = find(str(node.get("_target_")))  # whatever name it is known by
+        same = (allowed for name, allowed in ARGUMENTS.items() if find(name) == found)
+        return None if found is None else next(same, None)
     inner = node.get("_args_")
     return _arguments(inner[0]) if isinstance(inner, list) and inner else ()
 

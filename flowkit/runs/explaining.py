@@ -181,7 +181,7 @@ def differences(first: Record, second: Record, value: str) -> list[Difference]:
     found: list[Difference] = []
     for setting in SEEN if same else SEEN + MADE:
         a, b = setting.find(first), setting.find(second)
-        if a is not None and b is not None and _differ(first, second, a, b):
+        if a is not None and b is not None and differ(first, second, a, b):
             change, how = _size(setting.name, first, second, value, (a, b))
             shown = _shown(setting.name, first, a), _shown(setting.name, second, b)
             found.append(Difference(setting.name, *shown, change, how))
@@ -204,7 +204,7 @@ def by_size(found: list[Difference]) -> list[Difference]:
     return sorted(found, key=lambda one: (one.name == CHANCE, -one.size))
 
 
-def _differ(first: Record, second: Record, a: Any, b: Any) -> bool:
+def differ(first: Record, second: Record, a: Any, b: Any) -> bool:
     """Say whether two values differ; shares of classes by more than their draw explains."""
     if not isinstance(a, Mapping):
         return a != b

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from flowkit.checks import check_choice
-from flowkit.data import SplitData
+from flowkit.data import EDMLatents, SplitData
 from flowkit.data.cache import INDEX
 from flowkit.data.pairs import RECORD as PAIRS
 from flowkit.metrics.comparison import FEW
@@ -53,6 +53,12 @@ def stored_data(
     with trusting(trust):
         found = build(located(node, record, here), place)
         data = opened(found, record, changed, "test")
+    if isinstance(data, EDMLatents):
+        raise ValueError(
+            "data must be images to compare with, got latents without their images; draw samples "
+            "with flowkit sample, then flowkit evaluate samples=... "
+            f"reference={data.root / 'images'}"
+        )
     source = getattr(data, "source", None)
     if not isinstance(source, dict):
         return data

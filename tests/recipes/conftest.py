@@ -19,6 +19,7 @@ TINY = [
     "trainer.enable_progress_bar=false",
     "trainer.accelerator=cpu",
     "callback.ema.decay=0.9",
+    "callback.losses=null",  # a plot takes longer than the training
     "callback.samples.rows=1",
     "sampler.grid=2",
 ]

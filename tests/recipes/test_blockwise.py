@@ -31,6 +31,7 @@ SHORT = [
     "trainer.accelerator=cpu",
     "callback.ema.decay=0.5",
     "callback.samples.rows=1",
+    "callback.losses=null",
     "logger.tensorboard=null",
 ]
 SMALL = ["model.width=16", "model.heads=2", "model.trunk_depth=1", "model.edges=3"]

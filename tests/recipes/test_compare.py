@@ -29,6 +29,7 @@ POINTS = [
     "callback=raw",
     "logger.csv=null",
     "logger.tensorboard=null",
+    "callback.losses=null",
 ]
 EVALUATE = ["sampler=euler", "sampler.grid=3", "num_samples=40"]
 ROWS = [

@@ -36,6 +36,7 @@ from flowkit.recipes.report import report
 from flowkit.recipes.sample import sample
 from flowkit.recipes.semantic import semantic
 from flowkit.recipes.statistics import statistics
+from flowkit.recipes.table import table
 from flowkit.recipes.tokens import tokens
 from flowkit.recipes.train import train
 from flowkit.runs.resuming import resumed
@@ -56,7 +57,7 @@ LATENT += [
 DIT = [*SHORT, "model.net.width=16", "model.net.depth=1", "model.net.heads=2"]
 POINTS = ["data=toy", "data.size=50", "model=mlp", "batch_size=16", "trainer.max_steps=1"]
 POINTS += ["trainer.enable_progress_bar=false", "trainer.accelerator=cpu", "callback.samples=null"]
-POINTS += ["logger.csv=null", "logger.tensorboard=null"]
+POINTS += ["callback.losses=null", "logger.csv=null", "logger.tensorboard=null"]
 PLAIN = "plain"  # the run that a recipe starts from
 RUNS = {
     "holes": [*DIT, "module=inpainting", "model=inpainting_dit", "model.net.in_channels=3"],
@@ -120,6 +121,7 @@ RECIPES = {
     "sample": (sample, PLAIN, ["num_samples=4", "batch_size=2", "sampler.grid=1"]),
     "semantic": (semantic, "maps", ["num_images=4", "rows=1", "columns=1", "sampler.grid=1"]),
     "reflow": (train, PLAIN, [*SHORT, "module=straightening", "data=pairs", "sampler.grid=1"]),
+    "table": (table, "evaluated", []),
     "tokens": (tokens, None, ["steps=1", "sizes.width=8", "sizes.depth=1", "sizes.heads=1"]),
     "train": (train, None, [*SHORT[:-1], "callback.samples.rows=1", "sampler.grid=1"]),
 }
@@ -130,6 +132,7 @@ LAST |= {
     "push": "config",
     "evaluate samples": "metrics",
     "statistics": "statistics",
+    "table": "table",
 }  # stand for a whole
 FAST = ("sample", "pairs")
 TO = {"push": "to"}  # instead of out
@@ -142,6 +145,7 @@ OTHER |= {
     "push": "license=mit",
     "encode": "shard_size=500",
     "report": "nfe=[4]",
+    "table": "metrics=[recall]",
 }
 REFUSED = ("encode", "pairs", "tokens")  # trainings may depend on these files
 
@@ -172,6 +176,9 @@ def starts(tmp_path_factory, tiny_run):
         elif name == "pairs" and name not in made:
             options = [f"run={tiny_run}", f"out={folder}", *RECIPES["pairs"][2]]
             pairs(composed("pairs", *options))
+        elif name == "evaluated" and name not in made:
+            options = [f"run={tiny_run}", f"out={folder}", *RECIPES["evaluate"][2]]
+            evaluate(composed("evaluate", *options))
         elif name == "samples" and name not in made:
             options = [f"run={tiny_run}", f"out={folder}", *RECIPES["sample"][2], "format=npz"]
             sample(composed("sample", *options, "num_samples=20"))
@@ -185,9 +192,15 @@ def arguments(recipe, starts):
     _, origin, options = RECIPES[recipe]
     options = [*options]
     if origin is not None:
-        key = {"encode": "autoencoder.path", "pareto": "+runs.it", "reflow": "module.start"}
+        key = {
+            "encode": "autoencoder.path",
+            "pareto": "+runs.it",
+            "reflow": "module.start",
+            "table": "runs",
+        }
         key["evaluate samples"] = "samples"
-        options.append(f"{key.get(recipe, 'run')}={starts(origin)}")
+        place = f"[{starts(origin)}]" if recipe == "table" else starts(origin)
+        options.append(f"{key.get(recipe, 'run')}={place}")
     if recipe == "reflow":
         options.append(f"data.root={starts('pairs')}")
     if recipe == "edit":

