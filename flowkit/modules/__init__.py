@@ -13,7 +13,9 @@ from flowkit.modules.condition_grid import ConditionGrid
 from flowkit.modules.conditional import ConditionalFlowMatching, WeightedFlowMatching
 from flowkit.modules.flow import FlowModule
 from flowkit.modules.latent import LatentFlowMatching, describe_latents, expected_losses
+from flowkit.modules.latent_actions import LatentActions
 from flowkit.modules.mean_flow import MeanFlowMatching
+from flowkit.modules.regression import Regression
 from flowkit.modules.sharding import FullySharded
 from flowkit.modules.straightening import Straightening
 from flowkit.modules.symmetrical import SymmetricalFlowMatching
@@ -27,8 +29,10 @@ __all__ = [
     "FlowModule",
     "FullySharded",
     "LastCheckpoint",
+    "LatentActions",
     "LatentFlowMatching",
     "MeanFlowMatching",
+    "Regression",
     "SampleGrid",
     "Straightening",
     "SymmetricalFlowMatching",

@@ -134,8 +134,10 @@ class SequenceDiT(nn.Module):
         self.shape, self.num_times, self.width = (int(shape[0]), int(shape[1])), num_times, width
         self.inputs = _linear(self.shape[0], width)
         self.frames = None if frames is None else _linear(frames, width)
-        self.vector = None if vector is None else nn.Sequential(
-            _linear(vector, width), nn.SiLU(), _linear(width, width)
+        self.vector = (
+            None
+            if vector is None
+            else nn.Sequential(_linear(vector, width), nn.SiLU(), _linear(width, width))
         )
         self.embedding = TimeLabelEmbedding(width, None, num_times, time_scale=time_scale)
         self.blocks = nn.ModuleList(DiTBlock(width, heads, mlp_ratio) for _ in range(depth))
