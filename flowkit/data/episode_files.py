@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from flowkit.data.npz import Npz
-from flowkit.provenance import beside, read_json
+from flowkit.provenance import read_json
 
 EXTRA = "pip install 'flowkit-fm[robots]'"
 
@@ -61,8 +61,8 @@ def read_episodes(root: Path, keys: Keys) -> list[Recorded]:
     reader = _lerobot if is_lerobot else readers.get(root.suffix.lower())
     if reader is None:
         raise ValueError(
-            "root must be a .npz, .hdf5 or .jsonl file, or a folder of LeRobot with meta/info.json, "
-            f"got {root}"
+            "root must be a .npz, .hdf5 or .jsonl file, or a folder of LeRobot with "
+            f"meta/info.json, got {root}"
         )
     try:
         return list(reader(root, keys))
@@ -178,7 +178,9 @@ def _lerobot_episodes(root: Path, info: Mapping[str, Any], version: str) -> list
         rows = []
         for file in files:
             table = _parquet(root, str(file.relative_to(root)), None)
-            rows += [dict(zip(table, cells, strict=True)) for cells in zip(*table.values())]
+            rows += [
+                dict(zip(table, cells, strict=True)) for cells in zip(*table.values(), strict=True)
+            ]
     else:
         rows = _lines(root / "meta" / "episodes.jsonl")
     expected = int(info.get("total_episodes", len(rows)))
@@ -284,16 +286,13 @@ def _lines(file: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _image(root: Path, cell: Any) -> np.ndarray:
+def _image(root: Path, cell: Mapping[str, Any]) -> np.ndarray:
     """Decode an image that is in a file, or stands for one below a folder."""
     from PIL import Image, UnidentifiedImageError
 
-    content, path = (
-        (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (None, cell)
-    )
-    file = root / Path(str(path))
+    content, file = cell.get("bytes"), root / str(cell.get("path"))
     if content is None and not file.resolve().is_relative_to(root.resolve()):
-        beside(root, "..")
+        raise ValueError(f"images must lie in {root}, got {file}")
     try:
         with Image.open(io.BytesIO(content) if content is not None else file) as picture:
             return np.asarray(picture.convert("RGB"))

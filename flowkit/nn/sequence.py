@@ -223,9 +223,8 @@ class SequenceDiT(nn.Module):
         for name, size in self.sizes.items():
             if (name in given) != (size is not None):
                 state = "hold" if size is not None else "not hold"
-                raise ValueError(
-                    f"cond must {state} {name} for this network, got {', '.join(given) or 'nothing'}"
-                )
+                got = ", ".join(given) or "nothing"
+                raise ValueError(f"cond must {state} {name} for this network, got {got}")
             if size is not None:
                 axis = 1 if name != "tokens" else 2
                 shape, ndim = tuple(given[name].shape), 2 if name == "vector" else 3

@@ -158,7 +158,7 @@ OBSTACLE = """
   <worldbody>
     <light pos="0 0 3"/>
     <camera name="above" pos="0 0 1.6"/>
-    <geom type="plane" size="1 1 .1" pos="0 0 -.05" rgba=".95 .95 .95 1" contype="0" conaffinity="0"/>
+    <geom type="plane" size="1 1 .1" pos="0 0 -.05" contype="0" conaffinity="0"/>
     <geom name="obstacle" type="cylinder" size=".18 .05" rgba=".4 .4 .4 1"/>
     <body name="hand">
       <joint name="x" type="slide" axis="1 0 0"/>

@@ -24,7 +24,7 @@ class Inferred(NamedTuple):
 class LatentActionModel(nn.Module):
     """Inverse dynamics through a bottleneck of codes, forward dynamics, and a prior of codes.
 
-        codes = quantize(inverse(o, o′)),    o′ ≈ o + forward(o, codes),    p(codes | o) by the prior
+        codes = quantize(inverse(o, o′)),    o′ ≈ o + forward(o, codes),    prior p(codes | o)
 
     The bottleneck of ``k`` codes out of ``num_codes`` keeps what the observation ``o`` does not
     tell about the later one ``o′``: which motion was made. Pairs of observations suffice.

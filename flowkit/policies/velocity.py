@@ -1,6 +1,7 @@
 """A velocity of chunks that knows the numbers of its robot, and the policy that it makes."""
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any, cast
 
 import numpy as np
@@ -31,7 +32,7 @@ class ImageEncoder(nn.Module):
         super().__init__()
         sizes = [channels, width, 2 * width, 4 * width, 4 * width]
         layers: list[nn.Module] = []
-        for inputs, outputs in zip(sizes, sizes[1:], strict=False):
+        for inputs, outputs in pairwise(sizes):
             layers += [nn.Conv2d(inputs, outputs, 3, stride=2, padding=1), nn.SiLU()]
         self.layers = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(4), nn.Flatten(2))
         self.outputs = nn.Linear(sizes[-1], size)
