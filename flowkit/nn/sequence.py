@@ -16,7 +16,7 @@ KEYS = ("frames", "vector", "tokens", "frame_mask", "token_mask")
 
 
 class Prefix(NamedTuple):
-    """What a network prepares of a condition, once a solve; see `SequenceDiT.prepare`."""
+    """A condition as a network prepares it, once a solve; see `SequenceDiT.prepare`."""
 
     frames: Tensor | None
     """Frames ``(B, T, width)``, embedded."""

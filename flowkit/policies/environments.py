@@ -101,9 +101,10 @@ class MetaWorld:
 
             names = sorted(name.removesuffix("-goal-observable") for name in TASKS)
             check_choice(task, names, "task")
-            self.robot: Any = TASKS[f"{task}-goal-observable"](seed=0)
+            make: Any = TASKS[f"{task}-goal-observable"]
+            self.robot: Any = make(seed=0)
         self.robot._freeze_rand_vec, self.robot.seeded_rand_vec = False, True
-        self.name, self._scripted = f"metaworld {task}", ENV_POLICY_MAP[task]
+        self.name, self._scripted = f"metaworld {task}", ENV_POLICY_MAP[str(task)]
         self._renderer = _Renderer("corner2")
 
     def reset(self, seed: int) -> np.ndarray:
@@ -189,9 +190,9 @@ class Obstacle:
     def __init__(self) -> None:
         import mujoco
 
-        self._mujoco = mujoco
-        self.model: Any = mujoco.MjModel.from_xml_string(OBSTACLE)
-        self.data: Any = mujoco.MjData(self.model)
+        self._mujoco: Any = mujoco
+        self.model: Any = self._mujoco.MjModel.from_xml_string(OBSTACLE)
+        self.data: Any = self._mujoco.MjData(self.model)
         self._renderer = _Renderer("above")
 
     def reset(self, seed: int) -> np.ndarray:
