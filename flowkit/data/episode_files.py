@@ -3,6 +3,7 @@
 import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -94,7 +95,7 @@ def _npz(root: Path, keys: Keys) -> Iterator[Recorded]:
     if keys.action is not None:
         action = _pick(parts, keys.action, "action", str(root))
     images = None if keys.camera is None else _pick(parts, keys.camera, "camera", str(root))
-    ends = [int(end) for end in _pick(parts, "episode_ends", "ends", str(root))]
+    ends = [int(end) for end in _pick(parts, "episode_ends", "array", str(root))]
     if ends != sorted(set(ends)) or not ends or ends[0] < 1 or ends[-1] != len(obs):
         raise ValueError(
             f"episode_ends of {root} must increase from at least 1 to the {len(obs)} steps, got "
@@ -149,14 +150,17 @@ def _lerobot(root: Path, keys: Keys) -> Iterator[Recorded]:
     shown = features[keys.camera]["dtype"] if keys.camera else None
     if shown == "image":
         wanted.append(str(keys.camera))
+    # Several episodes lie in a file, one behind the other: it is read once.
+    table_of = lru_cache(maxsize=1)(lambda name: _parquet(root, name, [*wanted, "episode_index"]))
+    video_of = lru_cache(maxsize=1)(_video)
     for row in _lerobot_episodes(root, info, version):
         number = int(row["episode_index"])
         place = {"episode_chunk": number // int(info.get("chunks_size", 1000))}
         place |= {"episode_index": number, "chunk_index": row.get("data/chunk_index", 0)}
         place |= {"file_index": row.get("data/file_index", 0)}
         where = f"episode {number} of {root}"
-        table = _parquet(root, str(info["data_path"]).format(**place), [*wanted, "episode_index"])
-        own = [k for k, index in enumerate(table["episode_index"]) if index == number]
+        table = table_of(str(info["data_path"]).format(**place))
+        own = np.flatnonzero(np.asarray(table["episode_index"]) == number)
         if len(own) != int(row["length"]):
             raise ValueError(
                 f"{where} must have {row['length']} steps as meta says, got {len(own)}"
@@ -166,7 +170,8 @@ def _lerobot(root: Path, keys: Keys) -> Iterator[Recorded]:
         if shown == "image":
             images = np.stack([_image(root, cell) for cell in columns[str(keys.camera)]])
         elif shown is not None:
-            images = _lerobot_video(root, info, str(keys.camera), row, place)
+            file, first = _lerobot_video(root, info, str(keys.camera), row, place)
+            images = video_of(file)[first : first + len(own)]
         found = _joined([np.asarray(columns[action])]) if action in columns else None
         yield Recorded(where, _joined([np.asarray(columns[key]) for key in names]), found, images)
 
@@ -193,16 +198,15 @@ def _lerobot_episodes(root: Path, info: Mapping[str, Any], version: str) -> list
 
 def _lerobot_video(
     root: Path, info: Mapping[str, Any], camera: str, row: Mapping[str, Any], place: dict[str, Any]
-) -> np.ndarray:
-    """Decode the frames of an episode."""
+) -> tuple[Path, int]:
+    """Return the video of an episode, and the number of its first frame there."""
     own = {"video_key": camera, **place}
     first = 0
     if f"videos/{camera}/chunk_index" in row:
         own["chunk_index"] = row[f"videos/{camera}/chunk_index"]
         own["file_index"] = row[f"videos/{camera}/file_index"]
         first = round(float(row[f"videos/{camera}/from_timestamp"]) * float(info["fps"]))
-    file = root / str(info["video_path"]).format(**own)
-    return _video(file)[first : first + int(row["length"])]
+    return root / str(info["video_path"]).format(**own), first
 
 
 def _video(file: Path) -> np.ndarray:
