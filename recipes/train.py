@@ -11,6 +11,7 @@ flowkit train trainer=ddp                                       on all devices o
 import inspect
 import os
 import shutil
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -48,6 +49,7 @@ from flowkit.modules.checkpoints import (
 from flowkit.modules.flow import brings_start
 from flowkit.modules.sharding import even_validation, shard_if_asked
 from flowkit.modules.trust import check, trusting
+from flowkit.policies import PolicyVelocity
 from flowkit.provenance import write_text
 from flowkit.runs.epochs import count_in_steps
 from flowkit.runs.known_data import record_of, write_data_record
@@ -228,6 +230,8 @@ def _module(cfg: DictConfig, data: Any) -> FlowModule:
     module = instantiate(cfg.module, autoencoder=autoencoder)
     _check_kinds(module)
     network = module.net if _is_a(cfg, MeanFlowMatching) else module.velocity
+    if isinstance(network, PolicyVelocity):
+        _teach(network, data)
     if cfg.compile:
         network.compile()  # in place, so that names in checkpoints stay the same
     module.guided(cfg.guidance)  # refuses a wrong scale now and not at the first picture
@@ -235,6 +239,16 @@ def _module(cfg: DictConfig, data: Any) -> FlowModule:
     name = f"{type(module).__name__} of {type(network).__name__}"
     say(f"model     {name}, {parameters:,} parameters")
     return module
+
+
+def _teach(network: PolicyVelocity, data: Any) -> None:
+    """Give a policy the statistics of its demonstrations."""
+    actions = getattr(data, "actions", None)
+    if actions is None:
+        raise ValueError(
+            f"data must be demonstrations with actions for a policy, got {type(data).__name__}"
+        )
+    network.take(actions, data.observations)
 
 
 def _convert_prediction(cfg: DictConfig) -> None:
@@ -302,6 +316,10 @@ def tell(cfg: DictConfig, data: Any, autoencoder: Any) -> None:
     cfg.needs_data = brings_start(data.train[:1], data)
     net = cfg.network
     net.shape, net.num_classes = list(cfg.shape), cfg.num_classes
+    if isinstance(cond := batch.get("cond"), Mapping):
+        for name, axis in (("frames", 1), ("vector", 1), ("tokens", 2)):
+            size = cond[name].shape[axis] if name in cond else None
+            OmegaConf.update(cfg, f"network.{name}", size, force_add=True)
     if _is_a(cfg, MeanFlowMatching):
         net.num_times, net.time_scale = 2, 10
     if "codec" in cfg.module:

@@ -17,6 +17,8 @@ LAWS = [
     (Beta(2.0, 1.0), stats.beta(2, 1).cdf),
     (Beta(0.5, 0.7), stats.beta(0.5, 0.7).cdf),
     (Beta(3.0, 8.0), stats.beta(3, 8).cdf),
+    (Beta(1.5, 1.0, 0.999, reverse=True), stats.beta(1.0, 1.5, scale=0.999).cdf),
+    (Beta(2.0, 5.0, scale=0.5), stats.beta(2, 5, scale=0.5).cdf),
 ]
 
 
@@ -37,6 +39,14 @@ def test_generator_fixes_the_draw(times):
     assert not torch.equal(a, c)
     assert a.dtype == torch.float32
     assert isinstance(times, Times)
+
+
+def test_times_of_action_chunks_are_the_published_ones():
+    """Mean 0.999 · 2/5 = 0.3996, and 1 − (1 − 0.1/0.999)^1.5 = 0.1463 of them below 0.1."""
+    t = Beta(1.5, 1.0, scale=0.999, reverse=True)(400_000, generator=generator()).double()
+    assert abs(t.mean() - 0.3996) < 4 * t.std() / len(t) ** 0.5
+    assert abs((t < 0.1).double().mean() - 0.1463) < 4 * (0.125 / len(t)) ** 0.5
+    assert t.max() <= 0.999
 
 
 def test_logit_normal_times_follow_the_generators_normal_numbers():
@@ -82,6 +92,8 @@ def test_stratified_over_ranks_is_stratified_as_a_whole(monkeypatch, world):
         (lambda: Beta(-1.0, 1.0), "a must be positive and finite, got -1.0"),
         (lambda: Beta(float("nan"), 1.0), "a must be positive and finite, got nan"),
         (lambda: Stratified()(-1), "batch must be at least 0, got -1"),
+        (lambda: Beta(1.0, 1.0, scale=0.0), "scale must be positive and finite, got 0.0"),
+        (lambda: Beta(1.0, 1.0, scale=1.5), r"scale must lie in \[0, 1\], got 1.5"),
         (lambda: Beta(1.0, float("inf")), "b must be positive and finite, got inf"),
     ],
 )

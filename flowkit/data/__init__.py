@@ -1,14 +1,15 @@
 """Data sets as Lightning data modules.
 
 Each class reads one kind of source (tensors and arrays, image files, tar files, IDX files, the
-Hugging Face hub, emoji of a font, latents, pairs, toy points) and divides its samples into the
-splits train, val and test. All batches are of the type ``flowkit.types.Batch``. The training stream
-is endless, and a resumed run reads the same batches as a run without interruption. A new data set
-is a subclass of `SplitData` with a method ``load``.
+Hugging Face hub, emoji of a font, latents, pairs, toy points, demonstrations of robots) and divides
+its samples into the splits train, val and test. All batches are of the type
+``flowkit.types.Batch``. The training stream is endless, and a resumed run reads the same batches as
+a run without interruption. A new data set is a subclass of `SplitData` with a method ``load``.
 """
 
 from flowkit.data.arrays import Arrays
 from flowkit.data.cache import write_cache
+from flowkit.data.demonstrations import Chunks, Demonstrations
 from flowkit.data.digits import Digits
 from flowkit.data.edm_latents import EDMLatents
 from flowkit.data.emoji import Emoji
@@ -27,6 +28,8 @@ from flowkit.data.toy import Toy, sample_toy
 __all__ = [
     "IDX",
     "Arrays",
+    "Chunks",
+    "Demonstrations",
     "Digits",
     "EDMLatents",
     "Emoji",

@@ -13,8 +13,10 @@ from flowkit.modules.condition_grid import ConditionGrid
 from flowkit.modules.conditional import ConditionalFlowMatching, WeightedFlowMatching
 from flowkit.modules.flow import FlowModule
 from flowkit.modules.latent import LatentFlowMatching, describe_latents, expected_losses
+from flowkit.modules.latent_actions import LatentActions
 from flowkit.modules.logs import LossPlot, MetricsTable
 from flowkit.modules.mean_flow import MeanFlowMatching
+from flowkit.modules.regression import Regression
 from flowkit.modules.sharding import FullySharded
 from flowkit.modules.straightening import Straightening
 from flowkit.modules.symmetrical import SymmetricalFlowMatching
@@ -28,10 +30,12 @@ __all__ = [
     "FlowModule",
     "FullySharded",
     "LastCheckpoint",
+    "LatentActions",
     "LatentFlowMatching",
     "LossPlot",
     "MeanFlowMatching",
     "MetricsTable",
+    "Regression",
     "SampleGrid",
     "Straightening",
     "SymmetricalFlowMatching",

@@ -20,6 +20,7 @@ CLASSES: dict[str, type] = {
     "flowkit.modules": object,
     "flowkit.nn": object,
     "flowkit.paths": object,
+    "flowkit.policies": object,
     "flowkit.sampling": object,
     "flowkit.symmetrical": object,
     "flowkit.times": object,

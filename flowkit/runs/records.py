@@ -25,7 +25,7 @@ def weights(module: FlowModule) -> dict[str, Any]:
 def recording(record: dict[str, Any], files: list[Path]) -> Iterator[None]:
     """Write a record to the first of ``files``, after the body has written the other files.
 
-    So a record stands for all its files. An earlier record that differs in more than its seconds
+    So a record stands for all its files. An earlier record that differs in more than its times
     keeps its files under new names, see `set_aside`.
     """
     file, text = files[0], json.dumps(record, indent=2) + "\n"
@@ -122,8 +122,8 @@ def _with_references(value: Any, kept: Any) -> Any:
 
 
 def _timeless(text: str) -> str:
-    """Remove all seconds from the text of a record."""
-    return re.sub(r'"seconds": [\d.]+', "", text)
+    """Remove all seconds, rates and latencies from the text of a record."""
+    return re.sub(r'"(seconds|\w+_hz|latency_ms_\d+)": [\d.e+-]+', "", text)
 
 
 def file_names(names: Iterable[str]) -> list[str]:

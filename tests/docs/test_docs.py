@@ -345,6 +345,8 @@ def elsewhere(recipe: str, given: list[str], cfg: DictConfig, where: str) -> boo
         return True
     if "dinov2" in str(given) or "xl2" in str(given):
         return True
+    if cfg.get("env") == "metaworld" and importlib.util.find_spec("metaworld") is None:
+        return True
     if recipe == "compare" and len(cfg.couplings) * len(cfg.problems) > 2:
         return True
     for key in PATHS:

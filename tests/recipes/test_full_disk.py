@@ -23,6 +23,7 @@ from flowkit.recipes.boss import boss
 from flowkit.recipes.compare import compare
 from flowkit.recipes.compare_edits import compare_edits
 from flowkit.recipes.consistency import consistency
+from flowkit.recipes.demonstrate import demonstrate
 from flowkit.recipes.edit import edit
 from flowkit.recipes.encode import encode
 from flowkit.recipes.epsilon import epsilon
@@ -33,6 +34,7 @@ from flowkit.recipes.pareto import pareto
 from flowkit.recipes.predict import predict
 from flowkit.recipes.push import push
 from flowkit.recipes.report import report
+from flowkit.recipes.rollout import rollout
 from flowkit.recipes.sample import sample
 from flowkit.recipes.semantic import semantic
 from flowkit.recipes.statistics import statistics
@@ -66,6 +68,9 @@ RUNS = {
 }
 RUNS["maps"] += ["model.num_classes=11", "model.factor=1", "module.drop_cond.null=11"]
 RUNS["maps"] += ["model.net.in_channels=5"]
+RUNS["policy"] = [*SHORT, "data=demonstrations", "model=policy", "model.net.width=16"]
+RUNS["policy"] += ["model.net.depth=1", "model.net.heads=2"]
+SHOWN = ["env=obstacle", "num=12"]
 RECIPES = {
     "autoencoder": (autoencoder, None, LATENT),
     "blockwise": (blockwise, PLAIN, [*SHORT, "stage=flow", "edges=2"]),
@@ -94,6 +99,7 @@ RECIPES = {
         ],
     ),
     "consistency": (consistency, "symmetrical", ["num_samples=8", "sampler.grid=1"]),
+    "demonstrate": (demonstrate, None, SHOWN),
     "edit": (edit, PLAIN, ["source=3", "target=8", "num_steps=2", "num_iters=1"]),
     "encode": (encode, "network", ["shard_size=600"]),
     "epsilon": (epsilon, None, ["num_samples=40"]),
@@ -118,6 +124,7 @@ RECIPES = {
         PLAIN,
         ["num_samples=8", "solvers=[euler]", "nfe=[1,2]", "grids.shifted=null", "metric=pixels"],
     ),
+    "rollout": (rollout, "policy", ["env=obstacle", "episodes=2", "sampler.grid=1"]),
     "sample": (sample, PLAIN, ["num_samples=4", "batch_size=2", "sampler.grid=1"]),
     "semantic": (semantic, "maps", ["num_images=4", "rows=1", "columns=1", "sampler.grid=1"]),
     "reflow": (train, PLAIN, [*SHORT, "module=straightening", "data=pairs", "sampler.grid=1"]),
@@ -134,6 +141,7 @@ LAST |= {
     "statistics": "statistics",
     "table": "table",
 }  # stand for a whole
+LAST |= {"demonstrate": "file", "rollout": "rollout"}
 FAST = ("sample", "pairs")
 TO = {"push": "to"}  # instead of out
 OTHER = dict.fromkeys(("boss", "consistency", "epsilon", "evaluate", "inpaint"), "seed=1")
@@ -141,6 +149,8 @@ OTHER |= dict.fromkeys(("pairs", "pareto", "predict", "sample", "semantic", "tok
 OTHER |= {"compare": f"overrides={[*POINTS, 'seed=7']}", "compare_edits": "num_steps=4"}
 OTHER |= {
     "statistics": "split=train",
+    "demonstrate": "seed=1",
+    "rollout": "seed=1",
     "edit": "num_iters=2",
     "push": "license=mit",
     "encode": "shard_size=500",
@@ -171,6 +181,11 @@ def starts(tmp_path_factory, tiny_run):
         elif name == "blocks" and name not in made:
             options = [*RECIPES["blockwise"][2], f"run={tiny_run}", f"run_dir={folder}"]
             blockwise(composed("blockwise", *options))
+        elif name == "policy" and name not in made:
+            place.mkdir(exist_ok=True)
+            demonstrate(composed("demonstrate", *SHOWN, f"out={place}/shown.npz"))
+            root = f"data.root={place}/shown.npz"
+            train(composed("train", *RUNS[name], root, f"run_dir={folder}"))
         elif name in RUNS and name not in made:
             train(composed("train", *RUNS[name], f"run_dir={folder}"))
         elif name == "pairs" and name not in made:
@@ -212,7 +227,8 @@ def call(recipe, folder, starts, *more):
     """Call a recipe as a user does who calls it again after an error."""
     trains = recipe in ("autoencoder", "blockwise", "reflow", "train")
     name, options = arguments(recipe, starts)
-    out = folder / "statistics.npz" if recipe == "statistics" else folder
+    own = {"statistics": "statistics.npz", "demonstrate": "file.npz"}
+    out = folder / own.get(recipe, "")
     options += [f"run_dir={folder}" if trains else f"{TO.get(recipe, 'out')}={out}", *more]
     if trains and (folder / "checkpoints" / "last.ckpt").is_file():
         name = "train" if recipe == "blockwise" else name
@@ -282,7 +298,8 @@ def timeless(value):
     """A record without what depends on the time."""
     names = {"seconds", "processor_seconds", "milliseconds", "sampling", "cost"}
     if isinstance(value, dict):
-        return {k: timeless(v) for k, v in value.items() if k not in names}
+        kept = {k: v for k, v in value.items() if not re.search(r"_hz$|^latency_ms", k)}
+        return {k: timeless(v) for k, v in kept.items() if k not in names}
     return [timeless(v) for v in value] if isinstance(value, list) else value
 
 
@@ -372,7 +389,7 @@ def test_a_call_with_other_options_loses_no_result_of_the_first(
 
 PLACES = {"boss": "boss", "compare_edits": "edits", "consistency": "consistency", "edit": "edits"}
 PLACES |= {"inpaint": "inpainted", "predict": "predicted", "report": "report", "sample": "drawn"}
-PLACES |= {"semantic": "semantic"}  # where results go within the run
+PLACES |= {"semantic": "semantic", "rollout": "rollout"}  # where results go within the run
 
 
 @pytest.mark.parametrize("recipe", some_fast(RECIPES))

@@ -1,0 +1,113 @@
+"""Latent actions: what happened between two observations, in a few codes, without any action."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flowkit.checks import check_at_least
+from flowkit.policies.normalizer import ActionNormalizer
+
+
+class Inferred(NamedTuple):
+    """Latent actions and what training needs of them."""
+
+    codes: Tensor
+    """Numbers of codes ``(B, k)``."""
+    latents: Tensor
+    """Vectors before quantization ``(B, k, width)``."""
+    quantized: Tensor
+    """Their codes' vectors ``(B, k, width)``; gradients pass to ``latents``."""
+
+
+class LatentActionModel(nn.Module):
+    """Inverse dynamics through a bottleneck of codes, forward dynamics, and a prior of codes.
+
+        codes = quantize(inverse(o, o′)),    o′ ≈ o + forward(o, codes),    prior p(codes | o)
+
+    The bottleneck of ``k`` codes out of ``num_codes`` keeps what the observation ``o`` does not
+    tell about the later one ``o′``: which motion was made. Pairs of observations suffice.
+
+    Args:
+        obs_size: Size ``O`` of an observation.
+        num_codes: Codes of the book, at least 2.
+        tokens: Codes ``k`` of a latent action.
+        width: Size of a code's vector.
+        hidden: Size of the hidden layers.
+
+    Raises:
+        ValueError: If a size is too small.
+
+    Source: the tokenizer of Routray et al., *ViPRA: Video Prediction for Robot Actions*, 2025
+    (arXiv 2511.07732), with 8 codes, for observations in place of videos. Quantization with a
+    straight-through gradient: van den Oord et al., *Neural Discrete Representation Learning*, 2017
+    (arXiv 1711.00937).
+
+    >>> model = LatentActionModel(obs_size=4)
+    >>> now, later = torch.randn(64, 4), torch.randn(64, 4)
+    >>> model.observations.take(*torch.tensor([[0.0] * 4, [1.0] * 4, [-9.0] * 4, [9.0] * 4]))
+    >>> codes = model.infer(now, later)
+    >>> codes.shape, model.embed(codes).shape, model.draw(now).shape
+    (torch.Size([64, 4]), torch.Size([64, 4, 16]), torch.Size([64, 4]))
+    """
+
+    def __init__(
+        self,
+        obs_size: int,
+        num_codes: int = 8,
+        tokens: int = 4,
+        width: int = 16,
+        hidden: int = 128,
+    ) -> None:
+        super().__init__()
+        check_at_least(num_codes, 2, "num_codes")
+        check_at_least(tokens, 1, "tokens")
+        self.num_codes, self.tokens, self.width = num_codes, tokens, width
+        self.observations = ActionNormalizer(obs_size, outside="keep")
+        self.inverse = _perceptron(2 * obs_size, hidden, tokens * width)
+        self.forwards = _perceptron(obs_size + tokens * width, hidden, obs_size)
+        self.prior = _perceptron(obs_size, hidden, tokens * num_codes)
+        self.book = nn.Parameter(torch.randn(num_codes, width))
+
+    def quantize(self, now: Tensor, later: Tensor) -> Inferred:
+        """Infer latent actions from normalized observations ``(B, O)``."""
+        latents = self.inverse(torch.cat([now, later - now], 1))
+        latents = latents.reshape(len(now), self.tokens, self.width)
+        codes = torch.cdist(latents, self.book.expand(len(now), -1, -1)).argmin(2)
+        return Inferred(codes, latents, latents + (self.embed(codes) - latents).detach())
+
+    def predict(self, now: Tensor, quantized: Tensor) -> Tensor:
+        """Return the change ``(B, O)`` of a normalized observation under a latent action."""
+        return self.forwards(torch.cat([now, quantized.flatten(1)], 1))
+
+    def logits(self, now: Tensor) -> Tensor:
+        """Return the logits of the prior ``(B, k, num_codes)`` for normalized observations."""
+        return self.prior(now).reshape(len(now), self.tokens, self.num_codes)
+
+    @torch.no_grad()
+    def infer(self, obs: Tensor, future: Tensor) -> Tensor:
+        """Return the codes ``(B, k)`` between raw observations ``(B, O)``."""
+        normal = self.observations.normalize
+        return self.quantize(normal(obs), normal(future)).codes
+
+    @torch.no_grad()
+    def draw(self, obs: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Draw codes ``(B, k)`` from the prior, for raw observations ``(B, O)``."""
+        shares = F.softmax(self.logits(self.observations.normalize(obs)), -1).flatten(0, 1)
+        return torch.multinomial(shares, 1, generator=generator).reshape(len(obs), self.tokens)
+
+    def embed(self, codes: Tensor) -> Tensor:
+        """Return the vectors ``(B, k, width)`` of codes ``(B, k)``."""
+        return F.embedding(codes, self.book)
+
+
+def _perceptron(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
+    """Return a perceptron of two hidden layers."""
+    return nn.Sequential(
+        nn.Linear(inputs, hidden),
+        nn.SiLU(),
+        nn.Linear(hidden, hidden),
+        nn.SiLU(),
+        nn.Linear(hidden, outputs),
+    )

@@ -1,0 +1,195 @@
+"""A velocity of chunks that knows the numbers of its robot, and the policy that it makes."""
+
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from flowkit.nn.sequence import SequenceDiT
+from flowkit.policies.latents import LatentActionModel
+from flowkit.policies.normalizer import ActionNormalizer
+from flowkit.sampling import ODESampler
+from flowkit.types import Cond
+from flowkit.velocity import Velocity
+
+
+class ImageEncoder(nn.Module):
+    """Small convolutional network from an image ``(B, C, H, W)`` in bytes to 16 tokens.
+
+    Args:
+        channels: Channels of the image.
+        size: Size ``W`` of a token.
+        width: Channels of the first layer.
+
+    >>> ImageEncoder(3, 24)(torch.zeros(2, 3, 84, 84, dtype=torch.uint8)).shape
+    torch.Size([2, 16, 24])
+    """
+
+    def __init__(self, channels: int = 3, size: int = 64, width: int = 16) -> None:
+        super().__init__()
+        sizes = [channels, width, 2 * width, 4 * width, 4 * width]
+        layers: list[nn.Module] = []
+        for inputs, outputs in pairwise(sizes):
+            layers += [nn.Conv2d(inputs, outputs, 3, stride=2, padding=1), nn.SiLU()]
+        self.layers = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(4), nn.Flatten(2))
+        self.outputs = nn.Linear(sizes[-1], size)
+        self.places = nn.Parameter(torch.zeros(16, size))
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Return the tokens ``(B, 16, W)`` of images."""
+        found = self.layers(image.to(self.places.dtype) / 127.5 - 1)
+        return self.outputs(found.transpose(1, 2)) + self.places
+
+
+class PolicyVelocity(nn.Module):
+    """Velocity of chunks ``(B, D, H)`` of normalized actions, under raw observations.
+
+    It holds the statistics of actions and observations as buffers, so a checkpoint is a whole
+    policy. All that depends on the observation alone is computed once a solve, see ``bind``: the
+    network's prefix, the tokens of an image, the latent action.
+
+    Args:
+        net: The network, built with ``vector`` of the size of the observation, and with ``tokens``
+            of the size of an image's tokens or of a latent action's.
+        obs_size: Size ``O`` of an observation.
+        encoder: Network from an image to tokens ``(B, N, W)``; None without images.
+        latents: A trained `LatentActionModel`. In training it infers the latent action from the
+            observation after the chunk; without that it draws one. It is not trained further.
+
+    >>> net = SequenceDiT((2, 14), width=16, depth=1, heads=2, vector=4)
+    >>> velocity = PolicyVelocity(net, obs_size=4)
+    >>> velocity.learn(torch.randn(9, 2), torch.randn(9, 4))
+    >>> velocity(torch.zeros(1, 2, 14), torch.zeros(1), {"vector": torch.zeros(1, 4)}).shape
+    torch.Size([1, 2, 14])
+    """
+
+    def __init__(
+        self,
+        net: SequenceDiT,
+        obs_size: int,
+        encoder: nn.Module | None = None,
+        latents: LatentActionModel | None = None,
+    ) -> None:
+        super().__init__()
+        self.net, self.encoder = net, encoder
+        self.latents = None if latents is None else latents.requires_grad_(False)
+        self.actions = ActionNormalizer(net.shape[0])
+        self.observations = ActionNormalizer(obs_size, outside="keep")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(D, H)`` of a chunk."""
+        return self.net.shape
+
+    def take(self, actions: ActionNormalizer, observations: ActionNormalizer) -> None:
+        """Take the statistics of demonstrations.
+
+        Raises:
+            ValueError: If the demonstrations have other sizes.
+        """
+        for name, own, given in (
+            ("actions", self.actions, actions),
+            ("observations", self.observations, observations),
+        ):
+            if own.size != given.size:
+                raise ValueError(f"{name} must have {own.size} dimensions, got {given.size}")
+            own.take(*given.buffers())
+
+    def learn(self, actions: Tensor, observations: Tensor, kind: str = "std") -> None:
+        """Take the statistics of actions ``(N, D)`` and observations ``(N, O)``."""
+        self.take(ActionNormalizer.fit(actions, kind), ActionNormalizer.fit(observations))
+
+    def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
+        """Return the velocity ``(B, D, H)`` under ``cond`` of observations, see `chunks`."""
+        return self.net(x, t, self.encode(cond))
+
+    def bind(self, cond: Cond = None, grid: Tensor | None = None) -> Velocity:
+        """Return the velocity of one solve."""
+        return self.net.bind(self.encode(cond), grid)
+
+    def encode(self, cond: Cond) -> dict[str, Tensor]:
+        """Return the condition of the network for observations.
+
+        Raises:
+            TypeError: If ``cond`` is not a mapping.
+            ValueError: If an image is missing, or there is one without an encoder.
+        """
+        if not isinstance(cond, Mapping) or "vector" not in cond:
+            raise TypeError("cond must be a mapping with the observation as vector")
+        found = {key: value for key, value in cond.items() if key not in ("image", "future")}
+        found["vector"] = self.observations.normalize(cond["vector"])
+        if ("image" in cond) != (self.encoder is not None):
+            state = "hold" if self.encoder is not None else "not hold"
+            raise ValueError(f"cond must {state} image for this policy, got {', '.join(cond)}")
+        tokens = [] if self.encoder is None else [self.encoder(cond["image"])]
+        if self.latents is not None:
+            now, future = cond["vector"], cond.get("future")
+            codes = self.latents.draw(now) if future is None else self.latents.infer(now, future)
+            tokens.append(self.latents.embed(codes))
+        return {**found, "tokens": torch.cat(tokens, 1)} if tokens else found
+
+
+class ChunkPolicy:
+    """Policy that decodes a chunk of actions from noise: ``policy(obs) -> (H, D)``.
+
+    Args:
+        velocity: The trained velocity.
+        sampler: Solver and grid; 10 Euler steps by default.
+        noise: Whether a chunk starts from noise; False starts from 0, for a regression.
+
+    >>> net = SequenceDiT((2, 14), width=16, depth=1, heads=2, vector=4)
+    >>> velocity = PolicyVelocity(net, obs_size=4)
+    >>> velocity.learn(torch.randn(9, 2), torch.randn(9, 4))
+    >>> ChunkPolicy(velocity)(torch.zeros(4)).shape
+    torch.Size([14, 2])
+    """
+
+    def __init__(
+        self, velocity: PolicyVelocity, sampler: ODESampler | None = None, noise: bool = True
+    ) -> None:
+        self.velocity, self.noise = velocity, noise
+        self.sampler = ODESampler(10) if sampler is None else sampler
+        self.generator = torch.Generator()
+        self.reset()
+
+    def reset(self, seed: int = 0) -> None:
+        """Begin an episode: its noise follows from a seed."""
+        self.generator.manual_seed(seed)
+
+    @torch.no_grad()
+    def __call__(self, obs: Any, prefix: Tensor | None = None) -> Tensor:
+        """Return a chunk ``(H, D)`` for an observation ``(O,)``, or a mapping with an image.
+
+        Args:
+            obs: The observation: an array, or a mapping of ``vector (O,)`` and
+                ``image (C, H, W)``.
+            prefix: Actions ``(p, D)`` that begin the chunk and are held fixed: at each time of the
+                solve the state of these frames is that of the path from the noise to them.
+        """
+        weights = next(self.velocity.parameters())
+        given = obs if isinstance(obs, Mapping) else {"vector": obs}
+        cond = {key: torch.as_tensor(np.asarray(value))[None] for key, value in given.items()}
+        cond = {
+            key: value.to(weights.device, value.dtype if key == "image" else weights.dtype)
+            for key, value in cond.items()
+        }
+        x0 = torch.randn(1, *self.velocity.shape, generator=self.generator) * self.noise
+        x0 = x0.to(weights)
+        hold = None if prefix is None else self._holding(x0, prefix.to(weights))
+        x = self.sampler.solve(cast(Velocity, self.velocity), x0, cond, callback=hold).x
+        chunk = self.velocity.actions.denormalize(x[0].T).cpu()
+        return chunk if prefix is None else torch.cat([prefix.to(chunk), chunk[len(prefix) :]])
+
+    def _holding(self, x0: Tensor, prefix: Tensor) -> Any:
+        """Return the callback that holds the first actions of a chunk on their path."""
+        size, target = len(prefix), self.velocity.actions.normalize(prefix).T
+
+        def hold(step: int, t: float, x: Tensor) -> Tensor:
+            held = x.clone()
+            held[..., :size] = torch.lerp(x0[..., :size], target.expand_as(x0[..., :size]), t)
+            return held
+
+        return hold

@@ -1,0 +1,72 @@
+"""Pictures of rollouts: paths seen from above, and an animation."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from flowkit.policies import Rollout
+from flowkit.provenance import write_atomically
+
+SIZE, COLUMNS, ANIMATED, EVERY = 160, 5, 4, 2  # pixels, tiles a row, episodes, steps a frame
+COLORS = {"hand": (40, 70, 200), "object": (110, 110, 110), "goal": (30, 160, 70)}
+ENDS = {True: (30, 160, 70), False: (200, 50, 40)}  # frames of success and failure
+
+
+def save_paths(found: Rollout, file: Path, shown: int) -> None:
+    """Save the paths of the first episodes as tiles; green frames for success, red ones else."""
+    count = min(shown, len(found.paths))
+    scale = _scale(found)
+    tiles = [_tile(found, k, len(found.paths[k]), scale) for k in range(count)]
+    rows = -(-count // COLUMNS)
+    sheet = Image.new("RGB", (min(count, COLUMNS) * SIZE, rows * SIZE), "white")
+    for k, tile in enumerate(tiles):
+        sheet.paste(tile, (k % COLUMNS * SIZE, k // COLUMNS * SIZE))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, lambda partial: sheet.save(partial, "PNG"))
+
+
+def save_animation(found: Rollout, file: Path, shown: int) -> None:
+    """Save the simulator's pictures of the first episodes, or their growing paths."""
+    if found.frames:
+        frames = [Image.fromarray(frame) for frame in found.frames[::EVERY]]
+    else:
+        scale = _scale(found)
+        frames = [
+            _tile(found, k, step, scale)
+            for k in range(min(shown, ANIMATED, len(found.paths)))
+            for step in range(1, len(found.paths[k]) + EVERY, EVERY)
+        ]
+    first, *rest = [frame.quantize(64) for frame in frames]
+    options = {"save_all": True, "append_images": rest, "duration": 80, "loop": 0}
+    write_atomically(file, lambda partial: first.save(partial, "GIF", **options))
+
+
+def _scale(found: Rollout) -> tuple[np.ndarray, float]:
+    """Return the middle and the side of the square that holds all paths."""
+    points = np.array([list(p.values()) for path in found.paths for p in path]).reshape(-1, 2)
+    low, high = points.min(0), points.max(0)
+    return (low + high) / 2, float((high - low).max()) * 1.15 + 1e-6
+
+
+def _tile(found: Rollout, number: int, steps: int, scale: tuple[np.ndarray, float]) -> Image.Image:
+    """Draw the first steps of an episode."""
+    tile = Image.new("RGB", (SIZE, SIZE), "white")
+    draw, path = ImageDraw.Draw(tile), found.paths[number][:steps]
+    for name, color in COLORS.items():
+        line = [_pixel(points[name], scale) for points in path]
+        if len(line) > 1:
+            draw.line(line, color, 2)
+        x, y = line[-1]
+        draw.ellipse((x - 4, y - 4, x + 4, y + 4), color)
+    done = steps >= len(found.paths[number])
+    color = ENDS[found.outcomes[number]] if done else (190, 190, 190)
+    draw.rectangle((1, 1, SIZE - 2, SIZE - 2), outline=color, width=2)
+    return tile
+
+
+def _pixel(point: Sequence[float], scale: tuple[np.ndarray, float]) -> tuple[float, float]:
+    """Return the place of a point in a tile, with the second axis upwards."""
+    (x, y), side = (np.asarray(point) - scale[0]), scale[1]
+    return SIZE * (0.5 + x / side), SIZE * (0.5 - y / side)

@@ -1,0 +1,84 @@
+"""Latent actions: which of four motions was made, from observations alone."""
+
+import pytest
+import torch
+from torch.nn.functional import one_hot
+
+from flowkit.modules import LatentActions
+from flowkit.nn import SequenceDiT
+from flowkit.policies import LatentActionModel, PolicyVelocity
+
+MOTIONS = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
+
+
+def pairs(count=256, seed=None):
+    """Observations before and after a motion, whose second number has a law of the first."""
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    now = torch.randn(count, 2, generator=generator)
+    motion = torch.randint(4, (count,), generator=generator)
+    motion = torch.where(now[:, 0] > 0, motion % 2, motion)  # on the right, one of two
+    later = now + MOTIONS[motion] + 0.05 * torch.randn(count, 2, generator=generator)
+    return {"x1": later, "cond": {"vector": now}}, motion
+
+
+@pytest.fixture(scope="module")
+def module():
+    torch.manual_seed(0)
+    module = LatentActions(LatentActionModel(2, num_codes=8, tokens=1, width=8, hidden=32))
+    module.learn(torch.randn(1000, 2))
+    optimizer = torch.optim.Adam(module.parameters(), 3e-3)
+    for _ in range(500):
+        optimizer.zero_grad()
+        module.loss(pairs()[0])["loss"].backward()
+        optimizer.step()
+    return module.eval()
+
+
+def test_codes_tell_motions_apart_and_predict_the_future(module):
+    batch, motion = pairs(2000, seed=1)
+    codes = module.model.infer(batch["cond"]["vector"], batch["x1"])[:, 0]
+    table = one_hot(codes, 8).T @ one_hot(motion, 4)
+    assert table.amax(1).sum() / 2000 > 0.95  # each code stands for one motion
+    assert module.loss(batch)["explained"] > 0.95
+
+
+def test_the_prior_draws_the_motions_that_occur_there(module):
+    """On the right the motions up and down do not occur: their codes are not drawn."""
+    batch, motion = pairs(2000, seed=2)
+    codes = module.model.infer(batch["cond"]["vector"], batch["x1"])[:, 0]
+    meaning = (one_hot(codes, 8).T @ one_hot(motion, 4)).argmax(1)
+    now = batch["cond"]["vector"]
+    right = now[:, 0] > 0.5
+    drawn = meaning[module.model.draw(now, torch.Generator().manual_seed(0))[:, 0]]
+    assert (drawn[right] < 2).float().mean() > 0.95
+    assert (drawn[now[:, 0] < -0.5] >= 2).float().mean() == pytest.approx(0.5, abs=0.1)
+
+
+def test_a_policy_infers_in_training_and_draws_in_a_rollout(module):
+    velocity = PolicyVelocity(
+        SequenceDiT((1, 4), width=16, depth=1, heads=2, vector=2, tokens=8),
+        obs_size=2,
+        latents=module.model,
+    )
+    velocity.learn(torch.randn(9, 1), torch.randn(9, 2))
+    batch, _ = pairs(64, seed=3)
+    now, later = batch["cond"]["vector"], batch["x1"]
+    found = velocity.encode({"vector": now, "future": later})["tokens"]
+    assert torch.equal(found, module.model.embed(module.model.infer(now, later)))
+    torch.manual_seed(1)
+    drawn = velocity.encode({"vector": now})["tokens"]
+    torch.manual_seed(1)
+    assert torch.equal(drawn, module.model.embed(module.model.draw(now)))
+    assert not any(p.requires_grad for p in velocity.latents.parameters())
+
+
+def test_no_code_is_lost():
+    """Codes far from all latent vectors are used again after a step."""
+    torch.manual_seed(0)
+    module = LatentActions(LatentActionModel(2, num_codes=8, tokens=2, width=4, hidden=16))
+    module.learn(torch.randn(100, 2))
+    with torch.no_grad():
+        module.model.book[1:] = 100.0
+    batch = pairs(seed=4)[0]
+    assert module.loss(batch)["used"] == 1 / 8
+    assert module.loss(batch)["used"] > 0.7
