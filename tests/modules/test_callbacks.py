@@ -42,6 +42,7 @@ def drawn(monkeypatch):
             sanity_checking=False,
             is_global_zero=True,
             global_step=3,
+            loggers=[],
             datamodule=SimpleNamespace(**data),
         )
         SampleGrid("nowhere", rows=rows).on_validation_batch_start(trainer, module, batch, 0)
