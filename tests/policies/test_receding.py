@@ -8,7 +8,7 @@ import torch
 
 from flowkit.exact import MixtureFlow
 from flowkit.nn import SequenceDiT
-from flowkit.policies import ChunkPolicy, PolicyVelocity, RecedingHorizon
+from flowkit.policies import ChunkPolicy, ImageEncoder, PolicyVelocity, RecedingHorizon
 from flowkit.sampling import ODESampler
 
 
@@ -142,3 +142,20 @@ def test_chunks_that_are_too_short_are_refused():
         control(torch.zeros(1))
     with pytest.raises(ValueError, match="execute must be at least 1, got 0"):
         RecedingHorizon(lambda obs: torch.zeros(6, 1), execute=0)
+
+
+def test_a_policy_sees_its_image_and_refuses_to_go_without():
+    torch.manual_seed(0)
+    net = SequenceDiT((2, 6), width=16, depth=1, heads=2, vector=3, tokens=8)
+    velocity = PolicyVelocity(net, obs_size=3, encoder=ImageEncoder(3, size=8, width=4))
+    for parameter in velocity.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    velocity.learn(torch.randn(50, 2), torch.randn(50, 3))
+    policy, chunk = ChunkPolicy(velocity, ODESampler(2)), {}
+    for shade in (0, 255):
+        policy.reset(1)
+        image = np.full((3, 84, 84), shade, np.uint8)
+        chunk[shade] = policy({"vector": np.zeros(3), "image": image})
+    assert (chunk[0] - chunk[255]).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="cond must hold image for this policy, got vector"):
+        policy(np.zeros(3))
