@@ -1,3 +1,5 @@
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -6,6 +8,7 @@ from PIL import Image
 from flowkit.exact import GaussianFlow
 from flowkit.metrics.pictures import to_uint8
 from flowkit.modules import ConditionalFlowMatching
+from flowkit.nn import MLP
 from flowkit.pictures import GAP, LETTER, animate, interpolate, show, slerp
 from flowkit.sampling import ODESampler, seeded_noise
 
@@ -135,3 +138,17 @@ def test_a_film_needs_a_time_and_samples(module, tmp_path):
         with pytest.raises(ValueError, match=message):
             animate(module, tmp_path / "a.gif", **options)
     assert not list(tmp_path.iterdir())
+
+
+def test_conditions_may_be_the_names_of_classes(tmp_path):
+    torch.manual_seed(0)
+    module = ConditionalFlowMatching(MLP((1, 4, 4), num_classes=3, width=16))
+    module.sample_shape, module.class_names = (1, 4, 4), ["cat", "dog", "owl"]
+    given = module.sample(3, cond=["owl", "cat", "owl"], seeds=range(3))
+    assert torch.equal(given, module.sample(3, cond=torch.tensor([2, 0, 2]), seeds=range(3)))
+    way = interpolate(module, [0, 1], 4, cond=["dog"])
+    assert torch.equal(way, interpolate(module, [0, 1], 4, cond=torch.ones(4).long()))
+    animate(module, tmp_path / "a.gif", 2, cond=["dog", "owl"], sampler=ODESampler(2))
+    message = "cond must name classes of the module, got cta; did you mean cat?"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        module.sample(1, cond=["cta"])

@@ -16,7 +16,7 @@ OTHER_ROLES = {  # of a person with an object that is not the tool of a professi
     **dict.fromkeys((0x1F9AF, 0x1F9BC, 0x1F9BD), "person-activity"),
     0x1F384: "person-fantasy",
 }
-OTHER_PAIRS: dict[tuple[int, ...], str] = {  # with another sub-group than their first code point alone
+OTHER_PAIRS: dict[tuple[int, ...], str] = {  # not of the sub-group of their first code point
     (0x1F62E, 0x1F4A8): "face-neutral-skeptical",  # exhaling
     (0x1F441, 0x1F5E8): "emotion",  # an eye in a bubble of speech
     (0x1FAF1, 0x1FAF2): "hands",  # a handshake in two tones

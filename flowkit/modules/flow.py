@@ -21,6 +21,7 @@ from flowkit.guidance import ClassifierFree, DropCond
 from flowkit.modules.resume import ADAMW, ExactResume, MakeOptimizer, MakeScheduler
 from flowkit.modules.sharing import Shared
 from flowkit.paths import Interpolant
+from flowkit.rules import did_you_mean
 from flowkit.sampling import (
     ODESampler,
     Sampler,
@@ -124,7 +125,7 @@ class FlowModule(Shared, ExactResume, frozen=("autoencoder",)):
         self,
         num_samples: int,
         sampler: Sampler | None = None,
-        cond: Cond = None,
+        cond: Cond | Sequence[str] = None,
         seeds: Sequence[int] | Tensor | None = None,
         guidance: Guidance = None,
     ) -> Tensor:
@@ -133,7 +134,7 @@ class FlowModule(Shared, ExactResume, frozen=("autoencoder",)):
         Args:
             num_samples: Number of samples, at least 1.
             sampler: The solver; by default 25 Heun steps, or 4 Euler steps of a mean flow.
-            cond: Conditions of the samples, ``(num_samples, *)``.
+            cond: Conditions of the samples, ``(num_samples, *)``, or the names of their classes.
             seeds: One seed per sample. The seed fixes the noise of its sample in any batch. With
                 None, seeds are drawn, all different.
             guidance: The scale of classifier-free guidance, or any function that wraps the
@@ -154,7 +155,7 @@ class FlowModule(Shared, ExactResume, frozen=("autoencoder",)):
                 "trained one or set module.sample_shape"
             )
         seeds = drawn_seeds(num_samples) if seeds is None else as_seeds(seeds)
-        cond = to_device(cond, self.device)
+        cond = self.as_cond(cond)
         sizes = {"seeds": len(seeds), **_sizes(cond)}
         for name, size in sizes.items():
             if size != num_samples:
@@ -166,7 +167,7 @@ class FlowModule(Shared, ExactResume, frozen=("autoencoder",)):
         self,
         x0: Tensor,
         sampler: Sampler | None = None,
-        cond: Cond = None,
+        cond: Cond | Sequence[str] = None,
         guidance: Guidance = None,
         *,
         return_path: bool = False,
@@ -182,7 +183,7 @@ class FlowModule(Shared, ExactResume, frozen=("autoencoder",)):
         sampler = sampler or self.default_sampler
         if isinstance(sampler, SDESampler):
             sampler = self.with_score(sampler)
-        field, cond = self.guided(guidance), to_device(cond, self.device)
+        field, cond = self.guided(guidance), self.as_cond(cond)
         with evaluating(self):
             return sampler.solve(field, self.as_state(x0), cond, return_path=return_path)
 
@@ -210,6 +211,25 @@ class FlowModule(Shared, ExactResume, frozen=("autoencoder",)):
         weights = self.velocity.parameters() if isinstance(self.velocity, nn.Module) else ()
         like = next((p for p in weights if p.is_floating_point()), x)
         return x.to(self.device, like.dtype)
+
+    def as_cond(self, cond: Cond | Sequence[str]) -> Cond:
+        """Return a condition on the device of the module. Names of classes become their labels.
+
+        Raises:
+            TypeError: If ``cond`` is neither tensors nor names.
+            ValueError: If the module has no class of a name.
+        """
+        if isinstance(cond, list | tuple) and all(isinstance(name, str) for name in cond):
+            classes = self.class_names or []
+            for name in cond:
+                if name not in classes:
+                    known = f"; classes are {', '.join(classes[:20])}" if classes else ""
+                    raise ValueError(
+                        f"cond must name classes of the module, got {name}"
+                        f"{did_you_mean(name, classes, known)}"
+                    )
+            cond = torch.tensor([classes.index(name) for name in cond])
+        return to_device(cast(Cond, cond), self.device)
 
     def guided(self, guidance: Guidance) -> Velocity:
         """Return the module's velocity under guidance; see `sample`.

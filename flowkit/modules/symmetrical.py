@@ -178,7 +178,7 @@ class SymmetricalFlowMatching(FlowModule):
         self,
         x0: Tensor,
         sampler: Sampler = None,
-        cond: Cond = None,
+        cond: Cond | Sequence[str] = None,
         guidance: Guidance = None,
         *,
         return_path: bool = False,
@@ -193,14 +193,13 @@ class SymmetricalFlowMatching(FlowModule):
             ValueError: If the codec has no such labels, or their number is wrong.
         """
         sampler, x0 = sampler or self.default_sampler, self.as_state(x0)
+        cond = self.as_cond(cond)
         if isinstance(cond, Tensor) and len(cond) != len(x0):
             raise ValueError(f"cond must hold one label per sample, {len(x0)}, got {len(cond)}")
         options: dict[str, Any] = {"return_path": return_path, "callback": callback}
         with evaluating(self):
             if self.joint.two_times:
-                return sampler.solve(
-                    self.guided(guidance), x0, to_device(cond, self.device), **options
-                )
+                return sampler.solve(self.guided(guidance), x0, cond, **options)
             y, hidden = self._condition(cond)
             y, known = y.expand(len(x0), *y.shape[1:]), ~hidden.expand(len(x0))
             scale = checked_scale(guidance, self.label_dropout)
