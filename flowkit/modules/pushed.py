@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flowkit._version import __version__
 from flowkit.autoencoders import FrozenAutoencoder
@@ -186,7 +186,7 @@ def round_weights(module: "FlowModule", dtype: str) -> None:
             value.copy_(rounded)
     own = module.autoencoder
     if isinstance(own, FrozenAutoencoder) and dtype != "float32":
-        vae = own.vae.to(DTYPES[dtype]).float()
+        vae = _as_type(_as_type(own.vae, DTYPES[dtype]), torch.float32)
         module.autoencoder = type(own)(vae, own.image_shape)
 
 
@@ -229,6 +229,11 @@ def portable(module: "FlowModule", configuration: Mapping[str, Any], dtype: str)
         "data": _placeless(configuration.get("data")),
         "data_record": None if record is None else {**record, "root": None, "files": {}},
     }
+
+
+def _as_type(vae: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Convert a network as torch does; that of diffusers warns of layers that it does not have."""
+    return nn.Module.to(vae, dtype)
 
 
 def _is_embedded(node: Mapping[str, Any]) -> bool:
@@ -350,7 +355,7 @@ def write(
     write_atomically(folder / WEIGHTS, save)
     if (config["module"].get("autoencoder") or {}).get("path") == AUTOENCODER:
         own: Any = module.autoencoder
-        vae = copy.deepcopy(own.vae).to(dtype)
+        vae = _as_type(copy.deepcopy(own.vae), dtype)
         type(own)(vae, own.image_shape).save_pretrained(folder / AUTOENCODER)
     for name, content in files.items():
         if isinstance(content, str):
