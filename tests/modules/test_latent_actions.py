@@ -34,6 +34,7 @@ def module():
     return module.eval()
 
 
+@pytest.mark.slow
 def test_codes_tell_motions_apart_and_predict_the_future(module):
     batch, motion = pairs(2000, seed=1)
     codes = module.model.infer(batch["cond"]["vector"], batch["x1"])[:, 0]
@@ -42,6 +43,7 @@ def test_codes_tell_motions_apart_and_predict_the_future(module):
     assert module.loss(batch)["explained"] > 0.95
 
 
+@pytest.mark.slow
 def test_the_prior_draws_the_motions_that_occur_there(module):
     """On the right the motions up and down do not occur: their codes are not drawn."""
     batch, motion = pairs(2000, seed=2)
@@ -54,7 +56,9 @@ def test_the_prior_draws_the_motions_that_occur_there(module):
     assert (drawn[now[:, 0] < -0.5] >= 2).float().mean() == pytest.approx(0.5, abs=0.1)
 
 
-def test_a_policy_infers_in_training_and_draws_in_a_rollout(module):
+def test_a_policy_infers_in_training_and_draws_in_a_rollout():
+    module = LatentActions(LatentActionModel(2, num_codes=8, tokens=1, width=8, hidden=32))
+    module.learn(torch.randn(1000, 2))
     velocity = PolicyVelocity(
         SequenceDiT((1, 4), width=16, depth=1, heads=2, vector=2, tokens=8),
         obs_size=2,

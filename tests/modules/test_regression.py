@@ -14,7 +14,7 @@ def two_ways(count=256):
     return {"x1": sides + 0.05 * torch.randn(count, 1)}
 
 
-def trained(kind, steps=400):
+def trained(kind, steps=250):
     torch.manual_seed(0)
     module = kind(MLP((1,), width=32, depth=2))
     optimizer = torch.optim.Adam(module.parameters(), 1e-2)
