@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from shutil import copyfile
@@ -245,7 +246,7 @@ class KLAutoencoder(Frozen, frozen=("vae",)):
             ValueError: If the shape of the latents does not fit.
         """
         self._check_latents(latents)
-        with torch.autocast(latents.device.type, enabled=False):
+        with _without_autocast(latents.device):
             raw = latents.to(self.mean) * self.std + self.mean
             images = self.vae.decode(raw).sample.to(latents.dtype)
         if self.image_shape is None:
@@ -268,7 +269,7 @@ class KLAutoencoder(Frozen, frozen=("vae",)):
         self._check_images(images)
         if images.shape[1] != self.vae.config.in_channels:
             images = images.expand(-1, self.vae.config.in_channels, -1, -1)
-        with torch.autocast(images.device.type, enabled=False):
+        with _without_autocast(images.device):
             law = self.vae.encode(self.pad(images).to(self.mean)).latent_dist
         return Posterior(law.mean.to(images.dtype), law.std.to(images.dtype))
 
@@ -320,6 +321,13 @@ class KLAutoencoder(Frozen, frozen=("vae",)):
             setattr(self, name, tensor)
         # A later change of type or device does not make another autoencoder.
         self.hash = content_hash(self.vae.state_dict(), _text(self.config))
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Return a context without autocast. Where there is none, exported graphs get no region."""
+    if not torch.is_autocast_enabled(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def pad_to_multiple(images: Tensor, factor: int) -> Tensor:
