@@ -75,15 +75,15 @@ def write_diffusers(
             "vae": autoencoder.vae,
             "latents_mean": autoencoder.mean.flatten().tolist(),
             "latents_std": autoencoder.std.flatten().tolist(),
-            "image_shape": autoencoder.image_shape,
+            "image_shape": autoencoder.image_shape and list(autoencoder.image_shape),
         }
     pipeline = flow_pipeline.FlowPipeline(
         FlowMatchEulerDiscreteScheduler(),
         sigmas=to_sigmas(sampler.times),
         guidance_scale=scale,
         num_classes=num_classes,
-        state_shape=shape,
-        time_scale=velocity.time_scale,
+        state_shape=list(shape),
+        time_scale=float(velocity.time_scale),
         **parts,
     )
     pipeline.save_pretrained(folder)

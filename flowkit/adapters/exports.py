@@ -100,7 +100,7 @@ class Solve(nn.Module):
         """Return states ``(B, *)`` for noise ``(B, *)`` and labels ``(B,)``."""
         from torch._higher_order_ops.scan import scan
 
-        cond = labels
+        cond, plain = labels, torch.contiguous_format
         if self.scale != 1 and labels is not None:
             cond = torch.cat([labels, torch.full_like(labels, self.null)])
 
@@ -109,7 +109,8 @@ class Solve(nn.Module):
             recent = [self._velocity(z, row[0], row[1], cond), *earlier]
             for w, v in enumerate(recent):
                 z = z + row[2 + w] * v
-            return (z, *(v.clone() for v in recent[:-1])), row[0].clone()
+            carry = z, *recent[:-1]  # of equal strides from row to row, and no tensor twice
+            return tuple(one.clone(memory_format=plain) for one in carry), row[0].clone()
 
         width = self.table.shape[1] - 2
         start = (noise, *(torch.zeros_like(noise) for _ in range(width - 1)))
@@ -245,12 +246,17 @@ def write_onnx(program: torch.export.ExportedProgram, file: Path, about: str) ->
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep away what torch says to its own developers."""
-    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(f"torch.onnx._internal.exporter.{n}") for n in NOISY]
+    levels = [logger.level for logger in loggers]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            for logger in loggers:
+                logger.setLevel(logging.ERROR)
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+NOISY = ("_core", "_registration")

@@ -24,7 +24,7 @@ images = pipeline({diffusers_labels}, generator=torch.manual_seed(0)).images
 """,
 }
 NEEDS = {
-    "torch": "torch {torch} or a later version that reads its files",
+    "torch": "torch {torch} or a later version that reads its files, and a CPU",
     "onnx": "onnxruntime (or another runtime of ONNX opset {opset})",
     "diffusers": "diffusers {diffusers} or later, and torch",
 }
@@ -39,10 +39,23 @@ def readme(record: dict[str, Any]) -> str:
     head = f"---\nlicense: {license}\n---\n\n" if license else ""
     labels = "It takes no labels."
     if classes is not None:
-        listed = ", ".join(f"{k} {name}" for k, name in enumerate(classes[:100]))
-        labels = f"Labels: {listed}; {len(classes)} means no label."
-    steps = len(record["grid"]) - 1
+        names = ", ".join(f"{k} {name}" for k, name in enumerate(classes[:100]))
+        labels = f"Labels: {names}; {len(classes)} means no label."
     weights, times = record["weights"], ", ".join(f"{t:.6g}" for t in record["grid"])
+    facts = [
+        f"Input: noise {_shape(record['inputs']['noise'])}, float32. Output: "
+        f"{_shape(record['output'])}, float32.",
+        labels,
+        f"Guidance: {record['guidance']:g}. Solver: {record['method']}, "
+        f"{len(record['grid']) - 1} steps at the times {times}.",
+        f"Convention: {record['convention']}.",
+        f"Weights: {weights.get('kind', 'as given')}, SHA-256 {weights['hash']}.",
+        f"License: {license or 'not stated'}.",
+        f"Checked: {checks['samples']} samples in batches of "
+        f"{', '.join(map(str, checks['batches']))} differ from those of the run by at most "
+        f"{checks['largest difference']:.2g} (allowed {checks['tolerance']:.2g}).",
+    ]
+    listed = "\n".join(f"- {fact}" for fact in facts)
     return f"""{head}# A flow that draws samples from noise
 
 Written by flowkit, which it does not need. It needs {needs}.
@@ -50,19 +63,16 @@ Written by flowkit, which it does not need. It needs {needs}.
 ```python
 {lines}```
 
-The noise is yours to draw; any generator will do. flowkit's own samples start from noise with a
-seed for each sample, so equal seeds give other samples there. The file is for the CPU.
+The noise is yours to draw, by any generator. flowkit's own samples start from noise with a seed of
+its own for each sample, so an equal seed gives other samples there.
 
-- Input: noise {record["inputs"]["noise"]}, float32. Output: {record["output"]}, float32.
-- {labels}
-- Guidance: {record["guidance"]:g}. Solver: {record["method"]}, {steps} steps at the times {times}.
-- Convention: {record["convention"]}.
-- Weights: {weights.get("kind", "as given")}, SHA-256 {weights["hash"]}.
-- License: {license or "not stated"}.
-- Checked: {checks["samples"]} samples in batches of {", ".join(map(str, checks["batches"]))} differ
-  from those of the run by at most {checks["largest difference"]:.2g} (allowed
-  {checks["tolerance"]:.2g}).
+{listed}
 """
+
+
+def _shape(sizes: list[Any]) -> str:
+    """Return a shape as text."""
+    return f"({', '.join(map(str, sizes))})"
 
 
 def _filled(record: dict[str, Any]) -> dict[str, Any]:

@@ -123,9 +123,6 @@ def _check(module: FlowModule, format: str, sampler: Sampler, guidance: Any) -> 
             "steps depend on the samples or draw noise"
         )
     check_whole(sampler.times)
-    if guidance is not None:
-        check_number(guidance, "guidance")
-    module.guided(guidance)
     if type(module).solve is not FlowModule.solve:
         raise TypeError(
             "module must carry noise to data alone to be exported, got "
@@ -136,6 +133,9 @@ def _check(module: FlowModule, format: str, sampler: Sampler, guidance: Any) -> 
             "velocity must be one network for all times to be exported, got Blockwise; an export "
             "holds one network, and calls it in a loop"
         )
+    if guidance is not None:
+        check_number(guidance, "guidance")
+    module.guided(guidance)
     found = {p.dtype for p in module.parameters()} - {torch.float32}
     if found:
         raise TypeError(f"module must have weights in float32 to be exported, got {found.pop()}")
@@ -247,9 +247,14 @@ def _reader(format: str, place: Path) -> Draw:
             return torch.from_numpy(session.run(None, named)[0])
 
         return run
-    from flowkit.adapters.flow_pipeline import FlowPipeline
+    from diffusers import DiffusionPipeline  # type: ignore[attr-defined]
+    from diffusers.utils import logging
 
-    pipeline: Any = FlowPipeline.from_pretrained(place, local_files_only=True)
+    logging.disable_progress_bar()
+    try:  # the code to trust is the copy of our own file
+        pipeline: Any = DiffusionPipeline.from_pretrained(place, trust_remote_code=True)
+    finally:
+        logging.enable_progress_bar()
     pipeline.set_progress_bar_config(disable=True)
 
     def draw(noise: Tensor, labels: Tensor | None = None) -> Tensor:
