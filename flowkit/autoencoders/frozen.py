@@ -12,7 +12,12 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from flowkit.autoencoders.interface import Posterior, as_text, pad_to_multiple
+from flowkit.autoencoders.interface import (
+    Posterior,
+    as_text,
+    pad_to_multiple,
+    without_autocast,
+)
 from flowkit.checks import check_finite
 from flowkit.hub import folder_of
 from flowkit.nn.frozen import Frozen
@@ -171,7 +176,7 @@ class FrozenAutoencoder(Frozen, frozen=("vae",)):
             ValueError: If the shape of the latents does not fit.
         """
         self._check_latents(latents)
-        with torch.autocast(latents.device.type, enabled=False):
+        with without_autocast(latents.device):
             raw = latents.to(self.mean) * self.std + self.mean
             images = self._decoded(raw).to(latents.dtype)
         if self.image_shape is None:
@@ -194,7 +199,7 @@ class FrozenAutoencoder(Frozen, frozen=("vae",)):
         self._check_images(images)
         if images.shape[1] != self.channels:
             images = images.expand(-1, self.channels, -1, -1)
-        with torch.autocast(images.device.type, enabled=False):
+        with without_autocast(images.device):
             law = self._encoded(self.pad(images).to(self.mean))
         return Posterior(law.mean.to(images.dtype), law.std.to(images.dtype))
 

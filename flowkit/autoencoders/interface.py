@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -58,6 +59,13 @@ class Posterior(NamedTuple):
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
         """Draw latents ``mean + std ε`` with standard normal ``ε``."""
         return self.mean + self.std * noise_like(self.mean, generator)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Return a context without autocast. Where there is none, exported graphs get no region."""
+    if not torch.is_autocast_enabled(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def pad_to_multiple(images: Tensor, factor: int) -> Tensor:

@@ -3,10 +3,11 @@
 A run folder is the output of ``flowkit train``. `Run` loads a run folder to sample from its module.
 `saved_grid` and `own_grid` read grids that ``flowkit boss`` wrote. `own_sampler` is the sampler of
 a run if nothing else is asked for. The feature functions build the networks of ``conf/metric`` and
-``conf/perceptual``. The other files of this package hold starts, parts, records, tables and plots
-for the recipes.
+``conf/perceptual``. `export` writes a flow as a file that needs no flowkit. The other files of this
+package hold starts, parts, records, tables and plots for the recipes.
 """
 
+from flowkit.runs.exporting import export
 from flowkit.runs.features import (
     classifier_error,
     classifier_features,
@@ -25,6 +26,7 @@ __all__ = [
     "classifier_features",
     "clip_features",
     "dinov2_features",
+    "export",
     "features_for",
     "inception_features",
     "network_features",

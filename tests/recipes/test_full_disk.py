@@ -28,6 +28,7 @@ from flowkit.recipes.edit import edit
 from flowkit.recipes.encode import encode
 from flowkit.recipes.epsilon import epsilon
 from flowkit.recipes.evaluate import evaluate
+from flowkit.recipes.export import export
 from flowkit.recipes.inpaint import inpaint
 from flowkit.recipes.pairs import pairs
 from flowkit.recipes.pareto import pareto
@@ -113,6 +114,7 @@ RECIPES = {
         "samples",
         ["data@reference=digits", "batch_size=8", "metric=pixels"],
     ),
+    "export": (export, PLAIN, ["sampler=euler", "steps=2"]),
     "inpaint": (inpaint, "holes", ["num_images=2", "num_samples=1", "sampler.grid=1"]),
     "statistics": (statistics, None, ["data=digits", "metric=pixels", "batch_size=60"]),
     "pairs": (pairs, PLAIN, ["num_noises=4", "shard_size=2", "fine_steps=2", "grid=[1,2]"]),
@@ -134,7 +136,7 @@ RECIPES = {
 }
 LAST = {"autoencoder": "metrics", "boss": "grid", "consistency": "consistency", "edit": "edit"}
 LAST |= {"epsilon": "epsilon", "evaluate": "metrics", "inpaint": "inpainted", "pareto": "pareto"}
-LAST |= {"predict": "predicted", "sample": "samples", "semantic": "semantic"}
+LAST |= {"export": "export", "predict": "predicted", "sample": "samples", "semantic": "semantic"}
 LAST |= {
     "push": "config",
     "evaluate samples": "metrics",
@@ -154,10 +156,11 @@ OTHER |= {
     "edit": "num_iters=2",
     "push": "license=mit",
     "encode": "shard_size=500",
+    "export": "steps=3",
     "report": "nfe=[4]",
     "table": "metrics=[recall]",
 }
-REFUSED = ("encode", "pairs", "tokens")  # trainings may depend on these files
+REFUSED = ("encode", "export", "pairs", "tokens")  # others may depend on these files
 
 
 def some_fast(names):
@@ -389,7 +392,7 @@ def test_a_call_with_other_options_loses_no_result_of_the_first(
 
 PLACES = {"boss": "boss", "compare_edits": "edits", "consistency": "consistency", "edit": "edits"}
 PLACES |= {"inpaint": "inpainted", "predict": "predicted", "report": "report", "sample": "drawn"}
-PLACES |= {"semantic": "semantic", "rollout": "rollout"}  # where results go within the run
+PLACES |= {"export": "exported", "rollout": "rollout", "semantic": "semantic"}
 
 
 @pytest.mark.parametrize("recipe", some_fast(RECIPES))

@@ -1,0 +1,273 @@
+"""Exports: what they hold, that they draw the run's samples without flowkit, and refusals."""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import venv
+import zipfile
+from functools import partial
+
+import pytest
+import torch
+
+from flowkit.modules import SymmetricalFlowMatching
+from flowkit.runs import export, exporting
+from flowkit.sampling import ODESampler, SDESampler
+from tests.runs.exported import CLASSES, flow
+
+EULER = ODESampler([0.0, 0.2, 0.7, 1.0])
+
+
+def exported(kind, folder, format, sampler=EULER, guidance=2.0, **more):
+    module = flow(kind)
+    classes = CLASSES if module.drop_cond else None
+    scale = guidance if module.drop_cond else None
+    return module, export(module, folder, format, sampler, scale, classes, **more)
+
+
+# --- a folder of diffusers -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["latents", "plain unet", "diffusers dit"])
+def test_a_pipeline_of_diffusers_draws_the_images_of_the_module(kind, tmp_path):
+    """On other seeds than those of the check, in another order of labels, and as pictures."""
+    from diffusers import DiffusionPipeline
+
+    module, record = exported(kind, tmp_path / "out", "diffusers", license="mit")
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    labels = torch.tensor([2, 0, 1, 1, 3]) if module.drop_cond else None
+    scale = 2.0 if module.drop_cond else None
+    expected = module.sample(5, EULER, labels, range(90, 95), scale)
+    noise = torch.stack(
+        [torch.randn(module.sample_shape, generator=torch.manual_seed(s)) for s in range(90, 95)]
+    )
+    found = pipeline(labels, 5, noise=noise, output_type="pt").images
+    torch.testing.assert_close(2 * found - 1, expected.clamp(-1, 1), rtol=0, atol=1e-5)
+    assert found.std() > 0.05
+    levels = json.loads((tmp_path / "out" / "model_index.json").read_text())["sigmas"]
+    assert levels == pytest.approx([1.0, 0.8, 0.3])
+    (picture, *_) = pipeline(labels, 5, noise=noise).images
+    assert picture.size == tuple(expected.shape[2:])
+    assert record["checks"]["largest difference"] < 1e-5
+    assert "license: mit" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "out"
+
+
+def test_samples_that_differ_leave_nothing(folder, monkeypatch):
+    reader = exporting._reader
+
+    def wrong(format, place):
+        draw = reader(format, place)
+        return lambda *inputs: draw(*inputs) + 2e-3 * (len(inputs[0]) == 7)
+
+    monkeypatch.setattr(exporting, "_reader", wrong)
+    said = r"diffusers must give the samples of the run within 0.001, got a difference of 0.002; no"
+    with pytest.raises(ValueError, match=said):
+        exported("plain unet", folder, "diffusers")
+    assert not folder.exists()
+
+
+def test_an_export_is_written_again_but_never_over_another(folder):
+    exported("plain unet", folder, "diffusers")
+    first = {f: f.read_bytes() for f in folder.rglob("*") if f.suffix != ".json" and f.is_file()}
+    (folder / "export.json").unlink()  # as a kill before the last file
+    (folder / "README.md.host-1-abc.partial").touch()
+    exported("plain unet", folder, "diffusers")
+    exported("plain unet", folder, "diffusers")
+    assert all(file.read_bytes() == content for file, content in first.items())
+    with pytest.raises(ValueError, match=r"same export, got .*, which holds one of another"):
+        exported("plain unet", folder, "diffusers", ODESampler(2))
+    (folder.parent / "mine.txt").touch()
+    with pytest.raises(ValueError, match=r"got .*, which holds mine.txt"):
+        exported("plain unet", folder.parent, "diffusers")
+
+
+# --- refusals ----------------------------------------------------------------------------------
+
+
+REFUSED = {
+    "format must be one of diffusers, onnx, torch, got 'tf'": ("labels", {"format": "tf"}),
+    "sampler must take fixed steps to be exported, .* got dopri5": (
+        "labels",
+        {"sampler": ODESampler(1, "dopri5")},
+    ),
+    "sampler must take fixed steps .* got SDESampler; its steps .* or draw noise": (
+        "labels",
+        {"sampler": SDESampler(4)},
+    ),
+    "sampler.grid must run from 0 to 1, got 0.0 to 0.5": (
+        "labels",
+        {"sampler": ODESampler([0.0, 0.5])},
+    ),
+    "guidance must be null or 1 for a model that never trained": ("points", {"guidance": 2.0}),
+    "guidance must be a number, got '2'": ("labels", {"guidance": "2"}),
+    "velocity must be one of UNet2DModel, .* got MLP; format=torch and": (
+        "labels",
+        {"format": "diffusers"},
+    ),
+    "velocity must be one of UNet2DModel, .* got MeanVelocity": ("means", {"format": "diffusers"}),
+    "sampler must be euler for format=diffusers, got heun; sampler=euler steps=25": (
+        "unet",
+        {"format": "diffusers", "sampler": ODESampler(3, "heun")},
+    ),
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_what_no_file_can_hold_is_refused(message, folder):
+    kind, options = REFUSED[message]
+    module = flow(kind)
+    with pytest.raises((TypeError, ValueError), match=message):
+        export(module, folder, **{"classes": CLASSES, **options})
+    assert not folder.exists()
+
+
+def test_other_methods_types_and_shapes_are_refused(folder):
+    from flowkit.blockwise import BlockwiseMLP
+
+    module = flow("labels")
+    with pytest.raises(TypeError, match=r"module must have weights in float32 .* torch.bfloat16"):
+        export(module.bfloat16(), folder, classes=CLASSES)
+    module = flow("points")
+    module.sample_shape = None
+    with pytest.raises(RuntimeError, match="sample_shape must be known"):
+        export(module, folder)
+    module.velocity = BlockwiseMLP((2,), width=8, edges=2)
+    with pytest.raises(TypeError, match=r"velocity must be one network for all times .* Blockwise"):
+        export(module, folder)
+    module.__class__ = SymmetricalFlowMatching
+    with pytest.raises(TypeError, match="SymmetricalFlowMatching, whose states hold labels, too"):
+        exporting._check(module, "torch", EULER, None)
+
+
+def test_a_missing_package_is_named_with_its_extra(folder, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(exporting, "find_spec", lambda n: None if n == "onnxscript" else find(n))
+    said = r"onnxscript must be installed for format=onnx; pip install 'flowkit-fm\[export\]'"
+    with pytest.raises(ImportError, match=said):
+        export(flow("points"), folder, "onnx")
+
+
+# --- torch.export and ONNX ------------------------------------------------------------------------
+
+
+def read_torch(file):
+    return torch.export.load(file).module()
+
+
+def read_onnx(file):
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(file)
+
+    def run(*inputs):
+        named = {i.name: x.numpy() for i, x in zip(session.get_inputs(), inputs, strict=True)}
+        return torch.from_numpy(session.run(None, named)[0])
+
+    return run
+
+
+READ = {"torch": read_torch, "onnx": read_onnx}
+
+
+def inside(format, file):
+    """The text within a file about it."""
+    if format == "onnx":
+        import onnx
+
+        return {p.key: p.value for p in onnx.load(file).metadata_props}["flowkit"]
+    with zipfile.ZipFile(file) as archive:
+        (name,) = (n for n in archive.namelist() if n.endswith("flowkit.json"))
+        return archive.read(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "format", "method"),
+    [
+        ("points", "torch", "heun"),
+        ("points", "onnx", "ab2"),
+        ("means", "torch", "euler"),
+        ("dit", "onnx", "rk4"),
+        ("latents", "torch", "midpoint"),
+        ("latents", "onnx", "euler"),
+    ],
+)
+def test_a_file_draws_the_samples_of_the_module(kind, format, method, tmp_path):
+    """In batches that the check did not try; and it tells what it is, but not where it was made."""
+    sampler = ODESampler(EULER.grid, method)
+    module, record = exported(kind, tmp_path / "out", format, sampler)
+    file = tmp_path / "out" / record["file"]
+    draw = READ[format](file)
+    for count in (3, 130):
+        noise = torch.randn(count, *module.sample_shape)
+        labels = [torch.arange(count).flip(0) % 4] if module.drop_cond else []
+        scale = 2.0 if labels else None
+        state = module.solve(noise, sampler, *labels, guidance=scale).x
+        with torch.no_grad():
+            expected = module.autoencoder.decode(state)
+        torch.testing.assert_close(draw(noise, *labels), expected, rtol=1e-4, atol=1e-4)
+        assert expected.std() > 0.05
+    told = json.loads(inside(format, file))
+    assert told == {key: record[key] for key in told}
+    assert told["grid"] == pytest.approx([0.0, 0.2, 0.7, 1.0])
+    assert told["classes"] == (CLASSES if module.drop_cond else None)
+    content = file.read_bytes()
+    assert not [w for w in ("site-packages", os.getcwd(), "exports.py") if w.encode() in content]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ["torch", "onnx"])
+def test_a_file_holds_its_weights_once_for_any_number_of_steps(format, tmp_path):
+    """Forty Heun steps, of eighty calls, take a row of five numbers per call more than two do."""
+    sizes = []
+    for steps in (2, 40):
+        sampler = ODESampler(steps, "heun")
+        _, record = exported("residual", tmp_path / str(steps), format, sampler)
+        sizes.append((tmp_path / str(steps) / record["file"]).stat().st_size)
+    rows = 2 * (40 - 2) * 4 * 4
+    assert rows <= sizes[1] - sizes[0] < rows + 3000  # the record's grid grows, too
+
+
+@pytest.mark.slow
+def test_exports_run_where_flowkit_is_not_installed(tmp_path):
+    """By the lines of their own page, in an environment without flowkit."""
+    environment = tmp_path / "env"
+    venv.create(environment, with_pip=False)
+    site = next(environment.glob("lib/*/site-packages"))
+    here = [p for p in sys.path if p.endswith("site-packages")]
+    (site / "packages.pth").write_text("\n".join(here) + "\n")  # no hook of an editable install
+    run = partial(
+        subprocess.run,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HOME": str(tmp_path / "cache")},
+        check=False,
+    )
+    python = [str(environment / "bin" / "python"), "-I", "-c"]
+    assert "No module named 'flowkit'" in run([*python, "import flowkit"], cwd=tmp_path).stderr
+    for kind, format in (("labels", "torch"), ("labels", "onnx"), ("latents", "diffusers")):
+        folder = tmp_path / format
+        module, _ = exported(kind, folder, format)
+        code = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.S)[1]
+        code += {"torch": "\nprint(data.tolist())", "onnx": "\nprint(data.tolist())"}.get(
+            format, "\nimport numpy\nprint(numpy.stack(images).tolist())"
+        )
+        result = run([*python, code], cwd=folder)
+        assert result.returncode == 0, result.stderr
+        noise = torch.randn(3, *module.sample_shape, generator=torch.manual_seed(0))
+        state = module.solve(noise, EULER, torch.arange(3), 2.0).x
+        with torch.no_grad():
+            expected = module.autoencoder.decode(state)
+        found = torch.tensor(json.loads(result.stdout))
+        if format == "diffusers":
+            found, expected = found / 127.5 - 1, expected.clamp(-1, 1).squeeze(1)
+        allowed = 1 / 127.5 if format == "diffusers" else 1e-4
+        torch.testing.assert_close(found, expected, rtol=0, atol=allowed)
