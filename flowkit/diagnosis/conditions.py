@@ -44,10 +44,11 @@ def check_conditions(
         kept = (cast(Tensor, part.cond) != cast(Tensor, other)).double().mean().item()
         most = 2 * known.value * kept
         if known.z > SIGMAS:
-            could = f" of about {percent(most / squares(part.u).mean().item())} that labels tell"
+            could = f"; labels tell about {percent(most / squares(part.u).mean().item())}"
             alarm = alarm or loss.value + 3 * loss.error < SHARE * most
     lost = percent(loss.value / squares(part.u).mean().item())
-    figure = f"exchanged, they change the velocity by {percent(size)} and cost {lost}{could}"
+    figure = f"exchanged, they change the velocity by {percent(size)}, which costs {lost} of the "
+    figure += f"targets' energy{could}"
     return line(
         "conditions",
         alarm,

@@ -81,5 +81,3 @@ def _words(mapped: dict[int, int]) -> str:
             return f"each is {'the next' if by == 1 else 'the one before'}; count from the same 0"
     changed = [f"{label} is {other}" for label, other in mapped.items() if label != other]
     return f"{', '.join(changed[:4])}{' ...' if len(changed) > 4 else ''}; compare the class lists"
-
-

@@ -1,13 +1,11 @@
 """Training examples that a network is judged by, and the network with its calls counted."""
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from flowkit.checks import expand_like
 from flowkit.losses import draw_states
 from flowkit.paths import Path
 from flowkit.types import Cond, Pairs, take
@@ -142,5 +140,3 @@ def squares(x: Tensor) -> Tensor:
 def rms(x: Tensor) -> Tensor:
     """Return the root mean square of each row ``(M,)``."""
     return squares(x).sqrt()
-
-

@@ -104,7 +104,9 @@ def check_times(fit: Fit) -> Finding:
     lowest, highest = (f(m.value for m in fit.explained) for f in (min, max))
     figure = f"explained {lowest:.2f} to {highest:.2f} in {BINS} parts of the time"
     if bad:
-        figure += f"; at t from {k / BINS:g} to {(k + 1) / BINS:g} only {fit.explained[k].value:.2f}"
+        figure += (
+            f"; at t from {k / BINS:g} to {(k + 1) / BINS:g} only {fit.explained[k].value:.2f}"
+        )
     return line(
         "loss over t",
         0 < len(bad) <= 2,
@@ -132,7 +134,7 @@ def check_training(fit: Fit) -> Finding:
     return line(
         "training",
         alarm,
-        f"a simple correction would remove {percent(max(total.value, 0))} of the loss; mean and std "
+        f"a simple correction removes {percent(max(total.value, 0))} of the loss; mean and std "
         f"alone are better in {worse} of {BINS} parts of the time",
         "the network has not learnt what its data tell: train longer, look at the learning rate",
     )

@@ -16,7 +16,7 @@ from flowkit.velocity import Velocity
 
 STEPS = (1, 2, 4, 8, 16, 32, 64)
 SOLVED, DRAWN = 32, 256  # samples of the lines on accuracy, of the lines on samples
-DRAWS = 200  # of what chance gives
+DRAWS = 1000  # of what chance gives
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,8 +82,8 @@ def check_order(solves: Solves) -> Finding:
         "order",
         fine > 0.01 and order < 0.7,
         figure,
-        "more steps bring no more accuracy: the velocity jumps in time or space (whole timesteps, a "
-        "clamp, high frequencies of an untrained time embedding); make it smooth",
+        "more steps bring no more accuracy, since the velocity jumps in time or space (whole "
+        "timesteps, a clamp, high frequencies of an untrained time embedding): make it smooth",
     )
 
 
@@ -154,8 +154,8 @@ class Distance(NamedTuple):
 def distance_of(a: Tensor, b: Tensor, generator: torch.Generator) -> Distance:
     """Return the energy coefficient ``(2 E‖a − b‖ − E‖a − a'‖ − E‖b − b'‖) / (2 E‖a − b‖)``.
 
-    It lies in [0, 1]. Chance is 200 random exchanges between both sets: two sets of one population
-    exceed the largest of these once in 201 times.
+    It lies in [0, 1]. Chance is 1000 random exchanges between both sets: two sets of one population
+    exceed the largest of these once in 1001 times.
 
     Source: Székely & Rizzo 2013, *Energy statistics: a class of statistics based on distances*.
     """
@@ -177,7 +177,9 @@ def check_samples(drawn: Tensor, solves: Solves, generator: torch.Generator) -> 
     real, advice = solves.x1[:DRAWN], "train longer, or look at the lines above"
     if not bool(drawn.isfinite().all()):
         bad = (~drawn.isfinite()).flatten(1).any(1).double().mean().item()
-        return line("samples", True, f"{percent(bad)} are not finite", "the velocity is not bounded")
+        return line(
+            "samples", True, f"{percent(bad)} are not finite", "the velocity is not bounded"
+        )
     found = distance_of(drawn, real, generator)
     excess = found.share - found.mean
     ratio = drawn.double().std().item() / real.double().std().item()
