@@ -11,7 +11,7 @@ from flowkit.paths import Path
 from flowkit.types import Cond, Pairs, take
 from flowkit.velocity import BoundVelocity, Velocity, bind
 
-ROWS, CHUNK, FIRST, LAST = 2048, 256, 0.02, 0.98  # of examples, of one call; times
+ROWS, CHUNK, FIRST, LAST = 1024, 256, 0.02, 0.98  # of examples, of one call; times
 
 
 class Watched:
@@ -85,7 +85,7 @@ class Examples(NamedTuple):
 def draw_examples(
     x0: Tensor, x1: Tensor, cond: Cond, path: Path, generator: torch.Generator
 ) -> Examples:
-    """Draw examples of pairs ``x0, x1 (N, *)``, about 2048 and at least 2 of each pair."""
+    """Draw examples of pairs ``x0, x1 (N, *)``, about 1024 and at least 2 of each pair."""
     pairs = len(x1)
     rounds = max(2, math.ceil(ROWS / pairs))
     shift = torch.rand(rounds, pairs, generator=generator)

@@ -28,7 +28,7 @@ TIMES: dict[str, Callable[[Tensor], Tensor]] = {
 OUTPUTS = ("velocity", "negated velocity", "data", "noise")
 SIGMAS, BETTER, CLOSE = 5.0, 0.9, 0.02
 SCALES = [2.0**k for k in range(-5, 6)]
-FEW, ROWS = 256, 512  # examples of the searches for scales and labels
+FEW, ROWS = 128, 256  # examples of the searches for scales and labels
 MOST, EARLY = 20, 0.6  # labels that are all tried; times at which labels tell most
 NEAR = 1.15  # scales nearer to 1 are not told from an imperfect network
 
@@ -137,15 +137,22 @@ class Search:
         examples: The examples.
         path: The path of the flow.
         generator: Draws the halves of the search for labels.
+        plain: Outputs of the network for the examples.
 
     Attributes:
         shares: Explained shares of the targets' energy by readings of time and output.
     """
 
     def __init__(
-        self, network: Watched, examples: Examples, path: Path, generator: torch.Generator
+        self,
+        network: Watched,
+        examples: Examples,
+        path: Path,
+        generator: torch.Generator,
+        plain: Tensor,
     ) -> None:
         self.network, self.examples, self.path = network, examples, path
+        self.plain = plain
         self.generator = generator
         self.weight = (examples.t * (1 - examples.t)).square()
         self.shares: dict[Reading, float] = {}
@@ -170,8 +177,15 @@ class Search:
     def losses(self, reading: Reading, rows: slice = slice(None)) -> Tensor:
         """Return the losses of the first examples under a reading; infinite for NaN."""
         part = self.examples.some(rows)
-        v = Watched(Read(self.network, reading, self.path)).outputs(part.x_t, part.t, part.cond)
-        return squares(v - part.u).nan_to_num(nan=torch.inf)
+        return squares(self.velocities(reading, rows) - part.u).nan_to_num(nan=torch.inf)
+
+    def velocities(self, reading: Reading, rows: slice = slice(None)) -> Tensor:
+        """Return the velocities of the first examples under a reading."""
+        if reading == Reading():
+            return self.plain[rows]
+        part = self.examples.some(rows)
+        read = Read(self.network, reading, self.path)
+        return Watched(read).outputs(part.x_t, part.t, part.cond)
 
     def mean(self, loss: Tensor) -> float:
         """Return the weighted mean of the losses of the first examples."""
@@ -198,7 +212,8 @@ class Search:
         losses: dict[Reading, Tensor] = {}
         for name, change in TIMES.items():
             try:
-                value = self.network.outputs(x, change(t), cond)
+                known = name == "t" and not reading.labels
+                value = self.plain if known else self.network.outputs(x, change(t), cond)
             except Exception:
                 continue  # the network refuses such times: it was not trained on them
             for kind in OUTPUTS if noiseless else OUTPUTS[:2]:
@@ -226,10 +241,17 @@ class Search:
         def loss(scales: tuple[float, float]) -> float:
             return self.mean(self.losses(of(*scales), slice(FEW)))
 
-        best = min([(c, 1.0) for c in SCALES] + [(1.0, s) for s in SCALES if s != 1], key=loss)
-        for step in (2**0.5, 2**0.25, 2**0.125, 2**0.0625):
-            near = [scales for f in (step, 1 / step) for scales in _times(best, f)]
-            best = min([best, *near], key=loss)
+        fits = []
+        for place in (0, 1):  # data, noise
+
+            def scales(value: float, place: int = place) -> tuple[float, float]:
+                return (value, 1.0) if place == 0 else (1.0, value)
+
+            best = min(SCALES, key=lambda value: loss(scales(value)))
+            for step in (2**0.5, 2**0.25, 2**0.125, 2**0.0625):
+                best = min((best, best * step, best / step), key=lambda value: loss(scales(value)))
+            fits.append(scales(best))
+        best = min(fits, key=lambda one: self.mean(self.losses(of(*one))))
         far = max(max(scale, 1 / scale) for scale in best) > NEAR
         return of(*best) if far and self._is_better(self.losses(of(*best)), now) else reading
 
@@ -271,13 +293,6 @@ class Search:
             return reading
         pairs = zip(labels.tolist(), labels[better].tolist(), strict=True)
         return replace(reading, labels=tuple((int(a), int(b)) for a, b in pairs))
-
-
-def _times(scale: tuple[float, float], factor: float) -> list[tuple[float, float]]:
-    """Return scales with one of them multiplied: the one that is not 1 already."""
-    data, noise = scale
-    of_data, of_noise = (data * factor, noise), (data, noise * factor)
-    return [of_data, of_noise] if data == noise == 1 else [of_data if noise == 1 else of_noise]
 
 
 def is_labels(cond: Cond) -> bool:
