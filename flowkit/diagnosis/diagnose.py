@@ -95,7 +95,7 @@ def diagnose(
     if not values.ok and span == (0, 0):
         return [values]
     found = [values, _repeatable(network, examples), _range(x0, x1)]
-    search = Search(network, examples, path, generator, plain)
+    search = Search(network, examples, path, generator, plain, x1)
     reading = search.best()
     found += conventions(search, reading)
     read = Read(network, reading, path)

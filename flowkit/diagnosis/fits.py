@@ -103,7 +103,7 @@ def check_times(fit: Fit) -> Finding:
     k = min(range(BINS), key=lambda k: fit.explained[k].value) if not bad else bad[0]
     lowest, highest = (f(m.value for m in fit.explained) for f in (min, max))
     figure = f"explained {lowest:.2f} to {highest:.2f} in {BINS} parts of the time"
-    if bad:
+    if 0 < len(bad) <= 2:
         figure += (
             f"; at t from {k / BINS:g} to {(k + 1) / BINS:g} only {fit.explained[k].value:.2f}"
         )

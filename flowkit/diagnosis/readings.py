@@ -8,7 +8,6 @@ smaller loss on the same examples tells how the network was trained.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any, cast
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from flowkit.checks import expand_like
 from flowkit.diagnosis.examples import FIRST, LAST, Examples, Watched, mean_of, squares
+from flowkit.diagnosis.fits import fit_of
 from flowkit.paths import Coefficients, Interpolant, Path
 from flowkit.types import Cond
 
@@ -27,9 +27,10 @@ TIMES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 OUTPUTS = ("velocity", "negated velocity", "data", "noise")
 SIGMAS, BETTER, CLOSE = 5.0, 0.9, 0.02
-SCALES = [2.0**k for k in range(-5, 6)]
+SCALES = [2.0**k for k in range(-5, 6) if k]
 FEW, ROWS = 128, 256  # examples of the searches for scales and labels
 MOST, EARLY = 20, 0.6  # labels that are all tried; times at which labels tell most
+ENOUGH = 0.1  # of the loss that may be left to a correction of a scale
 NEAR = 1.15  # scales nearer to 1 are not told from an imperfect network
 
 
@@ -118,7 +119,7 @@ def _time_of_ratio(path: Any, t: Tensor, factor: float) -> Tensor:
     here = path.coefficients(t.double())
     wanted = here.a / here.b * factor
     low, high = torch.zeros_like(wanted), torch.ones_like(wanted)
-    for _ in range(40):
+    for _ in range(24):
         middle = (low + high) / 2
         now = path.coefficients(middle)
         below = now.a < wanted * now.b
@@ -138,6 +139,7 @@ class Search:
         path: The path of the flow.
         generator: Draws the halves of the search for labels.
         plain: Outputs of the network for the examples.
+        x1: The data ``(N, *)``.
 
     Attributes:
         shares: Explained shares of the targets' energy by readings of time and output.
@@ -150,9 +152,10 @@ class Search:
         path: Path,
         generator: torch.Generator,
         plain: Tensor,
+        x1: Tensor,
     ) -> None:
         self.network, self.examples, self.path = network, examples, path
-        self.plain = plain
+        self.plain, self.x1 = plain, x1
         self.generator = generator
         self.weight = (examples.t * (1 - examples.t)).square()
         self.shares: dict[Reading, float] = {}
@@ -229,31 +232,39 @@ class Search:
         """Return the reading with the best scales of data or noise.
 
         The network may have seen data ``c x1`` or noise ``s x0``. Scales from 1/32 to 32 are tried,
-        an octave apart, then finer ones around the best. A scale within 15 % of 1 counts as 1.
+        an octave apart, then finer ones around the best. A scale within 15 % of 1 counts as 1. And
+        the scale must explain all: if a simple correction still removes a tenth of the loss, the
+        network has learnt badly, and another scale only damps that.
         """
         if reading.scaled or not isinstance(self.path, Interpolant) or self.path.sigma:
             return reading
 
-        def of(data: float, noise: float) -> Reading:
-            return replace(reading, data_scale=data, noise_scale=noise)
+        def of(scales: tuple[float, float]) -> Reading:
+            return replace(reading, data_scale=scales[0], noise_scale=scales[1])
 
-        @cache
-        def loss(scales: tuple[float, float]) -> float:
-            return self.mean(self.losses(of(*scales), slice(FEW)))
+        def pair(scale: float, place: int) -> tuple[float, float]:
+            return (1.0, scale) if place else (scale, 1.0)
 
-        fits = []
-        for place in (0, 1):  # data, noise
+        def loss(scales: tuple[float, float], rows: slice) -> float:
+            return self.mean(self.losses(of(scales), rows))
 
-            def scales(value: float, place: int = place) -> tuple[float, float]:
-                return (value, 1.0) if place == 0 else (1.0, value)
-
-            best = min(SCALES, key=lambda value: loss(scales(value)))
+        def refined(best: tuple[float, float], rows: slice) -> tuple[float, float]:
+            place = int(best[0] == 1)  # the scale of data, or that of noise
             for step in (2**0.5, 2**0.25, 2**0.125, 2**0.0625):
-                best = min((best, best * step, best / step), key=lambda value: loss(scales(value)))
-            fits.append(scales(best))
-        best = min(fits, key=lambda one: self.mean(self.losses(of(*one))))
+                near = [pair(best[place] * factor, place) for factor in (1, step, 1 / step)]
+                best = min(near, key=lambda scales: loss(scales, rows))
+            return best
+
+        few, everything = slice(FEW), slice(None)
+        starts = [min((pair(s, k) for s in SCALES), key=lambda one: loss(one, few)) for k in (0, 1)]
+        best = min((refined(one, few) for one in starts), key=lambda one: loss(one, everything))
         far = max(max(scale, 1 / scale) for scale in best) > NEAR
-        return of(*best) if far and self._is_better(self.losses(of(*best)), now) else reading
+        if not (far and self._is_better(self.losses(of(best)), now)):
+            return reading
+        found = of(refined(best, everything))
+        v = self.velocities(found)
+        left = fit_of(v, self.examples, self.x1, self.path, self.generator).total
+        return found if left.value < ENOUGH else reading
 
     def _labels(self, reading: Reading, now: Tensor) -> Reading:
         """Return the reading with the best labels.
