@@ -29,7 +29,15 @@ from flowkit.diagnosis.examples import Watched
 from flowkit.places import check_writable
 from flowkit.provenance import versions
 from flowkit.runs import Run
-from flowkit.runs.diagnosing import Subject, chosen, examine, learnt_guidance, paired, progress
+from flowkit.runs.diagnosing import (
+    Subject,
+    chosen,
+    encoded,
+    examine,
+    learnt_guidance,
+    paired,
+    progress,
+)
 from flowkit.runs.records import recording
 from flowkit.runs.splits import prepared
 from flowkit.types import to_device
@@ -152,9 +160,8 @@ def _of_user(cfg: DictConfig) -> Subjects:
     data = prepared(instantiate(cfg.data), "test")
     generator = torch.Generator().manual_seed(cfg.seed)
     batch = chosen(data, cfg.num_samples, generator)
-    autoencoder = instantiate(cfg.autoencoder)
-    with torch.no_grad():
-        states: Any = {"x1": autoencoder.encode(batch["x1"]).to(device)}
+    x1 = encoded(instantiate(cfg.autoencoder), batch["x1"], cfg.batch_size, generator)
+    states: Any = {"x1": x1.to(device)}
     if cfg.conditions and batch.get("cond") is not None:
         states["cond"] = to_device(batch["cond"], device)
     if "x0" in batch:

@@ -112,6 +112,8 @@ def test_weights_that_diverged_and_averages_that_lag_are_told_apart():
     )
     lags = alarms(lambda x, t, c: 0.5 * FLOW(x, t, c), raw=FLOW)[0]
     assert (lags.name, lags.advice[:22]) == ("averaged weights", "the average lags behin")
+    early = alarms(lambda x, t, c: 0.0 * x, raw=lambda x, t, c: 0.5 * FLOW(x, t, c))
+    assert early[0].name == "training"
     (nan,) = alarms(FLOW, raw=lambda x, t, c: x / 0)
     assert nan.figure == "loss of raw weights inf x"
 
@@ -146,7 +148,7 @@ def test_values_that_are_not_finite_are_findings():
 def test_a_velocity_that_jumps_in_space_has_no_order():
     found = alarms(lambda x, t, c: FLOW(x, t, c) + 4 * torch.sign(torch.sin(1000 * x)))
     (order,) = [one for one in found if one.name == "order"]
-    assert float(order.figure.split()[0]) < 0.5
+    assert float(order.figure.split()[0]) < 1
     assert order.advice == "may follow from training: mend that first"
 
 
@@ -194,14 +196,14 @@ def test_a_sound_network_has_no_alarm(name):
 
 @pytest.mark.slow
 def test_sound_networks_rarely_have_an_alarm():
-    """At a rate of 1 % per network, more than 3 alarms of 72 have a probability below 0.7 %."""
+    """At a rate of 1 % per network, more than 2 alarms of 36 have a probability of 0.6 %."""
     found = []
-    for seed in range(1, 5):
+    for seed in range(1, 3):
         for count in (32, 100, 500):
             for name, (x0, flow, x1, labels, path) in sound(seed, count).items():
                 told = alarms(flow, x0, x1, labels, path=path, raw=flow, guided=flow)
                 found += [(seed, count, name, one) for one in told]
-    assert len(found) <= 3, found
+    assert len(found) <= 2, found
 
 
 # --- a trained network ------------------------------------------------------------------------
@@ -209,7 +211,7 @@ def test_sound_networks_rarely_have_an_alarm():
 
 @pytest.fixture(scope="module")
 def trained():
-    """A network of the digits after 60 and 1000 steps, and pairs that it has not seen."""
+    """A network of the digits after 50 and 600 steps, and pairs that it has not seen."""
     from flowkit.data import Digits
 
     data = Digits()
@@ -217,16 +219,16 @@ def trained():
     data.setup(None)
     train, test = data.train[:], data.test[:]
     torch.manual_seed(0)
-    net, kept = ResidualMLP((1, 8, 8), width=128, depth=2, num_classes=10), {}
+    net, kept = ResidualMLP((1, 8, 8), width=64, depth=2, num_classes=10), {}
     optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3)
-    for step in range(1, 1001):
+    for step in range(1, 601):
         rows = torch.randint(len(train["x1"]), (128,))
         loss = flow_matching_loss(net, {"x1": train["x1"][rows], "cond": train["cond"][rows]})
         optimizer.zero_grad()
         loss["loss"].backward()
         optimizer.step()
-        if step in (60, 1000):
-            kept[step] = ResidualMLP((1, 8, 8), width=128, depth=2, num_classes=10).eval()
+        if step in (50, 600):
+            kept[step] = ResidualMLP((1, 8, 8), width=64, depth=2, num_classes=10).eval()
             kept[step].load_state_dict(net.state_dict())
     return kept, torch.randn(test["x1"].shape), test["x1"], test["cond"]
 
@@ -234,17 +236,17 @@ def trained():
 @pytest.mark.slow
 def test_faults_of_a_trained_network_are_named(trained):
     kept, x0, x1, cond = trained
-    net = kept[1000]
+    net = kept[600]
     assert alarms(net, x0, x1, cond, raw=net) == []
     for (name, note), velocity in broken(net, 10).items():
         torch.manual_seed(0)
         assert alarms(velocity, x0, x1, cond)[0].name == name, note
-    assert alarms(kept[60], x0, x1, cond)[0].name == "training"
+    assert alarms(kept[50], x0, x1, cond)[0].name == "training"
     assert alarms(net, x0, 5 * x1, cond)[0].name == "input scale"
     assert alarms(net, 2 * x0, x1, cond)[0].name == "input scale"
     names = [one.name for one in alarms(lambda x, t, c: net(x, t, 0 * c + 10), x0, x1, cond)]
     assert "conditions" in names
-    wild = ResidualMLP((1, 8, 8), width=128, depth=2, num_classes=10).eval()
+    wild = ResidualMLP((1, 8, 8), width=64, depth=2, num_classes=10).eval()
     wild.load_state_dict({k: v * (1 + torch.rand_like(v)) for k, v in net.state_dict().items()})
     assert alarms(net, x0, x1, cond, raw=wild)[0].name == "averaged weights"
 

@@ -106,7 +106,9 @@ def diagnose(
     v = search.velocities(reading)
     if raw is not None and reading == Reading():
         other = Watched(raw).outputs(examples.x_t, examples.t, examples.cond)
-        found.append(fits.check_averaged(v, other, examples))
+        raw_fit = fits.fit_of(other.nan_to_num(), examples, x1, path, generator)
+        learnt = fits.check_training(raw_fit).ok
+        found.append(fits.check_averaged(v, other, examples, learnt))
     fit = fits.fit_of(v, examples, x1, path, generator)
     found += [fits.check_times(fit), fits.check_training(fit)]
 

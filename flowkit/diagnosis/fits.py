@@ -140,15 +140,19 @@ def check_training(fit: Fit) -> Finding:
     )
 
 
-def check_averaged(averaged: Tensor, raw: Tensor, examples: Examples) -> Finding:
-    """Compare the losses of averaged and of raw weights, by their velocities ``(M, *)``."""
+def check_averaged(averaged: Tensor, raw: Tensor, examples: Examples, learnt: bool) -> Finding:
+    """Compare the losses of averaged and of raw weights, by their velocities ``(M, *)``.
+
+    An average lags behind also early in a training. So it is an alarm only if the raw weights have
+    learnt what their data tell.
+    """
     first, second = (squares(v - examples.u) for v in (averaged, raw))
     if not bool(second.isfinite().all()):
         ratio, z = torch.inf, torch.inf
     else:
         ratio = (second.mean() / first.mean()).item()
         z = mean_of(second - first, examples.pair).z
-    diverged, lags = z > SIGMAS and ratio > RAW, z < -SIGMAS and 1 / ratio > AVERAGED
+    diverged, lags = z > SIGMAS and ratio > RAW, learnt and z < -SIGMAS and 1 / ratio > AVERAGED
     advice = "the raw weights have diverged: lower the learning rate, clip gradients; sample with "
     advice += "the averaged weights, or from an earlier checkpoint"
     if lags:

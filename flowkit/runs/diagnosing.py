@@ -6,6 +6,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from flowkit.autoencoders import Autoencoder, KLAutoencoder
 from flowkit.couplings import Coupling, Independent
 from flowkit.data import SplitData
 from flowkit.diagnosis import Finding
@@ -133,6 +134,15 @@ def paired(batch: Batch, coupling: Coupling, size: int, generator: torch.Generat
         cond = {name: torch.cat([cast(Any, part.cond)[name] for part in parts]) for name in cond}
     x0, x1 = (torch.cat([getattr(part, end) for part in parts]) for end in ("x0", "x1"))
     return Pairs(x0, x1, cond)
+
+
+@torch.no_grad()
+def encoded(
+    autoencoder: Autoencoder, x1: Tensor, batch_size: int, generator: torch.Generator
+) -> Tensor:
+    """Encode data ``(N, *)``, at most ``batch_size`` samples at once."""
+    drawn = {"generator": generator} if isinstance(autoencoder, KLAutoencoder) else {}
+    return torch.cat([autoencoder.encode(part, **drawn) for part in x1.split(batch_size)])
 
 
 def _own_pairs(run: Run) -> SplitData:

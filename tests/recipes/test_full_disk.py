@@ -23,6 +23,7 @@ from flowkit.recipes.boss import boss
 from flowkit.recipes.compare import compare
 from flowkit.recipes.compare_edits import compare_edits
 from flowkit.recipes.consistency import consistency
+from flowkit.recipes.doctor import doctor
 from flowkit.recipes.edit import edit
 from flowkit.recipes.encode import encode
 from flowkit.recipes.epsilon import epsilon
@@ -92,6 +93,7 @@ RECIPES = {
         ],
     ),
     "consistency": (consistency, "symmetrical", ["num_samples=8", "sampler.grid=1"]),
+    "doctor": (doctor, PLAIN, ["num_samples=32"]),
     "edit": (edit, PLAIN, ["source=3", "target=8", "num_steps=2", "num_iters=1"]),
     "encode": (encode, "network", ["shard_size=600"]),
     "epsilon": (epsilon, None, ["num_samples=40"]),
@@ -123,13 +125,14 @@ RECIPES = {
 }
 LAST = {"autoencoder": "metrics", "boss": "grid", "consistency": "consistency", "edit": "edit"}
 LAST |= {"epsilon": "epsilon", "evaluate": "metrics", "inpaint": "inpainted", "pareto": "pareto"}
-LAST |= {"predict": "predicted", "sample": "samples", "semantic": "semantic"}
+LAST |= {"doctor": "doctor", "predict": "predicted", "sample": "samples", "semantic": "semantic"}
 LAST |= {"evaluate samples": "metrics", "statistics": "statistics"}  # stand for a whole
 FAST = ("sample", "pairs")
 OTHER = dict.fromkeys(("boss", "consistency", "epsilon", "evaluate", "inpaint"), "seed=1")
 OTHER |= dict.fromkeys(("pairs", "pareto", "predict", "sample", "semantic", "tokens"), "seed=1")
 OTHER |= {"compare": f"overrides={[*POINTS, 'seed=7']}", "compare_edits": "num_steps=4"}
 OTHER |= {
+    "doctor": "seed=1",
     "statistics": "split=train",
     "edit": "num_iters=2",
     "encode": "shard_size=500",
