@@ -1,4 +1,4 @@
-"""What is wrong with a flow: `diagnose` looks at a network, and `Finding` is a line of the result.
+"""Faults of a flow: `diagnose` looks at a network, and `Finding` is a line of the result.
 
 ``flowkit doctor`` prints the findings of a run, or of anybody's network.
 """

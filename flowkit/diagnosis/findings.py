@@ -1,4 +1,4 @@
-"""What a diagnosis says."""
+"""Lines of a diagnosis."""
 
 from typing import NamedTuple
 
@@ -11,13 +11,13 @@ class Finding(NamedTuple):
     """
 
     name: str
-    """What was looked at."""
+    """Name of the line."""
     ok: bool
     """False for an alarm."""
     figure: str
     """The number that was measured, with its unit."""
     advice: str
-    """What to do; empty without an alarm."""
+    """Advice; empty without an alarm."""
 
 
 def line(name: str, alarm: bool, figure: str, advice: str) -> Finding:

@@ -1,4 +1,4 @@
-"""How well a network fits: the loss over time, averaged against raw weights."""
+"""Lines on the fit of a network: the loss over time, averaged against raw weights."""
 
 from typing import NamedTuple
 

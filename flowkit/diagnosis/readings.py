@@ -36,7 +36,7 @@ NEAR = 1.15  # scales nearer to 1 are not told from an imperfect network
 
 @dataclass(frozen=True)
 class Reading:
-    """How a network is read: time, output, scales of data and noise, and pairs of labels."""
+    """Convention of a network: time, output, scales of data and noise, and pairs of labels."""
 
     time: str = "t"
     output: str = "velocity"

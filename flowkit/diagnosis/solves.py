@@ -1,4 +1,4 @@
-"""What solves of the flow show: order, steps, round trip, precision, samples, guidance."""
+"""Lines on solves of a flow: order, steps, round trip, precision, samples, guidance."""
 
 import math
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What ``flowkit doctor`` looks at: a network with examples as in its training."""
+"""Networks for ``flowkit doctor``, with examples as in their training."""
 
 from dataclasses import dataclass
 from typing import Any, cast
