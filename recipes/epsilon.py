@@ -11,14 +11,13 @@ import hydra
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
-from torch import Tensor
 
-from flowkit.autoencoders import Autoencoder, FrozenAutoencoder
 from flowkit.checks import check_at_least
 from flowkit.couplings import EpsilonChoice, cost_matrix, suggest_epsilon
 from flowkit.couplings.epsilon import variance_components
 from flowkit.metrics.pictures import save_figure
 from flowkit.places import check_writable
+from flowkit.runs.diagnosing import encoded
 from flowkit.runs.records import recording
 from flowkit.runs.splits import prepared
 
@@ -31,7 +30,7 @@ def epsilon(cfg: DictConfig) -> EpsilonChoice:
     order = torch.randperm(len(data.train), generator=generator)[: cfg.num_samples]
     check_at_least(len(order), 2, "num_samples")
     batch = data.train[order]
-    x1 = _encoded(instantiate(cfg.autoencoder), batch["x1"], cfg.batch_size, generator)
+    x1 = encoded(instantiate(cfg.autoencoder), batch["x1"], cfg.batch_size, generator)
     x0 = batch.get("x0")
     if x0 is None:
         x0 = torch.randn(x1.shape, generator=generator)
@@ -54,15 +53,6 @@ def epsilon(cfg: DictConfig) -> EpsilonChoice:
         save_figure(choice.plot(), files[1])
     print(f"picture   {files[1]}\nnumbers   {files[0]}")
     return choice
-
-
-@torch.no_grad()
-def _encoded(
-    autoencoder: Autoencoder, x1: Tensor, batch_size: int, generator: torch.Generator
-) -> Tensor:
-    """Encode data ``(N, *)``, at most ``batch_size`` samples at once."""
-    drawn = {"generator": generator} if isinstance(autoencoder, FrozenAutoencoder) else {}
-    return torch.cat([autoencoder.encode(part, **drawn) for part in x1.split(batch_size)])
 
 
 def _print(choice: EpsilonChoice, scale: float, share: float) -> None:

@@ -27,6 +27,7 @@ def stored_data(
     root: str | Path | None = None,
     changed: str = "refuse",
     place: str = "data",
+    through: bool = True,
 ) -> SplitData:
     """Load the data of a stored configuration, with their test split.
 
@@ -39,6 +40,7 @@ def stored_data(
         root: The place of the data, if they have moved.
         changed: ``"refuse"`` or ``"accept"`` data that differ from the record.
         place: Name of the configuration, for errors.
+        through: False for the latents or the pairs themselves.
 
     Raises:
         ValueError: If the configuration names a class that is neither listed nor trusted, or the
@@ -60,7 +62,7 @@ def stored_data(
             f"reference={data.root / 'images'}"
         )
     source = getattr(data, "source", None)
-    if not isinstance(source, dict):
+    if not (through and isinstance(source, dict)):
         return data
     cache, rest = getattr(data, "root", folder), None if moved else root
     return stored_data(source, trust, cache, rest, changed, f"source in {cache}")

@@ -45,6 +45,7 @@ OPTIONS = {
     "semantic": {"num_images": 12, "rows": 2, "columns": 1},
     "pareto": {"num_samples": 10, "nfe": "[6]", "repetitions": 1},
     "tokens": {"steps": 3, "sizes.depth": 1},
+    "doctor": {"num_samples": 40},
     "epsilon": {"num_samples": 100},
     "encode": {"shard_size": 1000},
     "push": {"num_samples": 10},

@@ -24,6 +24,7 @@ from flowkit.recipes.compare import compare
 from flowkit.recipes.compare_edits import compare_edits
 from flowkit.recipes.consistency import consistency
 from flowkit.recipes.demonstrate import demonstrate
+from flowkit.recipes.doctor import doctor
 from flowkit.recipes.edit import edit
 from flowkit.recipes.encode import encode
 from flowkit.recipes.epsilon import epsilon
@@ -101,6 +102,7 @@ RECIPES = {
     ),
     "consistency": (consistency, "symmetrical", ["num_samples=8", "sampler.grid=1"]),
     "demonstrate": (demonstrate, None, SHOWN),
+    "doctor": (doctor, PLAIN, ["num_samples=32"]),
     "edit": (edit, PLAIN, ["source=3", "target=8", "num_steps=2", "num_iters=1"]),
     "encode": (encode, "network", ["shard_size=600"]),
     "epsilon": (epsilon, None, ["num_samples=40"]),
@@ -136,7 +138,13 @@ RECIPES = {
 }
 LAST = {"autoencoder": "metrics", "boss": "grid", "consistency": "consistency", "edit": "edit"}
 LAST |= {"epsilon": "epsilon", "evaluate": "metrics", "inpaint": "inpainted", "pareto": "pareto"}
-LAST |= {"export": "export", "predict": "predicted", "sample": "samples", "semantic": "semantic"}
+LAST |= {
+    "doctor": "doctor",
+    "export": "export",
+    "predict": "predicted",
+    "sample": "samples",
+    "semantic": "semantic",
+}
 LAST |= {
     "push": "config",
     "evaluate samples": "metrics",
@@ -150,6 +158,7 @@ OTHER = dict.fromkeys(("boss", "consistency", "epsilon", "evaluate", "inpaint"),
 OTHER |= dict.fromkeys(("pairs", "pareto", "predict", "sample", "semantic", "tokens"), "seed=1")
 OTHER |= {"compare": f"overrides={[*POINTS, 'seed=7']}", "compare_edits": "num_steps=4"}
 OTHER |= {
+    "doctor": "seed=1",
     "statistics": "split=train",
     "demonstrate": "seed=1",
     "rollout": "seed=1",

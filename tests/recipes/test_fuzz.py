@@ -166,6 +166,7 @@ COMMANDS = {
                     "num_scale_images=9", "batch_size=4"],
     "train": [*TINY, "data=toy", "data.size=40", "model=mlp", "model.width=8", "sampler.grid=2",
               "callback.samples.rows=1", "batch_size=4"],
+    "doctor": ["run={run}", "out=o", "num_samples=32"],
     "epsilon": ["data.size=40", "num_samples=20"],
     "tokens": ["steps=1", "sizes.width=8", "sizes.depth=1"],
     "sample": ["run={run}", "out=o", "sampler.grid=2", "num_samples=6"],
