@@ -41,7 +41,7 @@ FENCE = re.compile(
 # Folders and files that no page makes: their commands are composed, and not run.
 ELSEWHERE = re.compile(
     r"runs/(fashion|big|symmetrical_masks|symmetrical_fashion|symmetrical_latent|xl2)\w*(/.*)?"
-    r"|stable-diffusion-3|imagenet|sd_vae|tars|weights-inception.pth|mnist|owner/name"
+    r"|stable-diffusion-3|imagenet|sd_vae|tars|weights-inception.pth|mnist|(hub:)?owner/name"
 )
 PATHS = (
     "run",
