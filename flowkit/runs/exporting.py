@@ -139,6 +139,8 @@ def _check(module: FlowModule, format: str, sampler: Sampler, guidance: Any) -> 
     found = {p.dtype for p in module.parameters()} - {torch.float32}
     if found:
         raise TypeError(f"module must have weights in float32 to be exported, got {found.pop()}")
+    if module.device.type != "cpu":
+        raise ValueError(f"module must be on the CPU to be exported, got {module.device}")
     if format == "diffusers":
         check_diffusers(module.velocity, sampler, module.autoencoder)
 

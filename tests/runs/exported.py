@@ -36,7 +36,7 @@ def _latents():
 
 
 MAKERS = {
-    "points": lambda: ((2,), MLP((2,), width=16), None),
+    "points": lambda: ((2,), MLP((2,), width=128), None),
     "labels": lambda: ((2,), MLP((2,), width=16, num_classes=3), GUIDED),
     "residual": lambda: ((1, 8, 8), ResidualMLP((1, 8, 8), 16, 1, num_classes=3), GUIDED),
     "dit": lambda: ((1, 8, 8), DiT((1, 8, 8), 4, 16, 1, 2, num_classes=3), GUIDED),
