@@ -279,12 +279,12 @@ class _Block(DiTBlock):
         for name, table in zip(("cos", "sin"), rotary(sides, size), strict=True):
             self.register_buffer(name, table, persistent=False)
 
-    def _attend(self, h: Tensor) -> Tensor:
+    def _attend(self, h: Tensor, mask: Tensor | None) -> Tensor:
         """Return attention with normalized queries and keys and rotary positions."""
         b, n, width = h.shape
         q, k, v = self.qkv(h).reshape(b, n, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         q, k = (rotate(a, self.cos, self.sin).to(v) for a in (self.norm_q(q), self.norm_k(k)))
-        out = F.scaled_dot_product_attention(q, k, v)
+        out = F.scaled_dot_product_attention(q, k, v, mask)
         return self.project(out.transpose(1, 2).reshape(b, n, width))
 
 

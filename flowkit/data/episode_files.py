@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from flowkit.data.broken import FORMATS
 from flowkit.data.npz import Npz
 from flowkit.provenance import read_json
 
@@ -298,7 +299,8 @@ def _image(root: Path, cell: Mapping[str, Any]) -> np.ndarray:
     if content is None and not file.resolve().is_relative_to(root.resolve()):
         raise ValueError(f"images must lie in {root}, got {file}")
     try:
-        with Image.open(io.BytesIO(content) if content is not None else file) as picture:
+        source = io.BytesIO(content) if content is not None else file
+        with Image.open(source, formats=FORMATS) as picture:
             return np.asarray(picture.convert("RGB"))
     except (OSError, UnidentifiedImageError) as error:
         raise ValueError(f"image must be decoded, got {file}: {error}") from error
