@@ -229,7 +229,7 @@ def test_a_mistyped_path_is_no_name_of_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     asked = []
     monkeypatch.setattr(
-        "diffusers.AutoencoderKL.from_pretrained",
+        "diffusers.AutoencoderKL.load_config",
         lambda place, **options: asked.append((place, options)) or 1 / 0,
     )
     with pytest.raises(FileNotFoundError, match=r"got runs/vae; .*on the hub it is path=hub:runs/"):
