@@ -178,8 +178,9 @@ def griffin_lim(
 ) -> Tensor:
     """Return waves ``(B, length)`` whose spectrogram is close to given log-mels.
 
-    The magnitudes are those of `bin_magnitudes`. The phases are found by the fast algorithm: ``c ← P(s e^{i∠t})``, ``t ← c + α (c − c_before)``, with the
-    projection ``P`` onto spectrograms of waves.
+    The magnitudes are those of `bin_magnitudes`. The phases are found by the fast algorithm:
+    ``c ← P(s e^{i∠t})``, ``t ← c + α (c − c_before)``, with the projection ``P`` onto spectrograms
+    of waves.
 
     Source: Perraudin, Balazs and Søndergaard, *A fast Griffin-Lim algorithm*, 2013, algorithm 2.
 

@@ -39,11 +39,10 @@ def test_numbers_of_a_frame_by_hand():
     frame = 7
     part = wave[0].numpy()[frame * 160 - 512 : frame * 160 + 512]
     magnitude = np.abs(np.fft.rfft(window * part))
-    expected = np.log(
-        np.maximum(slaney_filters(16000, 1024, 64, 0, 8000).numpy() @ magnitude, 1e-5)
-    )
-    found = MEL(wave.double())[0, :, frame].numpy()
-    np.testing.assert_allclose(found, expected, atol=1e-5)
+    filters = slaney_filters(16000, 1024, 64, 0, 8000).numpy()
+    expected = np.maximum(filters @ magnitude, 1e-5)
+    found = MEL(wave.double())[0, :, frame].exp().numpy()
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6 * expected.max())
 
 
 def test_silence_is_the_floor_and_any_length_has_its_frames():
@@ -134,7 +133,7 @@ def test_griffin_lim_returns_a_wave_of_the_same_spectrogram():
     def error(other):
         return (MEL(other).exp() - log_mel.exp()).norm() / log_mel.exp().norm()
 
-    assert error(found) < 0.12 < 0.5 * error(first)
+    assert error(found) < 0.08 < 0.5 * error(first)
     plain = griffin_lim(log_mel, MEL, 16000, iterations=48, momentum=0)
     assert error(found) < error(plain)
     assert found.shape == (1, 16000)
