@@ -127,21 +127,22 @@ class DiTBlock(nn.Module):
             nn.init.zeros_(layer.bias)
         self.modulation = modulation(cond_width or width, width, 6)
 
-    def forward(self, h: Tensor, c: Tensor) -> Tensor:
+    def forward(self, h: Tensor, c: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return the next tokens for ``h (B, N, width)`` and ``c (B, 1|N, *)``.
 
-        ``c`` is one condition per sample or one per token.
+        ``c`` is one condition per sample or one per token. No token attends to another where
+        ``mask (B, 1, 1|N, N)`` is False.
         """
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c).chunk(6, -1)
-        h = h + gate1 * self._attend(modulate(self.norm(h), shift1, scale1))
+        h = h + gate1 * self._attend(modulate(self.norm(h), shift1, scale1), mask)
         hidden = self.expand(modulate(self.norm(h), shift2, scale2))
         return h + gate2 * self.contract(F.gelu(hidden, approximate="tanh"))
 
-    def _attend(self, h: Tensor) -> Tensor:
+    def _attend(self, h: Tensor, mask: Tensor | None) -> Tensor:
         """Return self-attention between the tokens ``(B, N, width)``."""
         b, n, width = h.shape
         q, k, v = self.qkv(h).reshape(b, n, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        out = F.scaled_dot_product_attention(q, k, v)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.project(out.transpose(1, 2).reshape(b, n, width))
 
 
