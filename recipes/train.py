@@ -11,6 +11,7 @@ flowkit train trainer=ddp                                       on all devices o
 import inspect
 import os
 import shutil
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -284,6 +285,10 @@ def tell(cfg: DictConfig, data: Any, autoencoder: Any) -> None:
     cfg.needs_data = brings_start(data.train[:1], data)
     net = cfg.network
     net.shape, net.num_classes = list(cfg.shape), cfg.num_classes
+    if isinstance(cond := batch.get("cond"), Mapping):
+        for name, axis in (("frames", 1), ("vector", 1), ("tokens", 2)):
+            size = cond[name].shape[axis] if name in cond else None
+            OmegaConf.update(cfg, f"network.{name}", size, force_add=True)
     if _is_a(cfg, MeanFlowMatching):
         net.num_times, net.time_scale = 2, 10
     if "codec" in cfg.module:

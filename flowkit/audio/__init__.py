@@ -13,10 +13,15 @@ from flowkit.audio.metrics import (
     word_error_rate,
 )
 from flowkit.audio.mixing import mix
+from flowkit.audio.pictures import save_spectrograms
+from flowkit.audio.queries import TextEncoder
+from flowkit.audio.states import MelStates
 from flowkit.audio.windows import by_windows, frame_noise
 
 __all__ = [
     "LogMel",
+    "MelStates",
+    "TextEncoder",
     "by_windows",
     "frame_noise",
     "griffin_lim",
@@ -26,6 +31,7 @@ __all__ = [
     "mixture_phase",
     "read_audio",
     "resample",
+    "save_spectrograms",
     "si_sdr",
     "si_sdr_improvement",
     "word_error_rate",

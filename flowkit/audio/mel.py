@@ -118,6 +118,19 @@ def slaney_filters(rate: int, n_fft: int, n_mels: int, fmin: float, fmax: float)
 
     The scale is ``3 f / 200`` below 1 kHz, and ``15 + 27 ln(f / 1000) / ln 6.4`` above.
     """
+    edges = slaney_hertz(n_mels, fmin, fmax)
+    bins = torch.linspace(0, rate / 2, n_fft // 2 + 1, dtype=torch.float64)
+    rising = (bins - edges[:-2, None]) / (edges[1:-1] - edges[:-2])[:, None]
+    falling = (edges[2:, None] - bins) / (edges[2:] - edges[1:-1])[:, None]
+    area = 2 / (edges[2:] - edges[:-2])
+    return torch.minimum(rising, falling).clamp_min(0) * area[:, None]
+
+
+def slaney_hertz(n_mels: int, fmin: float, fmax: float) -> Tensor:
+    """Return the edges of bands ``(n_mels + 2,)`` in Hz, evenly spaced on Slaney's scale.
+
+    Band ``k`` rises from edge ``k`` to edge ``k + 1``, its center, and falls to edge ``k + 2``.
+    """
     step = torch.tensor(6.4, dtype=torch.float64).log() / 27
 
     def to_mel(f: Tensor) -> Tensor:
@@ -127,12 +140,7 @@ def slaney_filters(rate: int, n_fft: int, n_mels: int, fmin: float, fmax: float)
         return torch.where(mel < 15, 200 * mel / 3, 1000 * (step * (mel - 15)).exp())
 
     low, high = to_mel(torch.tensor([fmin, fmax], dtype=torch.float64)).tolist()
-    edges = to_hertz(torch.linspace(low, high, n_mels + 2, dtype=torch.float64))
-    bins = torch.linspace(0, rate / 2, n_fft // 2 + 1, dtype=torch.float64)
-    rising = (bins - edges[:-2, None]) / (edges[1:-1] - edges[:-2])[:, None]
-    falling = (edges[2:, None] - bins) / (edges[2:] - edges[1:-1])[:, None]
-    area = 2 / (edges[2:] - edges[:-2])
-    return torch.minimum(rising, falling).clamp_min(0) * area[:, None]
+    return to_hertz(torch.linspace(low, high, n_mels + 2, dtype=torch.float64))
 
 
 def mixture_phase(log_mel: Tensor, mixture: Tensor, mel: LogMel) -> Tensor:

@@ -15,6 +15,7 @@ from flowkit.modules.flow import FlowModule
 from flowkit.modules.latent import LatentFlowMatching, describe_latents, expected_losses
 from flowkit.modules.mean_flow import MeanFlowMatching
 from flowkit.modules.sharding import FullySharded
+from flowkit.modules.sounds import SampleSounds
 from flowkit.modules.straightening import Straightening
 from flowkit.modules.symmetrical import SymmetricalFlowMatching
 
@@ -30,6 +31,7 @@ __all__ = [
     "LatentFlowMatching",
     "MeanFlowMatching",
     "SampleGrid",
+    "SampleSounds",
     "Straightening",
     "SymmetricalFlowMatching",
     "WeightedFlowMatching",

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint, TQDMProgressBar, WeightAveraging
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from flowkit.checks import check_at_least, check_between
@@ -120,6 +120,9 @@ class SampleGrid(Callback):
         ValueError: If ``rows`` is below 1.
     """
 
+    widest = 10
+    """Largest number of samples in a row."""
+
     def __init__(
         self,
         folder: str | Path,
@@ -153,7 +156,7 @@ class SampleGrid(Callback):
             return
         data = cast(Any, trainer).datamodule
         classes = getattr(data, "num_classes", None)
-        columns = min(classes or 10, 10)
+        columns = min(classes or self.widest, self.widest)
         count = self.rows * columns
         if brings_start(batch, data):
             count = min(count, len(batch["x1"]))
@@ -164,7 +167,12 @@ class SampleGrid(Callback):
         states = pl_module.solve(x0, self.sampler, cond, self.guidance).x
         samples = pl_module.autoencoder.decode(states)
         if trainer.is_global_zero:
-            save_picture(samples, self.folder / f"step-{trainer.global_step:06d}.png", columns)
+            file = self.folder / f"step-{trainer.global_step:06d}.png"
+            self.save(samples, file, columns, batch, data)
+
+    def save(self, samples: Tensor, file: Path, columns: int, batch: Any, data: Any) -> None:
+        """Save the picture of decoded samples; a subclass shows samples of another kind."""
+        save_picture(samples, file, columns)
 
 
 class LastCheckpoint(Checkpoint):

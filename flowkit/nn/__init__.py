@@ -1,10 +1,10 @@
 """Networks that are velocities, ``net(x, t, cond)``, and belong to no single method.
 
 `MLP` and `ResidualMLP` serve points and small images. `DiT` is the diffusion transformer for images
-and latents (Peebles and Xie, 2023), `SequenceDiT` for sequences of any length. `unet2d` and `autoencoder_kl` build networks of the diffusers
-library, and `DiffusersVelocity` reads any network of that library as a velocity. `Inpainting` and
-`SemanticMap` add conditions pixel by pixel. Train a new network with these classes; use
-`flowkit.adapters` for pretrained networks.
+and latents (Peebles and Xie, 2023), `SequenceDiT` for sequences of any length. `unet2d` and
+`autoencoder_kl` build networks of the diffusers library, and `DiffusersVelocity` reads any network
+of that library as a velocity. `Inpainting` and `SemanticMap` add conditions pixel by pixel. Train a
+new network with these classes; use `flowkit.adapters` for pretrained networks.
 """
 
 from flowkit.nn.companions import Inpainting, SemanticMap

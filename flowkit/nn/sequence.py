@@ -16,7 +16,7 @@ KEYS = ("frames", "vector", "tokens", "frame_mask", "token_mask")
 
 
 class Prefix(NamedTuple):
-    """What a network prepares of a condition, once a solve; see `SequenceDiT.prepare`."""
+    """A condition as a network prepares it, once a solve; see `SequenceDiT.prepare`."""
 
     frames: Tensor | None
     """Frames ``(B, T, width)``, embedded."""
@@ -134,8 +134,10 @@ class SequenceDiT(nn.Module):
         self.shape, self.num_times, self.width = (int(shape[0]), int(shape[1])), num_times, width
         self.inputs = _linear(self.shape[0], width)
         self.frames = None if frames is None else _linear(frames, width)
-        self.vector = None if vector is None else nn.Sequential(
-            _linear(vector, width), nn.SiLU(), _linear(width, width)
+        self.vector = (
+            None
+            if vector is None
+            else nn.Sequential(_linear(vector, width), nn.SiLU(), _linear(width, width))
         )
         self.embedding = TimeLabelEmbedding(width, None, num_times, time_scale=time_scale)
         self.blocks = nn.ModuleList(DiTBlock(width, heads, mlp_ratio) for _ in range(depth))
@@ -221,9 +223,8 @@ class SequenceDiT(nn.Module):
         for name, size in self.sizes.items():
             if (name in given) != (size is not None):
                 state = "hold" if size is not None else "not hold"
-                raise ValueError(
-                    f"cond must {state} {name} for this network, got {', '.join(given) or 'nothing'}"
-                )
+                got = ", ".join(given) or "nothing"
+                raise ValueError(f"cond must {state} {name} for this network, got {got}")
             if size is not None:
                 axis = 1 if name != "tokens" else 2
                 shape, ndim = tuple(given[name].shape), 2 if name == "vector" else 3
