@@ -38,8 +38,6 @@ def separate(cfg: DictConfig) -> Tensor:
             f"query must be given with audio, and only then, got audio={cfg.audio} and "
             f"query={cfg.query}"
         )
-    if cfg.query is not None and not cfg.query.strip():
-        raise ValueError(f"query must hold words, got {cfg.query!r}")
     run = Run.load(cfg.run, cfg.weights, cfg.device, cfg.guidance, cfg.trust, **place_of(cfg))
     folder = Path(cfg.out) if cfg.out else run.folder / "separated"
     check_writable(folder, "out")
@@ -51,14 +49,15 @@ def _file(cfg: DictConfig, separator: Separator, folder: Path) -> Tensor:
     """Separate a recording."""
     mel, run = separator.mel, separator.run
     wave = read_audio(cfg.audio, mel.rate)
+    overlap = separator.data.frames // 4 if cfg.overlap is None else cfg.overlap
     begun = time.perf_counter()
-    found, log_mel = separator.separate(wave, cfg.query, cfg.seed, cfg.overlap)
+    found, log_mel = separator.separate(wave, cfg.query, cfg.seed, overlap)
     seconds, length = time.perf_counter() - begun, len(wave) / mel.rate
     sampling = {
         **run.describe(separator.sampler),
         "query": cfg.query,
         "seed": cfg.seed,
-        "overlap": cfg.overlap,
+        "overlap": overlap,
         "audio_seconds": round(length, 3),
         "seconds": round(seconds, 3),
     }

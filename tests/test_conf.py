@@ -60,6 +60,8 @@ def test_option(option, configure, tmp_path):
     cfg.shape, cfg.num_classes = [1, 8, 8], 10
     cfg.network.shape, cfg.network.num_classes = [1, 8, 8], 10
     cfg.network.num_times = 2 if option == "module/mean_flow" else 1
+    if option.startswith(("model/policy", "model/sequence")):
+        cfg.network.shape, cfg.network.vector = [2, 14], 6
     node = cfg[group]
     if group in ("callback", "logger"):
         parts = [instantiate(part) for part in node.values() if part and part._target_]
@@ -116,6 +118,8 @@ def test_experiment_composes_under_its_recipe_and_states_its_result(
     assert OmegaConf.to_container(both) == OmegaConf.to_container(cfg)  # what it says is what holds
     if recipe == "train":
         shape = [2] if cfg.data._target_ == "flowkit.data.Toy" else [1, 8, 8]
+        if cfg.data._target_ == "flowkit.data.Instruments":
+            shape, cfg.network.frames, cfg.network.vector = [64, 256], 64, 384
         for node in (cfg, cfg.network):
             node.shape, node.num_classes = shape, 10
         cfg.image_shape = shape

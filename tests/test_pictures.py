@@ -100,7 +100,10 @@ def test_the_ends_of_a_way_are_the_two_samples(module):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"seeds": [1, 2], "steps": 1}, "steps must be"), ({"seeds": [1]}, "seeds must hold .*2, got 1")],
+    [
+        ({"seeds": [1, 2], "steps": 1}, "steps must be"),
+        ({"seeds": [1]}, "seeds must hold .*2, got 1"),
+    ],
 )
 def test_wrong_ways_are_refused(module, options, message):
     with pytest.raises(ValueError, match=message):

@@ -1,4 +1,4 @@
-"""A tiny encoder of texts and a folder of clips with captions, made once."""
+"""A tiny encoder of texts, and a folder of clips with captions."""
 
 import json
 
@@ -8,11 +8,9 @@ import torch
 WORDS = ["violin", "flute", "drum", "bell", "a", "plays", "loud", "horn"]
 
 
-@pytest.fixture(scope="session")
-def tiny_encoder(tmp_path_factory):
-    """A folder of a new BERT of 16 channels, with a vocabulary of a few words."""
+def write_encoder(folder):
+    """Write a new BERT of 16 channels, with a vocabulary of a few words."""
     transformers = pytest.importorskip("transformers")
-    folder = tmp_path_factory.mktemp("bert")
     (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS]))
     config = transformers.BertConfig(
         vocab_size=4 + len(WORDS),
@@ -28,17 +26,14 @@ def tiny_encoder(tmp_path_factory):
     (folder / "tokenizer_config.json").write_text(
         json.dumps({"tokenizer_class": "BertTokenizer", "model_max_length": 64})
     )
-    transformers.BertTokenizer.from_pretrained(folder).save_pretrained(folder)
     return folder
 
 
-@pytest.fixture(scope="session")
-def clips(tmp_path_factory):
-    """Fifteen clips of half a second with captions, five in each split."""
+def write_clips(folder):
+    """Write fifteen clips of half a second with captions, five in each split."""
     pytest.importorskip("soundfile")
     from flowkit.audio import write_audio
 
-    folder = tmp_path_factory.mktemp("clips")
     rows = ["file,caption,split"]
     time = torch.arange(8000) / 16000
     for k in range(15):
@@ -47,3 +42,15 @@ def clips(tmp_path_factory):
         rows.append(f"{k}.wav,a {WORDS[k % 5]} plays,{('train', 'val', 'test')[k // 5]}")
     (folder / "captions.csv").write_text("\n".join(rows))
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder(tmp_path_factory):
+    """A folder of a tiny encoder of texts."""
+    return write_encoder(tmp_path_factory.mktemp("bert"))
+
+
+@pytest.fixture(scope="session")
+def clips(tmp_path_factory):
+    """A folder of clips."""
+    return write_clips(tmp_path_factory.mktemp("clips"))

@@ -139,5 +139,5 @@ def test_a_network_without_tokens_refuses_them():
     net = SequenceDiT((2, 6), width=8, depth=1, heads=2)
     with pytest.raises(ValueError, match="cond must not hold tokens for this network, got tokens"):
         net(torch.zeros(1, 2, 6), torch.rand(1), {"tokens": torch.zeros(1, 2, 4)})
-    with pytest.raises(TypeError, match="cond must be a mapping of frames, .*, got Tensor"):
+    with pytest.raises(TypeError, match=r"cond must be a mapping of frames, .*, got Tensor"):
         net(torch.zeros(1, 2, 6), torch.rand(1), torch.zeros(1))

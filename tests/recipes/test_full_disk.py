@@ -34,10 +34,12 @@ from flowkit.recipes.predict import predict
 from flowkit.recipes.report import report
 from flowkit.recipes.sample import sample
 from flowkit.recipes.semantic import semantic
+from flowkit.recipes.separate import separate
 from flowkit.recipes.statistics import statistics
 from flowkit.recipes.tokens import tokens
 from flowkit.recipes.train import train
 from flowkit.runs.resuming import resumed
+from tests.audio.conftest import write_clips, write_encoder
 from tests.conftest import CONF
 from tests.recipes.conftest import TINY, status_of
 
@@ -64,6 +66,9 @@ RUNS = {
 }
 RUNS["maps"] += ["model.num_classes=11", "model.factor=1", "module.drop_cond.null=11"]
 RUNS["maps"] += ["model.net.in_channels=5"]
+RUNS["sounds"] = [*SHORT, "data=captioned_audio", "model=sequence_dit", "model.width=16"]
+RUNS["sounds"] += ["model.depth=1", "model.heads=2", "data.frames=20", "data.eval_mixtures=4"]
+RUNS["sounds"] += ["+module.drop_cond={_target_:flowkit.guidance.DropCond,prob:0.1}"]
 RECIPES = {
     "autoencoder": (autoencoder, None, LATENT),
     "blockwise": (blockwise, PLAIN, [*SHORT, "stage=flow", "edges=2"]),
@@ -106,6 +111,7 @@ RECIPES = {
         ["data@reference=digits", "batch_size=8", "metric=pixels"],
     ),
     "inpaint": (inpaint, "holes", ["num_images=2", "num_samples=1", "sampler.grid=1"]),
+    "separate": (separate, "sounds", ["num_mixtures=2", "sampler.grid=1"]),
     "statistics": (statistics, None, ["data=digits", "metric=pixels", "batch_size=60"]),
     "pairs": (pairs, PLAIN, ["num_noises=4", "shard_size=2", "fine_steps=2", "grid=[1,2]"]),
     "pareto": (pareto, "blocks", ["num_samples=4", "nfe=[2]", "repetitions=1", "metric=pixels"]),
@@ -124,6 +130,7 @@ RECIPES = {
 LAST = {"autoencoder": "metrics", "boss": "grid", "consistency": "consistency", "edit": "edit"}
 LAST |= {"epsilon": "epsilon", "evaluate": "metrics", "inpaint": "inpainted", "pareto": "pareto"}
 LAST |= {"predict": "predicted", "sample": "samples", "semantic": "semantic"}
+LAST |= {"separate": "mixtures"}
 LAST |= {"evaluate samples": "metrics", "statistics": "statistics"}  # stand for a whole
 FAST = ("sample", "pairs")
 OTHER = dict.fromkeys(("boss", "consistency", "epsilon", "evaluate", "inpaint"), "seed=1")
@@ -131,6 +138,7 @@ OTHER |= dict.fromkeys(("pairs", "pareto", "predict", "sample", "semantic", "tok
 OTHER |= {"compare": f"overrides={[*POINTS, 'seed=7']}", "compare_edits": "num_steps=4"}
 OTHER |= {
     "statistics": "split=train",
+    "separate": "seed=1",
     "edit": "num_iters=2",
     "encode": "shard_size=500",
     "report": "nfe=[4]",
@@ -159,6 +167,12 @@ def starts(tmp_path_factory, tiny_run):
         elif name == "blocks" and name not in made:
             options = [*RECIPES["blockwise"][2], f"run={tiny_run}", f"run_dir={folder}"]
             blockwise(composed("blockwise", *options))
+        elif name == "sounds" and name not in made:
+            for part, write in (("clips", write_clips), ("encoder", write_encoder)):
+                (place / part).mkdir()
+                write(place / part)
+            options = [f"data.root={place}/clips", f"data.query.path={place}/encoder"]
+            train(composed("train", *RUNS[name], *options, f"run_dir={folder}"))
         elif name in RUNS and name not in made:
             train(composed("train", *RUNS[name], f"run_dir={folder}"))
         elif name == "pairs" and name not in made:
@@ -351,7 +365,7 @@ def test_a_call_with_other_options_loses_no_result_of_the_first(
 
 PLACES = {"boss": "boss", "compare_edits": "edits", "consistency": "consistency", "edit": "edits"}
 PLACES |= {"inpaint": "inpainted", "predict": "predicted", "report": "report", "sample": "drawn"}
-PLACES |= {"semantic": "semantic"}  # where results go within the run
+PLACES |= {"semantic": "semantic", "separate": "separated"}  # where results go within the run
 
 
 @pytest.mark.parametrize("recipe", some_fast(RECIPES))
