@@ -12,6 +12,7 @@ WIDTHS = {
     "ResidualMLP": {"width": 16, "depth": 1},
     "DiT": {"width": 24, "depth": 1, "heads": 2},
     "unet2d": {"width": 16, "multipliers": "[1,1]"},
+    "SequenceDiT": {"width": 16, "depth": 1, "heads": 2},
     "BlockwiseDiT": {"width": 24, "heads": 2, "trunk_depth": 1},
     "BlockwiseMLP": {"width": 16, "trunk_depth": 1},
     "autoencoder_kl": {"width": 16},

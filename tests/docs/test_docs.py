@@ -345,6 +345,8 @@ def elsewhere(recipe: str, given: list[str], cfg: DictConfig, where: str) -> boo
         return True
     if "dinov2" in str(given) or "xl2" in str(given):
         return True
+    if "flowsep" in str(given):  # a soundfont, its player and an encoder of texts
+        return True
     if recipe == "compare" and len(cfg.couplings) * len(cfg.problems) > 2:
         return True
     for key in PATHS:
