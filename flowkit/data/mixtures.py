@@ -92,12 +92,12 @@ class MixtureList:
     def sounds(self, index: Index) -> Sounds:
         """Return mixtures as waves."""
         drawn = [self._draw(k) for k in positions(index, self.size).tolist()]
-        target, other = (torch.stack([one[k] for one in drawn]) for k in (0, 1))
-        ratios, peaks = (torch.tensor([one[k] for one in drawn]) for k in (2, 3))
+        target, other = torch.stack([d[0] for d in drawn]), torch.stack([d[1] for d in drawn])
+        ratios, peaks = torch.tensor([d[2:4] for d in drawn]).T
         mixture, target = mix(target, other, ratios)
         gain = (10 ** (peaks / 20) / mixture.abs().amax(1))[:, None]
         gain = torch.minimum(gain, 1 / target.abs().amax(1, keepdim=True))
-        texts = [one[4] for one in drawn]
+        texts = [d[4] for d in drawn]
         return Sounds(
             gain * mixture,
             gain * target,

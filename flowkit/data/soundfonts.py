@@ -7,6 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from shutil import which
 from tempfile import TemporaryDirectory
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -76,7 +77,7 @@ def _tables(font: Path) -> dict[str, bytes]:
     return found
 
 
-def _chunks(file, start: int, end: int) -> Iterator[tuple[bytes, int, int]]:  # noqa: ANN001
+def _chunks(file: BinaryIO, start: int, end: int) -> Iterator[tuple[bytes, int, int]]:
     """Yield name, first byte and length of the parts of a RIFF file."""
     while start < end:
         file.seek(start)

@@ -155,7 +155,7 @@ def measure(
     split, run, mel = separator.data.listed("test"), separator.run, separator.mel
     count = min(count, len(split))
     sounds, batch = split.sounds(slice(count)), split[slice(count)]
-    frames = cast(dict[str, Tensor], batch["cond"])["frames"]
+    frames = cast(dict[str, Tensor], batch.get("cond"))["frames"]
     texts = {name: separator.data.query(words) for name, words in _asked(sounds).items()}
 
     def answered(name: str, number: int) -> Tensor:

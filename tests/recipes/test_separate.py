@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
 from PIL import Image
 
 from flowkit.audio import read_audio, write_audio
 from flowkit.modules import load_run
+from flowkit.recipes.autoencoder import autoencoder
+from flowkit.recipes.sample import sample
 from flowkit.recipes.separate import separate
 from flowkit.recipes.train import train
 from tests.audio.conftest import write_clips, write_encoder
@@ -109,6 +112,18 @@ def test_test_mixtures_are_measured(place, tmp_path):
         assert (mixture - target).abs().max() > 1e-3
 
 
+def test_samples_take_the_mixtures_of_the_test_split(place, tmp_path):
+    drawn = [f"run={place}/run", "sampler.grid=1", f"out={tmp_path}"]
+    samples = sample(composed("sample", *drawn, "num_samples=2"))
+    assert samples.shape == (2, 64, 20)
+    with Image.open(tmp_path / "samples.png") as picture:  # a row of ten places, gaps of two
+        assert picture.size == (10 * (3 * 20 + 2) + 2, 3 * 64 + 4)
+        levels = np.asarray(picture)[2:-2, 2:62:3][::3]
+    image = samples[0] - samples.min()
+    image = (255 * image / (samples.max() - samples.min())).flip(0)  # low bands below
+    assert np.abs(levels - image.numpy()).max() < 1
+
+
 @pytest.mark.filterwarnings("ignore:.*sys.modules:RuntimeWarning")
 @pytest.mark.parametrize(
     ("asked", "message"),
@@ -145,3 +160,46 @@ def test_pictures_of_sounds_need_sounds(tmp_path):
     cfg = composed("train", "callback=sounds", *TINY[:-1], f"run_dir={tmp_path}/run")
     with pytest.raises(TypeError, match=r"callback\.samples must be SampleGrid for data without"):
         train(cfg)
+
+
+UNET = {
+    "block_out_channels": "[8,16]",
+    "layers_per_block": 1,
+    "attention_head_dim": 2,
+    "cross_attention_dim": 16,
+    "norm_num_groups": 4,
+    "down_block_types": "[DownBlock2D,CrossAttnDownBlock2D]",
+    "up_block_types": "[CrossAttnUpBlock2D,UpBlock2D]",
+    "sample_size": "[8,16]",
+}
+
+
+def test_the_published_network_has_188_million_parameters():
+    cfg = composed("train", "experiment=flowsep_audiocaps", "data.root=r")
+    with torch.device("meta"):
+        network = instantiate(cfg.model)
+    assert sum(p.numel() for p in network.parameters()) / 1e6 == pytest.approx(188, abs=0.5)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_flow_on_latents_of_mels_trains_and_separates(place, tmp_path):
+    data = ["data.frames=32", f"data.root={place}/clips", "batch_size=2", "data.eval_mixtures=4"]
+    data += [f"data.query.path={place}/encoder", "trainer.max_steps=2", "trainer.accelerator=cpu"]
+    data += ["logger.tensorboard=null", "trainer.enable_progress_bar=false"]
+    mels = ["data=captioned_audio", "data.states.layout=image", "data.states.center=-4.75"]
+    mels += ["data.states.spread=6.75", "vae.width=8", "vae.multipliers=[1,1,1]", *data]
+    mels += ["vae.latent_channels=8", "num_scale_images=4", "num_samples=4", "metric=pixels"]
+    network = autoencoder(composed("autoencoder", *mels, f"run_dir={tmp_path}/mels"))
+    assert network.latent_shape((1, 32, 64)) == (8, 8, 16)
+    small = [f"model.net.net.{key}={value}" for key, value in UNET.items()]
+    small += ["callback.samples.rows=1", "callback.samples.sounds=0", "callback.ema.decay=0.9"]
+    options = ["experiment=flowsep_audiocaps", f"autoencoder.path={tmp_path}/mels", *data, *small]
+    module = train(composed("train", *options, f"run_dir={tmp_path}/run"))
+    assert module.sample_shape == (8, 8, 16)
+    assert module.velocity.net.net.config.in_channels == 16
+    asked = [f"run={tmp_path}/run", f"audio={place}/mix.wav", "query=violin", "sampler.grid=1"]
+    found = separate(composed("separate", *asked, f"out={tmp_path}/found"))
+    assert found.shape == (30000,)
+    assert found.abs().max() <= 0.41
+    separate(composed("separate", *asked[:1], "num_mixtures=2", "sampler.grid=1"))
