@@ -39,6 +39,9 @@ MANDATORY = {
 }
 
 
+LARGE = ("model/blockwise_xl2", "model/separation_unet")
+
+
 def _options(group):
     return [f"{group}/{file.stem}" for file in sorted(Path(CONF, group).glob("*.yaml"))]
 
@@ -79,13 +82,13 @@ def test_option(option, configure, tmp_path):
         assert instantiate(node, logger=False).max_steps == node.max_steps
     else:
         # A billion parameters need no memory to be built.
-        with torch.device("meta" if option == "model/blockwise_xl2" else "cpu"):
+        with torch.device("meta" if option in LARGE else "cpu"):
             built = instantiate(node)
         made = built.func if node.get("_partial_") else built
         target = node._target_.split(".")
         assert {getattr(made, "__name__", ""), type(made).__name__, "unet2d"} & {*target}
         resolved = OmegaConf.to_container(cfg, resolve=True)[group]
-        with torch.device("meta" if option == "model/blockwise_xl2" else "cpu"):
+        with torch.device("meta" if option in LARGE else "cpu"):
             again = build(resolved)
         assert type(getattr(again, "func", again)) is type(made)
 
@@ -128,6 +131,8 @@ def test_experiment_composes_under_its_recipe_and_states_its_result(
         shape = [2] if cfg.data._target_ == "flowkit.data.Toy" else [1, 8, 8]
         if cfg.data._target_ == "flowkit.data.Demonstrations":
             shape, cfg.network.vector = [2, 14], 6
+        if cfg.data._target_ == "flowkit.data.Instruments":
+            shape, cfg.network.frames, cfg.network.vector = [64, 256], 64, 384
         for node in (cfg, cfg.network):
             node.shape, node.num_classes = shape, 10
         cfg.image_shape = shape

@@ -23,11 +23,12 @@ def save_picture(
 ) -> Path:
     """Save images as one picture in rows and columns, or points as a plot.
 
-    Images with other than 1 or 3 channels are shown as the mean of their channels. Points are shown
-    by their first two coordinates, and points of one coordinate by a histogram.
+    Images with other than 1 or 3 channels are shown as the mean of their channels. Sequences are
+    shown as images of time to the right and channels upwards, dark for the smallest value of all.
+    Points are shown by their first two coordinates, and points of one coordinate by a histogram.
 
     Args:
-        samples: Images ``(N, C, H, W)`` in [-1, 1], or points ``(N, *)``.
+        samples: Images ``(N, C, H, W)`` in [-1, 1], sequences ``(N, C, T)`` or points ``(N, d)``.
         file: The PNG file. Its folder is created if it does not exist.
         columns: Number of images in a row.
         zoom: Largest integer factor by which small images are enlarged.
@@ -47,6 +48,10 @@ def save_picture(
     """
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
+    if samples.ndim == 3 and beside is None:
+        check_finite(samples, "samples")
+        low, high = samples.aminmax()
+        samples = (2 * (samples - low) / (high - low).clamp_min(1e-12) - 1).flip(1)[:, None]
     if samples.ndim == 4:
         shown = samples if samples.shape[1] in (1, 3) else samples.mean(1, keepdim=True)
         _save_images(shown, file, columns, zoom, captions)

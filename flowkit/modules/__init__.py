@@ -18,6 +18,7 @@ from flowkit.modules.logs import LossPlot, MetricsTable
 from flowkit.modules.mean_flow import MeanFlowMatching
 from flowkit.modules.regression import Regression
 from flowkit.modules.sharding import FullySharded
+from flowkit.modules.sounds import SampleSounds
 from flowkit.modules.straightening import Straightening
 from flowkit.modules.symmetrical import SymmetricalFlowMatching
 
@@ -37,6 +38,7 @@ __all__ = [
     "MetricsTable",
     "Regression",
     "SampleGrid",
+    "SampleSounds",
     "Straightening",
     "SymmetricalFlowMatching",
     "WeightedFlowMatching",

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint, TQDMProgressBar, WeightAveraging
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from flowkit.checks import check_at_least, check_between
@@ -121,6 +121,9 @@ class SampleGrid(Callback):
         ValueError: If ``rows`` is below 1.
     """
 
+    widest = 10
+    """Largest number of samples in a row."""
+
     def __init__(
         self,
         folder: str | Path,
@@ -154,7 +157,7 @@ class SampleGrid(Callback):
             return
         data = cast(Any, trainer).datamodule
         classes = getattr(data, "num_classes", None)
-        columns = min(classes or 10, 10)
+        columns = min(classes or self.widest, self.widest)
         count = self.rows * columns
         if brings_start(batch, data):
             count = min(count, len(batch["x1"]))
@@ -165,12 +168,16 @@ class SampleGrid(Callback):
         states = pl_module.solve(x0, self.sampler, cond, self.guidance).x
         samples = pl_module.autoencoder.decode(states)
         if trainer.is_global_zero:
-            labels = None if cond is None else labels_of({"x1": x0, "cond": cond}, classes)
-            names = getattr(data, "class_names", None)
-            captions = [names[int(k)] for k in labels] if names and labels is not None else None
             file = self.folder / f"step-{trainer.global_step:06d}.png"
-            picture = save_picture(samples, file, columns, captions=captions)
-            show_picture(trainer, "samples", picture)
+            self.save(samples, file, columns, {**batch, "cond": cond}, data)
+            show_picture(trainer, "samples", file)
+
+    def save(self, samples: Tensor, file: Path, columns: int, batch: Any, data: Any) -> None:
+        """Save the picture of decoded samples; a subclass shows samples of another kind."""
+        labels = labels_of(batch, getattr(data, "num_classes", None))
+        names = getattr(data, "class_names", None)
+        captions = [names[int(k)] for k in labels] if names and labels is not None else None
+        save_picture(samples, file, columns, captions=captions)
 
 
 class LastCheckpoint(Checkpoint):

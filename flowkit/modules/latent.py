@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flowkit import inpainting
-from flowkit.autoencoders import Autoencoder
+from flowkit.autoencoders import Autoencoder, mean_latents
 from flowkit.checks import check_at_least, check_choice
 from flowkit.couplings import Coupling, Independent
 from flowkit.guidance import DropCond
@@ -16,9 +16,9 @@ from flowkit.losses import flow_matching_loss
 from flowkit.modules.flow import FlowModule, Guidance
 from flowkit.modules.resume import ADAMW, MakeOptimizer, MakeScheduler
 from flowkit.paths import Linear, Path
-from flowkit.sampling import Sampler
+from flowkit.sampling import Sampler, Solution
 from flowkit.times import Times, Uniform
-from flowkit.types import Batch, Cond
+from flowkit.types import Batch, Cond, to_device
 from flowkit.velocity import Velocity
 
 
@@ -55,6 +55,8 @@ class LatentFlowMatching(FlowModule):
             labels have the name ``label``.
         optimizer: Creates the optimizer from parameters.
         lr_scheduler: Creates a learning-rate scheduler, called after every training step.
+        encode_cond: Names of conditions that are data like ``x1``, such as the ``frames`` of a
+            mixture of sounds. The network gets the means of their latents.
 
     >>> from flowkit.autoencoders import Identity
     >>> from flowkit.exact import GaussianFlow
@@ -75,11 +77,12 @@ class LatentFlowMatching(FlowModule):
         drop_cond: DropCond | None = None,
         optimizer: MakeOptimizer = ADAMW,
         lr_scheduler: MakeScheduler | None = None,
+        encode_cond: Sequence[str] = (),
     ) -> None:
         super().__init__(velocity, autoencoder, drop_cond, optimizer, lr_scheduler)
         check_choice(mask_resize, inpainting.RESIZES, "mask_resize")
         self.path, self.coupling, self.times, self.masks = path, coupling, times, masks
-        self.mask_resize = mask_resize
+        self.mask_resize, self.encode_cond = mask_resize, tuple(encode_cond)
         self._told = False
 
     def loss(self, batch: Batch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
@@ -99,6 +102,8 @@ class LatentFlowMatching(FlowModule):
         latents = self.encode(batch, generator)
         if self.masks is not None:
             latents["cond"] = self._hide(batch, generator)
+        elif self.encode_cond:
+            latents["cond"] = self._encoded(batch.get("cond"))
         if self.training and not self._told:
             self._tell(latents["x1"])
         return flow_matching_loss(
@@ -110,6 +115,28 @@ class LatentFlowMatching(FlowModule):
             drop_cond=self.drop_cond,
             generator=generator,
         )
+
+    def solve(
+        self,
+        x0: Tensor,
+        sampler: Sampler | None = None,
+        cond: Cond = None,
+        guidance: Guidance = None,
+        *,
+        return_path: bool = False,
+    ) -> Solution:
+        """Carry given source samples along the flow; conditions are given as data are."""
+        if self.encode_cond:
+            cond = self._encoded(to_device(cond, self.device))
+        return super().solve(x0, sampler, cond, guidance, return_path=return_path)
+
+    @torch.no_grad()
+    def _encoded(self, cond: Cond) -> Cond:
+        """Return a condition with the latents of those of its parts that are data."""
+        if not isinstance(cond, Mapping) or not set(self.encode_cond) <= set(cond):
+            raise TypeError(f"cond must be a mapping with {', '.join(self.encode_cond)}")
+        found = {name: mean_latents(self.autoencoder, cond[name]) for name in self.encode_cond}
+        return {**cond, **found}
 
     @torch.no_grad()
     def inpaint(

@@ -9,6 +9,7 @@ from torch import nn
 CLASSES: dict[str, type] = {
     "flowkit": object,
     "flowkit.adapters": object,
+    "flowkit.audio": object,
     "flowkit.autoencoders": object,
     "flowkit.blockwise": object,
     "flowkit.couplings": object,

@@ -55,6 +55,47 @@ class Inpainting(nn.Module):
         return self.net(torch.cat(parts, 1), t, cond.get("label"))
 
 
+class Separation(nn.Module):
+    """Velocity conditioned by a mixture and a text: ``net([x, frames], t, tokens)``.
+
+    The condition is a mapping, as `flowkit.data.Mixtures` makes it. ``frames (B, c, h, w)`` is the
+    state of the mixture, on channels beside the state. ``tokens (B, N, W)`` are attended to, with
+    the booleans ``token_mask (B, N)``.
+
+    Args:
+        net: Velocity of a network of diffusers with cross-attention, with ``2 c`` input and ``c``
+            output channels.
+
+    Source: Yuan et al., *FlowSep*, 2024 (arXiv 2409.07614), section 3.2: ``8 + 8`` channels.
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
+        """Return the velocity ``(B, c, h, w)`` at ``x (B, c, h, w)`` and ``t (B,)``.
+
+        Raises:
+            TypeError: If ``cond`` is not a mapping with ``frames``, ``tokens`` and ``token_mask``.
+            ValueError: If ``frames`` have another shape than the state.
+        """
+        names = ("frames", "tokens", "token_mask")
+        if not isinstance(cond, Mapping) or not set(names) <= set(cond):
+            given = sorted(cond) if isinstance(cond, Mapping) else type(cond).__name__
+            raise TypeError(
+                f"cond must be a mapping with the names {', '.join(names)}, got {given}; set "
+                "data.query.tokens=true"
+            )
+        frames, tokens, mask = (cond[name] for name in names)
+        if frames.shape != x.shape:
+            raise ValueError(
+                f"cond['frames'] must have shape {tuple(x.shape)}, got {tuple(frames.shape)}"
+            )
+        options = {"encoder_hidden_states": tokens.to(x.dtype), "encoder_attention_mask": mask}
+        return self.net(torch.cat([x, frames.to(x.dtype)], 1), t, options)
+
+
 class SemanticMap(nn.Module):
     """Velocity conditioned by a map of labels: ``net([x, r(one-hot map)], t)``.
 

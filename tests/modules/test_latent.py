@@ -450,3 +450,42 @@ def test_diagnosis_is_logged_once_at_the_start(tmp_path, capsys):
     header, first = (line.split(",") for line in text.splitlines()[:2])
     row = dict(zip(header, first, strict=True))
     assert float(row["latents/zero"]) == pytest.approx(2, abs=0.3)
+
+
+# --- conditions that are data -----------------------------------------------------------------
+
+
+def test_conditions_that_are_data_are_encoded_in_training_and_in_a_solve():
+    seen = []
+
+    def velocity(x, t, cond):
+        seen.append(cond)
+        return x * 0
+
+    flow = LatentFlowMatching(velocity, Scaled(3.0), encode_cond=["frames"])
+    frames, text = torch.randn(2, 1, 4, 4), torch.randn(2, 5)
+    flow.loss({"x1": torch.randn(2, 1, 4, 4), "cond": {"frames": frames, "text": text}})
+    flow.sample(2, ODESampler(2), {"frames": frames, "text": text}, seeds=[0, 1])
+    assert len(seen) == 3  # encoded once a solve, not at every step
+    for cond in seen:
+        assert torch.equal(cond["frames"], 3 * frames)
+        assert torch.equal(cond["text"], text)
+    for cond in ({"text": text}, text):
+        with pytest.raises(TypeError, match="cond must be a mapping with frames"):
+            flow.sample(2, ODESampler(2), cond, seeds=[0, 1])
+
+
+def test_an_encoded_condition_is_the_mean_of_its_latents():
+    autoencoder, seen = small_autoencoder(), []
+
+    def velocity(x, t, cond):
+        seen.append(cond["frames"])
+        return x * 0
+
+    flow = LatentFlowMatching(velocity, autoencoder, encode_cond=["frames"])
+    given = images(3)
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        flow.loss({"x1": images(3, 1), "cond": {"frames": given}})
+    assert torch.equal(*seen)
+    torch.testing.assert_close(seen[0], autoencoder.posterior(given).mean)

@@ -6,7 +6,7 @@ from torch import nn
 
 from flowkit.guidance import ClassifierFree, DropCond
 from flowkit.losses import flow_matching_loss
-from flowkit.nn import DiT, Inpainting, SemanticMap
+from flowkit.nn import DiffusersVelocity, DiT, Inpainting, SemanticMap, Separation
 
 
 class Seen(nn.Module):
@@ -153,3 +153,48 @@ def _map(cond):
 def test_bad_conditions_are_refused(run, error, message):
     with pytest.raises(error, match=message):
         run()
+
+
+@pytest.fixture
+def separation():
+    from diffusers import UNet2DConditionModel
+
+    net = UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=2,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        cross_attention_dim=6,
+        attention_head_dim=2,
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    )
+    return Separation(DiffusersVelocity(net))
+
+
+def test_a_separation_sees_mixture_and_tokens_but_no_padding(separation):
+    x, t = torch.randn(2, 2, 8, 8), torch.rand(2)
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    cond = {"frames": torch.randn(2, 2, 8, 8), "tokens": torch.randn(2, 3, 6), "token_mask": mask}
+    with torch.no_grad():
+        v = separation(x, t, cond)
+        padding = torch.where(mask[..., None], cond["tokens"], 7.0)
+        torch.testing.assert_close(separation(x, t, {**cond, "tokens": padding}), v)
+        for name in ("frames", "tokens"):
+            other = separation(x, t, {**cond, name: cond[name] + 1})
+            assert (other - v).abs().flatten(1).amax(1).min() > 1e-4
+        null = {"tokens": torch.zeros(2, 3, 6), "token_mask": torch.zeros(2, 3, dtype=torch.bool)}
+        assert torch.isfinite(separation(x, t, {**cond, **null})).all()
+        swapped = separation(cond["frames"], t, {**cond, "frames": x})
+        assert (swapped - v).abs().max() > 1e-4  # they are two different inputs
+
+
+def test_a_separation_names_what_is_missing(separation):
+    x, t = torch.randn(2, 2, 8, 8), torch.rand(2)
+    with pytest.raises(TypeError, match=r"names frames, tokens, token_mask, got .*'vector'"):
+        separation(x, t, {"frames": x, "vector": x})
+    cond = {"frames": x[..., 1:], "tokens": torch.randn(2, 3, 6), "token_mask": torch.ones(2, 3)}
+    with pytest.raises(ValueError, match=r"must have shape .2, 2, 8, 8., got .2, 2, 8, 7."):
+        separation(x, t, cond)

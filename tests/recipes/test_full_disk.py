@@ -39,11 +39,13 @@ from flowkit.recipes.report import report
 from flowkit.recipes.rollout import rollout
 from flowkit.recipes.sample import sample
 from flowkit.recipes.semantic import semantic
+from flowkit.recipes.separate import separate
 from flowkit.recipes.statistics import statistics
 from flowkit.recipes.table import table
 from flowkit.recipes.tokens import tokens
 from flowkit.recipes.train import train
 from flowkit.runs.resuming import resumed
+from tests.audio.conftest import write_clips, write_encoder
 from tests.conftest import CONF
 from tests.recipes.conftest import TINY, status_of
 
@@ -73,6 +75,9 @@ RUNS["maps"] += ["model.net.in_channels=5"]
 RUNS["policy"] = [*SHORT, "data=demonstrations", "model=policy", "model.net.width=16"]
 RUNS["policy"] += ["model.net.depth=1", "model.net.heads=2"]
 SHOWN = ["env=obstacle", "num=12"]
+RUNS["sounds"] = [*SHORT, "data=captioned_audio", "model=sequence_dit", "model.width=16"]
+RUNS["sounds"] += ["model.depth=1", "model.heads=2", "data.frames=20", "data.eval_mixtures=4"]
+RUNS["sounds"] += ["+module.drop_cond={_target_:flowkit.guidance.DropCond,prob:0.1}"]
 RECIPES = {
     "autoencoder": (autoencoder, None, LATENT),
     "blockwise": (blockwise, PLAIN, [*SHORT, "stage=flow", "edges=2"]),
@@ -118,6 +123,7 @@ RECIPES = {
     ),
     "export": (export, PLAIN, ["sampler=euler", "steps=2"]),
     "inpaint": (inpaint, "holes", ["num_images=2", "num_samples=1", "sampler.grid=1"]),
+    "separate": (separate, "sounds", ["num_mixtures=2", "sampler.grid=1"]),
     "statistics": (statistics, None, ["data=digits", "metric=pixels", "batch_size=60"]),
     "pairs": (pairs, PLAIN, ["num_noises=4", "shard_size=2", "fine_steps=2", "grid=[1,2]"]),
     "pareto": (pareto, "blocks", ["num_samples=4", "nfe=[2]", "repetitions=1", "metric=pixels"]),
@@ -152,6 +158,7 @@ LAST |= {
     "table": "table",
 }  # stand for a whole
 LAST |= {"demonstrate": "file", "rollout": "rollout"}
+LAST |= {"separate": "mixtures"}
 FAST = ("sample", "pairs")
 TO = {"push": "to"}  # instead of out
 OTHER = dict.fromkeys(("boss", "consistency", "epsilon", "evaluate", "inpaint"), "seed=1")
@@ -162,6 +169,7 @@ OTHER |= {
     "statistics": "split=train",
     "demonstrate": "seed=1",
     "rollout": "seed=1",
+    "separate": "seed=1",
     "edit": "num_iters=2",
     "push": "license=mit",
     "encode": "shard_size=500",
@@ -198,6 +206,12 @@ def starts(tmp_path_factory, tiny_run):
             demonstrate(composed("demonstrate", *SHOWN, f"out={place}/shown.npz"))
             root = f"data.root={place}/shown.npz"
             train(composed("train", *RUNS[name], root, f"run_dir={folder}"))
+        elif name == "sounds" and name not in made:
+            for part, write in (("clips", write_clips), ("encoder", write_encoder)):
+                (place / part).mkdir()
+                write(place / part)
+            options = [f"data.root={place}/clips", f"data.query.path={place}/encoder"]
+            train(composed("train", *RUNS[name], *options, f"run_dir={folder}"))
         elif name in RUNS and name not in made:
             train(composed("train", *RUNS[name], f"run_dir={folder}"))
         elif name == "pairs" and name not in made:
@@ -402,6 +416,7 @@ def test_a_call_with_other_options_loses_no_result_of_the_first(
 PLACES = {"boss": "boss", "compare_edits": "edits", "consistency": "consistency", "edit": "edits"}
 PLACES |= {"inpaint": "inpainted", "predict": "predicted", "report": "report", "sample": "drawn"}
 PLACES |= {"export": "exported", "rollout": "rollout", "semantic": "semantic"}
+PLACES |= {"separate": "separated"}
 
 
 @pytest.mark.parametrize("recipe", some_fast(RECIPES))

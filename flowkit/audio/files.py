@@ -1,0 +1,118 @@
+"""Audio files: any format of libsndfile, any rate and number of channels, as one mono wave."""
+
+import math
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from flowkit.checks import check_at_least
+from flowkit.provenance import write_atomically
+
+LOWEST = 8000  # Hz; below, speech and instruments are not recognized
+FORMATS = {".wav": "WAV", ".flac": "FLAC", ".ogg": "OGG", ".opus": "OGG"}
+
+
+def read_audio(file: str | Path, rate: int = 16000) -> Tensor:
+    """Read an audio file as one wave ``(T,)`` in [-1, 1] of a given rate.
+
+    Channels are averaged. Another rate is resampled by a polyphase filter, which keeps what lies
+    below half of both rates.
+
+    Args:
+        file: The file, of any format that libsndfile reads, such as WAV, FLAC, OGG or MP3.
+        rate: Samples per second of the result.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is no audio file, is empty or silent, holds NaN, or has fewer than
+            8000 samples per second.
+        ImportError: If soundfile, of the extra ``audio``, is missing.
+    """
+    soundfile, file = _soundfile(), Path(file)
+    if not file.is_file():
+        raise FileNotFoundError(f"audio must be a file, got {file}")
+    try:
+        values, found = soundfile.read(file, dtype="float32", always_2d=True)
+    except (soundfile.LibsndfileError, RuntimeError, TypeError) as error:
+        known = ", ".join(sorted(soundfile.available_formats()))
+        words = " ".join(str(error).split())
+        raise ValueError(f"audio must be one of {known}, got {file}: {words}") from error
+    wave = torch.from_numpy(values).mean(1)
+    if not len(wave):
+        raise ValueError(f"audio must hold samples, got none in {file}")
+    if not bool(torch.isfinite(wave).all()):
+        raise ValueError(f"audio must be finite, got NaN or infinity in {file}")
+    if not bool(wave.any()):
+        raise ValueError(f"audio must not be silent, got only zeros in {file}")
+    if found < LOWEST:
+        raise ValueError(f"audio must have at least {LOWEST} samples per second, got {found}")
+    limit = wave.abs() >= 1 - 2**-14  # three samples in turn at the limit are no peak
+    clipped = float((limit[2:] & limit[1:-1] & limit[:-2]).float().mean()) if len(wave) > 2 else 0
+    if clipped > 1e-3:
+        warnings.warn(
+            f"audio should lie within -1 and 1, got {100 * clipped:.1f} % of {file} at the limit; "
+            "record it at a lower level",
+            stacklevel=2,
+        )
+    return resample(wave, found, rate)
+
+
+def resample(wave: Tensor, rate: int, to: int) -> Tensor:
+    """Return waves ``(*, T)`` at another rate, ``(*, ⌈T · to / rate⌉)``.
+
+    >>> resample(torch.zeros(441), 44100, 16000).shape
+    torch.Size([160])
+    """
+    check_at_least(rate, 1, "rate")
+    check_at_least(to, 1, "to")
+    if rate == to:
+        return wave
+    from scipy.signal import resample_poly
+
+    common = math.gcd(rate, to)
+    values = resample_poly(wave.double().numpy(), to // common, rate // common, axis=-1)
+    return torch.from_numpy(values).to(wave.dtype)
+
+
+def write_audio(wave: Tensor, file: str | Path, rate: int = 16000) -> Path:
+    """Write a wave ``(T,)`` as a file of 16 bits. Larger values than 1 scale the whole wave down.
+
+    Args:
+        wave: The wave.
+        file: The file; its ending says the format: ``.wav``, ``.flac``, ``.ogg`` or ``.opus``.
+        rate: Samples per second.
+
+    Returns:
+        The file.
+
+    Raises:
+        ValueError: If the wave has another shape or is not finite, or the ending is another.
+        ImportError: If soundfile, of the extra ``audio``, is missing.
+    """
+    soundfile, file = _soundfile(), Path(file)
+    kind = FORMATS.get(file.suffix.lower())
+    if kind is None:
+        raise ValueError(f"file must end in {', '.join(FORMATS)}, got {file}")
+    if wave.ndim != 1 or not len(wave):
+        raise ValueError(f"wave must be (T,) with T > 0, got {tuple(wave.shape)}")
+    if not bool(torch.isfinite(wave).all()):
+        raise ValueError("wave must be finite, got NaN or infinity")
+    values = (wave / wave.abs().max().clamp_min(1)).detach().float().cpu().numpy()
+    subtype = "OPUS" if file.suffix.lower() == ".opus" else None
+    write_atomically(
+        file,
+        lambda partial: soundfile.write(partial, values, rate, format=kind, subtype=subtype),
+    )
+    return file
+
+
+def _soundfile():  # noqa: ANN202  a module
+    try:
+        import soundfile
+    except ImportError as error:
+        raise ImportError(
+            "soundfile must be installed to read audio, got none; pip install 'flowkit-fm[audio]'"
+        ) from error
+    return soundfile

@@ -1,0 +1,204 @@
+"""Separation by a run: recordings of any length, and measures on test mixtures."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from flowkit.audio import (
+    LogMel,
+    MelStates,
+    by_windows,
+    frame_noise,
+    log_mel_error,
+    mixture_phase,
+    si_sdr,
+)
+from flowkit.checks import check_between
+from flowkit.data import Mixtures
+from flowkit.data.mixtures import Sounds
+from flowkit.modules.checkpoints import build
+from flowkit.modules.trust import trusting
+from flowkit.runs.known_data import read_data_record
+from flowkit.runs.run import Run
+from flowkit.sampling import Sampler, sample_seeds, seeded_noise
+from flowkit.types import take
+
+
+@dataclass(frozen=True, eq=False)
+class Separator:
+    """A run that separates sounds, with its map of states and its encoder of texts.
+
+    Args:
+        run: The run.
+        data: Its data module, which need not be set up.
+        sampler: The solver and its grid.
+    """
+
+    run: Run
+    data: Mixtures
+    sampler: Sampler
+
+    @classmethod
+    def of(cls, run: Run, sampler: Sampler) -> "Separator":
+        """Build the parts of a run.
+
+        Raises:
+            TypeError: If the run was not trained on mixtures of sounds.
+            ValueError: If spectrogram or encoder are not those of the training.
+        """
+        with trusting(run.trust):
+            data: Any = build(run.config["data"], "data")
+        if not isinstance(data, Mixtures):
+            raise TypeError(
+                "run must be trained on mixtures of sounds (data=instruments or captioned_audio), "
+                f"got {type(data).__name__}"
+            )
+        record = read_data_record(run.folder)
+        known = {} if record is None else record["preprocessing"]
+        for name, value in data.hashes().items():
+            if known.get(name, value) != value:
+                raise ValueError(
+                    f"data.{name} must be that of the run's training, hash {known[name]}, got "
+                    f"{value}"
+                )
+        return cls(run, data, sampler)
+
+    @property
+    def states(self) -> MelStates:
+        """Map between log-mels and states."""
+        return self.data.states
+
+    @property
+    def mel(self) -> LogMel:
+        """The spectrogram."""
+        return self.states.mel
+
+    def answers(self, frames: Tensor, texts: Mapping[str, Tensor], x0: Tensor) -> Tensor:
+        """Return log-mels ``(B, n_mels, T)`` of the sounds that texts ask for.
+
+        Args:
+            frames: States of the mixtures.
+            texts: Codes of the texts.
+            x0: Noise ``(B, *)``.
+        """
+        module = self.run.module
+        cond = {"frames": frames, **texts}
+        found = module.solve(x0, self.sampler, cond, self.run.guidance).x
+        return self.states.decode(module.autoencoder.decode(found).float().cpu())
+
+    def separate(self, wave: Tensor, text: str, seed: int, overlap: int) -> tuple[Tensor, Tensor]:
+        """Separate a recording of any length.
+
+        Windows of the length of training overlap, and the noise belongs to the frames, so they meet
+        without seams. Silence fills the last window.
+
+        Args:
+            wave: The recording ``(S,)``.
+            text: Names the sound.
+            seed: Seed of the noise.
+            overlap: Frames that neighboring windows share.
+
+        Returns:
+            The sound ``(S,)`` with the phase of the recording, and its log-mel ``(n_mels, T)``.
+        """
+        size, hop = self.data.frames, self.mel.hop
+        texts = self.data.query([text])
+        frames = self.mel.frames(len(wave))
+        factor = size // self._shape()[1]
+        check_between(overlap, 0, size - factor, "overlap")
+        step = (size - overlap) // factor * factor  # windows begin with a frame of a latent
+        count = max(0, -(-(frames - size) // step))
+        spare = (size + count * step - 1) * hop + hop // 2 - len(wave)
+        heard = self.mel(torch.nn.functional.pad(wave[None], (0, max(0, spare))))
+
+        def answer(part: Tensor, start: int) -> Tensor:
+            x0 = self._noise(start // factor, seed)
+            return self.answers(self.states.encode(part), texts, x0[None])
+
+        found = by_windows(answer, heard, size, size - step)[..., :frames]
+        return mixture_phase(found, wave[None], self.mel)[0], found[0]
+
+    def _shape(self) -> tuple[int, int, int]:
+        """Return channels, frames and bands of a state; a sequence has one band."""
+        shape = self.run.sample_shape
+        return (shape[0], shape[1], 1) if len(shape) == 2 else cast(Any, shape)
+
+    def _noise(self, start: int, seed: int) -> Tensor:
+        """Return the noise of a window from its first frame."""
+        channels, frames, bands = self._shape()
+        noise = frame_noise(channels * bands, start, frames, seed)
+        return noise.reshape(channels, bands, frames).mT.reshape(self.run.sample_shape)
+
+
+def measure(
+    separator: Separator, count: int, answers: int, seed: int, seeding: int, batch_size: int
+) -> tuple[dict[str, float], Sounds, Tensor]:
+    """Measure the answers to test mixtures, with their own texts and with those of absent sounds.
+
+    Args:
+        separator: The run.
+        count: Number of mixtures, at most the size of the test split.
+        answers: Answers to each mixture.
+        seed: Seed of the noise.
+        seeding: Version of the seeds of samples.
+        batch_size: Mixtures per batch.
+
+    Returns:
+        The measures, the mixtures, and the log-mels of the first answers. ``si_sdr_improvement`` is
+        in dB with the phase of the mixture; ``_best`` is that of the best answer to each mixture,
+        ``_of_truth`` that of the true log-mel, the ceiling. Energies are those of the answers in dB
+        relative to the mixtures.
+    """
+    split, run, mel = separator.data.listed("test"), separator.run, separator.mel
+    count = min(count, len(split))
+    sounds, batch = split.sounds(slice(count)), split[slice(count)]
+    frames = cast(dict[str, Tensor], batch.get("cond"))["frames"]
+    texts = {name: separator.data.query(words) for name, words in _asked(sounds).items()}
+
+    def answered(name: str, number: int) -> Tensor:
+        seeds = sample_seeds(seed, number * count, count, seeding)
+        found = []
+        for start in range(0, count, batch_size):
+            rows = slice(start, min(count, start + batch_size))
+            x0 = seeded_noise(run.sample_shape, seeds[rows])
+            codes = cast(dict[str, Tensor], take(texts[name], rows))
+            found.append(separator.answers(frames[rows], codes, x0))
+        return torch.cat(found)
+
+    truth = mel(sounds.target)
+    before = si_sdr(sounds.mixture, sounds.target)
+    heard = [answered("present", number) for number in range(answers)]
+    waves = [mixture_phase(one, sounds.mixture, mel) for one in heard]
+    gains = torch.stack([si_sdr(wave, sounds.target) - before for wave in waves])
+    absent = mixture_phase(answered("absent", 0), sounds.mixture, mel)
+    ideal = mixture_phase(truth, sounds.mixture, mel)
+    metrics = {
+        "num_mixtures": count,
+        "si_sdr_improvement": _mean(gains[0]),
+        "si_sdr_improvement_stderr": float(gains[0].std() / count**0.5) if count > 1 else 0.0,
+        "si_sdr_improvement_best": _mean(gains.amax(0)),
+        "si_sdr_improvement_of_truth": _mean(si_sdr(ideal, sounds.target) - before),
+        "log_mel_error": _mean(log_mel_error(heard[0], truth)),
+        "log_mel_error_of_mixture": _mean(log_mel_error(mel(sounds.mixture), truth)),
+        "energy": _mean(_level(waves[0]) - _level(sounds.mixture)),
+        "energy_of_target": _mean(_level(sounds.target) - _level(sounds.mixture)),
+        "energy_of_absent": _mean(_level(absent) - _level(sounds.mixture)),
+    }
+    return metrics, sounds, heard[0]
+
+
+def _asked(sounds: Sounds) -> dict[str, Sequence[str]]:
+    """Return the texts of the sounds in the mixtures, and of absent ones."""
+    return {"present": sounds.captions, "absent": sounds.absent}
+
+
+def _level(waves: Tensor) -> Tensor:
+    """Return the energy of waves ``(B, S)`` in dB ``(B,)``; silence has -120."""
+    return 10 * torch.log10(waves.double().square().mean(1).clamp_min(1e-12))
+
+
+def _mean(values: Tensor) -> float:
+    return float(values.double().mean())

@@ -1,0 +1,205 @@
+"""Train on mixtures and separate: pictures, sounds, records, same results again, wrong settings."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from PIL import Image
+
+from flowkit.audio import read_audio, write_audio
+from flowkit.modules import load_run
+from flowkit.recipes.autoencoder import autoencoder
+from flowkit.recipes.sample import sample
+from flowkit.recipes.separate import separate
+from flowkit.recipes.train import train
+from tests.audio.conftest import write_clips, write_encoder
+from tests.conftest import CONF
+from tests.recipes.conftest import TINY, status_of
+
+SMALL = [*TINY[4:-1], "batch_size=4", "trainer.max_steps=4", "trainer.val_check_interval=2"]
+SMALL += ["model.width=16", "model.depth=1", "model.heads=2", "logger.tensorboard=null"]
+SMALL += ["data.frames=20", "data.eval_mixtures=3", "callback.samples.sounds=1"]
+
+
+def composed(recipe, *options):
+    with initialize_config_dir(CONF, version_base="1.3"):
+        return compose(recipe, overrides=[str(option) for option in options])
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with clips, an encoder of texts, and a run of four steps on them."""
+    folder = tmp_path_factory.mktemp("sounds")
+    for part, write in (("clips", write_clips), ("encoder", write_encoder)):
+        (folder / part).mkdir()
+        write(folder / part)
+    train(composed("train", *options(folder), f"run_dir={folder}/run"))
+    time = torch.arange(30000) / 16000
+    write_audio(0.4 * torch.sin(2 * torch.pi * 300 * time), folder / "mix.wav")
+    return folder
+
+
+def options(folder):
+    found = ["experiment=flowsep_instruments", "data=captioned_audio", *SMALL]
+    return [*found, f"data.root={folder}/clips", f"data.query.path={folder}/encoder"]
+
+
+def test_training_shows_spectrograms_and_sounds(place):
+    folder = place / "run/samples"
+    assert sorted(p.name for p in folder.glob("*.png")) == ["step-000002.png", "step-000004.png"]
+    with Image.open(folder / "step-000004.png") as picture:
+        assert picture.width > 600
+        assert len(np.unique(np.asarray(picture.convert("L")))) > 100  # more than points on white
+    heard = {p.name: read_audio(p) for p in (folder / "step-000004").iterdir()}
+    assert set(heard) == {"0-mixture.wav", "0-target.wav", "0-sample.wav"}
+    assert all(len(wave) == 19 * 160 for wave in heard.values())
+    record = json.loads((place / "run/data.json").read_text())
+    assert set(record["preprocessing"]) == {"states", "query"}
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(place, tmp_path):
+    short = [*options(place), "trainer.max_steps=2", f"run_dir={tmp_path}/run"]
+    train(composed("train", *short, "~lr_scheduler"))
+    whole = [*options(place), f"run_dir={tmp_path}/whole", "~lr_scheduler"]
+    train(composed("train", *whole))
+    again = [*options(place), f"run_dir={tmp_path}/run", f"resume={tmp_path}/run"]
+    train(composed("train", *again, "~lr_scheduler"))
+    ours, theirs = (load_run(tmp_path / name).state_dict() for name in ("run", "whole"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_recording_is_separated_and_recorded(place, tmp_path):
+    asked = [f"run={place}/run", f"audio={place}/mix.wav", "query=loud violin", "sampler.grid=2"]
+    first = separate(composed("separate", *asked, f"out={tmp_path}", "overlap=8"))
+    assert first.shape == (30000,)
+    written = read_audio(tmp_path / "separated.wav")
+    torch.testing.assert_close(written, first, atol=1e-4, rtol=0)
+    assert first.abs().max() <= 0.41  # never more than the recording
+    record = json.loads((tmp_path / "separated.json").read_text())
+    assert record["sampling"]["query"] == "loud violin"
+    assert record["sampling"]["audio_seconds"] == 1.875
+    assert record["sampling"]["guidance"] == 2
+    assert (
+        record["query"]
+        == json.loads((place / "run/data.json").read_text())["preprocessing"]["query"]
+    )
+    again = separate(composed("separate", *asked, f"out={tmp_path}", "overlap=8"))
+    assert torch.equal(first, again)
+    assert not (tmp_path / "separated-1.json").exists()  # only the seconds differ
+    other = separate(composed("separate", *asked, f"out={tmp_path}", "seed=1"))
+    assert not torch.equal(first, other)
+    assert json.loads((tmp_path / "separated-1.json").read_text())["sampling"]["seed"] == 0
+    assert torch.equal(read_audio(tmp_path / "separated-1.wav"), written)
+
+
+def test_test_mixtures_are_measured(place, tmp_path):
+    asked = [f"run={place}/run", "sampler.grid=1", f"out={tmp_path}", "num_mixtures=2"]
+    waves = separate(composed("separate", *asked, "batch_size=1"))
+    record = json.loads((tmp_path / "mixtures.json").read_text())
+    assert record["metrics"]["num_mixtures"] == 2
+    assert record["metrics"]["si_sdr_improvement_of_truth"] > 10
+    assert record["data"]["name"] == "CaptionedAudio"
+    for k in range(2):
+        answer = read_audio(tmp_path / f"mixtures-answer-{k}.wav")
+        torch.testing.assert_close(answer, waves[k], atol=1e-4, rtol=0)
+        mixture, target = (
+            read_audio(tmp_path / f"mixtures-{name}-{k}.wav") for name in ("mixture", "target")
+        )
+        assert (mixture - target).abs().max() > 1e-3
+
+
+def test_samples_take_the_mixtures_of_the_test_split(place, tmp_path):
+    drawn = [f"run={place}/run", "sampler.grid=1", f"out={tmp_path}"]
+    samples = sample(composed("sample", *drawn, "num_samples=2"))
+    assert samples.shape == (2, 64, 20)
+    with Image.open(tmp_path / "samples.png") as picture:  # a row of ten places, gaps of two
+        assert picture.size == (10 * (3 * 20 + 2) + 2, 3 * 64 + 4)
+        levels = np.asarray(picture)[2:-2, 2:62:3][::3]
+    image = samples[0] - samples.min()
+    image = (255 * image / (samples.max() - samples.min())).flip(0)  # low bands below
+    assert np.abs(levels - image.numpy()).max() < 1
+
+
+@pytest.mark.filterwarnings("ignore:.*sys.modules:RuntimeWarning")
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (["audio=none.wav", "query=violin"], "audio must be a file, got none.wav"),
+        (["audio={place}/mix.wav"], "query must be given with audio, and only then"),
+        (["query=violin"], "query must be given with audio, and only then"),
+        (["audio={place}/mix.wav", "query=' '"], "query must be a text or null"),
+        (["audio={place}/clips/captions.csv", "query=a"], "audio must be one of"),
+        (["audio={place}/mix.wav", "query=a", "overlap=20"], "overlap must"),
+    ],
+)
+def test_wrong_settings_end_in_one_line(place, asked, message, monkeypatch, capsys):
+    words = [word.format(place=place) for word in asked]
+    assert status_of(["separate", f"run={place}/run", *words], monkeypatch) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.strip().splitlines()) == 1
+
+
+def test_other_runs_and_other_parts_are_refused(place, tiny_run, tmp_path):
+    with pytest.raises(TypeError, match="run must be trained on mixtures of sounds"):
+        separate(composed("separate", f"run={tiny_run}"))
+    other = shutil.copytree(place / "run", tmp_path / "run")
+    config = other / "config.yaml"
+    config.write_text(config.read_text().replace("floor: 1.0e-05", "floor: 1.0e-06"))
+    with pytest.raises(ValueError, match=r"data.states must be that of the run's training, hash"):
+        separate(composed("separate", f"run={other}", f"audio={place}/mix.wav", "query=a"))
+    config.write_text(config.read_text().replace("floor: 1.0e-06", "floor: 1.0e-05"))
+    separate(composed("separate", f"run={other}", f"audio={place}/mix.wav", "query=a"))
+
+
+def test_pictures_of_sounds_need_sounds(tmp_path):
+    cfg = composed("train", "callback=sounds", *TINY[:-1], f"run_dir={tmp_path}/run")
+    with pytest.raises(TypeError, match=r"callback\.samples must be SampleGrid for data without"):
+        train(cfg)
+
+
+UNET = {
+    "block_out_channels": "[8,16]",
+    "layers_per_block": 1,
+    "attention_head_dim": 2,
+    "cross_attention_dim": 16,
+    "norm_num_groups": 4,
+    "down_block_types": "[DownBlock2D,CrossAttnDownBlock2D]",
+    "up_block_types": "[CrossAttnUpBlock2D,UpBlock2D]",
+    "sample_size": "[8,16]",
+}
+
+
+def test_the_published_network_has_188_million_parameters():
+    cfg = composed("train", "experiment=flowsep_audiocaps", "data.root=r")
+    with torch.device("meta"):
+        network = instantiate(cfg.model)
+    assert sum(p.numel() for p in network.parameters()) / 1e6 == pytest.approx(188, abs=0.5)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_flow_on_latents_of_mels_trains_and_separates(place, tmp_path):
+    data = ["data.frames=32", f"data.root={place}/clips", "batch_size=2", "data.eval_mixtures=4"]
+    data += [f"data.query.path={place}/encoder", "trainer.max_steps=2", "trainer.accelerator=cpu"]
+    data += ["logger.tensorboard=null", "trainer.enable_progress_bar=false"]
+    mels = ["data=captioned_audio", "data.states.layout=image", "data.states.center=-4.75"]
+    mels += ["data.states.spread=6.75", "vae.width=8", "vae.multipliers=[1,1,1]", *data]
+    mels += ["vae.latent_channels=8", "num_scale_images=4", "num_samples=4", "metric=pixels"]
+    network = autoencoder(composed("autoencoder", *mels, f"run_dir={tmp_path}/mels"))
+    assert network.latent_shape((1, 32, 64)) == (8, 8, 16)
+    small = [f"model.net.net.{key}={value}" for key, value in UNET.items()]
+    small += ["callback.samples.rows=1", "callback.samples.sounds=0", "callback.ema.decay=0.9"]
+    options = ["experiment=flowsep_audiocaps", f"autoencoder.path={tmp_path}/mels", *data, *small]
+    module = train(composed("train", *options, f"run_dir={tmp_path}/run"))
+    assert module.sample_shape == (8, 8, 16)
+    assert module.velocity.net.net.config.in_channels == 16
+    asked = [f"run={tmp_path}/run", f"audio={place}/mix.wav", "query=violin", "sampler.grid=1"]
+    found = separate(composed("separate", *asked, f"out={tmp_path}/found"))
+    assert found.shape == (30000,)
+    assert found.abs().max() <= 0.41
+    separate(composed("separate", *asked[:1], "num_mixtures=2", "sampler.grid=1"))
