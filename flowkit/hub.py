@@ -4,7 +4,7 @@ Every other text is a folder, so no mistyped path is looked for on the hub. A pu
 `CONFIG` and no ``config.yaml``, see `flowkit.modules.pushed`.
 """
 
-import re
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -76,13 +76,14 @@ def results_of(place: str | Path) -> Path:
     So a pushed model stays as it is, wherever it lies.
 
     >>> results_of("runs/mine").as_posix(), results_of("hub:owner/name").as_posix()
-    ('runs/mine', 'runs/hub-owner-name')
+    ('runs/mine', 'runs/hub-owner--name')
     """
     text = str(place)
     if NAMED.fullmatch(text):
-        return Path("runs", re.sub("[:/]", "-", text))
+        return Path("runs", text.replace(":", "-").replace("/", "--"))
     if is_pushed(place):
-        return Path("runs", f"pushed-{Path(place).resolve().name}")
+        whole = Path(place).resolve()
+        return Path("runs", f"pushed-{whole.name}-{zlib.crc32(str(whole).encode()):08x}")
     return Path(place)
 
 

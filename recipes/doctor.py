@@ -26,6 +26,7 @@ from flowkit.couplings import Independent
 from flowkit.diagnosis import Finding, diagnose
 from flowkit.diagnosis.diagnose import ordered
 from flowkit.diagnosis.examples import Watched
+from flowkit.hub import results_of
 from flowkit.places import check_writable
 from flowkit.provenance import versions
 from flowkit.runs import Run
@@ -65,7 +66,7 @@ def doctor(cfg: DictConfig) -> list[Finding]:
             f"got {got}"
         )
     check_at_least(cfg.num_samples, 32, "num_samples")
-    out = Path(cfg.out or Path(cfg.run or "runs") / "doctor")
+    out = Path(cfg.out or results_of(cfg.run or "runs") / "doctor")
     check_writable(out, "out")
     subject, record, own = _of_run(cfg) if cfg.velocity is None else _of_user(cfg)
     pairs = subject.pairs

@@ -29,7 +29,7 @@ def export(cfg: DictConfig) -> dict[str, Any]:
         The record of the export.
     """
     run = Run.load(cfg.run, cfg.weights, "cpu", cfg.guidance, cfg.trust, **place_of(cfg))
-    folder = Path(cfg.out) if cfg.out else run.folder / "exported" / cfg.format
+    folder = Path(cfg.out) if cfg.out else run.results / "exported" / cfg.format
     check_writable(folder, "out")
     if run.brings_starts:
         raise ValueError(

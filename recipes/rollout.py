@@ -40,7 +40,7 @@ def rollout(cfg: DictConfig) -> dict[str, Any]:
             "run must be a run of a policy (model=policy) to act, got a velocity of class "
             f"{type(velocity).__name__}"
         )
-    folder = Path(cfg.out) if cfg.out else run.folder / "rollout"
+    folder = Path(cfg.out) if cfg.out else run.results / "rollout"
     check_writable(folder, "out")
     regresses = isinstance(run.module, Regression)
     sampler = run.module.default_sampler if regresses else run.ode_sampler(cfg.sampler)

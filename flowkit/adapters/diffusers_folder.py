@@ -7,6 +7,7 @@ from typing import Any
 
 from flowkit.adapters.sigmas import to_sigmas
 from flowkit.autoencoders import Autoencoder, Identity, KLAutoencoder
+from flowkit.autoencoders.frozen import forget_place
 from flowkit.nn import DiffusersVelocity
 from flowkit.sampling import ODESampler
 from flowkit.velocity import Velocity
@@ -87,6 +88,8 @@ def write_diffusers(
         **parts,
     )
     pipeline.save_pretrained(folder)
+    for config in folder.glob("*/config.json"):
+        forget_place(config)
     copyfile(flow_pipeline.__file__, folder / "pipeline.py")
     index = json.loads((folder / "model_index.json").read_text())
     index["_class_name"] = ["pipeline", "FlowPipeline"]

@@ -130,6 +130,7 @@ class FrozenAutoencoder(Frozen, frozen=("vae",)):
         folder.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory() as made:
             self.vae.save_pretrained(made)
+            forget_place(Path(made) / "config.json")
             files = sorted(Path(made).iterdir(), key=lambda file: file.name == "config.json")
             for file in files:
                 write_atomically(folder / file.name, partial(copyfile, file))
@@ -276,3 +277,10 @@ class FrozenAutoencoder(Frozen, frozen=("vae",)):
             setattr(self, name, tensor)
         # A later change of type or device does not make another autoencoder.
         self.hash = content_hash(self.vae.state_dict(), as_text(self.config))
+
+
+def forget_place(file: Path) -> None:
+    """Take the place that a network was read from out of its stored config."""
+    config = json.loads(file.read_text())
+    config.pop("_name_or_path", None)
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -200,8 +200,11 @@ def _check_some(names: Sequence[str], place: Path) -> None:
 
 def _in_zip(place: Path) -> _Found:
     """Find the files in a zip file. A file is read by its place, without the list of all files."""
-    with zipfile.ZipFile(place) as archive:
-        members = {info.filename: info for info in archive.infolist()}
+    try:
+        with zipfile.ZipFile(place) as archive:
+            members = {info.filename: info for info in archive.infolist()}
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"root must hold whole zip files, got {error} in {place}") from error
     if LABELS not in members:
         raise FileNotFoundError(_NO_LIST.format(place))
 
@@ -215,7 +218,9 @@ def _in_zip(place: Path) -> _Found:
             opened.seek(sum(np.frombuffer(lengths, "<u2").tolist()), 1)
             content = opened.read(info.compress_size)
         if info.compress_type:
-            content = zlib.decompressobj(-15).decompress(content, info.file_size)
+            content = zlib.decompressobj(-15).decompress(content, max(1, info.file_size))
+        if len(content) != info.file_size or zlib.crc32(content) != info.CRC:
+            raise ValueError(f"files must be whole, got another content of {name} in {place}")
         return content
 
     names = sorted((name for name in members if name.endswith(".npy")), key=natural)
@@ -263,7 +268,7 @@ class _Files:
             content = io.BytesIO(self.found.read(self.found.names[row]))
             array = np.load(content, allow_pickle=False)
             found = torch.from_numpy(np.asarray(array, np.float32))
-        except (ValueError, TypeError, EOFError, OSError, zlib.error) as error:
+        except (ValueError, TypeError, EOFError, OSError, MemoryError, zlib.error) as error:
             reason = " ".join(str(error).split())
             raise ValueError(
                 f"latents must be whole .npy files, got {self._name(row)}: {reason}"

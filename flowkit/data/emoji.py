@@ -28,7 +28,7 @@ class Emoji(SplitData):
     """Color emoji on white: ``x1 (B, 3, S, S)`` in [-1, 1], ``cond (B,)`` their Unicode class.
 
     The font *Noto Color Emoji* (SIL Open Font License) holds about 3 900 pictures of 136 x 128
-    pixels. They are laid on white, made square and reduced. Glyphs that are no emoji of Unicode 15
+    pixels. They are laid on white, made square and reduced. Glyphs that are no emoji
     are left out, and so are copies of a picture. The tones of skin of one emoji stay in one split:
     a test image has no near copy in training.
 

@@ -41,10 +41,9 @@ def check_conditions(
     alarm, could = size < TINY, ""
     if is_labels(cond):
         known = between_classes(x1, cast(Tensor, cond), generator)
-        kept = (cast(Tensor, part.cond) != cast(Tensor, other)).double().mean().item()
-        most = 2 * known.value * kept
+        most = 2 * known.value
         if known.z > SIGMAS:
-            could = f"; labels tell about {percent(most / squares(part.u).mean().item())}"
+            could = f"; labels tell about {percent(known.value / squares(part.u).mean().item())}"
             alarm = alarm or loss.value + 3 * loss.error < SHARE * most
     lost = percent(loss.value / squares(part.u).mean().item())
     figure = f"exchanged, they change the velocity by {percent(size)}, which costs {lost} of the "
@@ -64,12 +63,12 @@ def between_classes(x1: Tensor, labels: Tensor, generator: torch.Generator) -> M
     order = torch.randperm(len(x1), generator=generator).to(x1.device)
     gains = flat.new_zeros(len(x1))
     for mine, other in (order.chunk(2), order.chunk(2)[::-1]):
-        total = flat[other].mean(0)
+        total, spread = flat[other].mean(0), flat[other].var(0) / len(other)
         for label in labels.unique():
             rows, seen = mine[labels[mine] == label], other[labels[other] == label]
             if len(seen) > 1:
                 center = flat[seen].mean(0)
-                noise = flat[seen].var(0) / len(seen)  # of the estimated center
+                noise = flat[seen].var(0) / len(seen) - spread  # of both estimated means
                 gain = (flat[rows] - total).square() - (flat[rows] - center).square() + noise
                 gains[rows] = gain.mean(1)
     return mean_of(gains, torch.arange(len(x1), device=x1.device))

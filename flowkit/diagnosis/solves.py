@@ -74,7 +74,7 @@ def check_order(solves: Solves) -> Finding:
     coarse, fine = (solves.change(ends[n], ends[2 * n]) for n in STEPS[-3:-1])
     if not math.isfinite(fine):
         return line("order", True, "end points are not finite", "the velocity is not bounded")
-    order = math.log2(coarse / fine) if fine > 1e-6 else math.inf
+    order = math.inf if fine <= 1e-6 else math.log2(max(coarse, 1e-12) / fine)
     figure = f"solved up to rounding, {percent(fine)}"
     if math.isfinite(order):
         figure = f"{order:.1f} (Heun has 2); 16 and 32 steps differ by {percent(fine)}"

@@ -267,14 +267,14 @@ def _check_no_place(node: Any, key: str) -> None:
     elif isinstance(node, list):
         for number, value in enumerate(node):
             _check_no_place(value, f"{key}[{number}]")
-    elif isinstance(node, str) and (Path(node).is_absolute() or ("/" in node and _exists(node))):
+    elif isinstance(node, str) and (Path(node).is_absolute() or ("/" in node and exists(node))):
         raise ValueError(
             f"a shared configuration must name no place of this machine, got {key}={node}; "
             "only autoencoders in a folder are written beside the weights"
         )
 
 
-def _exists(text: str) -> bool:
+def exists(text: str) -> bool:
     """Return True for the path of a file or folder."""
     try:
         return Path(text).exists()

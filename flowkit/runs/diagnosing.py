@@ -12,6 +12,7 @@ from flowkit.data import SplitData
 from flowkit.diagnosis import Finding
 from flowkit.diagnosis.findings import line
 from flowkit.guidance import replace_cond
+from flowkit.hub import is_pushed
 from flowkit.modules import MeanFlowMatching, SymmetricalFlowMatching, load_run
 from flowkit.modules.flow import evaluating
 from flowkit.paths import Linear, Path
@@ -65,11 +66,11 @@ def examine(run: Run, data: SplitData | None, count: int, seed: int) -> Subject:
     if run.num_classes is None and _is_label(batch):
         batch = cast(Batch, {**batch, "cond": None})  # the network takes no labels
     coupling = getattr(module, "coupling", Independent())
-    size = run.config["batch_size"]
+    size = run.config.get("batch_size", 256)
     with evaluating(module):
         pairs = paired(_states(run, batch, generator), coupling, size, generator)
     raw = None
-    if run.weights["kind"] == "averaged":
+    if run.weights["kind"] == "averaged" and not is_pushed(run.folder):
         raw = load_run(run.folder, weights="raw", trust=run.trust).to(run.device).velocity
     guided = None if run.guidance in (None, 1) else run.velocity
     if learnt_guidance(run) is not None:
@@ -87,7 +88,8 @@ def learnt_guidance(run: Run) -> float | None:
 
 def progress(run: Run) -> Finding | None:
     """Return the line on the steps of the training; None if their number was not limited."""
-    done, most = run.weights.get("step"), run.config["trainer"].get("max_steps", -1)
+    done = run.weights.get("step")
+    most = (run.config.get("trainer") or {}).get("max_steps", -1)
     if done is None or most < 1:
         return None
     return line(

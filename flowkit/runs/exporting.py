@@ -96,10 +96,13 @@ def export(
         (place / "README.md").write_text(readme(record))
         files = sorted(file.relative_to(place) for file in place.rglob("*") if file.is_file())
         record["bytes"] = sum((place / file).stat().st_size for file in files)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / BEGUN).touch()  # tells files that a kill has left from those of the user
         for file in files:
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
             write_atomically(folder / file, partial(copyfile, place / file))
     write_json(folder / "export.json", record)  # last: it stands for a whole export
+    (folder / BEGUN).unlink()
     return record
 
 
@@ -191,15 +194,14 @@ def _check_place(folder: Path, about: dict[str, Any]) -> None:
         others = [key for key in about if known.get(key) != about[key]]
         holds = f"one of another {others[0]}" if others else None
     else:
-        others = sorted(name for name in there - OWN if not name.endswith(".partial"))
-        holds = others[0] if others else None
+        holds = min(there, default=None) if BEGUN not in there else None
     if holds is not None:
         raise ValueError(
             f"out must be a new folder or hold the same export, got {folder}, which holds {holds}"
         )
 
 
-OWN = {"README.md", *FILES.values(), "pipeline.py", "scheduler", "unet", "transformer", "vae"}
+BEGUN = ".export-begun"
 
 
 def _of_module(

@@ -9,7 +9,7 @@ from flowkit import grids
 from flowkit.data.cache import INDEX
 from flowkit.data.pairs import RECORD as PAIRS
 from flowkit.metrics.pictures import save_picture
-from flowkit.modules.pushed import CACHES, Writer
+from flowkit.modules.pushed import CACHES, Writer, exists
 from flowkit.provenance import read_json
 from flowkit.runs.drawing import draw
 from flowkit.runs.known_data import Record, read_data_record
@@ -79,7 +79,7 @@ def without_places(value: Any) -> Any:
     if isinstance(value, list):
         return [without_places(item) for item in value]
     if isinstance(value, str) and "/" in value and len(value) < 4096:
-        here = Path(value).is_absolute() or Path(value).exists()
+        here = Path(value).is_absolute() or exists(value)
         return Path(value).name if here else value
     return value
 

@@ -199,7 +199,7 @@ def _check_places(stored: DictConfig, folder: Path, changed: list[str]) -> None:
     for file in folder.rglob("*"):
         if file.name == "debug-core.log" and file.relative_to(folder).parts[0] == "wandb":
             continue  # wandb's link to a log of its own, to which nothing here writes
-        if file.is_symlink() and file.is_file() and not file.resolve().is_relative_to(root):
+        if file.is_symlink() and not file.resolve().is_relative_to(root):
             raise ValueError(
                 f"files of a resumed run must lie in its folder, got the link {file}; replace it "
                 "by the file itself"

@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from flowkit import grids, hub
+from flowkit.hub import results_of
 from flowkit.modules import ConditionalFlowMatching, FlowModule, MeanFlowMatching, load_run
 from flowkit.modules.checkpoints import read_config
 from flowkit.nn import ResidualMLP
@@ -127,7 +128,9 @@ def test_recipes_take_a_pushed_folder_and_leave_it_as_it_is(pushed, tmp_path, mo
         assert status_of([words[0], f"run={place}", *words[1:]], monkeypatch) == 0
     capsys.readouterr()
     assert contents(place) == before
-    results = tmp_path / "runs" / "pushed-mine"
+    assert results_of(place) != results_of(place.parent / "other" / place.name)
+    results = tmp_path / results_of(place)
+    assert results.name.startswith("pushed-mine-")
     for name in ("drawn/samples.pt", "metrics.json", "edits/image.png-3-to-8/edit.json"):
         assert (results / name).is_file()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "image.png", "runs"]
@@ -219,7 +222,7 @@ def test_a_model_of_the_hub_is_fetched_by_its_whole_name(
     assert status_of(["sample", "run=hub:owner/name", *few], monkeypatch) == 0
     capsys.readouterr()
     assert [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*.pt")] == [
-        "runs/hub-owner-name/drawn/samples.pt"
+        "runs/hub-owner--name/drawn/samples.pt"
     ]
     with pytest.raises(TypeError, match="must hold a MeanFlowMatching, got a Conditional"):
         MeanFlowMatching.from_pretrained("hub:owner/name")
