@@ -97,9 +97,11 @@ def _use(config: Record, place: str, grids: Sequence[str]) -> str:
             f"flowkit sample run={place} sampler=from_file sampler.grid.file=<folder>/{grids[0]}"
         )
     commands = "\n".join(lines)
+    cond = f', cond=4 * ["{label}"]' if label else ""
     return (
+        "With flowkit, whose distribution is named `flowkit-fm`:\n\n"
         f"```bash\n{commands}\n```\n\n```python\nfrom flowkit.modules import load_run\n\n"
-        f'module = load_run("{place}")\n```'
+        f'module = load_run("{place}")\nimages = module.sample(4{cond})\n```'
     )
 
 

@@ -56,7 +56,7 @@ def export(
             ``"diffusers"`` a folder with ``model_index.json`` and a pipeline.
         sampler: A sampler of fixed steps from 0 to 1; None takes the module's own.
         guidance: Scale of classifier-free guidance; None and 1 are no guidance.
-        classes: Names of the classes; None for a flow without labels.
+        classes: Names of the classes; None takes those of the module, if it has labels.
         license: License of the weights, for the records.
 
     Returns:
@@ -77,6 +77,7 @@ def export(
     sampler = cast(ODESampler, module.default_sampler if sampler is None else sampler)
     _check(module, format, sampler, guidance)
     shape, folder = known_shape(module.sample_shape), Path(folder)
+    classes = module.class_names if classes is None else classes
     scale = 1.0 if guidance is None else float(guidance)
     about = _about(module, format, sampler, scale, classes, license)
     _check_place(folder, about)

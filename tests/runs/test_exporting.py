@@ -78,15 +78,19 @@ def test_an_export_is_written_again_but_never_over_another(folder):
     exported("plain unet", folder, "diffusers")
     first = {f: f.read_bytes() for f in folder.rglob("*") if f.suffix != ".json" and f.is_file()}
     (folder / "export.json").unlink()  # as a kill before the last file
+    (folder / ".export-begun").touch()
     (folder / "README.md.host-1-abc.partial").touch()
     exported("plain unet", folder, "diffusers")
     exported("plain unet", folder, "diffusers")
     assert all(file.read_bytes() == content for file, content in first.items())
     with pytest.raises(ValueError, match=r"same export, got .*, which holds one of another"):
         exported("plain unet", folder, "diffusers", ODESampler(2))
-    (folder.parent / "mine.txt").touch()
-    with pytest.raises(ValueError, match=r"got .*, which holds mine.txt"):
-        exported("plain unet", folder.parent, "diffusers")
+    own = folder.parent / "own"
+    own.mkdir()
+    (own / "README.md").write_text("mine")  # named like a file of an export
+    with pytest.raises(ValueError, match=r"got .*, which holds README.md"):
+        exported("plain unet", own, "diffusers")
+    assert (own / "README.md").read_text() == "mine"
 
 
 # --- refusals ----------------------------------------------------------------------------------
