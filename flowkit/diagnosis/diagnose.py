@@ -166,9 +166,10 @@ def _checked(network: Watched, x0: Tensor, x1: Tensor, cond: Cond) -> Cond:
     try:
         found = network(x1[:2], t, take(cond, slice(2)))
     except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
         raise ValueError(
             f"velocity must be callable as velocity(x, t, cond) with x {_shape(x1)}, t (B,) and "
-            f"cond {_kind(cond)}, got {type(error).__name__}: {str(error).strip().splitlines()[:1]}"
+            f"cond {_kind(cond)}, got {type(error).__name__}: {reason}"
         ) from error
     if not isinstance(found, Tensor):
         raise TypeError(f"velocity must return a tensor, got {type(found).__name__}")
