@@ -110,8 +110,8 @@ def as_velocity(output: str, value: Tensor, x: Tensor, t: Tensor, path: Path) ->
 
 def coefficients(path: Path, t: Tensor, x: Tensor) -> Coefficients:
     """Return the coefficients at ``t (B,)`` in the shape of ``x (B, *)``."""
-    assert isinstance(path, Interpolant)
-    return Coefficients(*(expand_like(value, x) for value in path.coefficients(t)))
+    found = cast(Interpolant, path).coefficients(t)
+    return Coefficients(*(expand_like(value, x) for value in found))
 
 
 def _time_of_ratio(path: Any, t: Tensor, factor: float) -> Tensor:
