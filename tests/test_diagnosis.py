@@ -339,3 +339,14 @@ def test_causes_come_before_what_follows():
 def test_wrong_input_is_refused(arguments, kind, message):
     with pytest.raises(kind, match=message):
         diagnose(*arguments)
+
+
+@pytest.mark.parametrize("factor", [0.5, 0.7])
+def test_a_factor_of_the_output_is_named_with_its_inverse(factor):
+    flow, generator = GaussianFlow(2.0, 0.5), torch.Generator().manual_seed(0)
+    x0 = torch.randn(500, 2, generator=generator)
+    x1 = 2 + 0.5 * torch.randn(500, 2, generator=generator)
+    first = diagnose(lambda x, t, cond: factor * flow(x, t), x0, x1)[0]
+    assert first.name == "training"
+    found = float(first.advice.removeprefix("multiply the output by ").partition(":")[0])
+    assert found == pytest.approx(1 / factor, rel=0.02)

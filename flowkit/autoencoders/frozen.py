@@ -112,13 +112,20 @@ class FrozenAutoencoder(Frozen, frozen=("vae",)):
                 "pip install -U diffusers 'flowkit-fm[dinov2]'"
             ) from error
         try:
-            stored = network.load_config(place, **options).get("_class_name", cls.kind)
-            vae = None if stored != cls.kind else network.from_pretrained(place, **options)
+            config = network.load_config(place, **options)
         except OSError as error:
             raise OSError(f"path must hold an {cls.kind}, got {path}: {error}") from error
-        if vae is None:
-            raise ValueError(f"path must hold an {cls.kind}, got an {stored} in {path}")
-        return cls(vae, image_shape)
+        stored = config.get("_class_name", cls.kind)
+        if stored != cls.kind or "quantization_config" in config:
+            kind = f"an {stored}" if stored != cls.kind else "a quantized one"
+            raise ValueError(f"path must hold an {cls.kind}, got {kind} in {path}")
+        try:
+            return cls(network.from_pretrained(place, **options), image_shape)
+        except OSError as error:
+            raise OSError(f"path must hold an {cls.kind}, got {path}: {error}") from error
+        except Exception as error:  # a stranger's config can hold anything
+            words = " ".join(str(error).split())[:300]
+            raise ValueError(f"path must hold a whole {cls.kind}, got {path}: {words}") from error
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write weights, config and scale to a folder, in diffusers' format.

@@ -12,6 +12,7 @@ from flowkit.paths import Interpolant, Path
 
 BINS, SIGMAS = 8, 4.0
 AVOIDABLE = (0.15, 0.05)  # share that a correction may remove of a part's loss, and of all
+FACTOR = 0.9  # of what a correction removes, if a factor of the output is all that is wrong
 RAW, AVERAGED = 1.1, 1.02  # loss of one over the other that is an alarm
 
 
@@ -26,6 +27,10 @@ class Fit(NamedTuple):
     """Share of the loss that a simple correction removes."""
     total: Mean
     """Share of the whole loss that a simple correction removes."""
+    factor: float
+    """Factor of the velocity that removes most of the loss."""
+    by_factor: float
+    """Share of the whole loss that this factor removes."""
 
 
 def fit_of(
@@ -68,11 +73,15 @@ def fit_of(
         sizes = [scale[rows].mean().clamp_min(1e-12) for rows in there]
         return [mean_of(values[r] / s, pair[r]) for r, s in zip(there, sizes, strict=True)]
 
+    factor = ((u.double() * v).sum() / v.double().square().sum().clamp_min(1e-300)).item()
+    scaled = squares(u.double() - factor * v.double())
     return Fit(
         means(energy - loss, energy),
         means(loss - other, energy),
         means(gain, loss),
         mean_of(gain / loss.mean().clamp_min(1e-12), pair),
+        factor,
+        1 - (scaled.mean() / loss.mean().clamp_min(1e-12)).item(),
     )
 
 
@@ -131,13 +140,17 @@ def check_training(fit: Fit) -> Finding:
     bad, total = bad_parts(fit), fit.total
     alarm = len(bad) > 2 or (total.z > SIGMAS and total.value > AVOIDABLE[1] and not bad)
     worse = sum(w.z > SIGMAS and w.value > 0.01 for w in fit.worse)
-    return line(
-        "training",
-        alarm,
+    figure = (
         f"a simple correction removes {percent(max(total.value, 0))} of the loss; mean and std "
-        f"alone are better in {worse} of {BINS} parts of the time",
-        "the network has not learnt what its data tell: train longer, look at the learning rate",
     )
+    figure += f"alone are better in {worse} of {BINS} parts of the time"
+    advice = (
+        "the network has not learnt what its data tell: train longer, look at the learning rate"
+    )
+    if fit.by_factor > FACTOR * total.value > 0:
+        figure += f"; the factor {fit.factor:.3g} alone removes {percent(fit.by_factor)}"
+        advice = f"multiply the output by {fit.factor:.3g}: see what it is divided by"
+    return line("training", alarm, figure, advice)
 
 
 def check_averaged(averaged: Tensor, raw: Tensor, examples: Examples, learnt: bool) -> Finding:

@@ -77,9 +77,10 @@ def read(folder: Path) -> Config:
         if name not in found or not isinstance(found[name], kind):
             raise ValueError(f"{name} in {file} must be {words}, got {found.get(name)!r}")
     names = found["classes"]
-    if names is not None and len(names) != found["num_classes"]:
+    words = [name for name in names or () if isinstance(name, str)]
+    if names is not None and not len(words) == len(names) == found["num_classes"]:
         raise ValueError(
-            f"classes in {file} must be {found['num_classes']} names, got {len(names)}"
+            f"classes in {file} must be {found['num_classes']} names, got {len(words)}"
         )
     shape = found["state"].get("sample_shape")
     sides = shape if isinstance(shape, list) else [0]
@@ -148,7 +149,11 @@ def restore(module: "FlowModule", folder: Path, config: Config) -> None:
 
 def _sampler(node: Mapping[str, Any]) -> ODESampler:
     """Build the default sampler."""
-    return ODESampler(torch.tensor(node["grid"], dtype=torch.float64), node["method"])
+    try:
+        grid = torch.tensor(node["grid"], dtype=torch.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"sampler.grid must be a list of times, got {node['grid']}") from error
+    return ODESampler(grid, node["method"])
 
 
 def _is_left_out(module: "FlowModule", name: str) -> bool:

@@ -159,3 +159,21 @@ def test_parts_of_the_training_alone_are_left_out(tmp_path):
     sampler = ODESampler(4)
     expected, found = (one.sample(3, sampler, seeds=range(3)) for one in (module, loaded))
     assert expected.equal(found)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"latents_std": 3}, "path must hold a whole AutoencoderKL"),
+        ({"norm_num_groups": 0}, "path must hold a whole AutoencoderKL"),
+        ({"quantization_config": {"quant_method": "gguf"}}, "got a quantized one"),
+    ],
+)
+def test_a_strange_config_of_an_autoencoder_is_refused(config, message, tmp_path):
+    network = autoencoder_kl((1, 8, 8), width=8, multipliers=(1, 2))
+    KLAutoencoder(network).save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    assert "_name_or_path" not in stored
+    (tmp_path / "config.json").write_text(json.dumps({**stored, **config}))
+    with pytest.raises(ValueError, match=message):
+        KLAutoencoder.from_pretrained(tmp_path)
