@@ -63,7 +63,8 @@ class Posterior(NamedTuple):
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Return a context without autocast. Where there is none, exported graphs get no region."""
-    if not torch.is_autocast_enabled(device.type):
+    known = torch.amp.is_autocast_available(device.type)
+    if not (known and torch.is_autocast_enabled(device.type)):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
 
