@@ -54,7 +54,7 @@ def diagnose(
     known without the network may explain the residual ``u − f``; what does, training has missed.
 
     Alarms come first, and of these the cause before what follows from it. Errors are those of means
-    over pairs; 192 sound networks had no alarm. The network sees 25 000 to 35 000 rows in 330 to
+    over pairs; 192 sound networks had no alarm. The network sees 25 000 to 40 000 rows in 330 to
     450 calls, whatever the number of samples up to 500. Nothing is trained.
 
     Args:
