@@ -38,7 +38,7 @@ from flowkit.modules.checkpoints import (
     newest_checkpoint,
     read_checkpoint,
 )
-from flowkit.modules.logs import LOSSES
+from flowkit.modules.logs import LOSSES, plot_losses, read_rows
 from flowkit.provenance import versions, write_json, write_text
 from flowkit.runs.epochs import count_in_steps
 from flowkit.runs.known_data import record_of, write_data_record
@@ -96,6 +96,8 @@ def autoencoder(cfg: DictConfig) -> KLAutoencoder:
         write_data_record(folder, data, recorded(cfg)["data"])
         if checkpoint is not None and trained:
             module.load_state_dict(read_checkpoint(checkpoint)["state_dict"])
+            for table in folder.glob("logs/version_0/metrics.csv"):
+                plot_losses(read_rows(table), folder / LOSSES)  # a kill may have left it out
         else:
             _fit(cfg, module, data, folder, checkpoint)
         network = KLAutoencoder(vae.to(device))

@@ -16,6 +16,7 @@ from flowkit.modules.checkpoints import (
     read_checkpoint,
     read_config,
 )
+from flowkit.modules.logs import LOSSES
 from flowkit.modules.trust import check, trusting
 from flowkit.rules import NAMED, keys_of, no_such_option
 from flowkit.runs.known_data import read_data_record
@@ -76,8 +77,8 @@ def check_unfinished(checkpoint: Path, step: int, max_steps: int) -> None:
 def lacks_its_end(cfg: DictConfig, step: int) -> bool:
     """Return True if a training has made its last step, but not the validation that follows.
 
-    So it is after a kill between the last checkpoint and the end: a picture of this step is not
-    there, or no table of the training has a validation of this step.
+    So it is after a kill between the last checkpoint and the end: a picture of this step or the
+    plot of losses is not there, or no table of the training has a validation of this step.
     """
     if step != cfg.trainer.max_steps or cfg.trainer.get("limit_val_batches") == 0:
         return False
@@ -92,6 +93,9 @@ def lacks_its_end(cfg: DictConfig, step: int) -> bool:
         for node in loggers
         if node._target_ in ("flowkit.modules.MetricsTable", "lightning.pytorch.loggers.CSVLogger")
     ]
+    if tables:
+        plots = [node for node in callbacks if node._target_ == "flowkit.modules.LossPlot"]
+        pictures += [Path(node.folder) / LOSSES for node in plots]
     shown = all(picture.is_file() for picture in pictures)
     return not shown or not all(any(_validated(t, step) for t in files) for files in tables)
 

@@ -330,7 +330,8 @@ def timeless(value):
 
 
 def contents(folder):
-    files = [file for file in folder.rglob("*") if file.is_file() and "logs" not in file.parts]
+    logged = {"logs", "losses.png"}  # a kill leaves out what was not logged before
+    files = [f for f in folder.rglob("*") if f.is_file() and not logged & {*f.parts}]
     return {f.relative_to(folder).as_posix(): read(f) for f in files if f.suffix != ".partial"}
 
 
