@@ -41,7 +41,7 @@ FENCE = re.compile(
 # Folders and files that no page makes: their commands are composed, and not run.
 ELSEWHERE = re.compile(
     r"runs/(fashion|big|symmetrical_masks|symmetrical_fashion|symmetrical_latent|xl2)\w*(/.*)?"
-    r"|stable-diffusion-3|imagenet|sd_vae|tars|weights-inception.pth|mnist|owner/name"
+    r"|stable-diffusion-3|imagenet|sd_vae|tars|weights-inception.pth|mnist|(hub:)?owner/name"
 )
 PATHS = (
     "run",
@@ -344,6 +344,8 @@ def elsewhere(recipe: str, given: list[str], cfg: DictConfig, where: str) -> boo
     if target.endswith(".Hub"):
         return True
     if "dinov2" in str(given) or "xl2" in str(given):
+        return True
+    if str(cfg.get("to")).startswith("hub:"):
         return True
     if recipe == "compare" and len(cfg.couplings) * len(cfg.problems) > 2:
         return True
