@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from flowkit.data.idx import DEBIAN_FASHION_MNIST
+
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 
 
@@ -16,6 +18,8 @@ NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 def test_notebook_runs(file, tmp_path, monkeypatch):
     nbclient = pytest.importorskip("nbclient")
     nbformat = pytest.importorskip("nbformat")
+    if "IDX()" in file.read_text() and not DEBIAN_FASHION_MNIST.is_dir():
+        pytest.skip("dataset-fashion-mnist is missing")
     kernel = tmp_path / "jupyter" / "kernels" / "here"
     kernel.mkdir(parents=True)
     command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
