@@ -298,7 +298,8 @@ class BlockwiseFlowMatching(FlowModule, frozen=("encoder",)):
 
     def on_validation_start(self) -> None:
         """Warn about stacks that have had no gradient so far."""
-        if not cast(Any, self.trainer).sanity_checking:
+        trainer = cast(Any, self.trainer)
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._report_idle()
 
     def on_train_end(self) -> None:

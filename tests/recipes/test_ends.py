@@ -118,8 +118,8 @@ def test_pictures_are_capped_and_tensors_are_not(tiny_run, configure, tmp_path):
     options = [f"run={tiny_run}", f"out={tmp_path}", "sampler.grid=1", "sampler=euler"]
     assert len(sample(configure("sample", *options, "num_samples=230"))) == 230
     with Image.open(tmp_path / "samples.png") as picture:
-        # 10 columns and 10 rows of 8 pixels, enlarged 8 times, with gaps of 2.
-        assert picture.size == (10 * 66 + 2, 10 * 66 + 2)
+        # 10 columns and 10 rows of 8 pixels, enlarged 8 times, with gaps of 2, below the classes.
+        assert picture.size == (10 * 66 + 2, 12 + 10 * 66 + 2)
     assert len(torch.load(tmp_path / "samples.pt", weights_only=True)["samples"]) == 230
 
 

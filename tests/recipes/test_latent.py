@@ -151,7 +151,7 @@ def test_an_autoencoder_killed_after_its_training_is_finished_by_resume(
 
     place, name = {
         "training": ("flowkit.recipes.autoencoder.KLAutoencoder", "fit_scale"),
-        "weights": ("flowkit.autoencoders", "copyfile"),
+        "weights": ("flowkit.autoencoders.frozen", "copyfile"),
         "network": ("flowkit.recipes.autoencoder", "_measure"),
     }[after]
     with monkeypatch.context() as patched:

@@ -246,6 +246,7 @@ def test_malformed_names_of_the_hub(name, fetched, tiny_run):
     assert not fetched
 
 
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")  # as in other runs
 @pytest.mark.parametrize("kind", ["OfflineModeIsEnabled", "RepositoryNotFoundError", "OSError"])
 def test_errors_of_the_hub_have_one_line(kind, monkeypatch, capsys):
     errors = {"OSError": OSError("no\nroute")}
