@@ -1,4 +1,4 @@
-"""Separate the sound that a text asks for, out of a recording; or measure a run on test mixtures.
+"""Separate the sound that a text asks for from a recording, or measure a run on test mixtures.
 
 flowkit separate run=runs/flowsep audio=mix.wav query="violin"     a recording of any length
 flowkit separate run=runs/flowsep audio=mix.wav query="violin" guidance=2 sampler.grid=4
