@@ -349,7 +349,7 @@ def write(
         stored = value.to(dtype) if value.dtype == torch.float32 else value
         state[name] = stored.cpu().contiguous().clone()  # safetensors shares no memory
     folder.mkdir(parents=True, exist_ok=True)
-    about = {"format": "pt", "format_of": FORMAT}
+    about = {"format_of": FORMAT}  # one entry: several would be written in a random order
 
     def save(file: Path) -> None:
         file.touch()
