@@ -3,11 +3,12 @@
 `MLP` and `ResidualMLP` serve points and small images. `DiT` is the diffusion transformer for images
 and latents (Peebles and Xie, 2023), `SequenceDiT` for sequences of any length. `unet2d` and
 `autoencoder_kl` build networks of the diffusers library, and `DiffusersVelocity` reads any network
-of that library as a velocity. `Inpainting`, `SemanticMap` and `Separation` add conditions pixel by
-pixel. Train a new network with these classes; use `flowkit.adapters` for pretrained networks.
+of that library as a velocity. `Conditioned`, with `Inpainting` and `SemanticMap`, adds conditions
+pixel by pixel. Train a new network with these classes; use `flowkit.adapters` for pretrained
+networks.
 """
 
-from flowkit.nn.companions import Inpainting, SemanticMap, Separation
+from flowkit.nn.companions import Conditioned, Inpainting, SemanticMap
 from flowkit.nn.diffusers import DiffusersVelocity, autoencoder_kl, unet2d
 from flowkit.nn.dit import DiT
 from flowkit.nn.mlp import MLP, ResidualMLP
@@ -15,12 +16,12 @@ from flowkit.nn.sequence import SequenceDiT
 
 __all__ = [
     "MLP",
+    "Conditioned",
     "DiT",
     "DiffusersVelocity",
     "Inpainting",
     "ResidualMLP",
     "SemanticMap",
-    "Separation",
     "SequenceDiT",
     "autoencoder_kl",
     "unet2d",

@@ -1,6 +1,6 @@
 """Networks with companions of the state: extra channels that condition it pixel by pixel."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,61 @@ from flowkit.checks import check_at_least, check_labels
 from flowkit.types import Cond
 
 
-class Inpainting(nn.Module):
+class Conditioned(nn.Module):
+    """Velocity with conditions on channels: ``net([x, *beside], t, rest)``.
+
+    The condition is a mapping. Its parts named in ``beside``, ``(B, c_i, *)`` on the grid of the
+    state ``x (B, c, *)``, join the channels of the state in that order. The rest is left to the
+    network: labels alone as a tensor, ``label (B,)``, and other parts as a mapping, such as
+    ``tokens (B, N, W)`` and ``token_mask (B, N)``, which a network of diffusers attends to.
+
+    Args:
+        net: Network with as many more input channels as the parts have.
+        beside: Names of the parts beside the state, at least one.
+
+    Raises:
+        ValueError: If no part is named.
+
+    Source: the channels of Dao et al., *Flow Matching in Latent Space*, 2023 (arXiv 2307.08698),
+    section 4.3 (``4 + 4 + 1``), and of Yuan et al., *FlowSep*, 2024 (arXiv 2409.07614), section 3.2
+    (``8 + 8``).
+
+    >>> from flowkit.nn import DiT
+    >>> net = Conditioned(DiT((4, 8, 8), width=32, depth=1, heads=2, in_channels=5), ["mask"])
+    >>> net(torch.randn(2, 4, 8, 8), torch.rand(2), {"mask": torch.ones(2, 1, 8, 8)}).shape
+    torch.Size([2, 4, 8, 8])
+    """
+
+    def __init__(self, net: nn.Module, beside: Sequence[str]) -> None:
+        super().__init__()
+        check_at_least(len(beside), 1, "number of names in beside")
+        self.net, self.beside = net, tuple(beside)
+
+    def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
+        """Return the velocity ``(B, c, *)`` at ``x (B, c, *)`` and ``t (B,)``.
+
+        Raises:
+            TypeError: If ``cond`` is not a mapping with the parts beside the state.
+            ValueError: If one of them is not on the grid of the state.
+        """
+        if not isinstance(cond, Mapping) or not set(self.beside) <= set(cond):
+            given = sorted(cond) if isinstance(cond, Mapping) else type(cond).__name__
+            raise TypeError(
+                f"cond must be a mapping with the names {' and '.join(self.beside)}, got {given}"
+            )
+        parts = [cond[name].to(x.dtype) for name in self.beside]
+        for name, part in zip(self.beside, parts, strict=True):
+            wanted = (len(x), *part.shape[1:2], *x.shape[2:])
+            if tuple(part.shape) != wanted:
+                raise ValueError(
+                    f"cond[{name!r}] must have shape {wanted}, got {tuple(part.shape)}"
+                )
+        rest = {name: value for name, value in cond.items() if name not in self.beside}
+        own = rest.get("label") if set(rest) <= {"label"} else rest
+        return self.net(torch.cat([x, *parts], 1), t, own)
+
+
+class Inpainting(Conditioned):
     """Velocity conditioned by an image with a hole: ``net([x, masked, mask], t, label)``.
 
     The condition is a mapping that `flowkit.inpainting.inpainting_cond` makes.
@@ -20,9 +74,6 @@ class Inpainting(nn.Module):
     Args:
         net: Network with ``2 c + 1`` input and ``c`` output channels.
 
-    Source: Dao et al., *Flow Matching in Latent Space*, 2023 (arXiv 2307.08698), section 4.3:
-    ``4 + 4 + 1`` channels of latents.
-
     >>> from flowkit.nn import DiT
     >>> net = Inpainting(DiT((4, 8, 8), width=32, depth=1, heads=2, in_channels=9))
     >>> x, mask = torch.randn(2, 4, 8, 8), torch.ones(2, 1, 8, 8)
@@ -31,72 +82,10 @@ class Inpainting(nn.Module):
     """
 
     def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-
-    def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
-        """Return the velocity ``(B, c, h, w)`` at ``x (B, c, h, w)`` and ``t (B,)``.
-
-        Raises:
-            TypeError: If ``cond`` is not a mapping with ``masked`` and ``mask``.
-            ValueError: If ``masked`` or ``mask`` has another shape.
-        """
-        if not isinstance(cond, Mapping) or not {"masked", "mask"} <= set(cond):
-            given = sorted(cond) if isinstance(cond, Mapping) else type(cond).__name__
-            raise TypeError(f"cond must be a mapping with the names masked and mask, got {given}")
-        masked, mask = cond["masked"], cond["mask"]
-        for name, value, shape in (
-            ("cond['masked']", masked, x.shape),
-            ("cond['mask']", mask, (len(x), 1, *x.shape[2:])),
-        ):
-            if tuple(value.shape) != tuple(shape):
-                raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(value.shape)}")
-        parts = [x, masked.to(x.dtype), mask.to(x.dtype)]
-        return self.net(torch.cat(parts, 1), t, cond.get("label"))
+        super().__init__(net, ("masked", "mask"))
 
 
-class Separation(nn.Module):
-    """Velocity conditioned by a mixture and a text: ``net([x, frames], t, tokens)``.
-
-    The condition is a mapping, as `flowkit.data.Mixtures` makes it. ``frames (B, c, h, w)`` is the
-    state of the mixture, on channels beside the state. ``tokens (B, N, W)`` are attended to, with
-    the booleans ``token_mask (B, N)``.
-
-    Args:
-        net: Velocity of a network of diffusers with cross-attention, with ``2 c`` input and ``c``
-            output channels.
-
-    Source: Yuan et al., *FlowSep*, 2024 (arXiv 2409.07614), section 3.2: ``8 + 8`` channels.
-    """
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-
-    def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
-        """Return the velocity ``(B, c, h, w)`` at ``x (B, c, h, w)`` and ``t (B,)``.
-
-        Raises:
-            TypeError: If ``cond`` is not a mapping with ``frames``, ``tokens`` and ``token_mask``.
-            ValueError: If ``frames`` have another shape than the state.
-        """
-        names = ("frames", "tokens", "token_mask")
-        if not isinstance(cond, Mapping) or not set(names) <= set(cond):
-            given = sorted(cond) if isinstance(cond, Mapping) else type(cond).__name__
-            raise TypeError(
-                f"cond must be a mapping with the names {', '.join(names)}, got {given}; set "
-                "data.query.tokens=true"
-            )
-        frames, tokens, mask = (cond[name] for name in names)
-        if frames.shape != x.shape:
-            raise ValueError(
-                f"cond['frames'] must have shape {tuple(x.shape)}, got {tuple(frames.shape)}"
-            )
-        options = {"encoder_hidden_states": tokens.to(x.dtype), "encoder_attention_mask": mask}
-        return self.net(torch.cat([x, frames.to(x.dtype)], 1), t, options)
-
-
-class SemanticMap(nn.Module):
+class SemanticMap(Conditioned):
     """Velocity conditioned by a map of labels: ``net([x, r(one-hot map)], t)``.
 
     The map ``(B, H, W)`` holds integers in ``[0, num_classes]``. The last label means *no label*: a
@@ -124,11 +113,11 @@ class SemanticMap(nn.Module):
     """
 
     def __init__(self, net: nn.Module, num_classes: int, factor: int, channels: int = 4) -> None:
-        super().__init__()
+        super().__init__(net, ("map",))
         sizes = {"num_classes": num_classes, "factor": factor, "channels": channels}
         for name, size in sizes.items():
             check_at_least(size, 1, name)
-        self.net, self.num_classes, self.factor = net, num_classes, factor
+        self.num_classes, self.factor = num_classes, factor
         self.reduce = nn.Sequential(
             nn.Conv2d(num_classes + 1, 8 * channels, factor, stride=factor),
             nn.SiLU(),
@@ -156,4 +145,4 @@ class SemanticMap(nn.Module):
         extra = [-side % self.factor for side in cond.shape[1:]]
         if any(extra):
             codes = F.pad(codes, (0, extra[1], 0, extra[0]), "replicate")
-        return self.net(torch.cat([x, self.reduce(codes)], 1), t)
+        return super().forward(x, t, {"map": self.reduce(codes)})

@@ -25,11 +25,12 @@ class DiffusersVelocity(nn.Module):
 
     A tensor condition becomes the argument ``class_labels``. A mapping holds keyword arguments of
     the network, such as ``encoder_hidden_states`` and ``pooled_projections`` of an
-    ``SD3Transformer2DModel``. Labels lie in ``[0, num_classes]``, and the last label is the null
-    label. The setting ``num_class_embeds`` of a UNet counts the null label; ``num_embeds_ada_norm``
-    of a transformer does not. In training, transformers of diffusers drop labels themselves, in
-    each block anew, with the global generator. This class switches that off, so only ``DropCond``
-    drops labels.
+    ``SD3Transformer2DModel``; ``tokens`` and ``token_mask`` are other names of
+    ``encoder_hidden_states`` and ``encoder_attention_mask``. Labels lie in ``[0, num_classes]``,
+    and the last label is the null label. The setting ``num_class_embeds`` of a UNet counts the null
+    label; ``num_embeds_ada_norm`` of a transformer does not. In training, transformers of diffusers
+    drop labels themselves, in each block anew, with the global generator. This class switches that
+    off, so only ``DropCond`` drops labels.
 
     Args:
         net: Network with the call ``net(x, timestep=..., ...)`` and the result ``.sample``.
@@ -72,7 +73,7 @@ class DiffusersVelocity(nn.Module):
                 f"output channels, got {drop_sigma}"
             )
         self.channels = inputs
-        self.takes_labels = "class_labels" in inspect.signature(net.forward).parameters
+        self.arguments = inspect.signature(net.forward).parameters
         self.num_classes = _num_classes(config)
         self.time_scale, self.drop_sigma = time_scale, drop_sigma
         self.num_times = num_times
@@ -96,13 +97,15 @@ class DiffusersVelocity(nn.Module):
         """Return the velocity ``(B, *)`` at ``x (B, *)`` and ``t (B,)``.
 
         Raises:
-            TypeError: If ``cond`` is a tensor for a network without class labels.
+            TypeError: If ``cond`` is a tensor for a network without class labels, or names what is
+                no argument of the network, or not all that it needs.
             ValueError: If a shape does not fit, or a label is missing or out of its range.
         """
         if x.ndim == 4 and self.channels not in (None, x.shape[1]):
             raise ValueError(f"x must have {self.channels} channels, got shape {tuple(x.shape)}")
         check_state(x, t, tuple(x.shape[1:]), self.num_times)
-        options = cond if isinstance(cond, Mapping) else self._labels(cond, len(x))
+        given = isinstance(cond, Mapping)
+        options = self._named(cond) if given else self._labels(cond, len(x))
         if self.num_times == 2:
             t, second = t.unbind(1)
             options = {**options, "class_labels": (options.get("class_labels"), second)}
@@ -122,9 +125,25 @@ class DiffusersVelocity(nn.Module):
         new.pop(LABELS, None)
         return {**new, **state}
 
+    def _named(self, cond: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return keyword arguments of the network."""
+        options = {ARGUMENTS.get(name, name): value for name, value in cond.items()}
+        known = {p.name: p for p in self.arguments.values() if p.kind != p.VAR_KEYWORD}
+        if len(known) < len(self.arguments):
+            return options  # it takes any name
+        needed = {name for name, p in known.items() if p.default is p.empty}
+        missing = needed - set(options) - {"timestep", *list(known)[:1]}
+        unknown = set(options) - set(known)
+        if missing or unknown:
+            raise TypeError(
+                f"cond must name arguments of {type(self.net).__name__}, got {sorted(cond)}; "
+                f"missing {sorted(missing)}, unknown {sorted(unknown)}"
+            )
+        return options
+
     def _labels(self, cond: Tensor | None, batch: int) -> dict[str, Tensor]:
         """Return the label argument of the network."""
-        if not self.takes_labels and cond is not None:
+        if "class_labels" not in self.arguments and cond is not None:
             raise TypeError(
                 "cond must be a mapping of keyword arguments of "
                 f"{type(self.net).__name__}, got a tensor"
@@ -133,6 +152,7 @@ class DiffusersVelocity(nn.Module):
         return {} if labels is None else {"class_labels": labels}
 
 
+ARGUMENTS = {"tokens": "encoder_hidden_states", "token_mask": "encoder_attention_mask"}
 SECOND_TIME, LABELS = "net.class_embedding.", "net.class_embedding.weight"
 
 

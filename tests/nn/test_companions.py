@@ -6,7 +6,7 @@ from torch import nn
 
 from flowkit.guidance import ClassifierFree, DropCond
 from flowkit.losses import flow_matching_loss
-from flowkit.nn import DiffusersVelocity, DiT, Inpainting, SemanticMap, Separation
+from flowkit.nn import Conditioned, DiffusersVelocity, DiT, Inpainting, SemanticMap
 
 
 class Seen(nn.Module):
@@ -125,11 +125,7 @@ def _map(cond):
             ValueError,
             r"cond\['mask'\] must have shape \(2, 1, 3, 3\), got \(2, 1, 6, 6\)",
         ),
-        (
-            lambda: _inpaint({"masked": torch.zeros(2, 1, 3, 3), "mask": torch.zeros(2, 1, 3, 3)}),
-            ValueError,
-            r"cond\['masked'\] must have shape \(2, 4, 3, 3\), got \(2, 1, 3, 3\)",
-        ),
+        (lambda: Conditioned(Seen(), []), ValueError, "names in beside must be at least 1, got 0"),
         (lambda: _map(None), TypeError, "cond must be a map of labels, got NoneType"),
         (
             lambda: _map(torch.full((2, 8, 8), 4)),
@@ -171,7 +167,7 @@ def separation():
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
     )
-    return Separation(DiffusersVelocity(net))
+    return Conditioned(DiffusersVelocity(net), ["frames"])
 
 
 def test_a_separation_sees_mixture_and_tokens_but_no_padding(separation):
@@ -191,9 +187,13 @@ def test_a_separation_sees_mixture_and_tokens_but_no_padding(separation):
         assert (swapped - v).abs().max() > 1e-4  # they are two different inputs
 
 
-def test_a_separation_names_what_is_missing(separation):
+def test_a_network_of_diffusers_names_what_it_misses(separation):
     x, t = torch.randn(2, 2, 8, 8), torch.rand(2)
-    with pytest.raises(TypeError, match=r"names frames, tokens, token_mask, got .*'vector'"):
+    with pytest.raises(
+        TypeError,
+        match=r"arguments of UNet2DConditionModel, got \['vector'\]; missing "
+        r"\['encoder_hidden_states'\], unknown \['vector'\]",
+    ):
         separation(x, t, {"frames": x, "vector": x})
     cond = {"frames": x[..., 1:], "tokens": torch.randn(2, 3, 6), "token_mask": torch.ones(2, 3)}
     with pytest.raises(ValueError, match=r"must have shape .2, 2, 8, 8., got .2, 2, 8, 7."):
