@@ -73,7 +73,7 @@ class DiffusersVelocity(nn.Module):
                 f"output channels, got {drop_sigma}"
             )
         self.channels = inputs
-        self.arguments = inspect.signature(net.forward).parameters
+        self.takes_labels = "class_labels" in inspect.signature(net.forward).parameters
         self.num_classes = _num_classes(config)
         self.time_scale, self.drop_sigma = time_scale, drop_sigma
         self.num_times = num_times
@@ -128,8 +128,9 @@ class DiffusersVelocity(nn.Module):
     def _named(self, cond: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return keyword arguments of the network."""
         options = {ARGUMENTS.get(name, name): value for name, value in cond.items()}
-        known = {p.name: p for p in self.arguments.values() if p.kind != p.VAR_KEYWORD}
-        if len(known) < len(self.arguments):
+        arguments = inspect.signature(self.net.forward).parameters
+        known = {p.name: p for p in arguments.values() if p.kind != p.VAR_KEYWORD}
+        if len(known) < len(arguments):
             return options  # it takes any name
         needed = {name for name, p in known.items() if p.default is p.empty}
         missing = needed - set(options) - {"timestep", *list(known)[:1]}
@@ -143,7 +144,7 @@ class DiffusersVelocity(nn.Module):
 
     def _labels(self, cond: Tensor | None, batch: int) -> dict[str, Tensor]:
         """Return the label argument of the network."""
-        if "class_labels" not in self.arguments and cond is not None:
+        if not self.takes_labels and cond is not None:
             raise TypeError(
                 "cond must be a mapping of keyword arguments of "
                 f"{type(self.net).__name__}, got a tensor"
