@@ -70,7 +70,11 @@ def check_writable(folder: Path, key: str, fix: str = "") -> None:
 
     Raises:
         PermissionError: If it cannot.
+        ValueError: If it is the name of a model, such as ``flowkit:digits``.
     """
+    if str(folder).startswith(("hub:", "flowkit:")):  # no place that a run is read from
+        more = " or hub:owner/name" if key == "to" else ""
+        raise ValueError(f"{key} must be a folder{more}, got {folder}, the name of a shared model")
     made = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     try:
         with TemporaryFile(dir=made):

@@ -12,6 +12,7 @@ from functools import partial
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 
 from flowkit.modules import SymmetricalFlowMatching
 from flowkit.runs import export, exporting
@@ -36,7 +37,7 @@ def test_a_pipeline_of_diffusers_draws_the_images_of_the_module(kind, tmp_path):
     """On other seeds than those of the check, in another order of labels, and as pictures."""
     from diffusers import DiffusionPipeline
 
-    module, record = exported(kind, tmp_path / "out", "diffusers", license="mit")
+    module, record = exported(kind, tmp_path / "out", "diffusers", license="mine: all\nof it")
     pipeline = DiffusionPipeline.from_pretrained(tmp_path / "out", trust_remote_code=True)
     labels = torch.tensor([2, 0, 1, 1, 3]) if module.drop_cond else None
     scale = 2.0 if module.drop_cond else None
@@ -52,7 +53,8 @@ def test_a_pipeline_of_diffusers_draws_the_images_of_the_module(kind, tmp_path):
     (picture, *_) = pipeline(labels, 5, noise=noise).images
     assert picture.size == tuple(expected.shape[2:])
     assert record["checks"]["largest difference"] < 1e-5
-    assert "license: mit" in (tmp_path / "out" / "README.md").read_text()
+    page = ModelCard.load(tmp_path / "out" / "README.md")
+    assert page.data.license == "mine: all\nof it"
 
 
 @pytest.fixture
