@@ -270,7 +270,10 @@ def test_malformed_names_of_the_hub(name, fetched, tiny_run):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["push", "to=flowkit:x"], "to must be a folder or hub:owner/name, got flowkit:x, the name"),
+        (
+            ["push", "to=flowkit:x"],
+            "to must be a folder or hub:owner/name, got flowkit:x, the name",
+        ),
         (["push", "to=flowkit:x/y"], "to must be a folder or hub:owner/name, got flowkit:x/y, the"),
         (["push", "to=hub:x"], "to=hub: must be owner/name on the hub, got x"),
         (["sample", "out=flowkit:x"], "out must be a folder, got flowkit:x, the name of a shared"),
