@@ -17,7 +17,7 @@ import flowkit.recipes
 from flowkit import __version__
 from flowkit.errors import ErrorInALine, errors_to_us, is_hydras
 from flowkit.hub import check_name, results_of
-from flowkit.places import check_writable, choice_of_group, files_as_option
+from flowkit.places import FILES, check_exist, check_writable, choice_of_group, files_as_option
 from flowkit.rules import (
     CONF,
     check,
@@ -275,6 +275,8 @@ def _check_composed(recipe: str, own: str | None, overrides: list[str]) -> Path 
         if name == "":
             raise ValueError("hydra.run.dir must be a folder, got an empty text")
         folder = None if name is None else Path(name)
+    if option := FILES.get(recipe):
+        check_exist(values[option], option)
     _check_places(values, folder)
     return folder
 

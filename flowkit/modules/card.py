@@ -108,10 +108,10 @@ def _use(config: Record, place: str, grids: Sequence[str]) -> str:
     known = config.get("data") or {}
     root = " data.root=<folder of the data>" if "???" in map(str, known.values()) else ""
     lines += [f"flowkit evaluate run={place}{root}"] if known else []
-    if grids:
-        lines.append(
-            f"flowkit sample run={place} sampler=from_file sampler.grid.file=<folder>/{grids[0]}"
-        )
+    lines += [
+        f"flowkit sample run={place} sampler=from_file sampler.grid.file=<folder>/{grid}"
+        for grid in grids
+    ]
     commands = "\n".join(lines)
     cond = f", cond=4 * [{json.dumps(label, ensure_ascii=False)}]" if label else ""
     return (

@@ -159,6 +159,7 @@ def test_metrics_and_grids_of_these_weights_are_shared_without_places(tiny_run, 
     (run / "boss").mkdir()
     times = torch.tensor([0.0, 0.3, 1.0], dtype=torch.float64)
     grids.save(times, run / "boss" / "grid.json", model_hash=digest)
+    grids.save([0.0, 0.2, 0.4, 1.0], run / "boss" / "grid-3.json", model_hash=digest)
     grids.save([0.0, 1.0], run / "boss" / "grid-1.json", model_hash="another")
     folder = pushing(f"run={run}", f"to={tmp_path / 'a'}", "dtype=float16")
     shared = json.loads((folder / "metrics.json").read_text())
@@ -168,6 +169,7 @@ def test_metrics_and_grids_of_these_weights_are_shared_without_places(tiny_run, 
     assert "| frechet distance | 2 | 1.5 to 2.5 |  |" in card
     for words in ("heun, 1 step", "guidance 1.5", "seeds 0 to 99", "180 of the reference"):
         assert words in card
+    assert re.findall(r"file=<folder>/(\S+)", card) == ["grid-2.json", "grid-3.json"]
     assert "Measured before the weights were rounded to float16." in card
     assert "grid-1.json is of other weights" in capsys.readouterr().out
     assert own_grid(2, str(folder)).equal(times)
