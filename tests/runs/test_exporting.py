@@ -62,6 +62,17 @@ def folder(tmp_path):
     return tmp_path / "out"
 
 
+@pytest.mark.parametrize("format", ["torch", "onnx"])
+def test_an_older_torch_is_refused_before_the_work(format, folder, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", type(torch.__version__)("2.8.1+cpu"))
+    with pytest.raises(ImportError, match=f"^torch must be 2.9 or later for format={format}, got"):
+        exported("plain unet", folder, format)
+    monkeypatch.setattr(torch, "__version__", type(torch.__version__)("2.10.0"))
+    with pytest.raises(TypeError, match="sampler must take fixed steps"):
+        exported("plain unet", folder, format, SDESampler(4))
+    assert not folder.exists()
+
+
 def test_samples_that_differ_leave_nothing(folder, monkeypatch):
     reader = exporting._reader
 
