@@ -16,8 +16,8 @@ from typing import Any, NoReturn, cast
 import flowkit.recipes
 from flowkit import __version__
 from flowkit.errors import ErrorInALine, errors_to_us, is_hydras
-from flowkit.hub import results_of
-from flowkit.places import check_writable, choice_of_group, files_as_option
+from flowkit.hub import check_name, results_of
+from flowkit.places import FILES, check_exist, check_writable, choice_of_group, files_as_option
 from flowkit.rules import (
     CONF,
     check,
@@ -275,6 +275,8 @@ def _check_composed(recipe: str, own: str | None, overrides: list[str]) -> Path 
         if name == "":
             raise ValueError("hydra.run.dir must be a folder, got an empty text")
         folder = None if name is None else Path(name)
+    if option := FILES.get(recipe):
+        check_exist(values[option], option)
     _check_places(values, folder)
     return folder
 
@@ -282,7 +284,9 @@ def _check_composed(recipe: str, own: str | None, overrides: list[str]) -> Path 
 def _check_places(values: dict[str, Any], folder: Path | None) -> None:
     """Require that the folders can be written to which the results go."""
     out, run, to = values.get("out"), values.get("run"), values.get("to")
-    if to and not to.startswith("hub:"):  # of flowkit push
+    if to and to.startswith("hub:"):  # of flowkit push
+        check_name(to.removeprefix("hub:"), "to=hub:")
+    elif to:
         check_writable(Path(to), "to")
     if isinstance(run, list):  # of flowkit report
         run, out = None, out or "runs/report"

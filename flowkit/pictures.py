@@ -11,16 +11,13 @@ import torch
 from torch import Tensor
 
 from flowkit.checks import as_seeds, check_at_least, check_positive
-from flowkit.metrics.pictures import to_uint8
+from flowkit.metrics.pictures import tiles
 from flowkit.provenance import write_atomically
 from flowkit.sampling import Sampler, seeded_noise
 from flowkit.types import Cond
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-GAP, LETTER = 4, 12  # pixels between tiles, and height of a letter
-SMALLEST = 64  # pixels; smaller tiles are enlarged to about this side
 
 
 def show(
@@ -35,9 +32,9 @@ def show(
     Args:
         images: Images ``(N, C, H, W)`` in [-1, 1] with 1 or 3 channels, on any device.
         columns: Tiles in a row, at least 1.
-        titles: One text above each column, or above each tile.
+        titles: One text above each column, or above each tile; long ones are shortened.
         rows: One text before each row.
-        zoom: Factor by which pixels are enlarged; None makes tiles of about 64 pixels.
+        zoom: Factor by which pixels are enlarged; None makes tiles of up to 64 pixels in width.
 
     Returns:
         The picture; ``.save("a.png")`` writes it.
@@ -46,13 +43,13 @@ def show(
         ValueError: If the images have another shape, or a list of texts another length.
 
     >>> show(torch.zeros(6, 1, 8, 8), columns=3, titles=["a", "b", "c"]).size
-    (208, 156)
+    (200, 146)
     """
     if images.ndim != 4 or images.shape[1] not in (1, 3) or not len(images):
         raise ValueError(f"images must be (N, 1 or 3, H, W), got {tuple(images.shape)}")
     check_at_least(columns, 1, "columns")
-    factor = max(1, SMALLEST // images.shape[-1]) if zoom is None else zoom
-    check_at_least(factor, 1, "zoom")
+    if zoom is not None:
+        check_at_least(zoom, 1, "zoom")
     columns = min(columns, len(images))
     lines = -(-len(images) // columns)
     if titles is not None and len(titles) not in (columns, len(images)):
@@ -62,48 +59,7 @@ def show(
         )
     if rows is not None and len(rows) != lines:
         raise ValueError(f"rows must hold {lines} texts, one per row, got {len(rows)}")
-    return _tiles(images, columns, titles, rows, int(factor))
-
-
-def _tiles(
-    images: Tensor,
-    columns: int,
-    titles: Sequence[object] | None,
-    rows: Sequence[object] | None,
-    zoom: int,
-) -> "Image":
-    """Return tiles; a title of a column stands above its first tile only."""
-    from PIL import Image, ImageDraw, ImageFont
-
-    pixels = to_uint8(images.detach().float().cpu()).expand(-1, 3, -1, -1)
-    pixels = pixels.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3).permute(0, 2, 3, 1)
-    (count, height, width, _), lines = pixels.shape, -(-len(images) // columns)
-    font = ImageFont.load_default(LETTER)
-    left = max((int(font.getlength(str(text))) + GAP for text in rows or ()), default=0)
-    each = titles is not None and len(titles) == count and lines > 1
-    above = LETTER + GAP if titles is not None else 0
-    step = height + GAP + (above if each else 0)
-    size = (left + columns * (width + GAP) + GAP, above * (not each) + lines * step + GAP)
-    canvas = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(canvas)
-    for k, tile in enumerate(pixels.numpy()):
-        x, y = left + GAP + k % columns * (width + GAP), GAP + above + k // columns * step
-        canvas.paste(Image.fromarray(tile), (x, y))
-        if titles is not None and (each or k < columns):
-            text = _fitting(str(titles[k]), width, font)
-            draw.text((x, y - LETTER - GAP), text, fill="black", font=font)
-        if rows is not None and k % columns == 0:
-            draw.text((GAP, y + height // 2), str(rows[k // columns]), "black", font, anchor="lm")
-    return canvas
-
-
-def _fitting(text: str, width: int, font: Any) -> str:
-    """Return a text, shortened so that it is not wider than ``width`` pixels."""
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(f"{text}…") > width:
-        text = text[:-1]
-    return f"{text}…"
+    return tiles(images, columns, zoom, titles or (), rows or ())
 
 
 def slerp(start: Tensor, end: Tensor, weights: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Files, folders and choices that a command line names."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryFile
 
@@ -21,6 +22,21 @@ def files_as_option(recipe: str, arguments: list[str]) -> list[str]:
         return arguments
     quoted = ",".join('"' + file.replace("\\", r"\\").replace('"', r"\"") + '"' for file in files)
     return [f"{option}=[{quoted}]", *(one for one in arguments if one not in files)]
+
+
+def check_exist(places: Sequence[str | Path], key: str) -> None:
+    """Require files or folders, and name all that are not there.
+
+    Args:
+        places: The files or folders.
+        key: Name of their option, for the error.
+
+    Raises:
+        FileNotFoundError: If some do not exist.
+    """
+    if absent := [str(place) for place in places if not Path(place).exists()]:
+        listed = ", ".join(absent)
+        raise FileNotFoundError(f"{key} must be files or folders that exist, got no {listed}")
 
 
 def choice_of_group(recipe: str, argument: str) -> str:
@@ -70,7 +86,11 @@ def check_writable(folder: Path, key: str, fix: str = "") -> None:
 
     Raises:
         PermissionError: If it cannot.
+        ValueError: If it is the name of a model, such as ``flowkit:digits``.
     """
+    if str(folder).startswith(("hub:", "flowkit:")):  # no place that a run is read from
+        more = " or hub:owner/name" if key == "to" else ""
+        raise ValueError(f"{key} must be a folder{more}, got {folder}, the name of a shared model")
     made = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     try:
         with TemporaryFile(dir=made):

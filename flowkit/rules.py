@@ -278,6 +278,27 @@ def is_run(place: str) -> bool:
     return bool(NAMED.fullmatch(place)) or any(file.is_file() for file in files)
 
 
+def why_no_run(places: Any) -> str:
+    """Return why places are no runs, as the end of an error message.
+
+    >>> why_no_run("runs/typo"), why_no_run(["runs/typo", "hub:owner/name", "runs/other"])
+    ('; it does not exist', '; runs/typo, runs/other do not exist')
+    """
+    several = [str(place) for place in (places if isinstance(places, list) else [places])]
+    wrong = [place for place in several if not is_run(place)]
+    absent = [place for place in wrong if not Path(place).exists()]
+    if not wrong:  # a shared model, where only a run folder fits
+        return ""
+    if not absent:
+        return f"; {_named(wrong, several)} {'have' if len(wrong) > 1 else 'has'} no config.yaml"
+    return f"; {_named(absent, several)} {'do' if len(absent) > 1 else 'does'} not exist"
+
+
+def _named(some: list[str], several: list[str]) -> str:
+    """Return some of several places for a message that has just named all of them."""
+    return "it" if len(several) == 1 else ", ".join(some)
+
+
 def _is_device(name: str) -> bool:
     """Return True for a device of this machine, after a test allocation."""
     if name == "cpu" or not DEVICE.fullmatch(name):
@@ -346,6 +367,8 @@ def _shown(value: Any) -> str:
 def _fix(rule: str, value: Any) -> str:
     """Return advice for common mistakes, as the end of an error message."""
     kinds = _split(rule, " or ")
+    if value and isinstance(value, str | list) and {"run", "[run]", "run folder"} & set(kinds):
+        return why_no_run(value)
     if isinstance(value, str):
         words = [one for one in kinds if one not in WORDS and re.fullmatch(r"[\w-]+", one)]
         listed = any(one[0] == "[" and fits(one, [value]) for one in kinds)

@@ -28,7 +28,7 @@ from flowkit.metrics.pictures import colored, save_picture
 from flowkit.modules import SymmetricalFlowMatching
 from flowkit.places import check_writable
 from flowkit.runs import Run
-from flowkit.runs.drawing import draw, symmetrical
+from flowkit.runs.drawing import draw, say_plan, symmetrical
 from flowkit.runs.features import judge_of
 from flowkit.runs.known_data import place_of
 from flowkit.runs.records import recording
@@ -54,6 +54,7 @@ def consistency(cfg: DictConfig) -> dict[str, Any]:
         raise RuntimeError("run must be trained on data with labels or masks, got data without")
     seeds = sample_seeds(cfg.seed, 0, len(labels), cfg.seeding)
     noise = noise_batches(run.sample_shape, seeds, cfg.batch_size)
+    say_plan(run, sampler, len(labels))
     images, cost = draw(run, noise, labels, sampler)
     read = _reader(module, data, cfg.batch_size)
     metrics: dict[str, Any] = {"images_of_labels": read(images, labels)}

@@ -44,7 +44,7 @@ from flowkit.places import check_writable
 from flowkit.provenance import cache_folder
 from flowkit.rules import CONF
 from flowkit.runs import Run
-from flowkit.runs.drawing import block_cost, draw_parts, like_test, start
+from flowkit.runs.drawing import block_cost, draw_parts, like_test, say_plan, start
 from flowkit.runs.features import judge_of
 from flowkit.runs.given import Measured, of_samples, picture_rows
 from flowkit.runs.judging import digests, hash_of_set, set_record, shares_of, through
@@ -155,6 +155,7 @@ def _measure_images(cfg: DictConfig, run: Run, sampler: Sampler, fabric: Fabric)
     used |= {"cond": hash_of(cond), "seen": [cfg.quantization, cfg.jpeg]}
     used["test"] = data.fingerprint("test")  # given source samples come from this split
     parts = Parts(Path(cfg.out or run.results), used, fabric)
+    say_plan(run, sampler, source["num_samples"])
     drawn, cost = draw_parts(run, x0, cond, sampler, finish, parts)
     if not fabric.is_global_zero:
         return None

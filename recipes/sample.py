@@ -23,7 +23,7 @@ from torch import Tensor
 from flowkit.metrics.pictures import save_picture
 from flowkit.places import check_writable
 from flowkit.runs import Run
-from flowkit.runs.drawing import draw_parts, start
+from flowkit.runs.drawing import draw_parts, say_plan, start
 from flowkit.runs.known_data import place_of
 from flowkit.runs.parts import Parts, hash_of
 from flowkit.runs.processes import launch
@@ -72,6 +72,7 @@ def sample(cfg: DictConfig) -> Tensor:
     used = {"weights": run.weights, **run.describe(sampler), **source}
     used |= {"mode": [cfg.feature_mode, cfg.tolerance], "cond": hash_of(cond)}
     parts = Parts(folder, used, fabric)
+    say_plan(run, sampler, source["num_samples"])
     drawn, cost = draw_parts(run, x0, cond, sampler, parts=parts)
     if not fabric.is_global_zero:
         return torch.empty(0)

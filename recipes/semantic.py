@@ -20,7 +20,7 @@ from flowkit.modules import LatentFlowMatching
 from flowkit.modules.condition_grid import condition_grid
 from flowkit.places import check_writable
 from flowkit.runs import Run
-from flowkit.runs.drawing import draw, start
+from flowkit.runs.drawing import draw, say_plan, start
 from flowkit.runs.features import judge_of
 from flowkit.runs.known_data import place_of
 from flowkit.runs.records import recording
@@ -41,6 +41,7 @@ def semantic(cfg: DictConfig) -> dict[str, Any]:
     sampler, test = run.sampler(cfg.sampler), data.test[: cfg.num_images]
     images, maps = test["x1"], test["cond"]
     x0, source = start(run, cfg, len(maps))
+    say_plan(run, sampler, len(maps))
     samples, cost = draw(run, x0, maps, sampler)
     generator = torch.Generator(module.device).manual_seed(cfg.seed)
     with torch.no_grad():

@@ -6,17 +6,17 @@ import torch
 from PIL import Image
 
 from flowkit.exact import GaussianFlow
-from flowkit.metrics.pictures import to_uint8
+from flowkit.metrics.pictures import GAP, LINE, save_picture, to_uint8
 from flowkit.modules import ConditionalFlowMatching
 from flowkit.nn import MLP
-from flowkit.pictures import GAP, LETTER, animate, interpolate, show, slerp
+from flowkit.pictures import animate, interpolate, show, slerp
 from flowkit.sampling import ODESampler, seeded_noise
 
 IMAGES = torch.rand(5, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
 def tile(picture, left, top, side):
-    return np.asarray(picture)[top : top + side, left : left + side]
+    return np.asarray(picture.convert("RGB"))[top : top + side, left : left + side]
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -36,23 +36,33 @@ def test_tiles_hold_the_pixels_with_white_gaps_between(channels):
 def test_words_leave_the_tiles_as_they_are():
     plain = show(IMAGES, columns=3, zoom=2)
     words = show(IMAGES, columns=3, zoom=2, titles="abc", rows=["one", "two"])
-    left, top = words.width - plain.width, LETTER + GAP
+    left, top = words.width - plain.width, LINE
     assert np.array_equal(np.asarray(words)[top:, left:], np.asarray(plain))
     assert (np.asarray(words)[:top, left + GAP : left + GAP + 16] < 128).any()  # a letter
     assert (np.asarray(words)[top:, :left] < 128).any()
     each = show(IMAGES, columns=3, zoom=2, titles=range(5))
-    assert each.height == plain.height + 2 * (LETTER + GAP)
-    step = 16 + GAP + LETTER + GAP
+    assert each.height == plain.height + 2 * LINE
+    step = 16 + GAP + LINE
     for k, image in enumerate(IMAGES):
-        at = tile(each, GAP + k % 3 * (16 + GAP), 2 * GAP + LETTER + k // 3 * step, 16)
+        at = tile(each, GAP + k % 3 * (16 + GAP), GAP + LINE + k // 3 * step, 16)
         assert np.array_equal(at[::2, ::2], to_uint8(image).permute(1, 2, 0).numpy())
 
 
 def test_a_long_title_stays_above_its_own_tile():
     words = np.asarray(show(IMAGES, columns=5, zoom=2, titles=["W" * 50, "", "", "", ""]))
-    above = words[: LETTER + GAP]
+    above = words[:LINE]
     assert (above[:, : GAP + 16] < 128).any()
     assert (above[:, GAP + 16 + GAP :] == 255).all()
+
+
+@pytest.mark.parametrize("names", [list("abcabcab"), list("abcdefgh"), None])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_notebooks_and_recipes_show_the_same_tiles(names, channels, tmp_path):
+    images = IMAGES.repeat(2, 1, 1, 1)[:8, :channels]
+    file = save_picture(images, tmp_path / "a.png", columns=3, zoom=8, captions=names)
+    titles = names[:3] if names and names[3] == "a" else names
+    with Image.open(file, formats=["PNG"]) as saved:
+        assert np.array_equal(np.asarray(saved), np.asarray(show(images, 3, titles)))
 
 
 @pytest.mark.parametrize(
@@ -127,7 +137,10 @@ def test_a_film_starts_with_noise_and_ends_with_the_samples(module, tmp_path):
     assert times == [200] * 6 + [1200]
     noise, samples = seeded_noise((1, 8, 8), range(4)), module.sample(4, sampler, seeds=range(4))
     for frame, images in ((frames[0], noise.clamp(-1, 1)), (frames[-1], samples)):
-        assert np.abs(frame.astype(int) - np.asarray(show(images, 2)).astype(int)).max() <= 1
+        assert (
+            np.abs(frame.astype(int) - np.asarray(show(images, 2).convert("RGB")).astype(int)).max()
+            <= 1
+        )
 
 
 def test_a_film_needs_a_time_and_samples(module, tmp_path):

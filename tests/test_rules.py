@@ -73,6 +73,9 @@ def test_keys_of_a_class_have_their_rule_wherever_it_is_built():
             check("train", config)
 
 
+RUN = "a run folder, hub:owner/name or flowkit:name"
+
+
 @pytest.mark.parametrize(
     ("option", "value", "said"),
     [
@@ -81,7 +84,8 @@ def test_keys_of_a_class_have_their_rule_wherever_it_is_built():
         ("num_samples", 1e2, "int >= 1, got 100.0; write 100"),
         ("out", 2024, "a path or null, got 2024; write ./2024"),
         ("trust", "my.Net", "[] or [a text], got my.Net; write [my.Net]"),
-        ("run", "typo", "a run folder, hub:owner/name or flowkit:name, got typo"),
+        ("run", "typo", f"{RUN}, got typo; it does not exist"),
+        ("run", ".", f"{RUN}, got .; it has no config.yaml"),
         ("device", "foo", "a device of this machine, such as cpu, got foo"),
         ("num_samples", "", "int >= 1, got an empty text"),
     ],
@@ -89,6 +93,14 @@ def test_keys_of_a_class_have_their_rule_wherever_it_is_built():
 def test_messages_say_what_to_write(option, value, said):
     with pytest.raises(ValueError, match=rf"^{re.escape(f'{option} must be {said}')}$"):
         check("sample", {option: value})
+
+
+def test_of_several_runs_those_that_do_not_exist_are_named():
+    runs = ["a", "hub:owner/name", "b"]
+    with pytest.raises(ValueError, match=r"got \[a, hub:owner/name, b\]; a, b do not exist$"):
+        check("report", {"run": runs})
+    with pytest.raises(ValueError, match=r"^resume must be .*, got hub:owner/name$"):
+        check("train", {"resume": "hub:owner/name"})
 
 
 @pytest.mark.parametrize(("value", "fix"), [(0, ""), (4.0, "; write 4"), (-1.5, "")])

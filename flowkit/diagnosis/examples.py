@@ -12,6 +12,7 @@ from flowkit.types import Cond, Pairs, take
 from flowkit.velocity import BoundVelocity, Velocity, bind
 
 ROWS, CHUNK, FIRST, LAST = 1024, 256, 0.02, 0.98  # of examples, of one call; times
+SMALL = 32  # rows that are held in float64 at once
 
 
 class Watched:
@@ -134,7 +135,7 @@ def mean_of(values: Tensor, pair: Tensor, weight: Tensor | None = None) -> Mean:
 
 def squares(x: Tensor) -> Tensor:
     """Return the mean square of each row ``(M,)``."""
-    return x.double().square().flatten(1).mean(1)
+    return torch.cat([part.double().square().flatten(1).mean(1) for part in x.split(SMALL)])
 
 
 def rms(x: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from flowkit.checks import expand_like
-from flowkit.diagnosis.examples import Examples, Mean, mean_of, squares
+from flowkit.diagnosis.examples import SMALL, Examples, Mean, mean_of, squares
 from flowkit.diagnosis.findings import Finding, line, percent
 from flowkit.paths import Interpolant, Path
 
@@ -50,60 +50,80 @@ def fit_of(
         path: The path of the flow.
         generator: Draws the halves.
     """
-    pair, u = examples.pair, examples.u
-    half = (torch.randperm(examples.pairs, generator=generator) < examples.pairs / 2).to(u.device)
-    simple = _gaussian(examples, x1, half, path)
-    part = (examples.t * BINS).long().clamp(0, BINS - 1)
-    residual, gain = u.double() - v.double(), u.new_zeros(len(u), dtype=torch.float64)
-    features = torch.stack([v, examples.x_t, simple, torch.ones_like(v)]).double().flatten(2)
-    for k in range(BINS):
-        for side in (half[pair], ~half[pair]):
-            fitted, tested = (part == k) & side, (part == k) & ~side
-            if not (bool(fitted.any()) and bool(tested.any())):
-                continue
-            a, b = features[:, fitted].flatten(1), residual[fitted].flatten()
-            weights = torch.linalg.lstsq((a @ a.T).cpu(), (a @ b)[:, None].cpu(), driver="gelsd")
-            found = torch.einsum("k,kmd->md", weights.solution[:, 0].to(a), features[:, tested])
-            left = residual[tested].flatten(1) - found
-            gain[tested] = squares(residual[tested]) - squares(left)
-    energy, loss, other = squares(u), squares(residual), squares(u.double() - simple)
+    pair, count = examples.pair, examples.u[0].numel()
+    half = torch.randperm(examples.pairs, generator=generator) < examples.pairs / 2
+    half = half.to(pair.device)
+    moments = _moments(x1, half)
+    group = 2 * (examples.t * BINS).long().clamp(0, BINS - 1) + half[pair]  # of time and half
+    chunks = [
+        (k, rows)
+        for k in range(2 * BINS)
+        for rows in (group == k).nonzero()[:, 0].split(SMALL)  # to hold few rows in float64
+    ]
+
+    def terms(k: int, rows: Tensor) -> tuple[Tensor, Tensor]:  # features, residual; targets
+        part, own = examples.some(rows), v[rows].double()
+        mean, var = (moment[k % 2] for moment in moments)
+        simple = _gaussian(part, mean, var, path)
+        found = torch.stack([own, part.x_t, simple, torch.ones_like(own), part.u - own])
+        return found.flatten(2), part.u.flatten(1)
+
+    products = pair.new_zeros(2 * BINS, 5, 5, dtype=torch.float64)
+    for k, rows in chunks:  # normal equations
+        flat = terms(k, rows)[0].flatten(1)
+        products[k] += flat @ flat.T
+    found = torch.linalg.lstsq(products[:, :4, :4].cpu(), products[:, :4, 4:].cpu(), driver="gelsd")
+    weights = found.solution[..., 0].to(pair.device)
+    energy, loss, other, gain = pair.new_zeros(4, len(pair), dtype=torch.float64)
+    for k, rows in chunks:
+        (*features, residual), u = terms(k, rows)
+        energy[rows], loss[rows], other[rows] = map(squares, (u, residual, u - features[2]))
+        for weight, feature in zip(weights[k ^ 1], features, strict=True):  # of the other half
+            residual -= weight * feature
+        gain[rows] = loss[rows] - squares(residual)
 
     def means(values: Tensor, scale: Tensor) -> list[Mean]:
-        there = [part == k for k in range(BINS)]
+        there = [group // 2 == k for k in range(BINS)]
         sizes = [scale[rows].mean().clamp_min(1e-12) for rows in there]
         return [mean_of(values[r] / s, pair[r]) for r, s in zip(there, sizes, strict=True)]
 
-    factor = ((u.double() * v).sum() / v.double().square().sum().clamp_min(1e-300)).item()
-    scaled = squares(u.double() - factor * v.double())
+    total = products.sum(0)
+    factor = (total[0, 4] / total[0, 0].clamp_min(1e-300)).item()  # of v in the residual
     return Fit(
         means(energy - loss, energy),
         means(loss - other, energy),
         means(gain, loss),
         mean_of(gain / loss.mean().clamp_min(1e-12), pair),
-        factor,
-        1 - (scaled.mean() / loss.mean().clamp_min(1e-12)).item(),
+        1 + factor,
+        factor * total[0, 4].item() / count / (len(pair) * loss.mean().clamp_min(1e-12).item()),
     )
 
 
-def _gaussian(examples: Examples, x1: Tensor, half: Tensor, path: Path) -> Tensor:
-    """Return the velocities of a Gaussian with the moments of the other half of the data."""
+def _gaussian(examples: Examples, mean: Tensor, var: Tensor, path: Path) -> Tensor:
+    """Return the velocities of a Gaussian with a mean and a variance of each element."""
     if not isinstance(path, Interpolant):
         return torch.zeros_like(examples.u)
     a, b, da, db = (expand_like(c, examples.u) for c in path.coefficients(examples.t))
-    flat, sides = x1.double(), (~half, half)  # a row of the first half sees the second
-    mean, var = (torch.stack([f(flat[s]) for s in sides]) for f in (_mean, _var))
-    own = (~half).long()[examples.pair]
-    mean, var = mean[own].to(examples.u), var[own].to(examples.u)
+    mean, var = mean.to(examples.u), var.to(examples.u)
     slope = (a * da * var + b * db) / (a**2 * var + b**2 + path.sigma**2)
     return da * mean + slope * (examples.x_t - a * mean)
 
 
-def _mean(x: Tensor) -> Tensor:
-    return x.mean(0)
+def _moments(x1: Tensor, half: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and variance ``(2, *)`` of the data that rows of each half do not see.
 
-
-def _var(x: Tensor) -> Tensor:
-    return x.var(0)
+    A row of the second half (0) takes those of the first half (1), and the other way round.
+    """
+    means, variances = [], []
+    for side in (half, ~half):
+        chunks = x1[side].split(SMALL)
+        count = int(side.sum())
+        zero = torch.zeros_like(x1[0], dtype=torch.float64)
+        mean = sum((x.sum(0, dtype=torch.float64) for x in chunks), zero) / count
+        square = sum(((x - mean).square().sum(0) for x in chunks), zero)
+        means.append(mean)
+        variances.append(square / (count - 1))
+    return torch.stack(means), torch.stack(variances)
 
 
 def check_times(fit: Fit) -> Finding:

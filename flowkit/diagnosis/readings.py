@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from flowkit.checks import expand_like
-from flowkit.diagnosis.examples import FIRST, LAST, Examples, Watched, mean_of, squares
+from flowkit.diagnosis.examples import FIRST, LAST, SMALL, Examples, Watched, mean_of, squares
 from flowkit.diagnosis.fits import fit_of
 from flowkit.paths import Coefficients, Interpolant, Path
 from flowkit.types import Cond
@@ -220,13 +220,21 @@ class Search:
             except Exception:
                 continue  # the network refuses such times: it was not trained on them
             for kind in OUTPUTS if noiseless else OUTPUTS[:2]:
-                loss = squares(as_velocity(kind, value, x, t, self.path) - u)
+                loss = self._loss_of(kind, value)
                 losses[replace(reading, time=name, output=kind)] = loss.nan_to_num(nan=torch.inf)
         means = {one: self.mean(loss) for one, loss in losses.items()}
         energy = self.mean(squares(u))
         self.shares = {one: 1 - loss / energy for one, loss in means.items()} | self.shares
         best = next(one for one in means if means[one] <= (1 + CLOSE) * min(means.values()))
         return best if self._is_better(losses[best], now) else reading
+
+    def _loss_of(self, kind: str, value: Tensor) -> Tensor:
+        """Return the losses of all outputs ``value`` of a kind, few rows at once."""
+        x, t, u, _, _ = self.examples
+        rows = zip(*(each.split(SMALL) for each in (value, x, t, u)), strict=True)
+        return torch.cat(
+            [squares(as_velocity(kind, v, x, t, self.path) - u) for v, x, t, u in rows]
+        )
 
     def _scale(self, reading: Reading, now: Tensor) -> Reading:
         """Return the reading with the best scales of data or noise.

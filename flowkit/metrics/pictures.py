@@ -1,14 +1,18 @@
 """Pictures of samples as files: grids of images, scatter plots and histograms."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from flowkit.checks import check_choice, check_finite
 from flowkit.provenance import write_atomically
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as Picture
 
 QUANTIZATIONS = ("round", "floor", "truncate")  # rules from floats to bytes, see `to_uint8`
 
@@ -54,79 +58,103 @@ def save_picture(
         samples = (2 * (samples - low) / (high - low).clamp_min(1e-12) - 1).flip(1)[:, None]
     if samples.ndim == 4:
         shown = samples if samples.shape[1] in (1, 3) else samples.mean(1, keepdim=True)
-        _save_images(shown, file, columns, zoom, captions)
+        names = [] if captions is None else list(captions)[: len(samples)]
+        by_column = all(name == names[k % columns] for k, name in enumerate(names))
+        names = names[:columns] if by_column else names
+        _save(tiles(shown, columns, max(1, min(zoom, SIDE // shown.shape[-1])), names), file)
     else:
         real = {} if beside is None else {"real": beside}
         _save_points({"generated": samples, **real}, file)
     return file
 
 
-LINE, SIZES, GAP = 12, (10, 9, 8, 7), 2  # pixels: height of a caption, its fonts, between images
+LINE, SIZES, GAP, SIDE = 12, (10, 9, 8, 7), 2, 64  # pixels: of a line of words, fonts, gaps, tiles
 
 
-def _save_images(
-    samples: Tensor, file: Path, columns: int, zoom: int, captions: Sequence[str] | None
-) -> None:
-    """Save images ``(N, 1 or 3, H, W)`` with white gaps between them, and captions above them."""
-    pixels = to_uint8(samples.detach().cpu())
-    scale = max(1, min(zoom, 64 // pixels.shape[-1]))
-    pixels = pixels.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-    count, channels, height, width = pixels.shape
-    rows, names = -(-count // columns), [] if captions is None else list(captions)[:count]
-    by_column = all(name == names[k % columns] for k, name in enumerate(names))
-    head = LINE if names and by_column else 0
-    line = LINE if names and not by_column else 0
+def tiles(
+    images: Tensor,
+    columns: int,
+    zoom: int | None = None,
+    titles: Sequence[object] = (),
+    rows: Sequence[object] = (),
+) -> "Picture":
+    """Return images as tiles with white gaps between them, and with words if you like.
+
+    Words that are wider than an image get a smaller font, and then an ellipsis.
+
+    Args:
+        images: Images ``(N, 1 or 3, H, W)`` in [-1, 1], at least one.
+        columns: Images in a row, at most.
+        zoom: Factor by which images are enlarged; None: to 64 pixels in width, at most.
+        titles: A text above each column, or more texts, each above an image.
+        rows: A text before each row.
+
+    Returns:
+        The picture, in gray levels if the images have one channel.
+
+    Raises:
+        ValueError: If an image holds NaN or infinity.
+    """
+    from PIL import Image, ImageDraw
+
+    pixels = to_uint8(images.detach().cpu())
+    zoom = max(1, SIDE // pixels.shape[-1]) if zoom is None else zoom
+    pixels = pixels.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
+    (count, channels, height, width), fonts = pixels.shape, _fonts()
+    columns = min(columns, count)
+    head, line = (0, LINE) if len(titles) > columns else (LINE * bool(titles), 0)
+    before = [math.ceil(fonts[0].getlength(_one_line(row))) + GAP for row in rows]
+    tall, wide, start = line + height + GAP, width + GAP, max(before, default=0)
     places = [
-        (
-            head + k // columns * (line + height + GAP) + line + GAP,
-            k % columns * (width + GAP) + GAP,
-        )
+        (head + k // columns * tall + line + GAP, start + k % columns * wide + GAP)
         for k in range(count)
     ]
-    size = (head + rows * (line + height + GAP) + GAP, columns * (width + GAP) + GAP)
+    size = (head + -(-count // columns) * tall + GAP, start + columns * wide + GAP)
     canvas = torch.full((channels, *size), 255).byte()
     for image, (top, left) in zip(pixels, places, strict=True):
         canvas[:, top : top + height, left : left + width] = image
     array = canvas.permute(1, 2, 0).numpy()
-    above = list(zip(names, places, strict=False))[: columns if by_column else count]
-    save_image(array[..., 0] if channels == 1 else array, file, above, width)
+    picture = Image.fromarray(array[..., 0] if channels == 1 else array)
+    draw = ImageDraw.Draw(picture)
+    for title, (top, left) in zip(titles, places, strict=False):
+        text, font = _fitted(_one_line(title), width, fonts)
+        draw.text((left + width / 2, top - 1), text, fill=0, font=font, anchor="md")
+    for row, (top, _) in zip(rows, places[::columns], strict=False):
+        middle = (GAP, top + height / 2)
+        draw.text(middle, _one_line(row), fill=0, font=fonts[0], anchor="lm")
+    return picture
 
 
-def _write_names(picture: Any, above: Sequence[tuple[str, tuple[int, int]]], width: int) -> None:
-    """Write names above places ``(top, left)`` of a picture, each no wider than an image.
-
-    A name that is too long gets a smaller font, and then an ellipsis.
-    """
+def _fonts() -> list[Any]:
+    """Return fonts for words, from large to small."""
     import matplotlib
-    from PIL import ImageDraw, ImageFont
+    from PIL import ImageFont
 
     file = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
-    fonts = [ImageFont.truetype(file, size) for size in SIZES]
-    draw = ImageDraw.Draw(picture)
-    for name, (top, left) in above:
-        font = next((font for font in fonts if font.getlength(name) <= width), fonts[-1])
-        shown = " ".join(name.split())
-        while len(shown) > 1 and font.getlength(shown) > width:
-            shown = shown.removesuffix("…")[:-1] + "…"
-        draw.text((left + width / 2, top - 1), shown, fill=0, font=font, anchor="md")
+    return [ImageFont.truetype(file, size) for size in SIZES]
 
 
-def save_image(
-    pixels: Any, file: Path, above: Sequence[tuple[str, tuple[int, int]]] = (), width: int = 0
-) -> None:
-    """Write bytes ``(H, W)`` or ``(H, W, 3)`` of NumPy as a PNG file, whose folder must exist.
+def _one_line(words: object) -> str:
+    return " ".join(str(words).split())
 
-    Args:
-        pixels: The bytes.
-        file: The file.
-        above: Names, and the places ``(top, left)`` that they are written above.
-        width: Largest width of a name.
-    """
+
+def _fitted(text: str, width: int, fonts: Sequence[Any]) -> tuple[str, Any]:
+    """Return a text no wider than ``width`` pixels, and its font."""
+    font = next((font for font in fonts if font.getlength(text) <= width), fonts[-1])
+    while len(text) > 1 and font.getlength(text) > width:
+        text = text.removesuffix("…")[:-1] + "…"
+    return text, font
+
+
+def save_image(pixels: Any, file: Path) -> None:
+    """Write bytes ``(H, W)`` or ``(H, W, 3)`` of NumPy as a PNG file, whose folder must exist."""
     from PIL import Image
 
-    picture = Image.fromarray(pixels)
-    if above:
-        _write_names(picture, above, width)
+    _save(Image.fromarray(pixels), file)
+
+
+def _save(picture: "Picture", file: Path) -> None:
+    """Write a picture as a PNG file."""
     write_atomically(file, lambda partial: picture.save(partial, "PNG"))
 
 

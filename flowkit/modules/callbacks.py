@@ -325,7 +325,8 @@ class StepProgress(TQDMProgressBar):
     """Progress bar over the whole training, counted in batches instead of epochs.
 
     In a resumed run the bar starts at the step of the checkpoint. After 20 batches a line says how
-    long the training will take, by the time of batches 6 to 20.
+    long the training will take, by the time of batches 6 to 20. In a file or a pipe there is no
+    bar, but a line after each tenth of the training.
 
     Args:
         refresh_rate: Batches between two updates of the bar.
@@ -334,6 +335,12 @@ class StepProgress(TQDMProgressBar):
     def __init__(self, refresh_rate: int = 20) -> None:
         super().__init__(refresh_rate)
         self.first, self.began = 0, 0.0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Turn the bar off on all processes but the first, and without a terminal."""
+        super().setup(trainer, pl_module, stage)
+        if not sys.stdout.isatty():
+            self.disable()
 
     def on_train_start(self, trainer: Trainer, *args: Any) -> None:
         """Set the bar to the current batch, and its end to the last batch."""
@@ -360,7 +367,19 @@ class StepProgress(TQDMProgressBar):
         total = self.train_progress_bar.total
         if made == 20 and total is not None and total > seen:
             seconds = (time.perf_counter() - self.began) / 15 * (total - seen)
-            self.print(f"time      about {duration(seconds)} more on this machine, by 15 batches")
+            self._say(f"time      about {duration(seconds)} more on this machine, by 15 batches")
+        if self.is_disabled and total is not None and 10 * seen // total > 10 * (seen - 1) // total:
+            values = self.get_metrics(trainer, pl_module)
+            shown = "".join(f", {name} {float(value):.4g}" for name, value in values.items())
+            self._say(f"training  {seen:,} of {total:,} batches{shown}")
+
+    def _say(self, text: str) -> None:
+        """Print a line above the bar, or once for all processes where there is no bar."""
+        if self.is_enabled:
+            self.print(text)
+        elif self.trainer.is_global_zero:
+            sys.stdout.write(f"{text}\n")
+            sys.stdout.flush()
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """Return the logged values without the version number of the logger."""

@@ -1,6 +1,8 @@
 """The model card of a shared model: ``README.md``, made from its records."""
 
+import json
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -37,6 +39,18 @@ def card(
     return "\n\n".join(parts) + "\n"
 
 
+def front_matter(about: Record) -> str:
+    """Return the front matter of a page in Markdown, with texts quoted where YAML needs it.
+
+    >>> print(front_matter({"license": "mine: all"}))
+    ---
+    license: 'mine: all'
+    ---
+    """
+    text = yaml.safe_dump(dict(about), sort_keys=False, allow_unicode=True, width=10**9)
+    return f"---\n{text.strip()}\n---"
+
+
 def _front(config: Record, license: str | None) -> str:
     """Return the front matter."""
     about: dict[str, Any] = {"library_name": "flowkit"}
@@ -45,7 +59,7 @@ def _front(config: Record, license: str | None) -> str:
     if len(config.get("image_shape") or ()) == 3:
         about["pipeline_tag"] = "unconditional-image-generation"
     about["tags"] = ["flowkit", "flow-matching"]
-    return f"---\n{yaml.safe_dump(about, sort_keys=False).strip()}\n---"
+    return front_matter(about)
 
 
 def _license(license: str | None) -> str:
@@ -87,17 +101,19 @@ def _use(config: Record, place: str, grids: Sequence[str]) -> str:
     """Return commands and Python."""
     label = str((config.get("classes") or [""])[0])
     plain = re.fullmatch(r"[\w-]*", label)
-    chosen = (f" labels=[{label}]" if plain else f" \"labels=['{label}']\"") if label else ""
+    escaped = re.sub(r'(\\*)("|$)', lambda m: 2 * m[1] + (m[2] and r"\""), label)  # for Hydra
+    chosen = f" labels=[{label}]" if plain else " " + shlex.quote(f'labels=["{escaped}"]')
+    chosen = chosen if label else ""
     lines = [f"flowkit sample run={place}{chosen}"]
     known = config.get("data") or {}
     root = " data.root=<folder of the data>" if "???" in map(str, known.values()) else ""
     lines += [f"flowkit evaluate run={place}{root}"] if known else []
-    if grids:
-        lines.append(
-            f"flowkit sample run={place} sampler=from_file sampler.grid.file=<folder>/{grids[0]}"
-        )
+    lines += [
+        f"flowkit sample run={place} sampler=from_file sampler.grid.file=<folder>/{grid}"
+        for grid in grids
+    ]
     commands = "\n".join(lines)
-    cond = f', cond=4 * ["{label}"]' if label else ""
+    cond = f", cond=4 * [{json.dumps(label, ensure_ascii=False)}]" if label else ""
     return (
         "With flowkit, whose distribution is named `flowkit-fm`:\n\n"
         f"```bash\n{commands}\n```\n\n```python\nfrom flowkit.modules import load_run\n\n"

@@ -24,6 +24,7 @@ from flowkit.modules.flow import FlowModule
 from flowkit.modules.listed import find
 from flowkit.modules.trust import CONTROLS, check, substituted, trusting
 from flowkit.provenance import bounded, read_bounded, read_json
+from flowkit.rules import why_no_run
 
 CONFIG, CHECKPOINT = "config.yaml", "checkpoints/last.ckpt"
 DATA = "data.json"  # record of the data, see `flowkit.runs.known_data`
@@ -204,9 +205,10 @@ def read_config(folder: str | Path, file: str = CONFIG) -> dict[str, Any]:
         return pushed.read(folder)
     path = folder / file
     if not path.is_file():
-        kind = "run folder, hub:owner/name or flowkit:name"
-        kind = kind if file == CONFIG else f"folder with a {file}"
-        raise FileNotFoundError(f"run must be a {kind}, got {place}")
+        kind, why = f"folder with a {file}", ""
+        if file == CONFIG:
+            kind, why = "run folder, hub:owner/name or flowkit:name", why_no_run(str(place))
+        raise FileNotFoundError(f"run must be a {kind}, got {place}{why}")
     text = read_bounded(path)
     try:
         found = bounded(_Loader(text).get_single_data(), path)

@@ -30,6 +30,7 @@ from flowkit.sampling import (
     sample_seeds,
     seeded_noise,
 )
+from flowkit.sampling.ode import Callback
 from flowkit.types import Batch, Cond, to_device
 from flowkit.velocity import Velocity
 
@@ -171,6 +172,7 @@ class FlowModule(Shared, ExactResume, frozen=("autoencoder",)):
         guidance: Guidance = None,
         *,
         return_path: bool = False,
+        callback: Callback | None = None,
     ) -> Solution:
         """Carry given source samples ``x0 (B, *)`` along the flow, on the module's device.
 
@@ -178,14 +180,15 @@ class FlowModule(Shared, ExactResume, frozen=("autoencoder",)):
         ``eval`` mode and without gradients. The result is a state of the flow, not decoded.
         Pictures, samples and evaluations all use this method. A method whose states hold more than
         the data, for example labels, overrides ``solve``: its ``x0`` and its result are then the
-        data's part of a state.
+        data's part of a state. An `ODESampler` may get a ``callback``, see `ODESampler.solve`.
         """
         sampler = sampler or self.default_sampler
         if isinstance(sampler, SDESampler):
             sampler = self.with_score(sampler)
         field, cond = self.guided(guidance), self.as_cond(cond)
+        told: dict[str, Any] = {} if callback is None else {"callback": callback}
         with evaluating(self):
-            return sampler.solve(field, self.as_state(x0), cond, return_path=return_path)
+            return sampler.solve(field, self.as_state(x0), cond, return_path=return_path, **told)
 
     def with_score(self, sampler: SDESampler) -> SDESampler:
         """Return a stochastic sampler with the path of this module.

@@ -17,6 +17,7 @@ from flowkit.modules.flow import FlowModule, Guidance
 from flowkit.modules.resume import ADAMW, MakeOptimizer, MakeScheduler
 from flowkit.paths import Linear, Path
 from flowkit.sampling import Sampler, Solution
+from flowkit.sampling.ode import Callback
 from flowkit.times import Times, Uniform
 from flowkit.types import Batch, Cond, to_device
 from flowkit.velocity import Velocity
@@ -124,11 +125,13 @@ class LatentFlowMatching(FlowModule):
         guidance: Guidance = None,
         *,
         return_path: bool = False,
+        callback: Callback | None = None,
     ) -> Solution:
         """Carry given source samples along the flow; conditions are given as data are."""
         if self.encode_cond:
             cond = self._encoded(to_device(cond, self.device))
-        return super().solve(x0, sampler, cond, guidance, return_path=return_path)
+        options: Any = {"return_path": return_path, "callback": callback}
+        return super().solve(x0, sampler, cond, guidance, **options)
 
     @torch.no_grad()
     def _encoded(self, cond: Cond) -> Cond:

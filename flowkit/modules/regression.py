@@ -1,5 +1,7 @@
 """Regression of data by the network of a flow: what a flow is compared with."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -8,6 +10,7 @@ from flowkit.losses import flow_matching_loss
 from flowkit.modules.flow import FlowModule, Guidance
 from flowkit.modules.resume import ADAMW, MakeOptimizer, MakeScheduler
 from flowkit.sampling import ODESampler, Sampler, Solution
+from flowkit.sampling.ode import Callback
 from flowkit.times import Device
 from flowkit.types import Batch, Cond
 from flowkit.velocity import Velocity
@@ -57,10 +60,12 @@ class Regression(FlowModule):
         guidance: Guidance = None,
         *,
         return_path: bool = False,
+        callback: Callback | None = None,
     ) -> Solution:
         """Return the answer: one Euler step from 0, whatever noise and sampler are given."""
         start = torch.zeros_like(x0)
-        return super().solve(start, self.default_sampler, cond, guidance, return_path=return_path)
+        options: Any = {"return_path": return_path, "callback": callback}
+        return super().solve(start, self.default_sampler, cond, guidance, **options)
 
 
 def _at_zero(batch: int, device: Device = None, generator: torch.Generator | None = None) -> Tensor:

@@ -8,17 +8,18 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 from torch import Tensor
-from tqdm import tqdm
 
 from flowkit.blockwise import Blockwise, solve_cost
 from flowkit.checks import check_at_least
 from flowkit.data import SplitData
 from flowkit.modules import FlowModule, SymmetricalFlowMatching
 from flowkit.modules.flow import brings_start, labels_of
-from flowkit.runs.parts import Columns, Parts
+from flowkit.runs.parts import Bar, Columns, Parts
+from flowkit.runs.processes import say
 from flowkit.runs.run import Run
 from flowkit.runs.starts import given_source, noise_batches
-from flowkit.sampling import Sampler, sample_seeds
+from flowkit.sampling import ADAPTIVE, ODESampler, Sampler, sample_seeds
+from flowkit.sampling.ode import Callback
 from flowkit.types import Batch, Cond, take
 
 
@@ -83,6 +84,29 @@ def proportional_rows(labels: Tensor, num_samples: int) -> Tensor:
     return labels.argsort(stable=True)[places.long()]
 
 
+def in_words(run: Run, sampler: Sampler) -> str:
+    """Return solver, steps and guidance in words."""
+    steps = len(sampler.times) - 1
+    size = f"{steps} step{'' if steps == 1 else 's'}"
+    if not _is_fixed(sampler) and isinstance(sampler, ODESampler):
+        size = f"rtol {sampler.rtol:g}, atol {sampler.atol:g}"
+    scale = run.describe(sampler)["guidance"]
+    return (
+        f"{sampler.method}, {size}, {'no guidance' if scale in (None, 1) else f'guidance {scale}'}"
+    )
+
+
+def say_plan(run: Run, sampler: Sampler, num_samples: int) -> None:
+    """Print, once for all processes, how many samples are drawn, from which run, how and where."""
+    how = f"{in_words(run, sampler)}, on {run.module.device}"
+    say(f"drawing   {num_samples:,} samples of {run.place}: {how}")
+
+
+def _is_fixed(sampler: Sampler) -> bool:
+    """Return True for the solvers that take the steps of their grid, and call back after each."""
+    return isinstance(sampler, ODESampler) and sampler.method not in ADAPTIVE
+
+
 def draw_parts(
     run: Run,
     x0: Sequence[Tensor],
@@ -107,17 +131,18 @@ def draw_parts(
         Both are empty on all processes but the first.
     """
     size = len(x0[0])
+    fixed = _is_fixed(sampler)  # a callback would make an adaptive one stop at times of its grid
+    bar = Bar("sampling", len(sampler.times) - 1 if fixed else 1)
 
     def make(number: int) -> Columns:
         batch = x0[number]
         conditions = take(cond, slice(number * size, number * size + len(batch)))
-        return _drawn(run, batch, conditions, sampler, finish)
+        return _drawn(run, batch, conditions, sampler, finish, bar.step if fixed else None)
 
     if parts is None:
-        numbers = tqdm(range(len(x0)), desc="sampling", leave=False, disable=None)
-        made = [make(number) for number in numbers]
+        made = [make(number) for number in bar.over(range(len(x0)))]
     else:
-        made = parts.make(len(x0), make)
+        made = parts.make(len(x0), make, bar)
     if not made:
         return {}, {}
     spent: dict[str, float] = defaultdict(float)
@@ -144,14 +169,19 @@ COST = "cost "  # prefix of the cost of a batch among its columns
 
 
 def _drawn(
-    run: Run, x0: Tensor, cond: Cond, sampler: Sampler, finish: Callable[[Tensor], Columns]
+    run: Run,
+    x0: Tensor,
+    cond: Cond,
+    sampler: Sampler,
+    finish: Callable[[Tensor], Columns],
+    callback: Callback | None,
 ) -> Columns:
     """Sample one batch; return its columns, and its cost under names with the prefix `COST`."""
     flow = run.module.velocity
     if isinstance(flow, Blockwise):
         flow.usage.clear()
     began = time.perf_counter()
-    solution = run.module.solve(x0, sampler, cond, run.guidance)
+    solution = run.module.solve(x0, sampler, cond, run.guidance, callback=callback)
     spent: dict[str, float] = {"nfe": solution.nfe * len(x0), "rows": solution.rows}
     with torch.no_grad():
         samples = run.module.autoencoder.decode(solution.x).cpu()

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from flowkit.modules.card import front_matter
+
 LINES = {
     "torch": """import torch
 
@@ -36,7 +38,7 @@ def readme(record: dict[str, Any]) -> str:
     lines = LINES[record["format"]].format(**_filled(record))
     needs = NEEDS[record["format"]].format(opset=record["opset"], **record["versions"])
     license = record["license"]
-    head = f"---\nlicense: {license}\n---\n\n" if license else ""
+    head = f"{front_matter({'license': license})}\n\n" if license else ""
     labels = "It takes no labels."
     if classes is not None:
         names = ", ".join(f"{k} {name}" for k, name in enumerate(classes[:100]))

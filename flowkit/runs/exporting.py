@@ -27,6 +27,7 @@ from flowkit.runs.records import weights
 from flowkit.sampling import ADAPTIVE, ODESampler, Sampler, seeded_noise
 
 FORMATS = ("torch", "onnx", "diffusers")
+OLDEST = "2.9"  # torch with loops in ONNX (2.8), and with graphs that check no sizes (2.9)
 PACKAGES = {"torch": (), "onnx": ("onnx", "onnxscript", "onnxruntime"), "diffusers": ()}
 FILES = {"torch": "model.pt2", "onnx": "model.onnx", "diffusers": "model_index.json"}
 SEEDS, BATCHES, TOLERANCE = 64, (1, 7, 64), 1e-3
@@ -63,7 +64,7 @@ def export(
         The record, as ``export.json`` holds it.
 
     Raises:
-        ImportError: If packages of the extra ``export`` are not installed.
+        ImportError: If packages of the extra ``export`` are not installed, or torch is too old.
         TypeError: If the flow, its network or the sampler is of a kind that the format cannot hold.
         ValueError: If an option does not fit, the folder holds another export, or the samples of
             the file differ from those of the module by more than ``TOLERANCE``, relative to the
@@ -118,6 +119,11 @@ def _check(module: FlowModule, format: str, sampler: Sampler, guidance: Any) -> 
     if missing := [name for name in PACKAGES[format] if find_spec(name) is None]:
         raise ImportError(
             f"{', '.join(missing)} must be installed for format={format}; "
+            "pip install 'flowkit-fm[export]'"
+        )
+    if format != "diffusers" and torch.__version__ < OLDEST:
+        raise ImportError(
+            f"torch must be {OLDEST} or later for format={format}, got {torch.__version__}; "
             "pip install 'flowkit-fm[export]'"
         )
     if not isinstance(sampler, ODESampler) or sampler.method in ADAPTIVE:

@@ -28,7 +28,7 @@ from flowkit.metrics import (
 )
 from flowkit.metrics.comparison import named
 from flowkit.provenance import cache_folder, cached
-from flowkit.runs.parts import Columns, Parts
+from flowkit.runs.parts import Bar, Columns, Parts
 
 KEPT = 50_000  # images of a reference whose features stay in memory; of all others the moments do
 PART = 1024  # images in a file that a stopped call leaves: fewer would wait for the disk
@@ -158,7 +158,7 @@ def see(
     judged[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:JUDGED]] = True
     size = max(PART // watch.batch_size, 1) * watch.batch_size
     batches = _Batches(watch, images, rows.split(size), judged.split(size), argument, jpeg)
-    made = parts.stream(len(batches.rows), batches.make, f"features of {argument}")
+    made = parts.stream(len(batches.rows), batches.make, Bar(f"features of {argument}"))
     found = _gathered(made, len(rows), KEPT if keep else most)
     if found is None:
         return None

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from flowkit.places import check_exist
 from flowkit.provenance import read_json
 from flowkit.runs.explaining import SEEN, Record, Setting, at, differ
 from flowkit.runs.tables import markdown
@@ -24,13 +25,14 @@ def read_records(places: Sequence[str | Path]) -> dict[str, Record]:
         FileNotFoundError: If a place has no record.
         ValueError: If a file is no record.
     """
+    check_exist(places, "runs")
     files = [Path(p) / "metrics.json" if Path(p).is_dir() else Path(p) for p in places]
+    if missing := [file for file in files if not file.is_file()]:
+        fix = "; ".join(f"flowkit evaluate run={file.parent}" for file in missing)
+        names = ", ".join(map(str, missing))
+        raise FileNotFoundError(f"runs must be evaluated, got no {names}; {fix}")
     found = {}
-    for place, file in zip(places, files, strict=True):
-        if not file.is_file():
-            raise FileNotFoundError(
-                f"runs must be evaluated, got no {file}; flowkit evaluate run={place}"
-            )
+    for file in files:
         record = read_json(file)
         if not isinstance(at(record, "metrics") if isinstance(record, dict) else None, Mapping):
             raise ValueError(f"runs must have records of flowkit evaluate, got {file}")

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -17,6 +17,32 @@ from flowkit.provenance import cached, tensor_hash, write_atomically
 from flowkit.types import Cond
 
 Columns = dict[str, Tensor]
+
+
+class Bar:
+    """A bar of progress over parts of several steps each; without a terminal it shows nothing.
+
+    Args:
+        words: Words beside the bar.
+        steps: Steps of a part, at most.
+    """
+
+    def __init__(self, words: str, steps: int = 1) -> None:
+        self.words, self.steps, self.most = words, steps, 0
+
+    def over(self, parts: Sequence[int], hidden: bool = False) -> Iterator[int]:
+        """Yield the numbers of parts; the bar moves on by whole parts, unless `step` was faster."""
+        total, shown = len(parts) * self.steps, True if hidden else None  # None: on a terminal
+        with tqdm(total=total, desc=self.words, leave=False, disable=shown) as self.bar:
+            for number in parts:
+                self.most += self.steps
+                yield number
+                self.bar.update(self.most - self.bar.n)
+
+    def step(self, *_: object) -> None:
+        """Move by a step within a part, as a callback of a solver does."""
+        if self.bar.n < self.most:  # a velocity with edges takes more steps
+            self.bar.update()
 
 
 class Parts:
@@ -35,8 +61,8 @@ class Parts:
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
         self.folder, self.fabric = folder / f"parts-{digest[:16]}", fabric
 
-    def make(self, count: int, make: Callable[[int], Columns]) -> list[Columns]:
-        """Make parts ``0, …, count − 1``.
+    def make(self, count: int, make: Callable[[int], Columns], bar: Bar) -> list[Columns]:
+        """Make parts ``0, …, count − 1``; see `stream`.
 
         Returns:
             All parts on the first process, an empty list on the others.
@@ -44,11 +70,9 @@ class Parts:
         A damaged file of a stopped call is named in a warning, and its part is made again. Several
         calls with the same options may run at once.
         """
-        return list(self.stream(count, make))
+        return list(self.stream(count, make, bar))
 
-    def stream(
-        self, count: int, make: Callable[[int], Columns], words: str = "sampling"
-    ) -> Iterator[Columns]:
+    def stream(self, count: int, make: Callable[[int], Columns], bar: Bar) -> Iterator[Columns]:
         """Make parts as `make` does, and yield one after the other on the first process.
 
         So memory holds one part. All processes must exhaust the iterator.
@@ -56,13 +80,12 @@ class Parts:
         Args:
             count: Number of parts.
             make: Makes a part by its number.
-            words: Words beside the bar of progress.
+            bar: The bar of progress.
         """
         rank, world = self.fabric.global_rank, self.fabric.world_size
         self.folder.mkdir(parents=True, exist_ok=True)
         files = [self.folder / f"{number:06}.safetensors" for number in range(count)]
-        hidden = True if rank else None  # with None, tqdm hides the bar if there is no terminal
-        for number in tqdm(range(rank, count, world), words, leave=False, disable=hidden):
+        for number in bar.over(range(rank, count, world), hidden=rank > 0):
             if not files[number].is_file():
                 _keep(files[number], _whole(make, number))
         self.fabric.barrier()

@@ -11,7 +11,7 @@ from flowkit.data.pairs import RECORD as PAIRS
 from flowkit.metrics.pictures import save_picture
 from flowkit.modules.pushed import CACHES, Writer, exists
 from flowkit.provenance import read_json
-from flowkit.runs.drawing import draw
+from flowkit.runs.drawing import draw, in_words, say_plan
 from flowkit.runs.known_data import Record, read_data_record
 from flowkit.runs.processes import say
 from flowkit.runs.records import set_aside
@@ -96,14 +96,14 @@ def picture_of(
         cond, x0 = choose_labels(labels, count, run.num_classes), None
     seeds = sample_seeds(seed, 0, count)
     starts = noise_batches(run.sample_shape, seeds, batch_size)
+    say_plan(run, sampler, count)
     samples, _ = draw(run, starts if x0 is None else x0.split(batch_size), cond, sampler)
     names, classes = run.names_of(cond, count), run.num_classes or 0
     columns = 10 // classes * classes if 0 < classes <= 10 and labels is None else 10
-    guidance = "no guidance" if run.guidance in (None, 1) else f"guidance {run.guidance}"
     source = f"noise of seeds {seeds.start} to {seeds.stop - 1}"
     words = (
         f"{count} samples from {source if x0 is None else 'the test split'}, not chosen: "
-        f"{sampler.method}, {len(sampler.times) - 1} steps, {guidance}."
+        f"{in_words(run, sampler)}."
     )
     return lambda file: save_picture(samples, file, columns, captions=names), words
 

@@ -1,5 +1,6 @@
 """Pictures and progress while training."""
 
+import sys
 from functools import partial
 from types import SimpleNamespace
 
@@ -183,12 +184,18 @@ def test_the_time_of_a_training_is_told_after_20_batches(tmp_path, monkeypatch, 
     )
     batches = DataLoader([{"x1": X1[:2]}] * 6, batch_size=None)
     trainer.fit(ConditionalFlowMatching(ResidualMLP((2,), width=2, depth=1)), batches)
-    assert "time      about 8 min more on this machine" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "time      about 8 min more on this machine" in out
+    assert "\r" not in out  # since this is no terminal
+    told = [line.split(" batches")[0] for line in out.splitlines() if line.startswith("training")]
+    assert told == [f"training  {27 * k} of 270" for k in range(1, 11)]
 
 
 @QUIET
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_resumed_bar_starts_where_the_training_stands(tmp_path, accumulate):
+def test_a_resumed_bar_starts_where_the_training_stands(tmp_path, accumulate, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)  # else there is no bar
+
     def fit(steps, **options):
         bar = StepProgress(refresh_rate=1)
         trainer = Trainer(

@@ -48,14 +48,16 @@ def _run(folder, *command, **environment):
 def test_a_mistyped_run_is_an_error_at_once_and_makes_no_folder(tmp_path):
     result = _run(tmp_path, "sample", "run=runs/typo")
     assert result.returncode == 2
-    said = "run must be a run folder, hub:owner/name or flowkit:name, got runs/typo"
+    said = (
+        "run must be a run folder, hub:owner/name or flowkit:name, got runs/typo; it does not exist"
+    )
     assert result.stderr == f"error: {said}\n"
     assert not list(tmp_path.iterdir())
 
 
 def test_a_missing_run_is_one_message_for_the_command_line_and_for_the_library(tmp_path):
     said = "run must be a run folder, hub:owner/name or flowkit:name, got "
-    said += re.escape(str(tmp_path)) + "$"
+    said += re.escape(f"{tmp_path}; it has no config.yaml") + "$"
     with pytest.raises(ValueError, match=said):
         check_command("sample", [f"run={tmp_path}"])
     with pytest.raises(FileNotFoundError, match=said):
@@ -361,6 +363,10 @@ WRONG = {
     "train": ["trainer.accumulate_grad_batches=0"],
     "sample": ["run=.", "num_samples=-1"],
     "encode": ["out=o", "device=foo"],
+    "doctor": ["rnu=x"],
+    "evaluate": ["run=typo"],
+    "push": ["run=flowkit:digits", "to=flowkit:mine"],
+    "table": ["a", "b"],
     "edit": ["image=x.png", "anderson=-1"],
 }
 

@@ -1,6 +1,9 @@
 """Pushed folders: the same samples, from anywhere, and refused by name if anything is wrong."""
 
+import ast
 import json
+import re
+import shlex
 import shutil
 from types import SimpleNamespace
 
@@ -9,12 +12,14 @@ import pytest
 import torch
 import yaml
 from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from flowkit import grids, hub
 from flowkit.hub import results_of
 from flowkit.modules import ConditionalFlowMatching, FlowModule, MeanFlowMatching, load_run
+from flowkit.modules.card import _use
 from flowkit.modules.checkpoints import read_config
 from flowkit.nn import ResidualMLP
 from flowkit.provenance import tensor_hash, write_json
@@ -154,6 +159,7 @@ def test_metrics_and_grids_of_these_weights_are_shared_without_places(tiny_run, 
     (run / "boss").mkdir()
     times = torch.tensor([0.0, 0.3, 1.0], dtype=torch.float64)
     grids.save(times, run / "boss" / "grid.json", model_hash=digest)
+    grids.save([0.0, 0.2, 0.4, 1.0], run / "boss" / "grid-3.json", model_hash=digest)
     grids.save([0.0, 1.0], run / "boss" / "grid-1.json", model_hash="another")
     folder = pushing(f"run={run}", f"to={tmp_path / 'a'}", "dtype=float16")
     shared = json.loads((folder / "metrics.json").read_text())
@@ -163,6 +169,7 @@ def test_metrics_and_grids_of_these_weights_are_shared_without_places(tiny_run, 
     assert "| frechet distance | 2 | 1.5 to 2.5 |  |" in card
     for words in ("heun, 1 step", "guidance 1.5", "seeds 0 to 99", "180 of the reference"):
         assert words in card
+    assert re.findall(r"file=<folder>/(\S+)", card) == ["grid-2.json", "grid-3.json"]
     assert "Measured before the weights were rounded to float16." in card
     assert "grid-1.json is of other weights" in capsys.readouterr().out
     assert own_grid(2, str(folder)).equal(times)
@@ -179,15 +186,31 @@ def test_metrics_and_grids_of_these_weights_are_shared_without_places(tiny_run, 
     assert str(tmp_path) not in "".join(f.read_text() for f in third.glob("*.json"))
 
 
-@pytest.mark.parametrize(("license", "front"), [("mit", "mit"), (None, "other")])
+STRANGE = "mine: all # of it"
+
+
+@pytest.mark.parametrize(
+    ("license", "front"), [("mit", "mit"), (None, "other"), (STRANGE, STRANGE), ("no", "no")]
+)
 def test_the_hub_reads_the_front_matter_of_the_card(license, front, tiny_run, tmp_path):
-    options = [] if license is None else [f"license={license}"]
+    options = [] if license is None else [f"license={json.dumps(license)}"]
     folder = pushing(f"run={tiny_run}", f"to={tmp_path / 'new'}", *options)
     card = huggingface_hub.ModelCard.load(folder / "README.md")
     assert card.data.license == front
     assert card.data.library_name == "flowkit"
     assert "flow-matching" in card.data.tags
     assert ("No license was given" in card.text) == (license is None)
+
+
+@pytest.mark.parametrize("name", ["cat", "big cat", "it's", 'a "b"', "x\\", "a,b]", "日本 {"])
+def test_the_commands_of_a_card_name_a_class_as_the_shell_and_python_read_it(name):
+    text = _use({"classes": [name]}, "runs/x", [])
+    (line,) = (line for line in text.splitlines() if line.startswith("flowkit sample"))
+    *_, option = shlex.split(line)
+    (override,) = OverridesParser.create().parse_overrides([option])
+    assert override.value() == [name]
+    (shown,) = re.findall(r"cond=4 \* (\[.*\])", text)
+    assert ast.literal_eval(shown) == [name]
 
 
 # --- names --------------------------------------------------------------------------------------
@@ -244,6 +267,27 @@ def test_malformed_names_of_the_hub(name, fetched, tiny_run):
     with pytest.raises(ValueError, match="to=hub: must be owner/name on the hub, got"):
         pushing(f"run={tiny_run}", f"to='{name}'")
     assert not fetched
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ["push", "to=flowkit:x"],
+            "to must be a folder or hub:owner/name, got flowkit:x, the name",
+        ),
+        (["push", "to=flowkit:x/y"], "to must be a folder or hub:owner/name, got flowkit:x/y, the"),
+        (["push", "to=hub:x"], "to=hub: must be owner/name on the hub, got x"),
+        (["sample", "out=flowkit:x"], "out must be a folder, got flowkit:x, the name of a shared"),
+        (["sample", "out=hub:a/b"], "out must be a folder, got hub:a/b, the name of a shared"),
+    ],
+)
+def test_names_of_models_are_no_places(words, said, tiny_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert status_of([*words, f"run={tiny_run}"], monkeypatch) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {said}")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")  # as in other runs

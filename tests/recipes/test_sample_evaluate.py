@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from omegaconf import open_dict
+from tqdm import tqdm
 
 from flowkit.adapters import DataPrediction
 from flowkit.data import Toy
@@ -74,6 +75,51 @@ def test_sample_writes_what_it_drew(tiny_run, configure, tmp_path):
     for name in ("num_samples", "batch_size"):
         with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
             sample(configure("sample", *options, f"{name}=0"))
+
+
+def test_sample_says_what_it_draws_before_it_draws(
+    tiny_run, configure, tmp_path, monkeypatch, capsys
+):
+    said = []
+    solve = FlowModule.solve
+    monkeypatch.setattr(
+        FlowModule,
+        "solve",
+        lambda *args, **more: said.append(capsys.readouterr()) or solve(*args, **more),
+    )
+    options = ["num_samples=6", "guidance=2", "sampler=euler", "sampler.grid=3", "batch_size=4"]
+    sample(configure("sample", f"run={tiny_run}", f"out={tmp_path}", *options))
+    told = f"drawing   6 samples of {tiny_run}: euler, 3 steps, guidance 2, on cpu\n"
+    assert [one.out for one in said] == [told, ""]
+    assert "".join(one.err for one in said) == ""  # no bar, since this is no terminal
+
+
+@pytest.mark.parametrize(
+    ("sampler", "moves"),
+    [(ODESampler(3, "heun"), [1, 1, 1, 0, 1, 1, 1, 0]), (ODESampler(3, "dopri5"), [1, 1])],
+)
+def test_the_bar_moves_with_the_steps_of_a_solver(sampler, moves, tiny_run, monkeypatch):
+    made = []
+
+    class Recorded(tqdm):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            self.n = 0
+            made.append((options, []))
+
+        def update(self, n=1):
+            self.n += n
+            made[-1][1].append(n)
+
+    monkeypatch.setattr("flowkit.runs.parts.tqdm", Recorded)
+    run = Run.load(tiny_run)
+    x0 = seeded_noise(run.sample_shape, range(5)).split(3)
+    samples, _ = draw_parts(run, x0, torch.arange(5), sampler)
+    ((options, found),) = made
+    assert (options["total"], found) == (sum(moves), moves)
+    expected = run.module.solve(torch.cat(x0), sampler, torch.arange(5), run.guidance).x
+    if sampler.method == "heun":  # dopri5 chooses its steps for a batch
+        assert torch.allclose(samples["samples"], expected, atol=1e-5)
 
 
 def test_seconds_are_of_sampling_alone(tiny_run):

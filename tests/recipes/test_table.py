@@ -72,8 +72,14 @@ def test_another_reference_is_marked_and_numbers_can_be_chosen(
 
 
 def test_places_without_records_are_refused(evaluated, configure, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"runs must be evaluated, got no .*json; fl"):
-        tabulated(configure, evaluated / "first", tmp_path)
+    (tmp_path / "a").mkdir()
+    said = f"runs must be evaluated, got no {tmp_path}/metrics.json, {tmp_path}/a/metrics.json; "
+    said += f"flowkit evaluate run={tmp_path}; flowkit evaluate run={tmp_path}/a$"
+    with pytest.raises(FileNotFoundError, match=said):
+        tabulated(configure, evaluated / "first", tmp_path, tmp_path / "a")
+    said = f"runs must be files or folders that exist, got no {tmp_path}/b, {tmp_path}/c$"
+    with pytest.raises(FileNotFoundError, match=said):
+        tabulated(configure, tmp_path / "b", evaluated / "first", tmp_path / "a", tmp_path / "c")
     (tmp_path / "metrics.json").write_text("[]")
     with pytest.raises(ValueError, match="runs must have records of flowkit evaluate, got"):
         tabulated(configure, tmp_path)

@@ -12,6 +12,7 @@ from functools import partial
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 
 from flowkit.modules import SymmetricalFlowMatching
 from flowkit.runs import export, exporting
@@ -36,7 +37,7 @@ def test_a_pipeline_of_diffusers_draws_the_images_of_the_module(kind, tmp_path):
     """On other seeds than those of the check, in another order of labels, and as pictures."""
     from diffusers import DiffusionPipeline
 
-    module, record = exported(kind, tmp_path / "out", "diffusers", license="mit")
+    module, record = exported(kind, tmp_path / "out", "diffusers", license="mine: all\nof it")
     pipeline = DiffusionPipeline.from_pretrained(tmp_path / "out", trust_remote_code=True)
     labels = torch.tensor([2, 0, 1, 1, 3]) if module.drop_cond else None
     scale = 2.0 if module.drop_cond else None
@@ -52,12 +53,24 @@ def test_a_pipeline_of_diffusers_draws_the_images_of_the_module(kind, tmp_path):
     (picture, *_) = pipeline(labels, 5, noise=noise).images
     assert picture.size == tuple(expected.shape[2:])
     assert record["checks"]["largest difference"] < 1e-5
-    assert "license: mit" in (tmp_path / "out" / "README.md").read_text()
+    page = ModelCard.load(tmp_path / "out" / "README.md")
+    assert page.data.license == "mine: all\nof it"
 
 
 @pytest.fixture
 def folder(tmp_path):
     return tmp_path / "out"
+
+
+@pytest.mark.parametrize("format", ["torch", "onnx"])
+def test_an_older_torch_is_refused_before_the_work(format, folder, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", type(torch.__version__)("2.8.1+cpu"))
+    with pytest.raises(ImportError, match=f"^torch must be 2.9 or later for format={format}, got"):
+        exported("plain unet", folder, format)
+    monkeypatch.setattr(torch, "__version__", type(torch.__version__)("2.10.0"))
+    with pytest.raises(TypeError, match="sampler must take fixed steps"):
+        exported("plain unet", folder, format, SDESampler(4))
+    assert not folder.exists()
 
 
 def test_samples_that_differ_leave_nothing(folder, monkeypatch):
