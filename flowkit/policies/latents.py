@@ -48,7 +48,7 @@ class LatentActionModel(nn.Module):
     >>> now, later = torch.randn(64, 4), torch.randn(64, 4)
     >>> model.observations.take(*torch.tensor([[0.0] * 4, [1.0] * 4, [-9.0] * 4, [9.0] * 4]))
     >>> codes = model.infer(now, later)
-    >>> codes.shape, model.embed(codes).shape, model.draw(now).shape
+    >>> codes.shape, model.embed(codes).shape, model.draw(now, torch.Generator()).shape
     (torch.Size([64, 4]), torch.Size([64, 4, 16]), torch.Size([64, 4]))
     """
 
@@ -92,10 +92,12 @@ class LatentActionModel(nn.Module):
         return self.quantize(normal(obs), normal(future)).codes
 
     @torch.no_grad()
-    def draw(self, obs: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def draw(self, obs: Tensor, generator: torch.Generator) -> Tensor:
         """Draw codes ``(B, k)`` from the prior, for raw observations ``(B, O)``."""
-        shares = F.softmax(self.logits(self.observations.normalize(obs)), -1).flatten(0, 1)
-        return torch.multinomial(shares, 1, generator=generator).reshape(len(obs), self.tokens)
+        logits = self.logits(self.observations.normalize(obs))
+        shares = F.softmax(logits, -1).flatten(0, 1).to(generator.device)
+        codes = torch.multinomial(shares, 1, generator=generator)
+        return codes.reshape(len(obs), self.tokens).to(obs.device)
 
     def embed(self, codes: Tensor) -> Tensor:
         """Return the vectors ``(B, k, width)`` of codes ``(B, k)``."""
