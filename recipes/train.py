@@ -25,7 +25,6 @@ from lightning.pytorch.callbacks import WeightAveraging
 from omegaconf import DictConfig, OmegaConf
 
 import flowkit.recipes._resolvers  # noqa: F401  # functions that configurations refer to
-from flowkit.blockwise import Blockwise
 from flowkit.checks import check_choice
 from flowkit.modules import (
     BlockwiseFlowMatching,
@@ -55,8 +54,8 @@ from flowkit.runs.epochs import count_in_steps
 from flowkit.runs.known_data import record_of, write_data_record
 from flowkit.runs.locks import locked
 from flowkit.runs.logs import Settings, build_loggers, logging_to
-from flowkit.runs.processes import check_trainer, quiet, say
 from flowkit.runs.policies import follow_latents, teach
+from flowkit.runs.processes import check_trainer, quiet, say
 from flowkit.runs.records import composed, recorded
 from flowkit.runs.resuming import (
     check_unfinished,

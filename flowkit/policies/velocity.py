@@ -15,7 +15,6 @@ from flowkit.sampling import ODESampler
 from flowkit.types import Cond
 from flowkit.velocity import Velocity
 
-
 RAW = ("image", "future", "codes")  # parts of a condition that the network sees as tokens
 
 
