@@ -39,7 +39,9 @@ def save_animation(found: Rollout, file: Path, shown: int) -> None:
             for k in range(min(shown, ANIMATED, len(found.paths)))
             for step in range(1, len(found.paths[k]) + EVERY, EVERY)
         ]
-    first, *rest = [frame.quantize(64) for frame in frames]
+    # The usual palette is that of the largest areas: a gray floor takes all of it.
+    palette = Image.Quantize.MAXCOVERAGE
+    first, *rest = [frame.quantize(64, palette) for frame in frames]
     options = {"save_all": True, "append_images": rest, "duration": 80, "loop": 0}
     write_atomically(file, lambda partial: first.save(partial, "GIF", **options))
 
