@@ -16,6 +16,7 @@ it. The same seed gives the same file. Simulators need the extra robots.
 import io
 import time
 from pathlib import Path
+from typing import Any, cast
 
 import hydra
 import numpy as np
@@ -39,13 +40,13 @@ def demonstrate(cfg: DictConfig) -> dict[str, np.ndarray]:
     file = Path(cfg.out)
     if file.suffix != ".npz":
         raise ValueError(f"out must be a file with the suffix .npz, got {file}")
-    if cfg.camera in ARRAYS:
-        raise ValueError(f"camera must be another name than {', '.join(ARRAYS)}, got {cfg.camera}")
+    camera, image_size = cfg.camera, None if cfg.camera is None else cfg.image_size
+    if camera in ARRAYS:
+        raise ValueError(f"camera must be another name than {', '.join(ARRAYS)}, got {camera}")
     env, begun = environment(cfg.env, cfg.task), time.perf_counter()
-    image_size = None if cfg.camera is None else cfg.image_size
     arrays, tried = record_episodes(env, cfg.num, cfg.style, cfg.seed, image_size)
-    if image_size is not None:
-        arrays[cfg.camera] = arrays.pop("image")
+    if camera is not None:
+        arrays[camera] = arrays.pop("image")
     seconds = time.perf_counter() - begun
     settings = {key: cfg[key] for key in ("env", "task", "num", "style", "camera", "seed")}
     settings["image_size"] = image_size
@@ -56,7 +57,7 @@ def demonstrate(cfg: DictConfig) -> dict[str, np.ndarray]:
         "versions": versions(),
     }
     content = io.BytesIO()
-    np.savez(content, **arrays)
+    np.savez(content, **cast(Any, arrays))
     files = [file.with_suffix(".json"), file]
     with recording(record, files):
         write_atomically(file, lambda partial: partial.write_bytes(content.getvalue()))

@@ -126,7 +126,16 @@ class MetaWorld:
     """
 
     obs_size, action_size, max_steps = 39, 4, 200
-    proprio = (0, 1, 2, 3, 18, 19, 20, 21)  # place and grip of the hand, now and a step before
+    proprio: tuple[int, ...] = (
+        0,
+        1,
+        2,
+        3,
+        18,
+        19,
+        20,
+        21,
+    )  # place and grip of the hand, now and a step before
     radii: Mapping[str, float] = {}
     BESIDE = 0.15  # meters from the object to the point beside it
 
@@ -232,7 +241,8 @@ class Obstacle:
     """
 
     name, obs_size, action_size, max_steps = "obstacle", 6, 2, 80
-    proprio, radii = (0, 1, 2, 3), RADII
+    proprio: tuple[int, ...] = (0, 1, 2, 3)
+    radii: Mapping[str, float] = RADII
     SPEED, SUBSTEPS = 0.6, 10
 
     def __init__(self, task: str | None = None) -> None:
@@ -314,7 +324,8 @@ class _Renderer:
     renderers: dict[tuple[int, int], Any]
     """Those made so far, by height and width."""
 
-    def __call__(self, model: Any, data: Any, *size: int) -> np.ndarray | None:
+    def __call__(self, model: Any, data: Any, height: int, width: int) -> np.ndarray | None:
+        size = (height, width)
         if self.wanted and size not in self.renderers:
             import mujoco
 
