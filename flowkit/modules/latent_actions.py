@@ -90,7 +90,7 @@ class LatentActions(ExactResume):
         vectors = self.model.embed(found.codes)
         book = (vectors - found.latents.detach()).square().mean()
         near = (found.latents - vectors.detach()).square().mean()
-        logits = self.model.logits(now).flatten(0, 1)
+        logits = self.model.logits(now, found.codes).flatten(0, 1)
         prior = F.cross_entropy(logits, found.codes.flatten())
         counts = torch.bincount(found.codes.flatten(), minlength=self.model.num_codes)
         if self.training and torch.is_grad_enabled():

@@ -1,8 +1,10 @@
 """Latent actions: which of four motions was made, from observations alone."""
 
+import math
+
 import pytest
 import torch
-from torch.nn.functional import one_hot
+from torch.nn.functional import cross_entropy, one_hot
 
 from flowkit.modules import LatentActions
 from flowkit.nn import SequenceDiT
@@ -54,6 +56,32 @@ def test_the_prior_draws_the_motions_that_occur_there(module):
     drawn = meaning[module.model.draw(now, torch.Generator().manual_seed(0))[:, 0]]
     assert (drawn[right] < 2).float().mean() > 0.95
     assert (drawn[now[:, 0] < -0.5] >= 2).float().mean() == pytest.approx(0.5, abs=0.1)
+
+
+def test_codes_that_are_drawn_belong_together():
+    """Two ways, (1, 2, 3) and (3, 0, 1): the draws are these and no mixture, both equally often."""
+    torch.manual_seed(0)
+    model = LatentActionModel(2, num_codes=4, tokens=3, width=4, hidden=32)
+    LatentActions(model).learn(torch.randn(1000, 2))
+    ways, now = torch.tensor([[1, 2, 3], [3, 0, 1]]), torch.randn(2000, 2)
+    optimizer = torch.optim.Adam(model.prior.parameters(), 1e-2)
+    for _ in range(150):
+        codes = ways[torch.randint(2, (128,))]
+        logits = model.logits(now[torch.randint(2000, (128,))], codes)
+        loss = cross_entropy(logits.flatten(0, 1), codes.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert 3 * loss.item() == pytest.approx(math.log(2), abs=0.1)  # of a choice between two
+    drawn = model.draw(now, torch.Generator().manual_seed(0))
+    shares = [(drawn == way).all(1).float().mean() for way in ways]
+    assert sum(shares) > 0.97
+    assert shares[0] == pytest.approx(0.5, abs=0.06)
+    codes = torch.randint(4, (5, 3))
+    other = torch.cat([codes[:, :1], (codes[:, 1:] + 1) % 4], 1)
+    before, after = model.logits(now[:5], codes), model.logits(now[:5], other)
+    assert torch.equal(before[:, :2], after[:, :2])  # they see the first code at most
+    assert not torch.equal(before[:, 2], after[:, 2])
 
 
 def test_a_policy_infers_in_training_and_draws_in_a_rollout():
