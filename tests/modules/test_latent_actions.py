@@ -66,7 +66,7 @@ def test_codes_that_are_drawn_belong_together():
     ways, now = torch.tensor([[1, 2, 3], [3, 0, 1]]), torch.randn(2000, 2)
     optimizer = torch.optim.Adam(model.prior.parameters(), 1e-2)
     for _ in range(150):
-        codes = ways[torch.randint(2, (128,))]
+        codes = ways.repeat(64, 1)
         logits = model.logits(now[torch.randint(2000, (128,))], codes)
         loss = cross_entropy(logits.flatten(0, 1), codes.flatten())
         optimizer.zero_grad()
