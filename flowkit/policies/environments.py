@@ -27,8 +27,9 @@ class Environment(Protocol):
     action_size: int
     max_steps: int
     proprio: tuple[int, ...]
-    """Numbers of an observation that tell of the robot itself: what a policy with a camera knows
-    beside the picture."""
+    """Numbers of an observation that tell of the robot's place: what a policy with a camera knows
+    beside the picture. Not its velocity, which tells where the expert was going: a policy would
+    follow that and never look."""
     radii: Mapping[str, float]
     """Radii in meters of what `points` names, for those that are round."""
 
@@ -126,16 +127,7 @@ class MetaWorld:
     """
 
     obs_size, action_size, max_steps = 39, 4, 200
-    proprio: tuple[int, ...] = (
-        0,
-        1,
-        2,
-        3,
-        18,
-        19,
-        20,
-        21,
-    )  # place and grip of the hand, now and a step before
+    proprio: tuple[int, ...] = (0, 1, 2, 3)  # place and grip of the hand
     radii: Mapping[str, float] = {}
     BESIDE = 0.15  # meters from the object to the point beside it
 
@@ -241,7 +233,7 @@ class Obstacle:
     """
 
     name, obs_size, action_size, max_steps = "obstacle", 6, 2, 80
-    proprio: tuple[int, ...] = (0, 1, 2, 3)
+    proprio: tuple[int, ...] = (0, 1)  # place of the hand
     radii: Mapping[str, float] = RADII
     SPEED, SUBSTEPS = 0.6, 10
 

@@ -30,8 +30,8 @@ def demonstrate(
 ) -> Demonstrated:
     """Record episodes of a scripted expert until ``num`` of them succeed.
 
-    With pictures, ``obs`` holds only what the robot knows of itself, the ``proprio`` of the
-    environment: the rest is to be seen.
+    With pictures, ``obs`` holds only the robot's own place, the ``proprio`` of the environment: the
+    rest is to be seen.
 
     Args:
         env: The environment.

@@ -147,7 +147,7 @@ def test_pictures_of_demonstrations_are_of_their_steps_and_only_they_show_the_go
     shown = demonstrate(painted(environment("obstacle", "wide")), 4, "both", 0, 8).arrays
     assert shown["image"].dtype == np.uint8
     assert shown["image"].shape == (len(plain["obs"]), 8, 8, 3)
-    assert np.array_equal(shown["obs"], plain["obs"][:, :4])
+    assert np.array_equal(shown["obs"], plain["obs"][:, :2])
     assert np.array_equal(shown["action"], plain["action"])
     expected = np.rint(100 * (1 + plain["obs"][:, [0, 1, 4, 5]]))
     assert np.abs(shown["image"][:, 0, :4, 0] - expected).max() <= 1  # float32 beside float64
@@ -160,11 +160,11 @@ def test_a_policy_with_a_camera_gets_a_picture_at_each_decoding_and_not_the_goal
     def policy(obs):
         seen.append(obs)
         goal = obs["image"][0, 0, 2:4] / 100 - 1
-        return around(np.concatenate([obs["vector"], goal]))
+        return around(np.concatenate([obs["vector"], [0, 0], goal]))
 
     found = roll_out(env, RecedingHorizon(policy, 3), 4, image_size=6)
     assert len(found.solves) == len(seen) == env.taken
-    assert {(obs["vector"].shape, obs["image"].shape) for obs in seen} == {((4,), (3, 6, 6))}
+    assert {(obs["vector"].shape, obs["image"].shape) for obs in seen} == {((2,), (3, 6, 6))}
     assert found.metrics()["success"]["value"] == 1  # by the goal that was seen
 
 
