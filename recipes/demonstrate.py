@@ -8,9 +8,9 @@ MUJOCO_GL=egl flowkit demonstrate env=obstacle task=wide camera=image out=runs/o
 Then: flowkit train experiment=push_chunks data.root=runs/push.npz
 
 The file holds the successful episodes, one after another: obs, action and episode_ends. With
-camera=image it also holds a picture of each step as image, and obs only what the robot knows of
-itself; data=demonstrations reads it with data.camera=image. A record with the settings lies beside
-it. The same seed gives the same file. Simulators need the extra robots.
+camera=image it also holds a picture of each step as image, and obs only the robot's own place;
+data=demonstrations reads it with data.camera=image. A record with the settings lies beside it. The
+same seed gives the same file. Simulators need the extra robots.
 """
 
 import io

@@ -154,8 +154,8 @@ def roll_out(
         episodes: Number of episodes, at least 1.
         seed: The same seed gives the same starts and the same noise.
         shown: Episodes to keep pictures of.
-        image_size: Side in pixels of the picture that the policy gets at each decoding, beside what
-            the robot knows of itself; None for a policy of the environment's observations.
+        image_size: Side in pixels of the picture that the policy gets at each decoding, beside the
+            robot's own place; None for a policy of the environment's observations.
 
     Raises:
         ValueError: If there is no episode, or the policy's actions have another size.
@@ -195,7 +195,7 @@ def roll_out(
 
 
 def _with_picture(env: Environment, obs: np.ndarray, size: int) -> dict[str, np.ndarray]:
-    """Return what a policy with a camera knows: the robot itself, and a picture ``(3, H, W)``."""
+    """Return what a policy with a camera knows: the robot's place, and a picture ``(3, H, W)``."""
     return {"vector": obs[list(env.proprio)], "image": picture(env, size).transpose(2, 0, 1)}
 
 
