@@ -1,11 +1,11 @@
 """A velocity of chunks that knows the numbers of its robot, and the policy that it makes."""
 
 from collections.abc import Mapping
-from itertools import pairwise
 from typing import Any, cast
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowkit.nn.sequence import SequenceDiT
@@ -19,31 +19,50 @@ RAW = ("image", "future", "codes")  # parts of a condition that the network sees
 
 
 class ImageEncoder(nn.Module):
-    """Small convolutional network from an image ``(B, C, H, W)`` in bytes to 16 tokens.
+    """Small convolutional network from an image ``(B, C, H, W)`` in bytes to tokens that say where.
+
+    A token stands for a feature that the network looks for, and holds the feature's place: the mean
+    of all places under the softmax of its map. So a place is a number of a token, and small things
+    are found from few images. Of tokens for parts of an image, whose average over all parts tells
+    no place, a policy learned nothing.
 
     Args:
         channels: Channels of the image.
         size: Size ``W`` of a token.
         width: Channels of the first layer.
+        count: Number of tokens.
+
+    Source: the spatial softmax of Levine et al., *End-to-End Training of Deep Visuomotor Policies*,
+    2016 (arXiv 1504.00702); here its maps are normalized.
 
     >>> ImageEncoder(3, 24)(torch.zeros(2, 3, 84, 84, dtype=torch.uint8)).shape
     torch.Size([2, 16, 24])
     """
 
-    def __init__(self, channels: int = 3, size: int = 64, width: int = 16) -> None:
+    def __init__(self, channels: int = 3, size: int = 64, width: int = 16, count: int = 16) -> None:
         super().__init__()
-        sizes = [channels, width, 2 * width, 4 * width, 4 * width]
-        layers: list[nn.Module] = []
-        for inputs, outputs in pairwise(sizes):
-            layers += [nn.Conv2d(inputs, outputs, 3, stride=2, padding=1), nn.SiLU()]
-        self.layers = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(4), nn.Flatten(2))
-        self.outputs = nn.Linear(sizes[-1], size)
-        self.places = nn.Parameter(torch.zeros(16, size))
+        self.maps = nn.Sequential(
+            nn.Conv2d(channels, width, 3, stride=2, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(width, 2 * width, 3, stride=2, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(2 * width, count, 1),
+        )
+        self.sharpness = nn.Parameter(torch.ones(count, 1))
+        self.outputs = nn.Sequential(nn.Linear(2, size), nn.SiLU(), nn.Linear(size, size))
+        self.kinds = nn.Parameter(torch.zeros(count, size))
+
+    def places(self, image: Tensor) -> Tensor:
+        """Return the places ``(B, count, 2)`` of features, down and right, in [-1, 1]."""
+        maps = self.maps(image.to(self.kinds.dtype) / 127.5 - 1)
+        down, right = (torch.linspace(-1, 1, n).to(maps) for n in maps.shape[2:])
+        maps = maps.flatten(2)
+        shares = (F.layer_norm(maps, maps.shape[2:]) * self.sharpness).softmax(2)
+        return shares @ torch.cartesian_prod(down, right)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Return the tokens ``(B, 16, W)`` of images."""
-        found = self.layers(image.to(self.places.dtype) / 127.5 - 1)
-        return self.outputs(found.transpose(1, 2)) + self.places
+        """Return the tokens ``(B, count, W)`` of images."""
+        return self.outputs(self.places(image)) + self.kinds
 
 
 class PolicyVelocity(nn.Module):
