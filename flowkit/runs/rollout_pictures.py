@@ -29,7 +29,13 @@ def save_paths(found: Rollout, file: Path, shown: int) -> None:
 
 
 def save_animation(found: Rollout, file: Path, shown: int) -> None:
-    """Save the simulator's pictures of the first episodes, or their growing paths."""
+    """Save the simulator's pictures of the first episodes, or their growing paths, as a GIF file.
+
+    Args:
+        found: The episodes.
+        file: The file.
+        shown: Episodes to show; at most the first four.
+    """
     if found.frames:
         frames = [Image.fromarray(frame) for frame in found.frames[::EVERY]]
     else:
