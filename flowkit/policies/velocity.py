@@ -23,8 +23,7 @@ class ImageEncoder(nn.Module):
 
     A token stands for a feature that the network looks for, and holds the feature's place: the mean
     of all places under the softmax of its map. So a place is a number of a token, and small things
-    are found from few images. Of tokens for parts of an image, whose average over all parts tells
-    no place, a policy learned nothing.
+    are found from few images.
 
     Args:
         channels: Channels of the image.
