@@ -3,17 +3,20 @@
 flowkit demonstrate env=metaworld task=push-v3 num=150 out=runs/push.npz
 flowkit demonstrate env=metaworld task=push-v3 num=150 style=both out=runs/push_both.npz
 flowkit demonstrate env=obstacle num=100 out=runs/obstacle.npz
+MUJOCO_GL=egl flowkit demonstrate env=obstacle task=wide camera=image out=runs/obstacle_images.npz
 
 Then: flowkit train experiment=push_chunks data.root=runs/push.npz
 
-The file holds the successful episodes, one after another: obs, action and episode_ends. A record
-with the settings lies beside it. The same seed gives the same file. Simulators need the extra
-robots.
+The file holds the successful episodes, one after another: obs, action and episode_ends. With
+camera=image it also holds a picture of each step as image, and obs only the robot's own place;
+data=demonstrations reads it with data.camera=image. A record with the settings lies beside it. The
+same seed gives the same file. Simulators need the extra robots.
 """
 
 import io
 import time
 from pathlib import Path
+from typing import Any, cast
 
 import hydra
 import numpy as np
@@ -25,6 +28,8 @@ from flowkit.provenance import versions, write_atomically
 from flowkit.runs.processes import say
 from flowkit.runs.records import recording
 
+ARRAYS = ("obs", "action", "episode_ends")
+
 
 def demonstrate(cfg: DictConfig) -> dict[str, np.ndarray]:
     """Record demonstrations as configured; write the ``.npz`` file and its record.
@@ -35,10 +40,16 @@ def demonstrate(cfg: DictConfig) -> dict[str, np.ndarray]:
     file = Path(cfg.out)
     if file.suffix != ".npz":
         raise ValueError(f"out must be a file with the suffix .npz, got {file}")
+    camera, image_size = cfg.camera, None if cfg.camera is None else cfg.image_size
+    if camera in ARRAYS:
+        raise ValueError(f"camera must be another name than {', '.join(ARRAYS)}, got {camera}")
     env, begun = environment(cfg.env, cfg.task), time.perf_counter()
-    arrays, tried = record_episodes(env, cfg.num, cfg.style, cfg.seed)
+    arrays, tried = record_episodes(env, cfg.num, cfg.style, cfg.seed, image_size)
+    if camera is not None:
+        arrays[camera] = arrays.pop("image")
     seconds = time.perf_counter() - begun
-    settings = {key: cfg[key] for key in ("env", "task", "num", "style", "seed")}
+    settings = {key: cfg[key] for key in ("env", "task", "num", "style", "camera", "seed")}
+    settings["image_size"] = image_size
     steps = int(arrays["episode_ends"][-1])
     record = {
         "demonstrations": {**settings, "tried": tried, "steps": steps},
@@ -46,7 +57,7 @@ def demonstrate(cfg: DictConfig) -> dict[str, np.ndarray]:
         "versions": versions(),
     }
     content = io.BytesIO()
-    np.savez(content, **arrays)
+    np.savez(content, **cast(Any, arrays))
     files = [file.with_suffix(".json"), file]
     with recording(record, files):
         write_atomically(file, lambda partial: partial.write_bytes(content.getvalue()))

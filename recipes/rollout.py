@@ -7,7 +7,8 @@ flowkit rollout run=runs/push env=metaworld task=push-v3 sampler.grid=4 prefix=7
 The starts of episodes follow from the seed, so two runs face the same ones. A record holds success
 with Wilson's interval, smoothness, rates and latencies; a picture shows the paths of the first
 episodes from above, and an animation the first of them. With MUJOCO_GL=egl or osmesa the animation
-is the simulator's own picture. Simulators need the extra robots.
+is the simulator's own picture. A policy with images needs one of these: it sees the pictures that
+its demonstrations show. Simulators need the extra robots.
 """
 
 import time
@@ -24,7 +25,7 @@ from flowkit.policies import ChunkPolicy, PolicyVelocity, RecedingHorizon, envir
 from flowkit.runs import Run
 from flowkit.runs.processes import say
 from flowkit.runs.records import recording
-from flowkit.runs.rollout_pictures import save_animation, save_paths
+from flowkit.runs.rollout_pictures import ANIMATED, save_animation, save_paths
 
 
 def rollout(cfg: DictConfig) -> dict[str, Any]:
@@ -48,9 +49,10 @@ def rollout(cfg: DictConfig) -> dict[str, Any]:
         ChunkPolicy(velocity, sampler, noise=not regresses), cfg.execute, cfg.prefix
     )
     env = environment(cfg.env, cfg.task)
+    image_size = None if velocity.encoder is None else run.config["data"]["image_size"]
     _check_sizes(velocity, env)
     prefixes, begun = velocity.net.prefixes, time.perf_counter()
-    found = roll_out(env, control, cfg.episodes, cfg.seed, cfg.shown)
+    found = roll_out(env, control, cfg.episodes, cfg.seed, min(cfg.shown, ANIMATED), image_size)
     seconds = time.perf_counter() - begun
     metrics = {
         **found.metrics(),
@@ -61,7 +63,7 @@ def rollout(cfg: DictConfig) -> dict[str, Any]:
     }
     rendered = bool(found.frames)
     acting = {key: cfg[key] for key in ("env", "task", "episodes", "execute", "prefix", "seed")}
-    acting["horizon"] = velocity.shape[1]
+    acting |= {"horizon": velocity.shape[1], "image_size": image_size}
     acting["animation"] = "rendered" if rendered else "paths from above, for want of a renderer"
     record = run.record(run.describe(sampler), rollout=metrics, acting=acting)
     files = [folder / f"rollout.{kind}" for kind in ("json", "png", "gif")]
@@ -83,9 +85,10 @@ def rollout(cfg: DictConfig) -> dict[str, Any]:
 
 def _check_sizes(velocity: PolicyVelocity, env: Any) -> None:
     """Require a policy of the numbers that the environment gives and takes."""
+    seen = env.obs_size if velocity.encoder is None else len(env.proprio)
     for name, own, given in (
         ("actions", velocity.actions.size, env.action_size),
-        ("observations", velocity.observations.size, env.obs_size),
+        ("observations", velocity.observations.size, seen),
     ):
         if own != given:
             raise ValueError(f"run must have {name} of size {given} for {env.name}, got {own}")

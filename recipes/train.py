@@ -25,12 +25,12 @@ from lightning.pytorch.callbacks import WeightAveraging
 from omegaconf import DictConfig, OmegaConf
 
 import flowkit.recipes._resolvers  # noqa: F401  # functions that configurations refer to
-from flowkit.blockwise import Blockwise
 from flowkit.checks import check_choice
 from flowkit.modules import (
     BlockwiseFlowMatching,
     ConditionGrid,
     FlowModule,
+    LatentActions,
     LossPlot,
     MeanFlowMatching,
     MetricsTable,
@@ -49,12 +49,12 @@ from flowkit.modules.checkpoints import (
 from flowkit.modules.flow import brings_start
 from flowkit.modules.sharding import even_validation, shard_if_asked
 from flowkit.modules.trust import check, trusting
-from flowkit.policies import PolicyVelocity
 from flowkit.provenance import write_text
 from flowkit.runs.epochs import count_in_steps
 from flowkit.runs.known_data import record_of, write_data_record
 from flowkit.runs.locks import locked
 from flowkit.runs.logs import Settings, build_loggers, logging_to
+from flowkit.runs.policies import follow_latents, teach
 from flowkit.runs.processes import check_trainer, quiet, say
 from flowkit.runs.records import composed, recorded
 from flowkit.runs.resuming import (
@@ -78,21 +78,22 @@ PREDICTIONS = {
 }
 """Modules that make velocities of what a network predicts."""
 
-OF_THEIR_OWN = (MeanFlowMatching, SymmetricalFlowMatching, BlockwiseFlowMatching)
+OF_THEIR_OWN = (MeanFlowMatching, SymmetricalFlowMatching, BlockwiseFlowMatching, LatentActions)
 """Methods whose networks do not give one velocity of one time."""
 
 
-def train(cfg: DictConfig) -> FlowModule:
+def train(cfg: DictConfig) -> FlowModule | LatentActions:
     """Train as configured; write a run folder for `load_run` and the other recipes."""
     with trusting(cfg.trust):  # also when the module loads the run in `start`
         return _train(cfg)
 
 
-def _train(cfg: DictConfig) -> FlowModule:
+def _train(cfg: DictConfig) -> FlowModule | LatentActions:
     """Train as configured, with the trust of the user."""
     quiet()
     check_trainer(cfg.trainer)
     _follow_start(cfg)
+    latents = follow_latents(cfg)
     folder = Path(cfg.run_dir)
     unresolved = composed(cfg)  # now, since building parts resolves their references
     checkpoint = _requeued(folder) if cfg.resume is None else find_checkpoint(Path(cfg.resume))
@@ -105,9 +106,9 @@ def _train(cfg: DictConfig) -> FlowModule:
     say(f"data      {data.summary()}")
     count_in_steps(cfg, data)
     ended = ended or _ended(cfg, checkpoint, state)  # by a number of epochs
-    module = _module(cfg, data)
+    module = _module(cfg, data, latents)
     if checkpoint is None and cfg.get("sampler") is not None:  # of the pictures
-        build_sampler(cfg.sampler, isinstance(module.velocity, Blockwise))
+        build_sampler(cfg.sampler, _is_a(cfg, BlockwiseFlowMatching))
     if checkpoint is not None and state is not None:
         restore(module, state, checkpoint)  # refuses another model before any file is written
     averaged = state is not None and "current_model_state" in state
@@ -150,7 +151,7 @@ def _train(cfg: DictConfig) -> FlowModule:
 
 def _fit(
     trainer: Trainer,
-    module: FlowModule,
+    module: FlowModule | LatentActions,
     data: Any,
     checkpoint: Path | None,
     progress: dict[str, Any] | None,
@@ -211,7 +212,7 @@ def _follow_start(cfg: DictConfig) -> None:
             OmegaConf.update(cfg, "model.num_times", 2, force_add=True)
 
 
-def _module(cfg: DictConfig, data: Any) -> FlowModule:
+def _module(cfg: DictConfig, data: Any, latents: str | None) -> FlowModule | LatentActions:
     """Build the module, and fill in the values of the configuration that depend on the data."""
     autoencoder = instantiate(cfg.autoencoder)
     tell(cfg, data, autoencoder)
@@ -227,28 +228,21 @@ def _module(cfg: DictConfig, data: Any) -> FlowModule:
         cfg.optimizer.fused = False  # Lightning cannot clip its gradients in mixed precision
     _check_null(cfg, data)
     _convert_prediction(cfg)
-    module = instantiate(cfg.module, autoencoder=autoencoder)
-    _check_kinds(module)
-    network = module.net if _is_a(cfg, MeanFlowMatching) else module.velocity
-    if isinstance(network, PolicyVelocity):
-        _teach(network, data)
+    if _is_a(cfg, LatentActions):
+        module = instantiate(cfg.module)
+        network = module.model
+    else:
+        module = instantiate(cfg.module, autoencoder=autoencoder)
+        _check_kinds(module)
+        network = module.net if _is_a(cfg, MeanFlowMatching) else module.velocity
+        module.guided(cfg.guidance)  # refuses a wrong scale now and not at the first picture
+    teach(network, data, latents)
     if cfg.compile:
         network.compile()  # in place, so that names in checkpoints stay the same
-    module.guided(cfg.guidance)  # refuses a wrong scale now and not at the first picture
     parameters = sum(p.numel() for p in module.parameters())
     name = f"{type(module).__name__} of {type(network).__name__}"
     say(f"model     {name}, {parameters:,} parameters")
     return module
-
-
-def _teach(network: PolicyVelocity, data: Any) -> None:
-    """Give a policy the statistics of its demonstrations."""
-    actions = getattr(data, "actions", None)
-    if actions is None:
-        raise ValueError(
-            f"data must be demonstrations with actions for a policy, got {type(data).__name__}"
-        )
-    network.take(actions, data.observations)
 
 
 def _convert_prediction(cfg: DictConfig) -> None:

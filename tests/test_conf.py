@@ -39,6 +39,7 @@ MANDATORY = {
 }
 
 
+OF_SEQUENCES = ("model/policy", "model/sequence", "model/latent_actions", "module/latent_actions")
 LARGE = ("model/blockwise_xl2", "model/separation_unet")
 
 
@@ -68,7 +69,7 @@ def test_option(option, configure, tmp_path):
     cfg.shape, cfg.num_classes = [1, 8, 8], 10
     cfg.network.shape, cfg.network.num_classes = [1, 8, 8], 10
     cfg.network.num_times = 2 if option == "module/mean_flow" else 1
-    if option.startswith(("model/policy", "model/sequence")):
+    if option.startswith(OF_SEQUENCES):
         cfg.network.shape, cfg.network.vector = [2, 14], 6
     node = cfg[group]
     if group == "logger":

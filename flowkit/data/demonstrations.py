@@ -184,7 +184,7 @@ class Demonstrations(SplitData):
             parts["action"] = episode.action
         found = {}
         for name, part in parts.items():
-            value = torch.from_numpy(np.array(part, np.float32))
+            value = torch.from_numpy(np.array(part, np.float32, order="C"))
             if value.ndim != 2 or not len(value) or len(value) != len(episode.obs):
                 raise ValueError(
                     f"{name} of {episode.name} must have shape ({len(episode.obs)}, n) with at "

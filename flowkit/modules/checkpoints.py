@@ -22,6 +22,7 @@ from flowkit.modules import pushed
 from flowkit.modules.earlier import current
 from flowkit.modules.flow import FlowModule
 from flowkit.modules.listed import find
+from flowkit.modules.resume import ExactResume
 from flowkit.modules.trust import CONTROLS, check, substituted, trusting
 from flowkit.provenance import bounded, read_bounded, read_json
 from flowkit.rules import why_no_run
@@ -63,6 +64,25 @@ def load_run(
         ImportError: If a class that the configuration names cannot be imported.
         OSError: If the hub does not give the model.
     """
+    module, config = load_module(folder, checkpoint, weights, trust)
+    if not isinstance(module, FlowModule):
+        raise ValueError(
+            f"run must be a run of a flow, got {type(module).__name__} in {folder}; train a policy "
+            f"on it: flowkit train experiment=obstacle_chunks model.latents={folder} "
+            "data.future=true"
+        )
+    module.configuration = config
+    module.class_names = config["classes"] if config.get("num_classes") else None
+    return module
+
+
+def load_module(
+    folder: str | Path,
+    checkpoint: str | Path | None = None,
+    weights: str = "averaged",
+    trust: Sequence[str] = (),
+) -> tuple[ExactResume, dict[str, Any]]:
+    """Load the module of any run of ``flowkit train``, as `load_run`, and its configuration."""
     check_choice(weights, ("averaged", "raw"), "weights")
     place, folder = folder, folder_of(folder)
     config, is_shared = read_config(folder), is_pushed(folder)
@@ -79,9 +99,7 @@ def load_run(
         found = read_json(folder / DATA) if (folder / DATA).is_file() else None
         record = found if isinstance(found, dict) else None
         config |= {"data_record": record, "classes": (record or {}).get("classes")}
-    module.configuration = config
-    module.class_names = config["classes"] if config.get("num_classes") else None
-    return module.eval().requires_grad_(False)
+    return module.eval().requires_grad_(False), config
 
 
 def described(
@@ -260,7 +278,7 @@ _Loader.add_implicit_resolver(
 
 
 def restore(
-    module: FlowModule, state: dict[str, Any], file: Path, weights: str = "averaged"
+    module: ExactResume, state: dict[str, Any], file: Path, weights: str = "averaged"
 ) -> None:
     """Load the state of a checkpoint into its module.
 

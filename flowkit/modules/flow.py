@@ -1,6 +1,6 @@
 """The superclass of all Lightning modules of flows: optimizer, sampling and checkpoints."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, ClassVar, cast
@@ -62,9 +62,6 @@ class FlowModule(Shared, ExactResume, frozen=("autoencoder",)):
 
     default_sampler: ODESampler = ODESampler(25, "heun")
     """Sampler of `sample` and `solve` if none is given."""
-
-    weights: Mapping[str, Any] | None = None
-    """Record of the loaded weights: their ``kind`` (averaged or raw) and their ``step``."""
 
     class_names: list[str] | None = None
     """Names of the classes of a loaded module; None without classes, or if they have no names."""

@@ -1,5 +1,6 @@
 """Training of latent actions from episodes without actions."""
 
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -7,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flowkit.checks import check_at_least
+from flowkit.modules.checkpoints import load_module
 from flowkit.modules.resume import ADAMW, ExactResume, MakeOptimizer, MakeScheduler
 from flowkit.policies import LatentActionModel
 from flowkit.types import Batch
@@ -22,7 +24,8 @@ class LatentActions(ExactResume):
     to a latent vector of the batch, so that none is lost.
 
     Give the trained ``model`` to `flowkit.policies.PolicyVelocity`: in training the decoder sees
-    the codes between the observations, in a rollout codes that the prior draws.
+    the codes between the observations, in a rollout codes that the prior draws. `load_latents`
+    reads it from a run.
 
     Args:
         model: The model.
@@ -31,6 +34,7 @@ class LatentActions(ExactResume):
         lr_scheduler: Makes a learning-rate scheduler, which steps after every training step.
 
     Raises:
+        TypeError: If the model is of another class.
         ValueError: If ``commitment`` is negative.
 
     Source: stage 1 of Routray et al., *ViPRA: Video Prediction for Robot Actions*, 2025 (arXiv
@@ -53,6 +57,11 @@ class LatentActions(ExactResume):
     ) -> None:
         super().__init__(optimizer, lr_scheduler)
         check_at_least(commitment, 0, "commitment")
+        if not isinstance(model, LatentActionModel):
+            raise TypeError(
+                "model must be a LatentActionModel (model=latent_actions) for latent actions, got "
+                f"{type(model).__name__}"
+            )
         self.model, self.commitment = model, commitment
 
     def learn(self, observations: Tensor) -> None:
@@ -81,7 +90,7 @@ class LatentActions(ExactResume):
         vectors = self.model.embed(found.codes)
         book = (vectors - found.latents.detach()).square().mean()
         near = (found.latents - vectors.detach()).square().mean()
-        logits = self.model.logits(now).flatten(0, 1)
+        logits = self.model.logits(now, found.codes).flatten(0, 1)
         prior = F.cross_entropy(logits, found.codes.flatten())
         counts = torch.bincount(found.codes.flatten(), minlength=self.model.num_codes)
         if self.training and torch.is_grad_enabled():
@@ -100,3 +109,20 @@ class LatentActions(ExactResume):
         rows = torch.randint(len(latents), (len(counts),), generator=generator)
         moved = latents[rows.to(latents.device)]
         self.model.book.copy_(torch.where(unused[:, None], moved, self.model.book))
+
+
+def load_latents(folder: str | Path) -> LatentActionModel:
+    """Load the model of a run of `LatentActions`.
+
+    Raises:
+        FileNotFoundError: If the folder is not a run, or has no weights yet.
+        ValueError: If the run trains something else, or as `load_run`.
+        RuntimeError: If the weights are damaged or belong to another model.
+    """
+    module, _ = load_module(folder)
+    if not isinstance(module, LatentActions):
+        raise ValueError(
+            "latents must be a run of latent actions (module=latent_actions), got one of "
+            f"{type(module).__name__} in {folder}"
+        )
+    return module.model

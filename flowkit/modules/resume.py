@@ -2,7 +2,7 @@
 
 import hashlib
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
@@ -53,6 +53,9 @@ class ExactResume(Frozen, LightningModule):
         optimizer: Makes the optimizer from parameters.
         lr_scheduler: Makes a learning-rate scheduler, which steps after every training step.
     """
+
+    weights: Mapping[str, Any] | None = None
+    """Record of the loaded weights: their ``kind`` (averaged or raw) and their ``step``."""
 
     def __init__(
         self, optimizer: MakeOptimizer = ADAMW, lr_scheduler: MakeScheduler | None = None

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any, cast
 
-from lightning import Trainer
+from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
@@ -29,7 +29,7 @@ class FullySharded(ModelParallelStrategy):
         super().setup_environment()
 
 
-def shard_if_asked(module: FlowModule, trainer: Trainer) -> None:
+def shard_if_asked(module: LightningModule, trainer: Trainer) -> None:
     """Shard the network of a module, if the strategy of the trainer is `FullySharded`.
 
     A block of the network is an entry of one of its outermost ``nn.ModuleList``. Each block is a
@@ -41,8 +41,8 @@ def shard_if_asked(module: FlowModule, trainer: Trainer) -> None:
         trainer: The trainer that will fit the module.
 
     Raises:
-        ValueError: If a callback averages the weights, or the module has trainable parameters
-            outside of its velocity. Lightning does not average sharded weights.
+        ValueError: If a callback averages the weights, or the module is no flow or has trainable
+            parameters outside of its velocity. Lightning does not average sharded weights.
     """
     if not isinstance(trainer.strategy, FullySharded):
         return
@@ -50,6 +50,10 @@ def shard_if_asked(module: FlowModule, trainer: Trainer) -> None:
         raise ValueError(
             "callback must be raw with trainer=fsdp, got averaged weights; Lightning does not "
             "average sharded weights"
+        )
+    if not isinstance(module, FlowModule):
+        raise ValueError(
+            f"module must be a flow with trainer=fsdp, got {type(module).__name__}; use trainer=ddp"
         )
     if isinstance(module.velocity, MeanVelocity):
         raise ValueError(

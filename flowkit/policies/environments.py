@@ -3,6 +3,7 @@
 Both need the extra ``robots``. All physics are MuJoCo's.
 """
 
+import atexit
 import os
 import warnings
 from collections.abc import Callable, Mapping
@@ -19,12 +20,18 @@ STYLES = ("straight", "left", "right", "both")
 
 
 class Environment(Protocol):
-    """A task of a simulated robot, with states as observations."""
+    """A task of a simulated robot, with states as observations, and pictures of a camera."""
 
     name: str
     obs_size: int
     action_size: int
     max_steps: int
+    proprio: tuple[int, ...]
+    """Numbers of an observation that tell of the robot's place: what a policy with a camera knows
+    beside the picture. Not its velocity, which tells where the expert was going: a policy would
+    follow that and never look."""
+    radii: Mapping[str, float]
+    """Radii in meters of what `points` names, for those that are round."""
 
     def reset(self, seed: int) -> np.ndarray:
         """Begin an episode whose start follows from a seed; return its observation ``(O,)``."""
@@ -46,8 +53,8 @@ class Environment(Protocol):
         """Return a scripted expert of one episode, called as ``expert(obs) -> action``."""
         ...
 
-    def render(self) -> np.ndarray | None:
-        """Return a picture ``(H, W, 3)`` in bytes; None without a renderer."""
+    def render(self, height: int = 240, width: int = 320) -> np.ndarray | None:
+        """Return a picture ``(height, width, 3)`` in bytes; None without a renderer."""
         ...
 
 
@@ -56,24 +63,53 @@ def environment(env: str, task: str | None = None) -> Environment:
 
     Args:
         env: ``"metaworld"`` or ``"obstacle"``.
-        task: Name of a task of MetaWorld, such as ``"push-v3"``; None for ``obstacle``.
+        task: Name of a task of MetaWorld, such as ``"push-v3"``. For ``obstacle`` None, or
+            ``"wide"``, where the goal may lie far from the middle line.
 
     Raises:
         ValueError: If there is no such environment or task.
         ImportError: If its packages are not installed.
+        RuntimeError: If ``MUJOCO_GL`` names a graphics library that does not work.
     """
     check_choice(env, ENVIRONMENTS, "env")
     try:
+        _import_mujoco()
         if env == "metaworld":
             return MetaWorld(task)
-        if task is not None:
-            raise ValueError(f"task must be null for env=obstacle, which has one, got {task}")
-        return Obstacle()
+        return Obstacle(task)
     except ImportError as error:
         raise ImportError(
             f"env={env} needs packages that are not installed ({error.name}); "
             "pip install 'flowkit-fm[robots]'"
         ) from error
+
+
+def _import_mujoco() -> None:
+    """Import MuJoCo, which loads the graphics library of ``MUJOCO_GL`` at once."""
+    try:
+        import mujoco  # noqa: F401
+    except ImportError:
+        raise
+    except Exception as error:  # whatever the graphics library raises
+        raise RuntimeError(
+            "MUJOCO_GL must name a graphics library that works here, such as egl, got "
+            f"{os.environ.get('MUJOCO_GL')}: {error}"
+        ) from error
+
+
+def picture(env: Environment, size: int) -> np.ndarray:
+    """Return the picture ``(size, size, 3)`` that a policy with a camera sees, in bytes.
+
+    Raises:
+        RuntimeError: If there is no renderer.
+    """
+    found = env.render(size, size)
+    if found is None:
+        raise RuntimeError(
+            f"{env.name} must have a renderer to take pictures, got none; set MUJOCO_GL=egl, or "
+            "MUJOCO_GL=osmesa, in the environment"
+        )
+    return found
 
 
 class MetaWorld:
@@ -91,6 +127,8 @@ class MetaWorld:
     """
 
     obs_size, action_size, max_steps = 39, 4, 200
+    proprio: tuple[int, ...] = (0, 1, 2, 3)  # place and grip of the hand
+    radii: Mapping[str, float] = {}
     BESIDE = 0.15  # meters from the object to the point beside it
 
     def __init__(self, task: str | None) -> None:
@@ -148,25 +186,28 @@ class MetaWorld:
 
         return act
 
-    def render(self) -> np.ndarray | None:
+    def render(self, height: int = 240, width: int = 320) -> np.ndarray | None:
         """Return the picture of a camera."""
-        return self._renderer(self.robot.model, self.robot.data)
+        return self._renderer(self.robot.model, self.robot.data, height, width)
 
 
-OBSTACLE = """
+RADII = {"hand": 0.04, "object": 0.18, "goal": 0.05}
+GOALS = {None: (0.5, 0.05), "wide": (0.6, 0.2)}  # distance, and largest offset from the middle line
+# MuJoCo would not move a site that is compiled at its body's own place.
+OBSTACLE = f"""
 <mujoco>
   <option timestep="0.005" gravity="0 0 0"/>
   <worldbody>
     <light pos="0 0 3"/>
     <camera name="above" pos="0 0 1.6"/>
     <geom type="plane" size="1 1 .1" pos="0 0 -.05" contype="0" conaffinity="0"/>
-    <geom name="obstacle" type="cylinder" size=".18 .05" rgba=".4 .4 .4 1"/>
+    <geom name="obstacle" type="cylinder" size="{RADII["object"]} .05" rgba=".4 .4 .4 1"/>
     <body name="hand">
       <joint name="x" type="slide" axis="1 0 0"/>
       <joint name="y" type="slide" axis="0 1 0"/>
-      <geom name="hand" type="sphere" size=".04" mass="1" rgba=".2 .4 .9 1"/>
+      <geom name="hand" type="sphere" size="{RADII["hand"]}" mass="1" rgba=".2 .4 .9 1"/>
     </body>
-    <site name="goal" size=".05" rgba=".2 .8 .3 1"/>
+    <site name="goal" pos="{GOALS[None][0]} 0 0" size="{RADII["goal"]}" rgba=".2 .8 .3 1"/>
   </worldbody>
   <actuator>
     <velocity joint="x" kv="20"/>
@@ -182,25 +223,38 @@ class Obstacle:
     An action is a velocity ``(2,)`` in units of 0.6 m/s, at 20 Hz; an observation is the hand's
     place and velocity, and the goal's place. Touching the obstacle ends the episode, so both ways
     are right and their mean is wrong. The expert goes left or right, or at random (``both``).
+
+    Args:
+        task: None for a goal near the middle line, 5 cm away at most: its place need not be known.
+            ``"wide"`` for one up to 20 cm away, which only those reach who know its place.
+
+    Raises:
+        ValueError: If there is no such task.
     """
 
     name, obs_size, action_size, max_steps = "obstacle", 6, 2, 80
+    proprio: tuple[int, ...] = (0, 1)  # place of the hand
+    radii: Mapping[str, float] = RADII
     SPEED, SUBSTEPS = 0.6, 10
 
-    def __init__(self) -> None:
+    def __init__(self, task: str | None = None) -> None:
         import mujoco
 
+        if task not in GOALS:
+            raise ValueError(f"task must be null or wide for env=obstacle, got {task}")
+        self.place = GOALS[task]
         self._mujoco: Any = mujoco
         self.model: Any = self._mujoco.MjModel.from_xml_string(OBSTACLE)
         self.data: Any = self._mujoco.MjData(self.model)
         self._renderer = _Renderer("above")
 
     def reset(self, seed: int) -> np.ndarray:
-        """Begin an episode: the hand on the left, the goal on the right, near the middle line."""
+        """Begin an episode: the hand on the left near the middle line, the goal on the right."""
         rng = np.random.default_rng(seed)
         self._mujoco.mj_resetData(self.model, self.data)
         self.data.qpos[:] = [-0.5, rng.uniform(-0.05, 0.05)]
-        self.goal = np.array([0.5, rng.uniform(-0.05, 0.05)])
+        distance, offset = self.place
+        self.goal = np.array([distance, rng.uniform(-offset, offset)])
         self.model.site_pos[0, :2] = self.goal
         self._mujoco.mj_forward(self.model, self.data)
         self._steps, self._way = 0, None
@@ -216,7 +270,8 @@ class Obstacle:
         self._steps += 1
         if before < 0 <= self.data.qpos[0]:
             self._way = "left" if self.data.qpos[1] > 0 else "right"
-        success = not touched and float(np.linalg.norm(self.goal - self.data.qpos)) < 0.05
+        away = float(np.linalg.norm(self.goal - self.data.qpos))
+        success = not touched and away < RADII["goal"]
         return self._observed(), touched or success or self._steps >= self.max_steps, success
 
     def points(self) -> dict[str, tuple[float, float]]:
@@ -243,9 +298,9 @@ class Obstacle:
 
         return act
 
-    def render(self) -> np.ndarray | None:
+    def render(self, height: int = 240, width: int = 320) -> np.ndarray | None:
         """Return the picture of a camera above."""
-        return self._renderer(self.model, self.data)
+        return self._renderer(self.model, self.data, height, width)
 
     def _observed(self) -> np.ndarray:
         return np.concatenate([self.data.qpos, self.data.qvel, self.goal])
@@ -255,22 +310,25 @@ class _Renderer:
     """MuJoCo's renderer, if the user chose one by ``MUJOCO_GL`` or has a screen."""
 
     def __init__(self, camera: str) -> None:
-        self.camera, self.renderer = camera, None
+        self.camera, self.renderers = camera, {}
         self.wanted = bool(os.environ.get("MUJOCO_GL") or os.environ.get("DISPLAY"))
 
-    def __call__(self, model: Any, data: Any) -> np.ndarray | None:
-        if not self.wanted:
-            return None
-        if self.renderer is None:
+    renderers: dict[tuple[int, int], Any]
+    """Those made so far, by height and width."""
+
+    def __call__(self, model: Any, data: Any, height: int, width: int) -> np.ndarray | None:
+        size = (height, width)
+        if self.wanted and size not in self.renderers:
             import mujoco
 
             with suppress(Exception):  # whatever the graphics library raises
-                self.renderer = mujoco.Renderer(model, 240, 320)
-        if self.renderer is None:
-            self.wanted = False
+                self.renderers[size] = renderer = mujoco.Renderer(model, *size)
+                atexit.register(renderer.close)  # before the graphics library itself ends
+            self.wanted = size in self.renderers
+        if not self.wanted:
             return None
-        self.renderer.update_scene(data, self.camera)
-        return self.renderer.render()
+        self.renderers[size].update_scene(data, self.camera)
+        return self.renderers[size].render()
 
 
 def _side(style: str, seed: int) -> int:

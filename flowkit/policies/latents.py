@@ -24,10 +24,13 @@ class Inferred(NamedTuple):
 class LatentActionModel(nn.Module):
     """Inverse dynamics through a bottleneck of codes, forward dynamics, and a prior of codes.
 
-        codes = quantize(inverse(o, o′)),    o′ ≈ o + forward(o, codes),    prior p(codes | o)
+        codes = quantize(inverse(o, o′)),    o′ ≈ o + forward(o, codes),
+        prior p(codes | o) = Π_j p(code_j | o, code_1, …, code_{j−1})
 
     The bottleneck of ``k`` codes out of ``num_codes`` keeps what the observation ``o`` does not
-    tell about the later one ``o′``: which motion was made. Pairs of observations suffice.
+    tell about the later one ``o′``: which motion was made. Pairs of observations suffice. The
+    prior draws one code after the other, so that they belong together: of two ways, codes drawn
+    independently would mix both.
 
     Args:
         obs_size: Size ``O`` of an observation.
@@ -48,7 +51,7 @@ class LatentActionModel(nn.Module):
     >>> now, later = torch.randn(64, 4), torch.randn(64, 4)
     >>> model.observations.take(*torch.tensor([[0.0] * 4, [1.0] * 4, [-9.0] * 4, [9.0] * 4]))
     >>> codes = model.infer(now, later)
-    >>> codes.shape, model.embed(codes).shape, model.draw(now).shape
+    >>> codes.shape, model.embed(codes).shape, model.draw(now, torch.Generator()).shape
     (torch.Size([64, 4]), torch.Size([64, 4, 16]), torch.Size([64, 4]))
     """
 
@@ -67,7 +70,7 @@ class LatentActionModel(nn.Module):
         self.observations = ActionNormalizer(obs_size, outside="keep")
         self.inverse = _perceptron(2 * obs_size, hidden, tokens * width)
         self.forwards = _perceptron(obs_size + tokens * width, hidden, obs_size)
-        self.prior = _perceptron(obs_size, hidden, tokens * num_codes)
+        self.prior = _perceptron(obs_size + tokens * width + tokens, hidden, num_codes)
         self.book = nn.Parameter(torch.randn(num_codes, width))
 
     def quantize(self, now: Tensor, later: Tensor) -> Inferred:
@@ -81,9 +84,15 @@ class LatentActionModel(nn.Module):
         """Return the change ``(B, O)`` of a normalized observation under a latent action."""
         return self.forwards(torch.cat([now, quantized.flatten(1)], 1))
 
-    def logits(self, now: Tensor) -> Tensor:
-        """Return the logits of the prior ``(B, k, num_codes)`` for normalized observations."""
-        return self.prior(now).reshape(len(now), self.tokens, self.num_codes)
+    def logits(self, now: Tensor, codes: Tensor) -> Tensor:
+        """Return the logits of the prior ``(B, k, num_codes)`` for normalized observations.
+
+        Those of a code depend on the codes before it, and on no later one.
+        """
+        places = torch.eye(self.tokens, device=now.device).expand(len(now), -1, -1)
+        before = torch.ones_like(places).tril(-1)[..., None]
+        known = (self.embed(codes).detach()[:, None] * before).flatten(2)
+        return self.prior(torch.cat([now[:, None].expand(-1, self.tokens, -1), known, places], 2))
 
     @torch.no_grad()
     def infer(self, obs: Tensor, future: Tensor) -> Tensor:
@@ -92,10 +101,14 @@ class LatentActionModel(nn.Module):
         return self.quantize(normal(obs), normal(future)).codes
 
     @torch.no_grad()
-    def draw(self, obs: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def draw(self, obs: Tensor, generator: torch.Generator) -> Tensor:
         """Draw codes ``(B, k)`` from the prior, for raw observations ``(B, O)``."""
-        shares = F.softmax(self.logits(self.observations.normalize(obs)), -1).flatten(0, 1)
-        return torch.multinomial(shares, 1, generator=generator).reshape(len(obs), self.tokens)
+        now = self.observations.normalize(obs)
+        codes = torch.zeros(len(obs), self.tokens, dtype=torch.long, device=obs.device)
+        for place in range(self.tokens):
+            shares = F.softmax(self.logits(now, codes)[:, place], -1).to(generator.device)
+            codes[:, place] = torch.multinomial(shares, 1, generator=generator)[:, 0].to(obs.device)
+        return codes
 
     def embed(self, codes: Tensor) -> Tensor:
         """Return the vectors ``(B, k, width)`` of codes ``(B, k)``."""

@@ -50,6 +50,11 @@ class RecedingHorizon:
         self.seconds: list[float] = []
         self.left: deque[Tensor] = deque()
 
+    @property
+    def decodes(self) -> bool:
+        """True if the next call decodes a chunk: only then it looks at its observation."""
+        return len(self.left) <= self.prefix
+
     def reset(self, seed: int = 0) -> None:
         """Begin an episode: forget what is left of the last one."""
         self.left.clear()
@@ -59,7 +64,7 @@ class RecedingHorizon:
 
     def __call__(self, obs: Any) -> Tensor:
         """Return the next action ``(D,)``."""
-        if len(self.left) <= self.prefix:
+        if self.decodes:
             self._decode(obs)
         return self.left.popleft()
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flowkit.checks import check_at_least
-from flowkit.policies.environments import Environment
+from flowkit.policies.environments import Environment, Expert, picture
 from flowkit.policies.metrics import action_change, jerk, success, timing
 from flowkit.policies.receding import RecedingHorizon
 
@@ -19,29 +19,35 @@ class Demonstrated(NamedTuple):
     """Successful episodes of an expert, one after another."""
 
     arrays: dict[str, np.ndarray]
-    """``obs (S, O)``, ``action (S, D)`` and ``episode_ends (E,)``, as a npz file holds them."""
+    """``obs (S, O)``, ``action (S, D)``, ``episode_ends (E,)`` and possibly ``image (S, H, W, 3)``,
+    as a npz file holds them."""
     tried: int
     """Episodes tried."""
 
 
 def demonstrate(
-    env: Environment, num: int, style: str, seed: int = 0, tell: Callable[[int], Any] | None = None
+    env: Environment, num: int, style: str, seed: int = 0, image_size: int | None = None
 ) -> Demonstrated:
     """Record episodes of a scripted expert until ``num`` of them succeed.
+
+    With pictures, ``obs`` holds only the robot's own place, the ``proprio`` of the environment: the
+    rest is to be seen.
 
     Args:
         env: The environment.
         num: Number of successful episodes, at least 1.
         style: Style of the expert.
         seed: The same seed gives the same episodes.
-        tell: Called with the number of episodes so far.
+        image_size: Side in pixels of a picture of each step; None for no pictures.
 
     Raises:
         ValueError: If ``num`` is below 1, or fewer than a tenth of the episodes succeed.
+        RuntimeError: If pictures are asked for and there is no renderer.
     """
     check_at_least(num, 1, "num")
     obs: list[np.ndarray] = []
     actions: list[np.ndarray] = []
+    images: list[np.ndarray] = []
     ends: list[int] = []
     tried = 0
     while len(ends) < num:
@@ -51,18 +57,26 @@ def demonstrate(
             )
         own = seed_of("demonstrate", seed, tried)
         tried += 1
-        seen, taken, reached = _episode(env, own, env.expert(style, own))
+        expert, shown = env.expert(style, own), []
+
+        def act(obs: np.ndarray, expert: Expert = expert, shown: list = shown) -> np.ndarray:
+            if image_size is not None:
+                shown.append(picture(env, image_size))
+            return expert(obs)
+
+        seen, taken, reached = _episode(env, own, act)
         if reached:
             obs += seen
             actions += taken
+            images += shown
             ends.append(len(actions))
-            if tell is not None:
-                tell(len(ends))
     arrays = {
         "obs": np.asarray(obs, np.float32),
         "action": np.asarray(actions, np.float32),
         "episode_ends": np.asarray(ends, np.int64),
     }
+    if image_size is not None:
+        arrays |= {"obs": arrays["obs"][:, env.proprio], "image": np.stack(images)}
     return Demonstrated(arrays, tried)
 
 
@@ -96,6 +110,8 @@ class Rollout(NamedTuple):
     """Seconds of each solve."""
     seconds: float
     """Seconds of all episodes, with the environment."""
+    radii: Mapping[str, float] = {}
+    """Radii of hand, object and goal, for those that are round."""
 
     def metrics(self) -> dict[str, Any]:
         """Return success, smoothness, rates and, for a task with two ways, their shares.
@@ -126,7 +142,7 @@ def roll_out(
     episodes: int,
     seed: int = 0,
     shown: int = 0,
-    tell: Callable[[Sequence[bool]], Any] | None = None,
+    image_size: int | None = None,
 ) -> Rollout:
     """Run a policy in an environment, from starts that follow from a seed.
 
@@ -138,10 +154,12 @@ def roll_out(
         episodes: Number of episodes, at least 1.
         seed: The same seed gives the same starts and the same noise.
         shown: Episodes to keep pictures of.
-        tell: Called with the outcomes so far.
+        image_size: Side in pixels of the picture that the policy gets at each decoding, beside the
+            robot's own place; None for a policy of the environment's observations.
 
     Raises:
         ValueError: If there is no episode, or the policy's actions have another size.
+        RuntimeError: If the policy needs pictures and there is no renderer.
     """
     check_at_least(episodes, 1, "episodes")
     outcomes, actions, paths, ways, frames = [], [], [], [], []
@@ -155,7 +173,10 @@ def roll_out(
             path.append(dict(env.points()))
             if number < shown and (frame := env.render()) is not None:
                 frames.append(frame)
-            action = control(obs).numpy()
+            seen: Any = obs
+            if image_size is not None:
+                seen = _with_picture(env, obs, image_size) if control.decodes else None
+            action = control(seen).numpy()
             if action.shape != (env.action_size,):
                 raise ValueError(
                     f"actions must have size {env.action_size} in {env.name}, got shape "
@@ -169,10 +190,13 @@ def roll_out(
         actions.append(torch.from_numpy(np.stack(taken)))
         paths.append(path)
         ways.append(env.way())
-        if tell is not None:
-            tell(outcomes)
-    seconds = time.perf_counter() - begun
-    return Rollout(outcomes, actions, paths, ways, frames, control.seconds[before:], seconds)
+    seconds, solves = time.perf_counter() - begun, control.seconds[before:]
+    return Rollout(outcomes, actions, paths, ways, frames, solves, seconds, env.radii)
+
+
+def _with_picture(env: Environment, obs: np.ndarray, size: int) -> dict[str, np.ndarray]:
+    """Return what a policy with a camera knows: the robot's place, and a picture ``(3, H, W)``."""
+    return {"vector": obs[list(env.proprio)], "image": picture(env, size).transpose(2, 0, 1)}
 
 
 def seed_of(kind: str, seed: int, number: int) -> int:

@@ -1,11 +1,11 @@
 """A velocity of chunks that knows the numbers of its robot, and the policy that it makes."""
 
 from collections.abc import Mapping
-from itertools import pairwise
 from typing import Any, cast
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowkit.nn.sequence import SequenceDiT
@@ -15,33 +15,53 @@ from flowkit.sampling import ODESampler
 from flowkit.types import Cond
 from flowkit.velocity import Velocity
 
+RAW = ("image", "future", "codes")  # parts of a condition that the network sees as tokens
+
 
 class ImageEncoder(nn.Module):
-    """Small convolutional network from an image ``(B, C, H, W)`` in bytes to 16 tokens.
+    """Small convolutional network from an image ``(B, C, H, W)`` in bytes to tokens that say where.
+
+    A token stands for a feature that the network looks for, and holds the feature's place: the mean
+    of all places under the softmax of its map. So a place is a number of a token, and small things
+    are found from few images.
 
     Args:
         channels: Channels of the image.
         size: Size ``W`` of a token.
         width: Channels of the first layer.
+        count: Number of tokens.
+
+    Source: the spatial softmax of Levine et al., *End-to-End Training of Deep Visuomotor Policies*,
+    2016 (arXiv 1504.00702); here its maps are normalized.
 
     >>> ImageEncoder(3, 24)(torch.zeros(2, 3, 84, 84, dtype=torch.uint8)).shape
     torch.Size([2, 16, 24])
     """
 
-    def __init__(self, channels: int = 3, size: int = 64, width: int = 16) -> None:
+    def __init__(self, channels: int = 3, size: int = 64, width: int = 16, count: int = 16) -> None:
         super().__init__()
-        sizes = [channels, width, 2 * width, 4 * width, 4 * width]
-        layers: list[nn.Module] = []
-        for inputs, outputs in pairwise(sizes):
-            layers += [nn.Conv2d(inputs, outputs, 3, stride=2, padding=1), nn.SiLU()]
-        self.layers = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(4), nn.Flatten(2))
-        self.outputs = nn.Linear(sizes[-1], size)
-        self.places = nn.Parameter(torch.zeros(16, size))
+        self.maps = nn.Sequential(
+            nn.Conv2d(channels, width, 3, stride=2, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(width, 2 * width, 3, stride=2, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(2 * width, count, 1),
+        )
+        self.sharpness = nn.Parameter(torch.ones(count, 1))
+        self.outputs = nn.Sequential(nn.Linear(2, size), nn.SiLU(), nn.Linear(size, size))
+        self.kinds = nn.Parameter(torch.zeros(count, size))
+
+    def places(self, image: Tensor) -> Tensor:
+        """Return the places ``(B, count, 2)`` of features, down and right, in [-1, 1]."""
+        maps = self.maps(image.to(self.kinds.dtype) / 127.5 - 1)
+        down, right = (torch.linspace(-1, 1, n).to(maps) for n in maps.shape[2:])
+        maps = maps.flatten(2)
+        shares = (F.layer_norm(maps, maps.shape[2:]) * self.sharpness).softmax(2)
+        return shares @ torch.cartesian_prod(down, right)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Return the tokens ``(B, 16, W)`` of images."""
-        found = self.layers(image.to(self.places.dtype) / 127.5 - 1)
-        return self.outputs(found.transpose(1, 2)) + self.places
+        """Return the tokens ``(B, count, W)`` of images."""
+        return self.outputs(self.places(image)) + self.kinds
 
 
 class PolicyVelocity(nn.Module):
@@ -56,8 +76,12 @@ class PolicyVelocity(nn.Module):
             of the size of an image's tokens or of a latent action's.
         obs_size: Size ``O`` of an observation.
         encoder: Network from an image to tokens ``(B, N, W)``; None without images.
-        latents: A trained `LatentActionModel`. In training it infers the latent action from the
-            observation after the chunk; without that it draws one. It is not trained further.
+        latents: A trained `LatentActionModel`, which is not trained further. In training it infers
+            the latent action from the observation after the chunk; a rollout draws one, see
+            `ChunkPolicy`.
+
+    Raises:
+        ValueError: If the latent actions are of observations of another size.
 
     >>> net = SequenceDiT((2, 14), width=16, depth=1, heads=2, vector=4)
     >>> velocity = PolicyVelocity(net, obs_size=4)
@@ -74,6 +98,11 @@ class PolicyVelocity(nn.Module):
         latents: LatentActionModel | None = None,
     ) -> None:
         super().__init__()
+        if latents is not None and latents.observations.size != obs_size:
+            raise ValueError(
+                f"latents must be of observations of size {obs_size}, got "
+                f"{latents.observations.size}"
+            )
         self.net, self.encoder = net, encoder
         self.latents = None if latents is None else latents.requires_grad_(False)
         self.actions = ActionNormalizer(net.shape[0])
@@ -113,27 +142,42 @@ class PolicyVelocity(nn.Module):
     def encode(self, cond: Cond) -> dict[str, Tensor]:
         """Return the condition of the network for observations.
 
+        Args:
+            cond: ``vector (B, O)``, with an encoder ``image (B, C, H, W)``, and with latent actions
+                either their ``codes (B, k)`` or the observation after the chunk, ``future (B, O)``.
+
         Raises:
             TypeError: If ``cond`` is not a mapping.
-            ValueError: If an image is missing, or there is one without an encoder.
+            ValueError: If a part is missing, or there is an image without an encoder.
         """
         if not isinstance(cond, Mapping) or "vector" not in cond:
             raise TypeError("cond must be a mapping with the observation as vector")
-        found = {key: value for key, value in cond.items() if key not in ("image", "future")}
+        found = {key: value for key, value in cond.items() if key not in RAW}
         found["vector"] = self.observations.normalize(cond["vector"])
         if ("image" in cond) != (self.encoder is not None):
             state = "hold" if self.encoder is not None else "not hold"
             raise ValueError(f"cond must {state} image for this policy, got {', '.join(cond)}")
         tokens = [] if self.encoder is None else [self.encoder(cond["image"])]
         if self.latents is not None:
-            now, future = cond["vector"], cond.get("future")
-            codes = self.latents.draw(now) if future is None else self.latents.infer(now, future)
-            tokens.append(self.latents.embed(codes))
+            tokens.append(self.latents.embed(self._codes(self.latents, cond)))
         return {**found, "tokens": torch.cat(tokens, 1)} if tokens else found
+
+    def _codes(self, latents: LatentActionModel, cond: Mapping[str, Tensor]) -> Tensor:
+        """Return the codes of a condition, given or inferred."""
+        if "codes" in cond:
+            return cond["codes"]
+        if "future" not in cond:
+            raise ValueError(
+                f"cond must hold codes or future for this policy, got {', '.join(cond)}; "
+                "demonstrations give future with data.future=true"
+            )
+        return latents.infer(cond["vector"], cond["future"])
 
 
 class ChunkPolicy:
     """Policy that decodes a chunk of actions from noise: ``policy(obs) -> (H, D)``.
+
+    All that it draws, noise and the codes of latent actions, comes from its own generator.
 
     Args:
         velocity: The trained velocity.
@@ -156,7 +200,7 @@ class ChunkPolicy:
         self.reset()
 
     def reset(self, seed: int = 0) -> None:
-        """Begin an episode: its noise follows from a seed."""
+        """Begin an episode: what it draws follows from a seed."""
         self.generator.manual_seed(seed)
 
     @torch.no_grad()
@@ -178,6 +222,8 @@ class ChunkPolicy:
         }
         x0 = torch.randn(1, *self.velocity.shape, generator=self.generator) * self.noise
         x0 = x0.to(weights)
+        if (latents := self.velocity.latents) is not None:
+            cond["codes"] = latents.draw(cond["vector"], self.generator)
         hold = None if prefix is None else self._holding(x0, prefix.to(weights))
         x = self.sampler.solve(cast(Velocity, self.velocity), x0, cond, callback=hold).x
         chunk = self.velocity.actions.denormalize(x[0].T).cpu()

@@ -9,6 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flowkit import grids
+from flowkit.modules import Regression
 from flowkit.provenance import write_json
 from flowkit.runs.editing import PipelineFlow
 from flowkit.runs.known_data import place_of
@@ -19,12 +20,21 @@ from flowkit.velocity import BoundVelocity, Velocity, bind
 
 
 class RunModel:
-    """Velocity, starts and grids of a run."""
+    """Velocity, starts and grids of a run.
+
+    Raises:
+        ValueError: If the run is a regression.
+    """
 
     def __init__(self, cfg: DictConfig) -> None:
         self.run = Run.load(
             cfg.run, cfg.weights, cfg.device, cfg.guidance, cfg.trust, **place_of(cfg)
         )
+        if isinstance(self.run.module, Regression):
+            raise ValueError(
+                f"run must be a flow to have a grid of times, got a regression, {cfg.run}; it "
+                "takes one step"
+            )
         self.folder, self.velocity = self.run.results, self.run.velocity
         self.starts = self.run.starts(cfg.seed, cfg.seeding)
         self.guided = self.velocity is not self.run.module.velocity

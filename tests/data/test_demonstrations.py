@@ -220,6 +220,16 @@ def test_no_episode_is_in_two_splits_and_more_episodes_move_none(tmp_path):
     assert all(few <= many for few, many in zip(*places, strict=True))
 
 
+def test_the_order_of_arrays_in_memory_changes_nothing(tmp_path):
+    """Columns that were picked from a larger array lie one behind the other, also in the file."""
+    plain = opened(npz(tmp_path, episodes(30)))
+    arrays = {name: np.asfortranarray(array) for name, array in np.load(plain.root).items()}
+    np.savez(tmp_path / "columns.npz", **arrays)
+    other = opened(tmp_path / "columns.npz")
+    for split in ("train", "val", "test"):
+        assert other.fingerprint(split) == plain.fingerprint(split)
+
+
 def test_some_training_episodes_leave_val_and_test_as_they_are(tmp_path):
     root = npz(tmp_path, episodes(30))
     every, some = opened(root), opened(root, episodes=5)

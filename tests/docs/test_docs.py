@@ -47,6 +47,7 @@ PATHS = (
     "run",
     "resume",
     "module.start",
+    "model.latents",
     "autoencoder.path",
     "data.root",
     "data.path",

@@ -1,12 +1,14 @@
 """Latent actions: which of four motions was made, from observations alone."""
 
+import math
+
 import pytest
 import torch
-from torch.nn.functional import one_hot
+from torch.nn.functional import cross_entropy, one_hot
 
 from flowkit.modules import LatentActions
 from flowkit.nn import SequenceDiT
-from flowkit.policies import LatentActionModel, PolicyVelocity
+from flowkit.policies import ChunkPolicy, LatentActionModel, PolicyVelocity
 
 MOTIONS = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
 
@@ -56,6 +58,32 @@ def test_the_prior_draws_the_motions_that_occur_there(module):
     assert (drawn[now[:, 0] < -0.5] >= 2).float().mean() == pytest.approx(0.5, abs=0.1)
 
 
+def test_codes_that_are_drawn_belong_together():
+    """Two ways, (1, 2, 3) and (3, 0, 1): the draws are these and no mixture, both equally often."""
+    torch.manual_seed(0)
+    model = LatentActionModel(2, num_codes=4, tokens=3, width=4, hidden=32)
+    LatentActions(model).learn(torch.randn(1000, 2))
+    ways, now = torch.tensor([[1, 2, 3], [3, 0, 1]]), torch.randn(2000, 2)
+    optimizer = torch.optim.Adam(model.prior.parameters(), 1e-2)
+    for _ in range(150):
+        codes = ways.repeat(64, 1)
+        logits = model.logits(now[torch.randint(2000, (128,))], codes)
+        loss = cross_entropy(logits.flatten(0, 1), codes.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert 3 * loss.item() == pytest.approx(math.log(2), abs=0.1)  # of a choice between two
+    drawn = model.draw(now, torch.Generator().manual_seed(0))
+    shares = [(drawn == way).all(1).float().mean() for way in ways]
+    assert sum(shares) > 0.97
+    assert shares[0] == pytest.approx(0.5, abs=0.06)
+    codes = torch.randint(4, (5, 3))
+    other = torch.cat([codes[:, :1], (codes[:, 1:] + 1) % 4], 1)
+    before, after = model.logits(now[:5], codes), model.logits(now[:5], other)
+    assert torch.equal(before[:, :2], after[:, :2])  # they see the first code at most
+    assert not torch.equal(before[:, 2], after[:, 2])
+
+
 def test_a_policy_infers_in_training_and_draws_in_a_rollout():
     module = LatentActions(LatentActionModel(2, num_codes=8, tokens=1, width=8, hidden=32))
     module.learn(torch.randn(1000, 2))
@@ -69,11 +97,50 @@ def test_a_policy_infers_in_training_and_draws_in_a_rollout():
     now, later = batch["cond"]["vector"], batch["x1"]
     found = velocity.encode({"vector": now, "future": later})["tokens"]
     assert torch.equal(found, module.model.embed(module.model.infer(now, later)))
-    torch.manual_seed(1)
-    drawn = velocity.encode({"vector": now})["tokens"]
-    torch.manual_seed(1)
-    assert torch.equal(drawn, module.model.embed(module.model.draw(now)))
+    codes = module.model.draw(now, torch.Generator().manual_seed(1))
+    given = velocity.encode({"vector": now, "codes": codes})["tokens"]
+    assert torch.equal(given, module.model.embed(codes))
+    with pytest.raises(ValueError, match="cond must hold codes or future for this policy, got vec"):
+        velocity.encode({"vector": now})
     assert not any(p.requires_grad for p in velocity.latents.parameters())
+
+
+def test_what_a_rollout_draws_follows_from_its_own_seed_alone():
+    """Codes and noise are those of the policy's seed, whatever was drawn before; seeds differ."""
+    torch.manual_seed(0)
+    model = LatentActionModel(2, num_codes=8, tokens=3, width=8, hidden=32)
+    LatentActions(model).learn(torch.randn(1000, 2))
+    net = SequenceDiT((1, 4), width=16, depth=1, heads=2, vector=2, tokens=8)
+    velocity = PolicyVelocity(net, obs_size=2, latents=model)
+    for parameter in velocity.net.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    velocity.learn(torch.randn(9, 1), torch.randn(9, 2))
+    policy, drawn = ChunkPolicy(velocity), {}
+    encode = velocity.encode
+
+    def watching(cond):
+        drawn.setdefault(policy.generator.initial_seed(), []).append(cond["codes"])
+        return encode(cond)
+
+    velocity.encode = watching
+    chunks = {}
+    for seed, other in ((3, 0), (3, 1), (4, 0)):
+        torch.manual_seed(other)
+        policy.reset(seed)
+        chunks.setdefault(seed, []).append(torch.cat([policy(torch.ones(2)) for _ in range(3)]))
+    assert torch.equal(*chunks[3])
+    assert torch.equal(torch.cat(drawn[3][:3]), torch.cat(drawn[3][3:]))
+    assert not torch.equal(torch.cat(drawn[3][:3]), torch.cat(drawn[4]))
+
+
+def test_wrong_parts_are_named():
+    net = SequenceDiT((1, 4), width=16, depth=1, heads=2, vector=3, tokens=8)
+    with pytest.raises(ValueError, match="latents must be of observations of size 3, got 2"):
+        PolicyVelocity(net, obs_size=3, latents=LatentActionModel(2, width=8))
+    with pytest.raises(
+        TypeError, match=r"model must be a LatentActionModel \(model=latent_actions"
+    ):
+        LatentActions(net)
 
 
 def test_no_code_is_lost():

@@ -105,12 +105,91 @@ def test_wrong_settings_are_named():
     env = environment("obstacle")
     with pytest.raises(ValueError, match="style must be left, right or both for env=obstacle"):
         env.expert("straight", 0)
-    with pytest.raises(ValueError, match="task must be null for env=obstacle, which has one"):
+    with pytest.raises(ValueError, match="task must be null or wide for env=obstacle, got push-v3"):
         environment("obstacle", "push-v3")
     with pytest.raises(ValueError, match="env must be one of metaworld, obstacle, got 'libero'"):
         environment("libero")
     with pytest.raises(ValueError, match=r"actions must have size 2 in obstacle, got shape \(3,\)"):
         roll_out(env, RecedingHorizon(lambda obs: torch.zeros(8, 3), 4), 1)
+
+
+@needs_mujoco
+@pytest.mark.parametrize(("task", "offset"), [(None, 0.05), ("wide", 0.2)])
+def test_the_goal_that_is_shown_is_the_goal(task, offset):
+    """Also in the simulator's picture; and a wide one is far from the mean of all."""
+    env, goals = environment("obstacle", task), []
+    for seed in range(40):
+        env.reset(seed)
+        goals.append(env.goal[1])
+        assert env.data.site_xpos[0, :2] == pytest.approx(env.goal)
+    assert 0.8 * offset < np.abs(goals).max() <= offset
+    shown = demonstrate(env, 10, "both", 0)
+    assert shown.tried <= 12
+
+
+def painted(env):
+    """An environment whose pictures hold numbers: of the hand and of the goal."""
+    env.taken = 0
+
+    def render(height, width):
+        env.taken += 1
+        numbers = np.concatenate([env.data.qpos, env.goal])
+        row = np.rint(100 * (1 + numbers)).astype(np.uint8)
+        return np.broadcast_to(np.resize(row, width)[None, :, None], (height, width, 3))
+
+    env.render = render
+    return env
+
+
+@needs_mujoco
+def test_pictures_of_demonstrations_are_of_their_steps_and_only_they_show_the_goal():
+    plain = demonstrate(environment("obstacle", "wide"), 4, "both", 0).arrays
+    shown = demonstrate(painted(environment("obstacle", "wide")), 4, "both", 0, 8).arrays
+    assert shown["image"].dtype == np.uint8
+    assert shown["image"].shape == (len(plain["obs"]), 8, 8, 3)
+    assert np.array_equal(shown["obs"], plain["obs"][:, :2])
+    assert np.array_equal(shown["action"], plain["action"])
+    expected = np.rint(100 * (1 + plain["obs"][:, [0, 1, 4, 5]]))
+    assert np.abs(shown["image"][:, 0, :4, 0] - expected).max() <= 1  # float32 beside float64
+
+
+@needs_mujoco
+def test_a_policy_with_a_camera_gets_a_picture_at_each_decoding_and_not_the_goal():
+    env, seen = painted(environment("obstacle", "wide")), []
+
+    def policy(obs):
+        seen.append(obs)
+        goal = obs["image"][0, 0, 2:4] / 100 - 1
+        return around(np.concatenate([obs["vector"], [0, 0], goal]))
+
+    found = roll_out(env, RecedingHorizon(policy, 3), 4, image_size=6)
+    assert len(found.solves) == len(seen) == env.taken
+    assert {(obs["vector"].shape, obs["image"].shape) for obs in seen} == {((2,), (3, 6, 6))}
+    assert found.metrics()["success"]["value"] == 1  # by the goal that was seen
+
+
+@needs_mujoco
+def test_without_a_renderer_pictures_are_refused(monkeypatch):
+    for name in ("MUJOCO_GL", "DISPLAY"):
+        monkeypatch.delenv(name, raising=False)
+    env = environment("obstacle")
+    assert env.render() is None
+    with pytest.raises(RuntimeError, match=r"must have a renderer to take .*set MUJOCO_GL=egl"):
+        demonstrate(env, 1, "both", image_size=8)
+
+
+def test_a_graphics_library_that_does_not_work_is_named(monkeypatch):
+    real = builtins.__import__
+
+    def broken(name, *rest, **options):
+        if name == "mujoco":
+            raise AttributeError("no glGetError")
+        return real(name, *rest, **options)
+
+    monkeypatch.setenv("MUJOCO_GL", "osmesa")
+    monkeypatch.setattr(builtins, "__import__", broken)
+    with pytest.raises(RuntimeError, match=r"MUJOCO_GL must name .*, got osmesa: no glGetError"):
+        environment("obstacle")
 
 
 def test_an_environment_that_is_not_installed_names_the_extra(monkeypatch):

@@ -159,3 +159,14 @@ def test_a_policy_sees_its_image_and_refuses_to_go_without():
     assert (chunk[0] - chunk[255]).abs().max() > 1e-3
     with pytest.raises(ValueError, match="cond must hold image for this policy, got vector"):
         policy(np.zeros(3))
+
+
+def test_a_token_of_an_image_holds_the_place_of_its_feature():
+    """With the image itself as the map of a feature: the place of its only bright pixel."""
+    encoder = ImageEncoder(channels=1, size=8, count=1)
+    encoder.maps = torch.nn.Identity()
+    for row, column in ((5, 14), (0, 19), (11, 3)):
+        image = torch.zeros(1, 1, 12, 20, dtype=torch.uint8)
+        image[0, 0, row, column] = 255
+        expected = [2 * row / 11 - 1, 2 * column / 19 - 1]
+        assert encoder.places(image)[0, 0].tolist() == pytest.approx(expected, abs=1e-3)

@@ -1,6 +1,7 @@
 """Demonstrate, train, roll out: the record, the same starts again, and wrong settings."""
 
 import json
+import shutil
 from itertools import pairwise
 
 import numpy as np
@@ -9,7 +10,11 @@ import torch
 from hydra import compose, initialize_config_dir
 from PIL import Image
 
+from flowkit import grids
 from flowkit.modules import load_run
+from flowkit.modules.checkpoints import read_checkpoint
+from flowkit.modules.latent_actions import load_latents
+from flowkit.recipes.boss import boss
 from flowkit.recipes.demonstrate import demonstrate
 from flowkit.recipes.rollout import rollout
 from flowkit.recipes.train import train
@@ -78,6 +83,128 @@ def test_wrong_settings_are_named(run, tiny_run, tmp_path):
     options = ["model=policy", "data=toy", f"run_dir={tmp_path}/run", "trainer.accelerator=cpu"]
     with pytest.raises(Exception, match=r"shape must be \(C, T\), got \(2,\)"):
         train(composed("train", *options))
+
+
+LATENTS = [*TINY[2:-2], "batch_size=16", "trainer.max_steps=4", "trainer.val_check_interval=4"]
+LATENTS += ["logger.tensorboard=null", "model.width=8", "model.hidden=16"]
+
+
+@pytest.fixture(scope="module")
+def latents(run):
+    """A run of latent actions that has trained for four steps."""
+    folder = run.parent / "latents"
+    options = ["experiment=obstacle_latents", f"data.root={run.parent}/shown.npz", *LATENTS]
+    train(composed("train", *options, f"run_dir={folder}"))
+    return folder
+
+
+def test_latent_actions_become_part_of_a_policy(run, latents, tmp_path):
+    """The second run holds the averaged weights of the first, and needs it no more."""
+    trained = load_latents(latents)
+    observations = load_run(run).velocity.observations
+    assert torch.equal(trained.observations.scale, observations.scale)  # of the same episodes
+    first = shutil.copytree(latents, tmp_path / "first")
+    options = ["experiment=obstacle_chunks", f"data.root={run.parent}/shown.npz", *SMALL]
+    options += [f"model.latents={first}", "data.future=true", "data.episodes=3"]
+    train(composed("train", *options, f"run_dir={tmp_path}/second"))
+    shutil.rmtree(first)
+    stored = load_run(tmp_path / "second").velocity.latents.state_dict()
+    for name, value in trained.state_dict().items():
+        assert torch.equal(stored[name], value)
+    acting = [f"run={tmp_path}/second", "env=obstacle", "episodes=2", "sampler.grid=1"]
+    pictures = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        rollout(composed("rollout", *acting, f"out={tmp_path}/{seed}"))
+        pictures.append((tmp_path / f"{seed}/rollout.png").read_bytes())
+    assert pictures[0] == pictures[1]
+
+
+def test_a_run_of_latent_actions_continues(latents, tmp_path):
+    whole = read_checkpoint(latents / "checkpoints/last.ckpt")
+    half = [line for line in LATENTS if not line.startswith("trainer.max_steps")]
+    data = f"data.root={latents.parent}/shown.npz"
+    options = ["experiment=obstacle_latents", data, *half, f"run_dir={tmp_path}/run"]
+    options += ["lr_scheduler.T_max=4", "callback.checkpoint.every_n_steps=2"]
+    train(composed("train", *options, "trainer.max_steps=2"))
+    train(composed("train", *options, "trainer.max_steps=4", f"resume={tmp_path}/run"))
+    again = read_checkpoint(tmp_path / "run/checkpoints/last.ckpt")
+    for name, value in whole["current_model_state"].items():
+        assert torch.equal(again["current_model_state"][name], value), name
+
+
+def test_runs_of_other_kinds_are_named(run, latents, tmp_path):
+    place = f"run_dir={tmp_path}/run"
+    data = f"data.root={run.parent}/shown.npz"
+    policy = ["experiment=obstacle_chunks", data, *SMALL, place]
+    own = f"model.latents={latents}"
+    with pytest.raises(
+        ValueError, match=r"got LatentActions in .*train a policy on it: flowkit tr"
+    ):
+        load_run(latents)
+    with pytest.raises(ValueError, match=r"data.future must be true to train on latent actions"):
+        train(composed("train", *policy, own))
+    with pytest.raises(ValueError, match=r"data.horizon must be that of model.latents, 14, got 7"):
+        train(composed("train", *policy, own, "data.future=true", "data.horizon=7"))
+    with pytest.raises(ValueError, match=r"model.latents must be a run of latent actions \(mod"):
+        train(composed("train", *policy, f"model.latents={run}", "data.future=true"))
+    wrong = ["experiment=obstacle_latents", data, *LATENTS, place, "data.predict=action"]
+    with pytest.raises(ValueError, match=r"demonstrations with data.predict=future for latent"):
+        train(composed("train", *wrong))
+    images = ["model=policy_images", "model.encoder.width=4", own, "data.future=true"]
+    with pytest.raises(ValueError, match=r"model.encoder.size must be the width .*, 8, got 64"):
+        train(composed("train", *policy, *images))
+    options = ["env=obstacle", "camera=obs", f"out={tmp_path}/a.npz"]
+    with pytest.raises(ValueError, match="camera must be another name than obs, action, episode"):
+        demonstrate(composed("demonstrate", *options))
+
+
+@pytest.mark.slow
+def test_grids_of_boss_serve_a_policy(run, tmp_path):
+    """They are searched under observations of the data, and a rollout takes them."""
+    few = ["fine_steps=8", "start=16", "limit=16", "search_noises=12", "fresh_noises=8"]
+    out = f"out={tmp_path}/boss"
+    boss(composed("boss", f"run={run}", "num_steps=4", "budgets=[2]", "adaptive=[]", *few, out))
+    for name, steps in (("grid", 4), ("grid-2", 2)):
+        grid = grids.load(tmp_path / f"boss/{name}.json")
+        assert len(grid) == steps + 1
+        options = [f"run={run}", "env=obstacle", "episodes=1", "sampler=from_file"]
+        options += [f"sampler.grid.file={tmp_path}/boss/{name}.json", f"out={tmp_path}/{name}"]
+        rollout(composed("rollout", *options))
+        record = json.loads((tmp_path / f"{name}/rollout.json").read_text())
+        assert record["sampling"]["grid"] == grid.tolist()
+
+
+def test_a_regression_has_no_grid(run, tmp_path):
+    options = ["experiment=obstacle_chunks", "module=regression", *SMALL]
+    options += [f"data.root={run.parent}/shown.npz", f"run_dir={tmp_path}/run"]
+    train(composed("train", *options))
+    with pytest.raises(ValueError, match="run must be a flow to have a grid of times, got a regre"):
+        boss(composed("boss", f"run={tmp_path}/run"))
+
+
+def test_a_policy_of_images_end_to_end(run, tmp_path, monkeypatch):
+    """Pictures are read by the name that they were recorded under, and taken in a rollout."""
+    sizes = []
+
+    def render(self, height=240, width=320):
+        sizes.append((height, width))
+        return np.full((height, width, 3), 7, np.uint8)
+
+    monkeypatch.setattr("flowkit.policies.environments.Obstacle.render", render)
+    file = tmp_path / "shown.npz"
+    seen = ["env=obstacle", "task=wide", "camera=front", "image_size=16", "num=12"]
+    demonstrate(composed("demonstrate", *seen, f"out={file}"))
+    assert np.load(file)["front"].shape[1:] == (16, 16, 3)
+    options = ["experiment=obstacle_images", f"data.root={file}", "data.camera=front", *SMALL]
+    options += ["data.image_size=16", "model.encoder.width=4", "model.encoder.size=8"]
+    train(composed("train", *options, f"run_dir={tmp_path}/run"))
+    sizes.clear()
+    acting = [f"run={tmp_path}/run", "env=obstacle", "task=wide", "episodes=2", "shown=1"]
+    found = rollout(composed("rollout", *acting, "sampler.grid=1"))
+    assert sizes.count((16, 16)) == found["solves"]
+    record = json.loads((tmp_path / "run/rollout/rollout.json").read_text())
+    assert record["acting"]["animation"] == "rendered"
 
 
 @pytest.mark.slow

@@ -1,0 +1,83 @@
+"""Training of policies: latent actions of another run, and the statistics of demonstrations."""
+
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from flowkit.modules.checkpoints import read_config
+from flowkit.modules.latent_actions import load_latents
+from flowkit.modules.trust import check
+from flowkit.policies import LatentActionModel, PolicyVelocity
+
+
+def follow_latents(cfg: DictConfig) -> str | None:
+    """Give a policy the network of latent actions of the run in ``model.latents``.
+
+    The configuration then holds this network, and the checkpoints hold its weights, so the run of
+    the policy needs the other run no more.
+
+    Returns:
+        The run whose weights the network takes; None without one.
+
+    Raises:
+        FileNotFoundError: If the folder is not a run.
+        ValueError: If it is a run of something else, of other steps, or the data do not give what
+            the codes are inferred from.
+    """
+    place = OmegaConf.select(cfg, "model.latents")
+    if not isinstance(place, str):
+        return None
+    config = read_config(place)
+    node = (config.get("module") or {}).get("model")
+    if not isinstance(node, dict):
+        raise ValueError(
+            f"model.latents must be a run of latent actions (module=latent_actions), got {place}"
+        )
+    check(node, f"module.model of {place}")
+    if not cfg.data.get("future"):
+        raise ValueError(
+            "data.future must be true to train on latent actions, got false; the codes are "
+            "inferred from the observation after a chunk"
+        )
+    horizon = config["data"]["horizon"]
+    if cfg.data.horizon != horizon:
+        raise ValueError(
+            f"data.horizon must be that of model.latents, {horizon}, got {cfg.data.horizon}"
+        )
+    encoder = cfg.model.get("encoder")
+    if encoder is not None and encoder.size != node["width"]:
+        raise ValueError(
+            f"model.encoder.size must be the width of model.latents, {node['width']}, got "
+            f"{encoder.size}"
+        )
+    cfg.model.latents, cfg.model.net.tokens = node, node["width"]
+    return place
+
+
+def teach(network: Any, data: Any, latents: str | None = None) -> None:
+    """Give a policy, or a network of latent actions, what it knows before its training.
+
+    Args:
+        network: Any network; others than these two stay as they are.
+        data: The data, set up. Their statistics become part of the network.
+        latents: Run whose weights the latent actions of a policy take.
+
+    Raises:
+        ValueError: If the data are not demonstrations for this network.
+    """
+    if isinstance(network, LatentActionModel):
+        if getattr(data, "predict", None) != "future":
+            raise ValueError(
+                "data must be demonstrations with data.predict=future for latent actions, got "
+                f"{type(data).__name__}"
+            )
+        network.observations.take(*data.observations.buffers())
+    elif isinstance(network, PolicyVelocity):
+        actions = getattr(data, "actions", None)
+        if actions is None:
+            raise ValueError(
+                f"data must be demonstrations with actions for a policy, got {type(data).__name__}"
+            )
+        network.take(actions, data.observations)
+        if latents is not None and network.latents is not None:
+            network.latents.load_state_dict(load_latents(latents).state_dict())
