@@ -25,8 +25,10 @@ from lightning.pytorch.callbacks import WeightAveraging
 from omegaconf import DictConfig, OmegaConf
 
 import flowkit.recipes._resolvers  # noqa: F401  # functions that configurations refer to
+from flowkit.audio import VoiceVelocity
 from flowkit.blockwise import Blockwise
 from flowkit.checks import check_choice
+from flowkit.data import Speech
 from flowkit.modules import (
     BlockwiseFlowMatching,
     ConditionGrid,
@@ -232,6 +234,8 @@ def _module(cfg: DictConfig, data: Any) -> FlowModule:
     network = module.net if _is_a(cfg, MeanFlowMatching) else module.velocity
     if isinstance(network, PolicyVelocity):
         _teach(network, data)
+    if isinstance(network, VoiceVelocity):
+        _listen(network, data)
     if cfg.compile:
         network.compile()  # in place, so that names in checkpoints stay the same
     module.guided(cfg.guidance)  # refuses a wrong scale now and not at the first picture
@@ -249,6 +253,13 @@ def _teach(network: PolicyVelocity, data: Any) -> None:
             f"data must be demonstrations with actions for a policy, got {type(data).__name__}"
         )
     network.take(actions, data.observations)
+
+
+def _listen(network: VoiceVelocity, data: Any) -> None:
+    """Give a converter of voices the recognizer of its speech."""
+    if not isinstance(data, Speech):
+        raise ValueError(f"data must be speech for a voice, got {type(data).__name__}")
+    network.take(data.recognizer)
 
 
 def _convert_prediction(cfg: DictConfig) -> None:

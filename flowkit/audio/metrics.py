@@ -88,6 +88,29 @@ def mel_cepstral_distortion(estimate: Tensor, target: Tensor, coefficients: int 
     return float(10 * np.sqrt(2) / np.log(10) * distances[tuple(aligned(distances))].mean())
 
 
+def variance_ratio(estimate: Tensor, target: Tensor) -> float:
+    """Return the variance of log-mels over time, as a ratio to that of others; 1 is as lively.
+
+    The variances are averaged over the bands. A mean of all ways to say something is smooth, and
+    has a ratio below 1.
+
+    Args:
+        estimate: Log-mels ``(n_mels, T)``, of any length.
+        target: Log-mels ``(n_mels, S)``.
+
+    Raises:
+        ValueError: If the target does not change over time.
+
+    >>> wave = torch.tensor([[-1.0, 1.0]])
+    >>> variance_ratio(0.5 * wave, wave)
+    0.25
+    """
+    own, given = (float(x.double().var(1, correction=0).mean()) for x in (estimate, target))
+    if not given > 0:
+        raise ValueError("target must change over time, got constant log-mels")
+    return own / given
+
+
 def aligned(costs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the path of least total cost through ``(T, S)``, by dynamic time warping.
 
