@@ -126,7 +126,7 @@ class Recognition:
     path: str | Path | None = None
     width: int = 128
     codes: int = 64
-    steps: int = 600
+    steps: int = 1500
 
     def __post_init__(self) -> None:
         for name in ("width", "codes", "steps"):
