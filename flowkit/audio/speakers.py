@@ -74,6 +74,8 @@ class SpeakerEncoder:
     def _net(self) -> "_Encoder":
         """The frozen network."""
         file = _packaged() if self.path is None else Path(self.path)
+        if not file.is_file():
+            raise FileNotFoundError(f"speaker.path must be a file, got {file}")
         stored = torch.load(file, map_location="cpu", weights_only=True)
         net = _Encoder()
         try:

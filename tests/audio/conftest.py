@@ -104,3 +104,28 @@ def write_speech(folder):
                 write_audio(utterance(speaker, k, 0.6 + 0.2 * k), file)
                 file.with_suffix(".normalized.txt").write_text(f"say number {k}\n")
     return folder
+
+
+def write_place(folder):
+    """Write speech, weights of an encoder, recognizers, a recording and a voice."""
+    from flowkit.audio import LogMel, MelStates, write_audio
+
+    write_speech(folder / "speech")
+    write_voice_weights(folder / "weights.pt")
+    write_recognizer(folder / "phones.safetensors", MelStates(LogMel()))
+    wide = MelStates(LogMel(hop=256, n_mels=80))
+    write_recognizer(folder / "phones80.safetensors", wide)
+    write_audio(utterance(0, 5, 1.2), folder / "source.wav")
+    write_audio(utterance(1, 6, 0.7), folder / "voice.wav")
+    return folder
+
+
+def of_place(folder, phones="phones"):
+    """Return the options of a training on what `write_place` wrote."""
+    return [
+        f"data.root={folder}/speech",
+        f"data.speaker.path={folder}/weights.pt",
+        f"data.recognition.path={folder}/{phones}.safetensors",
+        "data.recognition.width=8",
+        "data.recognition.codes=4",
+    ]

@@ -198,6 +198,8 @@ def test_the_hash_and_other_weights(encoder, tmp_path, monkeypatch):
     torch.save({"model_state": {"linear.weight": torch.zeros(1)}}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match=r"speaker\.path must hold weights of resemblyzer"):
         _ = SpeakerEncoder(tmp_path / "other.pt").hash
+    with pytest.raises(FileNotFoundError, match=r"speaker\.path must be a file, got none\.pt"):
+        _ = SpeakerEncoder("none.pt").hash
     monkeypatch.setattr("flowkit.audio.speakers.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"resemblyzer must be installed.*flowkit-fm\[voices\]"):
         _ = SpeakerEncoder().hash

@@ -8,19 +8,21 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
-from flowkit.audio import LogMel, MelStates, VoiceVelocity, read_audio, write_audio
+from flowkit.audio import VoiceVelocity, read_audio, write_audio
+from flowkit.data import Digits
 from flowkit.modules import Regression, load_run
 from flowkit.recipes.convert import convert
-from flowkit.recipes.train import train
-from tests.audio.conftest import utterance, write_recognizer, write_speech, write_voice_weights
+from flowkit.recipes.train import _listen, train
+from tests.audio.conftest import of_place, utterance, write_place
 from tests.conftest import CONF
 from tests.recipes.conftest import TINY, status_of
 
 SMALL = [*TINY[4:-1], "batch_size=4", "trainer.max_steps=4", "trainer.val_check_interval=2"]
 SMALL += ["model.net.width=16", "model.net.depth=1", "model.net.heads=2", "model.net.frames=8"]
 SMALL += ["logger.tensorboard=null", "data.eval_windows=3", "callback.samples.sounds=1"]
-SMALL += ["data.recognition.width=8", "data.recognition.codes=4", "data.frames=50"]
+SMALL += ["data.frames=50"]
 SMALL += ["data.reference=20", "data.num_workers=0"]
+FAST = "vocoder.iterations=1"
 
 
 def composed(recipe, *options):
@@ -28,22 +30,8 @@ def composed(recipe, *options):
         return compose(recipe, overrides=[str(option) for option in options])
 
 
-def write_place(folder):
-    """Write speech, weights of an encoder, recognizers, a recording and a voice."""
-    write_speech(folder / "speech")
-    write_voice_weights(folder / "weights.pt")
-    write_recognizer(folder / "phones.safetensors", MelStates(LogMel()))
-    wide = MelStates(LogMel(hop=256, n_mels=80))
-    write_recognizer(folder / "phones80.safetensors", wide)
-    write_audio(utterance(0, 5, 1.2), folder / "source.wav")
-    write_audio(utterance(1, 6, 0.7), folder / "voice.wav")
-    return folder
-
-
 def options(folder, experiment="takin_voices", phones="phones"):
-    found = [f"experiment={experiment}", "data=speech", *SMALL, f"data.root={folder}/speech"]
-    found += [f"data.speaker.path={folder}/weights.pt"]
-    return [*found, f"data.recognition.path={folder}/{phones}.safetensors"]
+    return [f"experiment={experiment}", "data=speech", *SMALL, *of_place(folder, phones)]
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +52,7 @@ def test_training_shows_reference_source_and_sample(place):
     assert set(record["preprocessing"]) == {"states", "speaker"}
 
 
+@pytest.mark.slow
 def test_the_run_stands_alone_and_its_recognizer_is_the_given_one(place, tmp_path):
     """Without the file of the recognizer, and without the speech."""
     from flowkit.audio import PhoneRecognizer
@@ -71,19 +60,19 @@ def test_the_run_stands_alone_and_its_recognizer_is_the_given_one(place, tmp_pat
     given = PhoneRecognizer.load(place / "phones.safetensors")
     run = shutil.copytree(place / "run", tmp_path / "run")
     config = run / "config.yaml"
-    config.write_text(
-        config.read_text().replace(f"{place}/phones", "gone/phones").replace("/speech", "/gone")
-    )
+    text = config.read_text().replace(f"{place}/phones", "gone/phones")
+    config.write_text(text.replace(f"{place}/speech", "gone/speech"))
     velocity = load_run(run).velocity
     assert isinstance(velocity, VoiceVelocity)
     for name, value in given.state_dict().items():
         assert torch.equal(velocity.content.state_dict()[name], value)
-    asked = [f"audio={place}/source.wav", f"reference={place}/voice.wav", "sampler.grid=1"]
+    asked = [f"audio={place}/source.wav", f"reference={place}/voice.wav", "sampler.grid=1", FAST]
     found = convert(composed("convert", f"run={run}", *asked, f"out={tmp_path}/found"))
     own = convert(composed("convert", f"run={place}/run", *asked, f"out={tmp_path}/own"))
     assert torch.equal(found, own)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_uninterrupted_one(place, tmp_path):
     short = [*options(place), "trainer.max_steps=2", f"run_dir={tmp_path}/run"]
     train(composed("train", *short, "~lr_scheduler"))
@@ -96,7 +85,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(place, tmp_path):
 
 def test_a_recording_is_converted_and_recorded(place, tmp_path):
     asked = [f"run={place}/run", f"audio={place}/source.wav", f"reference={place}/voice.wav"]
-    asked += ["sampler.grid=2", "overlap=8", f"out={tmp_path}"]
+    asked += ["sampler.grid=2", "overlap=8", f"out={tmp_path}", FAST]
     first = convert(composed("convert", *asked))
     assert first.shape == (19200,)
     written = read_audio(tmp_path / "converted.wav")
@@ -117,8 +106,10 @@ def test_a_recording_is_converted_and_recorded(place, tmp_path):
     assert not torch.equal(first, voice)
 
 
+@pytest.mark.slow
 def test_test_pairs_are_measured(place, tmp_path):
     asked = [f"run={place}/run", "sampler.grid=1", f"out={tmp_path}", "num_pairs=2", "words=false"]
+    asked.append(FAST)
     waves = convert(composed("convert", *asked))
     record = json.loads((tmp_path / "pairs.json").read_text())
     assert record["metrics"]["num_pairs"] == len(waves) == 2
@@ -162,18 +153,20 @@ def test_other_runs_and_other_parts_are_refused(place, tiny_run, tmp_path):
     with pytest.raises(ValueError, match=r"data.states must be that of the run's training, hash"):
         convert(composed("convert", f"run={other}"))
     with pytest.raises(ValueError, match="data must be speech for a voice, got Digits"):
-        train(composed("train", *options(place), "data=digits", f"run_dir={tmp_path}/digits"))
+        _listen(load_run(place / "run").velocity, Digits())
 
 
+@pytest.mark.slow
 def test_a_regression_of_the_same_network_is_trained(place, tmp_path):
     given = [*options(place), "module=regression", "~module.drop_cond", "guidance=null"]
     module = train(composed("train", *given, f"run_dir={tmp_path}/run"))
     assert isinstance(module, Regression)
-    asked = [f"run={tmp_path}/run", "num_pairs=1", "words=false"]
+    asked = [f"run={tmp_path}/run", "num_pairs=1", "words=false", FAST]
     first = convert(composed("convert", *asked))[0]
     assert torch.equal(first, convert(composed("convert", *asked, "seed=1"))[0])  # without noise
 
 
+@pytest.mark.slow
 def test_the_large_experiment_trains_a_step_on_its_layout(place, tmp_path):
     given = [*options(place, "takin_libritts", "phones80"), f"run_dir={tmp_path}/run"]
     module = train(composed("train", *given, "trainer.max_steps=1"))
