@@ -1,4 +1,4 @@
-"""What is said, without the voice: a small recognizer of phones, frozen in a flow of voices."""
+"""Content of speech without its voice: a small recognizer of phones, frozen in a flow."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -110,7 +110,7 @@ class PhoneRecognizer(Stored):
 
 @dataclass(frozen=True)
 class Recognition:
-    """Where the recognizer of a training comes from: a file, or a short training on its speech.
+    """Origin of the recognizer of a training: a file, or a short training on its speech.
 
     Args:
         path: File that `PhoneRecognizer.save` wrote; None trains one, and keeps it in the user's

@@ -189,7 +189,7 @@ class Speech(SplitData):
     Args:
         states: Map between log-mels and states, of sequences.
         speaker: Encoder of voices.
-        recognition: Where the recognizer of phones comes from.
+        recognition: Origin of the recognizer of phones.
         frames: Frames of a window, at least 8.
         reference: Frames of a reference, at least 8.
         train_windows: Number of different training windows.

@@ -74,7 +74,7 @@ class SpeechFolder(Speech):
         states: Map between log-mels and states.
         speaker: Encoder of voices.
         root: The folder.
-        recognition: Where the recognizer of phones comes from.
+        recognition: Origin of the recognizer of phones.
         val_fraction: The share of the validation split, without folders of splits.
         test_fraction: The share of the test split.
         settings: The other arguments, see `Speech`.

@@ -69,7 +69,7 @@ class SyntheticVoices(Speech):
     Args:
         states: Map between log-mels and states.
         speaker: Encoder of voices.
-        recognition: Where the recognizer of phones comes from.
+        recognition: Origin of the recognizer of phones.
         voices: The voices, at least 2.
         unseen: Voices among them that only the test split has.
         sentences: The first so many sentences.
