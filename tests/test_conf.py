@@ -168,3 +168,12 @@ def test_metric_composes(option, configure, tmp_path):
     cfg = configure("evaluate", f"metric={name}", "samples=s", *extra)
     rules.check("evaluate", OmegaConf.to_container(cfg))
     assert callable(instantiate(cfg.metric))
+
+
+@pytest.mark.parametrize("option", _options("vocoder"))
+def test_vocoder_composes(option, configure):
+    name = option.split("/")[1]
+    extra = ["vocoder.path=v"] if name == "hifigan" else []
+    cfg = configure("convert", f"vocoder={name}", "run=r", *extra)
+    rules.check("convert", _given(OmegaConf.to_container(cfg)))
+    assert callable(instantiate(cfg.vocoder))

@@ -68,7 +68,7 @@ class PhoneRecognizer(Stored):
     @property
     def hash(self) -> str:
         """SHA-256 of all weights and codes."""
-        return content_hash(self.state_dict(), str(sorted(self.config.items())))
+        return content_hash(self.state_dict())
 
     def hidden(self, states: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return the last hidden frames ``(B, T, width)``; see `content`."""

@@ -8,7 +8,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
-from flowkit.audio import VoiceVelocity, read_audio, write_audio
+from flowkit.audio import PhoneRecognizer, VoiceVelocity, read_audio, write_audio
 from flowkit.data import Digits
 from flowkit.modules import Regression, load_run
 from flowkit.recipes.convert import convert
@@ -55,8 +55,6 @@ def test_training_shows_reference_source_and_sample(place):
 @pytest.mark.slow
 def test_the_run_stands_alone_and_its_recognizer_is_the_given_one(place, tmp_path):
     """Without the file of the recognizer, and without the speech."""
-    from flowkit.audio import PhoneRecognizer
-
     given = PhoneRecognizer.load(place / "phones.safetensors")
     run = shutil.copytree(place / "run", tmp_path / "run")
     config = run / "config.yaml"
@@ -96,7 +94,7 @@ def test_a_recording_is_converted_and_recorded(place, tmp_path):
     assert record["sampling"]["vocoder"]["_target_"] == "flowkit.audio.GriffinLim"
     known = json.loads((place / "run/data.json").read_text())["preprocessing"]
     assert {name: record[name] for name in known} == known
-    assert len(record["recognizer"]) == 64
+    assert record["recognizer"] == PhoneRecognizer.load(place / "phones.safetensors").hash
     assert torch.equal(convert(composed("convert", *asked)), first)
     assert not (tmp_path / "converted-1.json").exists()  # only the seconds differ
     other = convert(composed("convert", *asked, "guidance=1"))
@@ -179,4 +177,4 @@ def test_parameters_of_the_large_experiment():
     cfg.network.vector, cfg.network.tokens = 256, 80
     with torch.device("meta"):
         network = instantiate(cfg.model)
-    assert sum(p.numel() for p in network.parameters()) / 1e6 == pytest.approx(75, abs=1)
+    assert sum(p.numel() for p in network.parameters()) / 1e6 == pytest.approx(75.9, abs=0.1)
