@@ -171,8 +171,9 @@ def test_metric_composes(option, configure, tmp_path):
 
 
 @pytest.mark.parametrize("option", _options("vocoder"))
-def test_vocoder_composes(option, configure):
+def test_vocoder_composes(option, configure, monkeypatch):
     name = option.split("/")[1]
+    monkeypatch.setattr(rules, "_of_kind", lambda *_: True)  # the run is made elsewhere
     extra = ["vocoder.path=v"] if name == "hifigan" else []
     cfg = configure("convert", f"vocoder={name}", "run=r", *extra)
     rules.check("convert", _given(OmegaConf.to_container(cfg)))

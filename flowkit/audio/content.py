@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -103,7 +104,8 @@ class PhoneRecognizer(Stored):
         from sklearn.cluster import KMeans
 
         check_at_least(len(frames), len(self.codebook), "number of frames")
-        found = KMeans(len(self.codebook), n_init=1, random_state=seed, max_iter=50)
+        once: Any = 1  # a number, whatever its stub says
+        found = KMeans(len(self.codebook), n_init=once, random_state=seed, max_iter=50)
         found.fit(np.asarray(frames.double()))
         self.codebook.copy_(torch.from_numpy(found.cluster_centers_))
 

@@ -59,7 +59,9 @@ def mel_cepstral_distortion(estimate: Tensor, target: Tensor, coefficients: int 
     """Return the mel-cepstral distortion in dB of two utterances of any lengths.
 
     ``(10 √2 / ln 10) · mean ‖c − ĉ‖`` over the frames of the best alignment (dynamic time warping),
-    with cepstral coefficients 1 to 13 of natural log-mels: the level, coefficient 0, is left out.
+    with cepstral coefficients 1 to 13 of natural log-mels, ``L = c₀ + Σ c_m cos(π m (k + ½) / K)``
+    in band ``k`` of ``K``: the level ``c₀`` is left out. So it is the root mean square over the
+    bands of the difference in dB of what 13 coefficients keep, for any number of bands.
 
     Source: Kubichek, *Mel-cepstral distance measure*, 1993.
 
@@ -81,7 +83,7 @@ def mel_cepstral_distortion(estimate: Tensor, target: Tensor, coefficients: int 
     check_at_least(coefficients, 1, "coefficients")
     check_at_least(len(estimate) - 1, coefficients, "n_mels - 1")
     a, b = (
-        np.asarray(dct(log_mel.double().numpy(), axis=0, norm="ortho"))[1 : coefficients + 1].T
+        np.asarray(dct(log_mel.double().numpy(), axis=0))[1 : coefficients + 1].T / len(log_mel)
         for log_mel in (estimate, target)
     )
     distances = np.sqrt(((a[:, None] - b[None]) ** 2).sum(-1))
