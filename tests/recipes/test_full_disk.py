@@ -335,6 +335,7 @@ def read(file):
 def timeless(value):
     """A record without what depends on the time."""
     names = {"seconds", "processor_seconds", "milliseconds", "sampling", "cost"}
+    names |= {"real_time_factor"}
     if isinstance(value, dict):
         kept = {k: v for k, v in value.items() if not re.search(r"_hz$|^latency_ms", k)}
         return {k: timeless(v) for k, v in kept.items() if k not in names}
