@@ -52,9 +52,9 @@ from flowkit.modules.trust import check, trusting
 from flowkit.provenance import write_text
 from flowkit.runs.epochs import count_in_steps
 from flowkit.runs.known_data import record_of, write_data_record
+from flowkit.runs.learning import follow_latents, teach
 from flowkit.runs.locks import locked
 from flowkit.runs.logs import Settings, build_loggers, logging_to
-from flowkit.runs.policies import follow_latents, teach
 from flowkit.runs.processes import check_trainer, quiet, say
 from flowkit.runs.records import composed, recorded
 from flowkit.runs.resuming import (

@@ -62,6 +62,8 @@ def test_option(option, configure, tmp_path):
     if group == "autoencoder" and name in KINDS:
         kind, make = KINDS[name][:2]
         kind(make()).save_pretrained(tmp_path / "autoencoder")
+    if option == "model/voice":
+        overrides.append("data=voices")
     if option in MANDATORY:
         overrides.append(MANDATORY[option].format(tmp=tmp_path))
     cfg = configure("train", *overrides)
@@ -71,6 +73,9 @@ def test_option(option, configure, tmp_path):
     cfg.network.num_times = 2 if option == "module/mean_flow" else 1
     if option.startswith(OF_SEQUENCES):
         cfg.network.shape, cfg.network.vector = [2, 14], 6
+    if option == "model/voice":
+        cfg.network.shape, cfg.network.vector = [64, 128], 256
+        cfg.network.frames = cfg.network.tokens = 64
     node = cfg[group]
     if group == "logger":
         names = {type(logger).__name__ for logger in build_loggers(node, tmp_path, 0)}
@@ -134,6 +139,9 @@ def test_experiment_composes_under_its_recipe_and_states_its_result(
             shape, cfg.network.vector = [2, 14], 6
         if cfg.data._target_ == "flowkit.data.Instruments":
             shape, cfg.network.frames, cfg.network.vector = [64, 256], 64, 384
+        if cfg.model._target_ == "flowkit.audio.VoiceVelocity":
+            shape, cfg.network.vector = [cfg.data.states.mel.n_mels, cfg.data.frames], 256
+            cfg.network.frames = cfg.network.tokens = shape[0]
         for node in (cfg, cfg.network):
             node.shape, node.num_classes = shape, 10
         cfg.image_shape = shape
@@ -161,3 +169,13 @@ def test_metric_composes(option, configure, tmp_path):
     cfg = configure("evaluate", f"metric={name}", "samples=s", *extra)
     rules.check("evaluate", OmegaConf.to_container(cfg))
     assert callable(instantiate(cfg.metric))
+
+
+@pytest.mark.parametrize("option", _options("vocoder"))
+def test_vocoder_composes(option, configure, monkeypatch):
+    name = option.split("/")[1]
+    monkeypatch.setattr(rules, "_of_kind", lambda *_: True)  # the run is made elsewhere
+    extra = ["vocoder.path=v"] if name == "hifigan" else []
+    cfg = configure("convert", f"vocoder={name}", "run=r", *extra)
+    rules.check("convert", _given(OmegaConf.to_container(cfg)))
+    assert callable(instantiate(cfg.vocoder))

@@ -59,6 +59,22 @@ def read_audio(file: str | Path, rate: int = 16000) -> Tensor:
     return resample(wave, found, rate)
 
 
+def seconds_of(file: str | Path) -> float:
+    """Return the length of an audio file in seconds, by its head.
+
+    Raises:
+        ValueError: If the file is no audio file.
+        ImportError: If soundfile, of the extra ``audio``, is missing.
+    """
+    soundfile = _soundfile()
+    try:
+        found = soundfile.info(file)
+    except (soundfile.LibsndfileError, RuntimeError, TypeError) as error:
+        words = " ".join(str(error).split())
+        raise ValueError(f"audio must be an audio file, got {file}: {words}") from error
+    return found.frames / found.samplerate
+
+
 def resample(wave: Tensor, rate: int, to: int) -> Tensor:
     """Return waves ``(*, T)`` at another rate, ``(*, ⌈T · to / rate⌉)``.
 

@@ -59,7 +59,9 @@ def mel_cepstral_distortion(estimate: Tensor, target: Tensor, coefficients: int 
     """Return the mel-cepstral distortion in dB of two utterances of any lengths.
 
     ``(10 √2 / ln 10) · mean ‖c − ĉ‖`` over the frames of the best alignment (dynamic time warping),
-    with cepstral coefficients 1 to 13 of natural log-mels: the level, coefficient 0, is left out.
+    with cepstral coefficients 1 to 13 of natural log-mels, ``L = c₀ + Σ c_m cos(π m (k + ½) / K)``
+    in band ``k`` of ``K``: the level ``c₀`` is left out. So it is the root mean square over the
+    bands of the difference in dB of what 13 coefficients keep, for any number of bands.
 
     Source: Kubichek, *Mel-cepstral distance measure*, 1993.
 
@@ -81,11 +83,34 @@ def mel_cepstral_distortion(estimate: Tensor, target: Tensor, coefficients: int 
     check_at_least(coefficients, 1, "coefficients")
     check_at_least(len(estimate) - 1, coefficients, "n_mels - 1")
     a, b = (
-        np.asarray(dct(log_mel.double().numpy(), axis=0, norm="ortho"))[1 : coefficients + 1].T
+        np.asarray(dct(log_mel.double().numpy(), axis=0))[1 : coefficients + 1].T / len(log_mel)
         for log_mel in (estimate, target)
     )
     distances = np.sqrt(((a[:, None] - b[None]) ** 2).sum(-1))
     return float(10 * np.sqrt(2) / np.log(10) * distances[tuple(aligned(distances))].mean())
+
+
+def variance_ratio(estimate: Tensor, target: Tensor) -> float:
+    """Return the variance of log-mels over time, as a ratio to that of others; 1 is as lively.
+
+    The variances are averaged over the bands. A mean of all ways to say something is smooth, and
+    has a ratio below 1.
+
+    Args:
+        estimate: Log-mels ``(n_mels, T)``, of any length.
+        target: Log-mels ``(n_mels, S)``.
+
+    Raises:
+        ValueError: If the target does not change over time.
+
+    >>> wave = torch.tensor([[-1.0, 1.0]])
+    >>> variance_ratio(0.5 * wave, wave)
+    0.25
+    """
+    own, given = (float(x.double().var(1, correction=0).mean()) for x in (estimate, target))
+    if not given > 0:
+        raise ValueError("target must change over time, got constant log-mels")
+    return own / given
 
 
 def aligned(costs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -223,9 +223,8 @@ def read_config(folder: str | Path, file: str = CONFIG) -> dict[str, Any]:
         return pushed.read(folder)
     path = folder / file
     if not path.is_file():
-        kind, why = f"folder with a {file}", ""
-        if file == CONFIG:
-            kind, why = "run folder, hub:owner/name or flowkit:name", why_no_run(str(place))
+        kind, why = f"folder with a {file}", "" if file != CONFIG else why_no_run(str(place))
+        kind = "run folder, hub:owner/name or flowkit:name" if file == CONFIG else kind
         raise FileNotFoundError(f"run must be a {kind}, got {place}{why}")
     text = read_bounded(path)
     try:

@@ -1,4 +1,4 @@
-"""Pictures and sounds of samples during the training on mixtures."""
+"""Pictures and sounds of samples during the training on mixtures or voices."""
 
 from pathlib import Path
 from typing import Any
@@ -19,20 +19,21 @@ class SampleSounds(SampleGrid):
     """Spectrograms and sounds of samples, saved at every validation from the same starts.
 
     A row of the picture holds a mixture of the first validation batch, the sound that is asked for
-    and the sample. The same three are written as audio by `flowkit.audio.griffin_lim`, which needs
-    no phase: ``<folder>/step-<step>/<row>-mixture.wav`` and so on.
+    and the sample; for voices a reference, the source and the sample, which says it in the same
+    voice. The same three are written as audio by `flowkit.audio.griffin_lim`, which needs no phase:
+    ``<folder>/step-<step>/<row>-mixture.wav`` and so on.
 
     Args:
         folder: The folder of the pictures, which are ``<folder>/step-<step>.png``.
         sampler: The solver and its grid; None means the default of `FlowModule.sample`.
         guidance: Scale of classifier-free guidance, or a function that wraps the velocity; None
             means no guidance.
-        rows: Mixtures, at least 1.
+        rows: Rows of the picture, at least 1.
         sounds: Rows that are also written as audio, at least 0.
 
     Raises:
         ValueError: If a number is out of range.
-        TypeError: In training, if the data are no mixtures of sounds.
+        TypeError: In training, if the data are no sounds.
     """
 
     widest = 1
@@ -61,8 +62,11 @@ class SampleSounds(SampleGrid):
 
     def save(self, samples: Tensor, file: Path, columns: int, batch: Any, data: Any) -> None:
         """Save mixtures, sounds and samples as a picture and as audio."""
-        states = data.states
-        kinds = {"mixture": batch["cond"]["frames"], "target": batch["x1"], "sample": samples}
+        states, cond = data.states, batch["cond"]
+        if "frame_mask" in cond:  # of voices, whose references are tokens
+            kinds = {"reference": cond["tokens"].mT, "source": cond["frames"], "sample": samples}
+        else:
+            kinds = {"mixture": cond["frames"], "target": batch["x1"], "sample": samples}
         shown = {name: states.decode(x[: self.rows].float().cpu()) for name, x in kinds.items()}
         panels = [
             (f"{name} {k}", log_mels[k])

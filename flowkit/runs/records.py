@@ -123,7 +123,7 @@ def _with_references(value: Any, kept: Any) -> Any:
 
 def _timeless(text: str) -> str:
     """Remove all seconds, rates and latencies from the text of a record."""
-    return re.sub(r'"(seconds|\w+_hz|latency_ms_\d+)": [\d.e+-]+', "", text)
+    return re.sub(r'"(seconds|real_time_factor|\w+_hz|latency_ms_\d+)": [\d.e+-]+', "", text)
 
 
 def file_names(names: Iterable[str]) -> list[str]:

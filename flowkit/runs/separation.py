@@ -19,10 +19,8 @@ from flowkit.audio import (
 from flowkit.checks import check_between
 from flowkit.data import Mixtures
 from flowkit.data.mixtures import Sounds
-from flowkit.modules.checkpoints import build
-from flowkit.modules.trust import trusting
-from flowkit.runs.known_data import read_data_record
 from flowkit.runs.run import Run
+from flowkit.runs.sounds import data_of
 from flowkit.sampling import Sampler, sample_seeds, seeded_noise
 from flowkit.types import take
 
@@ -49,22 +47,8 @@ class Separator:
             TypeError: If the run was not trained on mixtures of sounds.
             ValueError: If spectrogram or encoder are not those of the training.
         """
-        with trusting(run.trust):
-            data: Any = build(run.config["data"], "data")
-        if not isinstance(data, Mixtures):
-            raise TypeError(
-                "run must be trained on mixtures of sounds (data=instruments or captioned_audio), "
-                f"got {type(data).__name__}"
-            )
-        record = read_data_record(run.folder)
-        known = {} if record is None else record["preprocessing"]
-        for name, value in data.hashes().items():
-            if known.get(name, value) != value:
-                raise ValueError(
-                    f"data.{name} must be that of the run's training, hash {known[name]}, got "
-                    f"{value}"
-                )
-        return cls(run, data, sampler)
+        words = "mixtures of sounds (data=instruments or captioned_audio)"
+        return cls(run, data_of(run, Mixtures, words), sampler)
 
     @property
     def states(self) -> MelStates:

@@ -54,3 +54,78 @@ def tiny_encoder(tmp_path_factory):
 def clips(tmp_path_factory):
     """A folder of clips."""
     return write_clips(tmp_path_factory.mktemp("clips"))
+
+
+def write_voice_weights(file):
+    """Write new weights of an encoder of voices."""
+    from flowkit.audio.speakers import _Encoder
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = _Encoder()
+        for name, weight in net.named_parameters():  # so that voices differ
+            if "hh" not in name:  # larger recurrent weights make chaos
+                torch.nn.init.normal_(weight, std=10.0 if name == "lstm.weight_ih_l0" else 0.3)
+        torch.save({"model_state": net.state_dict(), "step": 1}, file)
+    return file
+
+
+def write_recognizer(file, states, width=8, codes=4):
+    """Write a new recognizer of phones for a map of states."""
+    from flowkit.audio import PhoneRecognizer
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = PhoneRecognizer(states.mel.n_mels, width, codes, states.hash)
+        net.codebook.normal_()
+    net.save(file)
+    return file
+
+
+def utterance(speaker, number, seconds=1.0, rate=16000):
+    """Return a tone with three harmonics, higher for later speakers and numbers, with a vibrato."""
+    time = torch.arange(int(rate * seconds)) / rate
+    pitch = 150 * (1 + speaker) * (1 + 0.02 * number)
+    phase = 2 * torch.pi * pitch * (time + 0.002 * torch.sin(20 * time))
+    return 0.2 * sum(torch.sin(k * phase) / k for k in (1, 2, 3))
+
+
+def write_speech(folder):
+    """Write 2 speakers with utterances in the layout of LibriTTS, in train, dev and test."""
+    pytest.importorskip("soundfile")
+    from flowkit.audio import write_audio
+
+    for subset, count in (("train-clean", 4), ("dev-clean", 2), ("test-clean", 3)):
+        for speaker, name in enumerate(("84", "85")):
+            place = folder / subset / name / "7"
+            place.mkdir(parents=True)
+            for k in range(count):
+                file = place / f"{name}_7_{k:06d}.wav"
+                write_audio(utterance(speaker, k, 0.6 + 0.2 * k), file)
+                file.with_suffix(".normalized.txt").write_text(f"say number {k}\n")
+    return folder
+
+
+def write_place(folder):
+    """Write speech, weights of an encoder, recognizers, a recording and a voice."""
+    from flowkit.audio import LogMel, MelStates, write_audio
+
+    write_speech(folder / "speech")
+    write_voice_weights(folder / "weights.pt")
+    write_recognizer(folder / "phones.safetensors", MelStates(LogMel()))
+    wide = MelStates(LogMel(hop=256, n_mels=80))
+    write_recognizer(folder / "phones80.safetensors", wide)
+    write_audio(utterance(0, 5, 1.2), folder / "source.wav")
+    write_audio(utterance(1, 6, 0.7), folder / "voice.wav")
+    return folder
+
+
+def of_place(folder, phones="phones"):
+    """Return the options of a training on what `write_place` wrote."""
+    return [
+        f"data.root={folder}/speech",
+        f"data.speaker.path={folder}/weights.pt",
+        f"data.recognition.path={folder}/{phones}.safetensors",
+        "data.recognition.width=8",
+        "data.recognition.codes=4",
+    ]

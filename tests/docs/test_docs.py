@@ -350,6 +350,8 @@ def elsewhere(recipe: str, given: list[str], cfg: DictConfig, where: str) -> boo
         return True
     if "flowsep" in str(given):  # a soundfont, its player and an encoder of texts
         return True
+    if "takin" in str(given):  # voices and an encoder of them
+        return True
     if str(cfg.get("to")).startswith("hub:"):
         return True
     if recipe == "compare" and len(cfg.couplings) * len(cfg.problems) > 2:

@@ -23,6 +23,7 @@ from flowkit.recipes.boss import boss
 from flowkit.recipes.compare import compare
 from flowkit.recipes.compare_edits import compare_edits
 from flowkit.recipes.consistency import consistency
+from flowkit.recipes.convert import convert
 from flowkit.recipes.demonstrate import demonstrate
 from flowkit.recipes.doctor import doctor
 from flowkit.recipes.edit import edit
@@ -45,7 +46,7 @@ from flowkit.recipes.table import table
 from flowkit.recipes.tokens import tokens
 from flowkit.recipes.train import train
 from flowkit.runs.resuming import resumed
-from tests.audio.conftest import write_clips, write_encoder
+from tests.audio.conftest import of_place, write_clips, write_encoder, write_place
 from tests.conftest import CONF
 from tests.recipes.conftest import TINY, status_of
 
@@ -78,6 +79,8 @@ SHOWN = ["env=obstacle", "num=12"]
 RUNS["sounds"] = [*SHORT, "data=captioned_audio", "model=sequence_dit", "model.width=16"]
 RUNS["sounds"] += ["model.depth=1", "model.heads=2", "data.frames=20", "data.eval_mixtures=4"]
 RUNS["sounds"] += ["+module.drop_cond={_target_:flowkit.guidance.DropCond,prob:0.1}"]
+RUNS["speech"] = [*DIT, "data=speech", "model=voice", "data.frames=50", "data.eval_windows=4"]
+RUNS["speech"] += ["+module.drop_cond={_target_:flowkit.guidance.DropCond,prob:0.1}"]
 RECIPES = {
     "autoencoder": (autoencoder, None, LATENT),
     "blockwise": (blockwise, PLAIN, [*SHORT, "stage=flow", "edges=2"]),
@@ -106,6 +109,11 @@ RECIPES = {
         ],
     ),
     "consistency": (consistency, "symmetrical", ["num_samples=8", "sampler.grid=1"]),
+    "convert": (
+        convert,
+        "speech",
+        ["num_pairs=2", "words=false", "sampler.grid=1", "vocoder.iterations=1"],
+    ),
     "demonstrate": (demonstrate, None, SHOWN),
     "doctor": (doctor, PLAIN, ["num_samples=32"]),
     "edit": (edit, PLAIN, ["source=3", "target=8", "num_steps=2", "num_iters=1"]),
@@ -158,7 +166,7 @@ LAST |= {
     "table": "table",
 }  # stand for a whole
 LAST |= {"demonstrate": "file", "rollout": "rollout"}
-LAST |= {"separate": "mixtures"}
+LAST |= {"separate": "mixtures", "convert": "pairs"}
 FAST = ("sample", "pairs")
 TO = {"push": "to"}  # instead of out
 OTHER = dict.fromkeys(("boss", "consistency", "epsilon", "evaluate", "inpaint"), "seed=1")
@@ -170,6 +178,7 @@ OTHER |= {
     "demonstrate": "seed=1",
     "rollout": "seed=1",
     "separate": "seed=1",
+    "convert": "seed=1",
     "edit": "num_iters=2",
     "push": "license=mit",
     "encode": "shard_size=500",
@@ -212,6 +221,9 @@ def starts(tmp_path_factory, tiny_run):
                 write(place / part)
             options = [f"data.root={place}/clips", f"data.query.path={place}/encoder"]
             train(composed("train", *RUNS[name], *options, f"run_dir={folder}"))
+        elif name == "speech" and name not in made:
+            write_place(place)
+            train(composed("train", *RUNS[name], *of_place(place), f"run_dir={folder}"))
         elif name in RUNS and name not in made:
             train(composed("train", *RUNS[name], f"run_dir={folder}"))
         elif name == "pairs" and name not in made:
@@ -323,6 +335,7 @@ def read(file):
 def timeless(value):
     """A record without what depends on the time."""
     names = {"seconds", "processor_seconds", "milliseconds", "sampling", "cost"}
+    names |= {"real_time_factor"}
     if isinstance(value, dict):
         kept = {k: v for k, v in value.items() if not re.search(r"_hz$|^latency_ms", k)}
         return {k: timeless(v) for k, v in kept.items() if k not in names}
@@ -417,7 +430,7 @@ def test_a_call_with_other_options_loses_no_result_of_the_first(
 PLACES = {"boss": "boss", "compare_edits": "edits", "consistency": "consistency", "edit": "edits"}
 PLACES |= {"inpaint": "inpainted", "predict": "predicted", "report": "report", "sample": "drawn"}
 PLACES |= {"export": "exported", "rollout": "rollout", "semantic": "semantic"}
-PLACES |= {"separate": "separated"}
+PLACES |= {"separate": "separated", "convert": "converted"}
 
 
 @pytest.mark.parametrize("recipe", some_fast(RECIPES))

@@ -1,9 +1,11 @@
-"""Training of policies: latent actions of another run, and the statistics of demonstrations."""
+"""What networks take from data or another run before their training."""
 
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from flowkit.audio import VoiceVelocity
+from flowkit.data import Speech
 from flowkit.modules.checkpoints import read_config
 from flowkit.modules.latent_actions import load_latents
 from flowkit.modules.trust import check
@@ -55,15 +57,15 @@ def follow_latents(cfg: DictConfig) -> str | None:
 
 
 def teach(network: Any, data: Any, latents: str | None = None) -> None:
-    """Give a policy, or a network of latent actions, what it knows before its training.
+    """Give a policy, latent actions or a converter of voices what it knows before its training.
 
     Args:
-        network: Any network; others than these two stay as they are.
+        network: Any network; others than these stay as they are.
         data: The data, set up. Their statistics become part of the network.
         latents: Run whose weights the latent actions of a policy take.
 
     Raises:
-        ValueError: If the data are not demonstrations for this network.
+        ValueError: If the data are not those of such a network.
     """
     if isinstance(network, LatentActionModel):
         if getattr(data, "predict", None) != "future":
@@ -81,3 +83,7 @@ def teach(network: Any, data: Any, latents: str | None = None) -> None:
         network.take(actions, data.observations)
         if latents is not None and network.latents is not None:
             network.latents.load_state_dict(load_latents(latents).state_dict())
+    elif isinstance(network, VoiceVelocity):
+        if not isinstance(data, Speech):
+            raise ValueError(f"data must be speech for a voice, got {type(data).__name__}")
+        network.take(data.recognizer)
