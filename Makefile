@@ -9,7 +9,7 @@ PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 .venv/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet -c constraints.txt torch==2.13.0
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[audio,dev,docs,export,hub,mlflow,notebooks,robots,slurm,voices,wandb]'
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[audio,dev,docs,export,hub,mlflow,notebooks,robots,slurm,wandb]'
 	touch $@
 
 quickstart: .venv/.installed
