@@ -28,8 +28,7 @@ class Environment(Protocol):
     max_steps: int
     proprio: tuple[int, ...]
     """Numbers of an observation that tell of the robot's place: what a policy with a camera knows
-    beside the picture. Not its velocity, which tells where the expert was going: a policy would
-    follow that and never look."""
+    beside the picture. Not its velocity, which may tell where the expert was going."""
     radii: Mapping[str, float]
     """Radii in meters of what `points` names, for those that are round."""
 
