@@ -56,6 +56,7 @@ class VoiceVelocity(nn.Module):
             ``tokens``.
         content: The recognizer; a training gives it its weights, see `take`.
 
+    >>> import torch
     >>> net = SequenceDiT((64, 20), width=16, depth=1, heads=2, frames=8, vector=4, tokens=64)
     >>> velocity = VoiceVelocity(net, PhoneRecognizer(64, width=8, codes=4))
     >>> cond = {"frames": torch.randn(1, 64, 20), "vector": torch.randn(1, 4)}

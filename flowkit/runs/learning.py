@@ -1,4 +1,4 @@
-"""What networks take from data or another run before their training."""
+"""Lessons before a training: what networks take from their data or from another run."""
 
 from typing import Any
 

@@ -72,7 +72,7 @@ def test_what_names_no_single_folder_is_not_looked_for(tiny_run, tmp_path, monke
     check_command("sample", ["run=${oc.env:RUN}"])
     check_command("train", ["--multirun", "seed=1,2", "resume=null", "logger.csv=null"])
     assert check_command("train", ["hydra.run.dir=new/run"]) == Path("new/run")
-    with pytest.raises(ValueError, match=r"resume must be a folder .* got x$"):
+    with pytest.raises(ValueError, match=r"resume must be a folder .* got x; it does not exist$"):
         check_command("train", ["resume=x"])
     with pytest.raises(ValueError, match=r"options must be name=value, got .*; for example run=.*"):
         check_command("sample", [str(tmp_path)])

@@ -12,7 +12,8 @@ from flowkit.audio import PhoneRecognizer, VoiceVelocity, read_audio, write_audi
 from flowkit.data import Digits
 from flowkit.modules import Regression, load_run
 from flowkit.recipes.convert import convert
-from flowkit.recipes.train import _listen, train
+from flowkit.recipes.train import train
+from flowkit.runs.learning import teach
 from tests.audio.conftest import of_place, utterance, write_place
 from tests.conftest import CONF
 from tests.recipes.conftest import TINY, status_of
@@ -151,7 +152,7 @@ def test_other_runs_and_other_parts_are_refused(place, tiny_run, tmp_path):
     with pytest.raises(ValueError, match=r"data.states must be that of the run's training, hash"):
         convert(composed("convert", f"run={other}"))
     with pytest.raises(ValueError, match="data must be speech for a voice, got Digits"):
-        _listen(load_run(place / "run").velocity, Digits())
+        teach(load_run(place / "run").velocity, Digits())
 
 
 @pytest.mark.slow
