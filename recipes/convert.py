@@ -20,6 +20,7 @@ from torch import Tensor
 
 from flowkit.audio import VoiceVelocity, read_audio, save_spectrograms, write_audio
 from flowkit.places import check_writable
+from flowkit.provenance import tensor_hash
 from flowkit.runs import Run
 from flowkit.runs.conversion import Converter, measure
 from flowkit.runs.known_data import place_of
@@ -63,6 +64,8 @@ def _file(
     begun = time.perf_counter()
     found, log_mel = converter.convert(wave, reference, cfg.seed, overlap)
     seconds, length = time.perf_counter() - begun, len(wave) / mel.rate
+    heard = {"audio": wave, "reference": reference}
+    sampling |= {name: [str(cfg[name]), tensor_hash(own)] for name, own in heard.items()}
     sampling |= {"audio_seconds": round(length, 3), "seconds": round(seconds, 3)}
     files = [folder / f"converted.{ending}" for ending in ("json", "png", "wav")]
     record = converter.run.record(sampling, **_hashes(converter))

@@ -28,7 +28,7 @@ from flowkit.provenance import versions, write_atomically
 from flowkit.runs.processes import say
 from flowkit.runs.records import recording
 
-ARRAYS = ("obs", "action", "episode_ends")
+TAKEN = ("obs", "action", "episode_ends", "file", "allow_pickle")  # arrays, options of savez
 
 
 def demonstrate(cfg: DictConfig) -> dict[str, np.ndarray]:
@@ -41,8 +41,8 @@ def demonstrate(cfg: DictConfig) -> dict[str, np.ndarray]:
     if file.suffix != ".npz":
         raise ValueError(f"out must be a file with the suffix .npz, got {file}")
     camera, image_size = cfg.camera, None if cfg.camera is None else cfg.image_size
-    if camera in ARRAYS:
-        raise ValueError(f"camera must be another name than {', '.join(ARRAYS)}, got {camera}")
+    if camera in TAKEN:
+        raise ValueError(f"camera must be another name than {', '.join(TAKEN)}, got {camera}")
     env, begun = environment(cfg.env, cfg.task), time.perf_counter()
     arrays, tried = record_episodes(env, cfg.num, cfg.style, cfg.seed, image_size)
     if camera is not None:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from flowkit.audio import mixture_phase, read_audio, save_spectrograms, write_audio
 from flowkit.places import check_writable
+from flowkit.provenance import tensor_hash
 from flowkit.runs import Run
 from flowkit.runs.known_data import place_of
 from flowkit.runs.records import recording
@@ -55,6 +56,7 @@ def _file(cfg: DictConfig, separator: Separator, folder: Path) -> Tensor:
     seconds, length = time.perf_counter() - begun, len(wave) / mel.rate
     sampling = {
         **run.describe(separator.sampler),
+        "audio": [str(cfg.audio), tensor_hash(wave)],
         "query": cfg.query,
         "seed": cfg.seed,
         "overlap": overlap,

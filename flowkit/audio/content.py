@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowkit.audio.listening import PHONES
-from flowkit.checks import check_at_least
+from flowkit.checks import check_at_least, check_between
 from flowkit.nn.stored import Stored
 from flowkit.provenance import cache_folder, cached, content_hash
 
@@ -133,6 +133,7 @@ class Recognition:
     def __post_init__(self) -> None:
         for name in ("width", "codes", "steps"):
             check_at_least(getattr(self, name), 1, name)
+        check_between(self.codes, 1, SAMPLE, "codes")
 
     def recognizer(self, speech: "Labeled", states: str) -> PhoneRecognizer:
         """Return the recognizer for labeled speech.

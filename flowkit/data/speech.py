@@ -55,7 +55,7 @@ class Pair(NamedTuple):
     source: int
     """What is to be said."""
     reference: int
-    """An utterance of the target voice, of another text."""
+    """An utterance of the target voice, of another text if there is one."""
     truth: int | None
     """The same text in the target voice, if there is such an utterance."""
 
@@ -138,7 +138,7 @@ class Windows:
             target = others[int(torch.randint(len(others), (), generator=generator))]
             own, text = self.of_speaker(target), texts[source]
             truth = next((j for j in own if text is not None and texts[j] == text), None)
-            own = [j for j in own if j != truth] or own
+            own = [j for j in own if text is None or texts[j] != text] or own
             place = int(torch.randint(len(own), (), generator=generator))
             found.append(Pair(source, own[place], truth))
         return found

@@ -63,9 +63,10 @@ class SpeechFolder(Speech):
 
     The speaker of a file is the folder whose name the file's name begins with, as in LibriTTS
     (``84/121123/84_121123_000007_000001.wav``) and VCTK (``wav48/p225/p225_001.wav``); without such
-    a folder it is the first one. The text, which may be missing, is beside the file with the ending
-    ``.normalized.txt``, ``.txt`` or ``.lab``, or in ``txt/<speaker>/`` as in VCTK. Texts serve the
-    recognizer of phones and the word error rate, never the conversion.
+    a folder it is the first one, below a folder of a split. The text, which may be missing, is
+    beside the file with the ending ``.normalized.txt``, ``.txt`` or ``.lab``, or in
+    ``txt/<speaker>/`` as in VCTK. Texts serve the recognizer of phones and the word error rate,
+    never the conversion.
 
     Folders ``train…``, ``dev…`` and ``test…`` at the top, as of LibriTTS, are the splits. Else a
     file's split follows from its name and content. Recordings below half a second are left out.
@@ -133,26 +134,29 @@ class SpeechFolder(Speech):
             files, hashes, given, self.fractions, self.split_seed, self.known
         )
         self.notes = [*self.notes, *notes]
-        speakers = [speaker_of(name) for name in files]
-        names = sorted(set(speakers))
+        speakers = speakers_of(files, given)
         owner = {k: split for split in SPLITS for k in parts[split].tolist()}
         self.files = {name: (hashes[k], owner.get(k)) for k, name in enumerate(files)}
         return {
-            split: self._recorded(sorted(parts[split].tolist()), files, hashes, names)
+            split: self._recorded(sorted(parts[split].tolist()), files, hashes, speakers)
             for split in SPLITS
         }
 
     def _recorded(
-        self, rows: Sequence[int], files: Sequence[str], hashes: Sequence[str], names: list[str]
+        self,
+        rows: Sequence[int],
+        files: Sequence[str],
+        hashes: Sequence[str],
+        speakers: Sequence[str],
     ) -> Recorded:
         """Return the recordings of some rows."""
-        own = [files[k] for k in rows]
+        own, names = [files[k] for k in rows], sorted(set(speakers))
         return Recorded(
             self.root,
             own,
             [hashes[k] for k in rows],
             names,
-            [names.index(speaker_of(name)) for name in own],
+            [names.index(speakers[k]) for k in rows],
             [text_of(self.root, name) for name in own],
         )
 
@@ -180,6 +184,19 @@ def speaker_of(name: str) -> str:
         if path.stem.startswith((f"{folder}_", f"{folder}-")):
             return folder
     return path.parts[0] if len(path.parts) > 1 else ""
+
+
+def speakers_of(files: Sequence[str], given: Mapping[str, str] | None) -> list[str]:
+    """Return the speaker of each file; folders of splits are no speakers.
+
+    Args:
+        files: The files.
+        given: Result of `subsets`.
+
+    >>> speakers_of(["train/anna/a.wav", "test/bob/b.wav"], {"train": "train", "test": "test"})
+    ['anna', 'bob']
+    """
+    return [speaker_of(name if given is None else name.partition("/")[2]) for name in files]
 
 
 def text_of(root: Path, name: str) -> str | None:

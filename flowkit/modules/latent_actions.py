@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -105,9 +106,13 @@ class LatentActions(ExactResume):
     @torch.no_grad()
     def _revive(self, counts: Tensor, latents: Tensor, generator: torch.Generator | None) -> None:
         """Move codes without a sample to latent vectors of the batch."""
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(counts)
         unused = counts == 0
         rows = torch.randint(len(latents), (len(counts),), generator=generator)
         moved = latents[rows.to(latents.device)]
+        if dist.is_available() and dist.is_initialized():
+            dist.broadcast(moved, 0)  # all processes keep the same book
         self.model.book.copy_(torch.where(unused[:, None], moved, self.model.book))
 
 

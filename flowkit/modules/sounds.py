@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning import LightningModule, Trainer
 from torch import Tensor
 
@@ -64,7 +65,9 @@ class SampleSounds(SampleGrid):
         """Save mixtures, sounds and samples as a picture and as audio."""
         states, cond = data.states, batch["cond"]
         if "frame_mask" in cond:  # of voices, whose references are tokens
-            kinds = {"reference": cond["tokens"].mT, "source": cond["frames"], "sample": samples}
+            mask = cond["frame_mask"][: len(samples), None].to(samples.device)
+            drawn = torch.where(mask, samples, data.states.silence)  # padding holds noise
+            kinds = {"reference": cond["tokens"].mT, "source": cond["frames"], "sample": drawn}
         else:
             kinds = {"mixture": cond["frames"], "target": batch["x1"], "sample": samples}
         shown = {name: states.decode(x[: self.rows].float().cpu()) for name, x in kinds.items()}

@@ -48,13 +48,16 @@ class Stored(nn.Module):
             FileNotFoundError: If the file does not exist.
             ValueError: If `save` did not write the file.
         """
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
-        with safe_open(file, framework="pt") as stored:
-            config = (stored.metadata() or {}).get("config")
-            if config is None:
-                raise ValueError(f"file must be written by {cls.__name__}.save, got {file}")
-            weights = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-        net = cls(**parse_json(config, file))
-        net.load_state_dict(weights)
+        if not Path(file).is_file():
+            raise FileNotFoundError(f"file must be one of {cls.__name__}.save, got {file}")
+        try:
+            with safe_open(file, framework="pt") as stored:
+                config = (stored.metadata() or {})["config"]
+                weights = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+            net = cls(**parse_json(config, file))
+            net.load_state_dict(weights)
+        except (KeyError, RuntimeError, SafetensorError, TypeError) as error:
+            raise ValueError(f"file must be written by {cls.__name__}.save, got {file}") from error
         return net.eval().requires_grad_(False)

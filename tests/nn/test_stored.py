@@ -34,5 +34,8 @@ def test_what_is_no_stored_network_is_refused(tmp_path):
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match=r"file must be written by Scale\.save, got"):
         Scale.load(tmp_path / "other.safetensors")
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match=r"file must be one of Scale\.save, got .*missing"):
         Scale.load(tmp_path / "missing.safetensors")
+    (tmp_path / "text.safetensors").write_text("no tensors")
+    with pytest.raises(ValueError, match=r"file must be written by Scale\.save, got .*text"):
+        Scale.load(tmp_path / "text.safetensors")

@@ -103,6 +103,7 @@ def test_a_recording_is_converted_and_recorded(place, tmp_path):
     assert torch.equal(read_audio(tmp_path / "converted-1.wav"), written)
     voice = convert(composed("convert", *asked[:2], f"reference={place}/source.wav", *asked[3:]))
     assert not torch.equal(first, voice)
+    assert (tmp_path / "converted-2.json").exists()  # of guidance=1, in the voice of before
 
 
 @pytest.mark.slow
