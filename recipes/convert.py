@@ -41,7 +41,7 @@ def convert(cfg: DictConfig) -> Tensor | list[Tensor]:
             f"reference={cfg.reference}"
         )
     run = Run.load(cfg.run, cfg.weights, cfg.device, cfg.guidance, cfg.trust, **place_of(cfg))
-    folder = Path(cfg.out) if cfg.out else run.folder / "converted"
+    folder = Path(cfg.out) if cfg.out else run.results / "converted"
     check_writable(folder, "out")
     converter = Converter.of(run, run.sampler(cfg.sampler), instantiate(cfg.vocoder))
     overlap = converter.data.frames // 4 if cfg.overlap is None else cfg.overlap

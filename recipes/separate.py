@@ -40,7 +40,7 @@ def separate(cfg: DictConfig) -> Tensor:
             f"query={cfg.query}"
         )
     run = Run.load(cfg.run, cfg.weights, cfg.device, cfg.guidance, cfg.trust, **place_of(cfg))
-    folder = Path(cfg.out) if cfg.out else run.folder / "separated"
+    folder = Path(cfg.out) if cfg.out else run.results / "separated"
     check_writable(folder, "out")
     separator = Separator.of(run, run.sampler(cfg.sampler))
     return _file(cfg, separator, folder) if cfg.audio else _test(cfg, separator, folder)

@@ -160,9 +160,16 @@ def measure(
         embedding of up to 10 utterances of a voice, and an answer is classified as the voice with
         the largest one. ``_of_source`` is measured on the sources as they are, ``_of_truth`` on
         true utterances after the vocoder: floor and ceiling.
+
+    Raises:
+        ImportError: If words are to be recognized without a recognizer.
     """
     split, mel = converter.data.listed("test"), converter.mel
     pairs, found, seconds = split.pairs(count), [], 0.0
+    texts = [split.utterances.texts[pair.source] for pair in pairs]
+    known = [k for k, text in enumerate(texts) if text is not None]
+    if words and known:
+        hear([])  # a missing recognizer is told now and not after the work
     for k, pair in enumerate(pairs):
         source, reference = split.wave(pair.source), split.wave(pair.reference)
         begun = time.perf_counter()
@@ -188,8 +195,6 @@ def measure(
             "mcd_of_source": _mean([mel_cepstral_distortion(c, b) for _, b, c in log_mels]),
             "variance_ratio": _mean([variance_ratio(a, b) for a, b, _ in log_mels]),
         }
-    texts = [split.utterances.texts[pair.source] for pair in pairs]
-    known = [k for k, text in enumerate(texts) if text is not None]
     if words and known:
         said = [text for text in texts if text is not None]
         metrics["wer"] = word_error_rate(hear([found[k].answer for k in known]), said)

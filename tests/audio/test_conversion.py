@@ -149,3 +149,17 @@ def test_measures_of_the_truth_and_of_the_source(monkeypatch):
     assert same["similarity_to_target"] == pytest.approx(same["similarity_to_target_of_source"])
     assert len(heard) == 18
     assert same["wer"] == 0.5  # of "text 3" the word is heard and the number is not
+
+
+def test_a_missing_recognizer_is_told_before_the_work(monkeypatch):
+    def missing(waves):
+        raise ImportError("pocketsphinx must be installed")
+
+    def worked(x0, cond):
+        raise AssertionError("converted first")
+
+    monkeypatch.setattr("flowkit.runs.conversion.hear", missing)
+    split = windows(20, Tones(), "test")
+    one = converter(worked, vocoder=None, split=split)
+    with pytest.raises(ImportError, match="pocketsphinx must be installed"):
+        measure(one, 2, 0, 10, words=True)
