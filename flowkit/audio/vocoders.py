@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flowkit.audio.mel import LogMel, griffin_lim
 from flowkit.checks import check_at_least
-from flowkit.provenance import located
+from flowkit.provenance import located, tensor_hash
 
 
 class Vocoder(Protocol):
@@ -79,6 +79,11 @@ class HiFiGAN:
                     f"{self.path}"
                 )
         return self._net(log_mels.mT.float()).reshape(len(log_mels), -1)
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of the weights, which records keep."""
+        return tensor_hash(self._net.state_dict())
 
     @cached_property
     def _net(self) -> Any:

@@ -167,9 +167,12 @@ class Windows:
 
     def _window(self, number: int, frames: int, place: float) -> tuple[Tensor, Tensor]:
         """Return states ``(n_mels, frames)`` of a part of an utterance, and their mask."""
-        wave, samples = self.wave(number), (frames - 1) * self.states.mel.hop
-        start = int(place * (max(0, len(wave) - samples) + 1))
-        found = self.states.of_waves(wave[None, start : start + samples])[0]
+        wave, mel = self.wave(number), self.states.mel
+        first = int(place * (max(0, mel.frames(len(wave)) - frames) + 1))
+        beyond = -(-mel.n_fft // (2 * mel.hop))  # frames that hear samples of their neighbors
+        begin = max(0, first - beyond)
+        heard = wave[None, begin * mel.hop : (first + frames - 1 + beyond) * mel.hop]
+        found = self.states.of_waves(heard)[0][:, first - begin :][:, :frames]
         count = found.shape[1]
         padded = F.pad(found, (0, frames - count), value=self.states.silence)
         return padded, torch.arange(frames) < count

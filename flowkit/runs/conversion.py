@@ -55,9 +55,18 @@ class Converter:
 
         Raises:
             TypeError: If the run was not trained on speech.
-            ValueError: If spectrogram or encoder are not those of the training.
+            ValueError: If spectrogram or encoder are not those of the training, or the vocoder
+                does not fit the spectrogram.
         """
         data = data_of(run, Speech, "speech (data=voices or speech)")
+        mel = data.states.mel
+        silence = torch.full((1, mel.n_mels, 64), mel.floor).log()
+        shape = tuple(vocoder(silence, mel).shape)
+        if shape[:-1] != (1,) or shape[-1] < 63 * mel.hop:
+            raise ValueError(
+                f"vocoder must return waves (B, S) of log-mels (B, {mel.n_mels}, T) with "
+                f"S >= (T - 1) * {mel.hop}, got {shape} for 64 frames"
+            )
         return cls(run, data, sampler, vocoder)
 
     @property

@@ -163,3 +163,12 @@ def test_a_missing_recognizer_is_told_before_the_work(monkeypatch):
     one = converter(worked, vocoder=None, split=split)
     with pytest.raises(ImportError, match="pocketsphinx must be installed"):
         measure(one, 2, 0, 10, words=True)
+
+
+def test_a_vocoder_of_other_waves_is_told_before_the_work(monkeypatch):
+    one = converter(None)
+    monkeypatch.setattr("flowkit.runs.conversion.data_of", lambda *_: one.data)
+    assert Converter.of(one.run, one.sampler, one.vocoder).data is one.data
+    for wave in (torch.zeros(63 * 160), torch.zeros(1, 63 * 160 - 1), torch.zeros(2, 63 * 160)):
+        with pytest.raises(ValueError, match=r"vocoder must return waves \(B, S\)"):
+            Converter.of(one.run, one.sampler, lambda log_mel, mel, wave=wave: wave)

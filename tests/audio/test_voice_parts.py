@@ -18,6 +18,7 @@ from flowkit.audio import (
     variance_ratio,
 )
 from flowkit.audio.listening import align, phones_at
+from flowkit.provenance import tensor_hash
 from tests.audio.conftest import utterance, write_voice_weights
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -148,6 +149,7 @@ def test_vocoders(tmp_path):
     found = HiFiGAN(tmp_path)(log_mels, mel)
     torch.testing.assert_close(found[1], single, atol=1e-5, rtol=0)
     assert found.shape == (2, log_mels.shape[-1] * 160)
+    assert HiFiGAN(tmp_path).hash == tensor_hash(net.state_dict())
     for other, message in (
         (LogMel(floor=1e-6), "log-mels of hash"),
         (LogMel(hop=256), "log-mels of hop 256, got 160"),

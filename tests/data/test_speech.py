@@ -97,6 +97,17 @@ def test_short_utterances_are_padded_with_silence_under_masks():
     assert set(short["token_mask"].sum(1).tolist()) == {51, 56, 60}
 
 
+def test_a_window_is_a_part_of_the_spectrogram_of_the_whole():
+    """Also its first and last frames, which hear samples beyond the window."""
+    split = windows()
+    whole = STATES.of_waves(split.wave(1)[None])[0]
+    firsts = [split._window(1, 30, place)[0] for place in (0.0, 0.4, 0.999)]
+    starts = [int(place * (whole.shape[1] - 30 + 1)) for place in (0.0, 0.4, 0.999)]
+    assert starts[-1] == whole.shape[1] - 30
+    for found, start in zip(firsts, starts, strict=True):
+        torch.testing.assert_close(found, whole[:, start : start + 30])
+
+
 def test_a_window_is_a_function_of_its_number():
     first, second = windows(), windows()
     torch.testing.assert_close(first[[7, 3]]["x1"][1], second[[3]]["x1"][0], atol=0, rtol=0)
