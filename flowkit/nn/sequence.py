@@ -68,6 +68,28 @@ class _CrossAttention(nn.Module):
         return h + gate * self.project(out.transpose(1, 2).reshape(b, t, width))
 
 
+class _Neighbors(nn.Module):
+    """Sum over neighboring frames, each channel alone: ``h ← h + Σ_k w_k·LN(h)_{n+k}``.
+
+    It is the identity at the start. Source: the convolution of Gulati et al., *Conformer*, 2020
+    (arXiv 2005.08100), without its gates.
+    """
+
+    def __init__(self, width: int, kernel: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.sum = nn.Conv1d(width, width, kernel, padding=kernel // 2, groups=width)
+        nn.init.zeros_(self.sum.weight)
+        nn.init.zeros_(self.sum.bias)
+
+    def forward(self, h: Tensor, mask: Tensor | None) -> Tensor:
+        """Return the next frames for ``h (B, T, width)``, which count as 0 outside of ``mask``."""
+        normed = self.norm(h)
+        if mask is not None:
+            normed = normed.masked_fill(~mask[..., None], 0)
+        return h + self.sum(normed.transpose(1, 2)).transpose(1, 2)
+
+
 class SequenceDiT(nn.Module):
     """Diffusion transformer for sequences ``(C, T)``: chunks of actions, mels, latents of sound.
 
@@ -88,6 +110,8 @@ class SequenceDiT(nn.Module):
         width: Size of a token, an even number.
         depth: Number of blocks.
         heads: Number of attention heads; divides ``width``.
+        kernel: Frames that each block sums up around a frame before it attends, an odd number. It
+            helps where neighbors are alike, as in a spectrogram. None for a network without.
         mlp_ratio: Hidden size of a block's perceptron in units of ``width``.
         frames: Channels ``Cf`` of ``frames``; None for a network without.
         vector: Size ``G`` of ``vector``; None for a network without.
@@ -100,7 +124,8 @@ class SequenceDiT(nn.Module):
         prefixes: Conditions prepared so far: one a call, one a solve.
 
     Raises:
-        ValueError: If a size is below 1, or ``heads`` does not divide an even width.
+        ValueError: If a size is below 1, ``kernel`` is even, or ``heads`` does not divide an even
+            width.
 
     Source: the blocks of Peebles & Xie (2023), *Scalable Diffusion Models with Transformers*. The
     prefix that is computed once a solve is that of Black et al., *π0*, 2024 (arXiv 2410.24164).
@@ -116,6 +141,7 @@ class SequenceDiT(nn.Module):
         width: int = 192,
         depth: int = 6,
         heads: int = 3,
+        kernel: int | None = None,
         mlp_ratio: float = 4.0,
         frames: int | None = None,
         vector: int | None = None,
@@ -128,6 +154,8 @@ class SequenceDiT(nn.Module):
             raise ValueError(f"shape must be (C, T), got {tuple(shape)}")
         check_even(width, "width")
         check_at_least(depth, 1, "depth")
+        if kernel is not None and (kernel < 1 or kernel % 2 == 0):
+            raise ValueError(f"kernel must be an odd number of frames, got {kernel}")
         self.sizes = {"frames": frames, "vector": vector, "tokens": tokens}
         for name, size in self.sizes.items():
             check_at_least(1 if size is None else size, 1, name)
@@ -144,6 +172,9 @@ class SequenceDiT(nn.Module):
         several = 0 if tokens is None else depth
         self.crossings = nn.ModuleList(
             _CrossAttention(width, heads, tokens or 1) for _ in range(several)
+        )
+        self.neighbors = nn.ModuleList(
+            nn.Identity() if kernel is None else _Neighbors(width, kernel) for _ in range(depth)
         )
         self.outputs = PatchOutput(width, self.shape[0])
         self.prefixes = 0
@@ -199,7 +230,10 @@ class SequenceDiT(nn.Module):
             h = h + prefix.frames
         crossings = self._crossings() or [None] * len(self.blocks)
         pairs = prefix.tokens or [None] * len(self.blocks)
-        for block, crossing, pair in zip(self.blocks, crossings, pairs, strict=True):
+        each = zip(self.blocks, self.neighbors, crossings, pairs, strict=True)
+        for block, neighbors, crossing, pair in each:
+            if isinstance(neighbors, _Neighbors):
+                h = neighbors(h, mask)
             if crossing is not None:
                 h = crossing(h, c, pair, prefix.token_mask)
             h = block(h, c, attended)

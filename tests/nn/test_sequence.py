@@ -31,7 +31,7 @@ def conditions(batch=3, length=6, tokens=4):
 
 @pytest.fixture
 def net():
-    return filled(**KINDS)
+    return filled(**KINDS, kernel=3)
 
 
 def state(batch=3, length=6):
@@ -110,6 +110,32 @@ def test_a_sample_without_tokens_is_finite_and_sees_none():
     empty = net(x, t, {"tokens": cond["tokens"][:, :0]})
     assert torch.equal(found, other)
     assert (found - empty).abs().max() < 1e-12
+
+
+def test_a_block_sums_up_neighboring_frames():
+    """By hand: frames beyond both ends, and those under a mask, count as 0."""
+    torch.manual_seed(0)
+    layer = SequenceDiT((2, 6), width=4, depth=1, heads=1, kernel=3).double().neighbors[0]
+    h = torch.randn(2, 5, 4, dtype=torch.float64)
+    assert torch.equal(layer(h, None), h)  # a new one
+    torch.nn.init.normal_(layer.sum.weight)
+    torch.nn.init.normal_(layer.sum.bias)
+    mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
+    found, weight = layer(h, mask), layer.sum.weight[:, 0]
+    normed = (h - h.mean(2, keepdim=True)) / h.var(2, keepdim=True, correction=0).add(1e-6).sqrt()
+    for b, count in ((0, 5), (1, 3)):
+        for n in range(count):
+            near = [(k, n + k - 1) for k in range(3) if 0 <= n + k - 1 < count]
+            expected = h[b, n] + layer.sum.bias + sum(weight[:, k] * normed[b, m] for k, m in near)
+            torch.testing.assert_close(found[b, n], expected)
+
+
+def test_a_kernel_must_be_odd():
+    for kernel in (0, 4):
+        with pytest.raises(
+            ValueError, match=f"kernel must be an odd number of frames, got {kernel}"
+        ):
+            SequenceDiT((2, 6), width=8, depth=1, heads=2, kernel=kernel)
 
 
 def test_frames_know_their_places():
