@@ -110,6 +110,8 @@ class Instruments(Mixtures):
         ValueError: On ``setup``, if the font is damaged, or lacks an instrument.
     """
 
+    classes: Sequence[str] | None = tuple(PLAYED)
+
     def __init__(
         self,
         states: MelStates,

@@ -48,6 +48,8 @@ class Sounds(NamedTuple):
     """Texts that ask for something that is not in the mixtures."""
     others: list[list[str]]
     """A text for each of the other sounds."""
+    kinds: Tensor
+    """Numbers of the kinds that are asked for ``(B,)``."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,13 +99,14 @@ class MixtureList:
         mixture, target = mix(target, other, ratios)
         gain = (10 ** (peaks / 20) / mixture.abs().amax(1))[:, None]
         gain = torch.minimum(gain, 1 / target.abs().amax(1, keepdim=True))
-        texts = [d[4] for d in drawn]
+        texts = [d[5] for d in drawn]
         return Sounds(
             gain * mixture,
             gain * target,
             [named[0] for named in texts],
             [named[1] for named in texts],
             [named[2:] for named in texts],
+            torch.tensor([d[4] for d in drawn]),
         )
 
     def fingerprint(self) -> str:
@@ -112,8 +115,8 @@ class MixtureList:
         text = json.dumps([self.sources.fingerprint(), *own])
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def _draw(self, number: int) -> tuple[Tensor, Tensor, float, float, list[str]]:
-        """Draw target, others, ratio, peak, and texts: of the target, an absent kind, others."""
+    def _draw(self, number: int) -> tuple[Tensor, Tensor, float, float, int, list[str]]:
+        """Draw target, others, ratio, peak, kind, and texts: of it, an absent kind, others."""
         generator = keyed_generator(*self.key, number)
         samples = (self.frames - 1) * self.states.mel.hop
         count = int(torch.randint(2, self.most + 1, (), generator=generator))
@@ -132,7 +135,7 @@ class MixtureList:
             texts.append(wordings[int(place * len(wordings))])
         low, high = self.snr
         level = PEAKS[0] + peak * (PEAKS[1] - PEAKS[0])
-        return waves[0], other, low + ratio * (high - low), level, texts
+        return waves[0], other, low + ratio * (high - low), level, kinds[0], texts
 
 
 class Mixtures(SplitData):
@@ -156,9 +159,15 @@ class Mixtures(SplitData):
         seed: The seed of the order of training.
         num_workers: Processes that prepare batches in advance; 0 means the main process.
 
+    Attributes:
+        classes: Names of the kinds of sounds, which are the same in all splits; None for sounds
+            without classes, such as clips.
+
     Raises:
         ValueError: If a value is out of range.
     """
+
+    classes: Sequence[str] | None = None
 
     def __init__(
         self,

@@ -79,8 +79,8 @@ class _Neighbors(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.sum = nn.Conv1d(width, width, kernel, padding=kernel // 2, groups=width)
-        nn.init.zeros_(self.sum.weight)
-        nn.init.zeros_(self.sum.bias)
+        for parameter in self.sum.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, h: Tensor, mask: Tensor | None) -> Tensor:
         """Return the next frames for ``h (B, T, width)``, which count as 0 outside of ``mask``."""

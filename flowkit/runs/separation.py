@@ -1,7 +1,7 @@
 """Separation by a run: recordings of any length, and measures on test mixtures."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -19,8 +19,9 @@ from flowkit.audio import (
 from flowkit.checks import check_between
 from flowkit.data import Mixtures
 from flowkit.data.mixtures import Sounds
+from flowkit.metrics import frechet_distance
 from flowkit.runs.run import Run
-from flowkit.runs.sounds import data_of
+from flowkit.runs.sounds import as_images, classifier_of, data_of
 from flowkit.sampling import Sampler, sample_seeds, seeded_noise
 from flowkit.types import take
 
@@ -134,7 +135,8 @@ def measure(
         The measures, the mixtures, and the log-mels of the first answers. ``si_sdr_improvement`` is
         in dB with the phase of the mixture; ``_best`` is that of the best answer to each mixture,
         ``_of_truth`` that of the true log-mel, the ceiling. Energies are those of the answers in dB
-        relative to the mixtures.
+        relative to the mixtures. With classes of sounds, ``class_agreement`` and
+        ``frechet_distance`` to other single sounds are those of log-mels by `classifier_of`.
     """
     split, run, mel = separator.data.listed("test"), separator.run, separator.mel
     count = min(count, len(split))
@@ -171,7 +173,26 @@ def measure(
         "energy_of_target": _mean(_level(sounds.target) - _level(sounds.mixture)),
         "energy_of_absent": _mean(_level(absent) - _level(sounds.mixture)),
     }
+    if separator.data.classes is not None:
+        fresh = replace(split, size=2 * count).sounds(slice(count, 2 * count)).target
+        shown = {"": heard[0], "_of_mixture": mel(sounds.mixture), "_of_truth": truth}
+        metrics |= _kinds(separator.data, shown, sounds.kinds, mel(fresh))
     return metrics, sounds, heard[0]
+
+
+def _kinds(
+    data: Mixtures, shown: Mapping[str, Tensor], kinds: Tensor, fresh: Tensor
+) -> dict[str, float]:
+    """Return how often log-mels are of the kind asked for, and their distance to single sounds."""
+    network, metrics = classifier_of(data), {}
+    for name, log_mels in shown.items():
+        images = as_images(log_mels)
+        agreement = (network.logits(images).argmax(1) == kinds).double()
+        metrics[f"class_agreement{name}"] = _mean(agreement)
+        metrics[f"frechet_distance{name}"] = frechet_distance(
+            network(images), network(as_images(fresh))
+        )
+    return metrics
 
 
 def _asked(sounds: Sounds) -> dict[str, Sequence[str]]:

@@ -1,14 +1,26 @@
-"""The data module of a run on sounds, built without its splits."""
+"""The data module of a run on sounds, built without its splits, and what classifies its sounds."""
 
+from dataclasses import replace
 from typing import Any, TypeVar
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
 from flowkit.data import Mixtures, Speech
+from flowkit.metrics import ConvClassifier, train_classifier
 from flowkit.modules.checkpoints import build
 from flowkit.modules.trust import trusting
+from flowkit.provenance import cache_folder, cached
 from flowkit.runs.known_data import read_data_record
+from flowkit.runs.processes import say
 from flowkit.runs.run import Run
 
 Kind = TypeVar("Kind", Mixtures, Speech)
+
+LEARNED, CHUNK = 3000, 500  # training sounds of a classifier, and those drawn at once
+RANGE = 9.21  # log-mels below the loudest that a classifier sees: 80 dB
+POOLED = 4  # frames that it sees as one
 
 
 def data_of(run: Run, kind: type[Kind], words: str) -> Kind:
@@ -35,3 +47,37 @@ def data_of(run: Run, kind: type[Kind], words: str) -> Kind:
                 f"data.{name} must be that of the run's training, hash {known[name]}, got {value}"
             )
     return data
+
+
+def classifier_of(data: Mixtures) -> ConvClassifier:
+    """Return a classifier of the kinds of single sounds, trained once and kept in the user's cache.
+
+    Args:
+        data: Data with classes, set up.
+    """
+    split, classes = replace(data.listed("train"), size=LEARNED), data.classes or ()
+
+    def trained() -> ConvClassifier:
+        say(f"features  training a classifier of {len(classes)} kinds on {LEARNED:,} sounds")
+        parts = [split.sounds(slice(k, min(k + CHUNK, LEARNED))) for k in range(0, LEARNED, CHUNK)]
+        images = torch.cat([as_images(data.states.mel(part.target)) for part in parts])
+        kinds = torch.cat([part.kinds for part in parts])
+        name = f"conv-classifier-{type(data).__name__.lower()}"
+        # Few features, since a Fréchet distance of a hundred sounds must estimate their covariance.
+        return train_classifier(images, kinds, len(classes), epochs=6, num_features=16, name=name)
+
+    file = cache_folder() / f"classifier-{split.fingerprint()[:16]}-sounds.safetensors"
+    return cached(file, ConvClassifier.load, trained, lambda path, net: net.save(path))
+
+
+def as_images(log_mels: Tensor) -> Tensor:
+    """Return log-mels ``(B, n_mels, T)`` as images ``(B, 1, n_mels, T // 4)`` in [-1, 1].
+
+    1 is the loudest value of each sound, so its level does not matter, and -1 is 80 dB below.
+
+    >>> as_images(torch.tensor([0.0, -9.21]).repeat_interleave(4)[None, None])
+    tensor([[[[ 1., -1.]]]])
+    """
+    below = log_mels - log_mels.amax((1, 2), keepdim=True)
+    images = 1 + 2 * (below / RANGE).clamp_min(-1)
+    return F.avg_pool2d(images[:, None], (1, POOLED))

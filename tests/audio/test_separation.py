@@ -31,15 +31,16 @@ class Module:
         return SimpleNamespace(x=self.answer(x0, cond))
 
 
-def separator(answer, shape=(64, SIZE), states=STATES, **parts):
+def separator(answer, shape=(64, SIZE), states=STATES, split=None, **parts):
     module = Module(answer, **parts)
     run = SimpleNamespace(module=module, sample_shape=shape, guidance=None)
-    split = tones(12)
+    split = split or tones(12)
     data = SimpleNamespace(
         states=states,
         frames=SIZE,
         query=lambda texts: split.query(texts),
-        listed=lambda name: split,
+        listed=lambda name: split if name == "test" else tones(12, name),
+        classes=None,
     )
     return Separator(run, data, ODESampler(1))
 
@@ -122,6 +123,30 @@ def test_measures_of_the_truth_and_of_the_mixture():
     assert same["energy"] == pytest.approx(0, abs=1e-3)
     assert same["energy_of_absent"] == pytest.approx(0, abs=1e-3)
     assert same["log_mel_error"] == pytest.approx(same["log_mel_error_of_mixture"], abs=1e-4)
+
+
+def test_answers_are_classified_by_the_kind_that_is_asked_for(monkeypatch):
+    monkeypatch.setattr("flowkit.runs.sounds.LEARNED", 600)
+    sounds, states = tones(40).sounds(slice(None)), tones(40)[:40]
+    rows = {tuple(f[:3, 0].tolist()): k for k, f in enumerate(states["cond"]["frames"])}
+    rest = STATES.of_waves(sounds.mixture - sounds.target)
+
+    def answers(log_mels):
+        def answer(x0, cond):
+            return torch.stack([log_mels[rows[tuple(f[:3, 0].tolist())]] for f in cond["frames"]])
+
+        one = separator(answer, split=tones(40))
+        one.data.classes = [f"tone {k}" for k in range(5)]
+        return measure(one, 40, 1, 0, 2, 40)[0]
+
+    true, wrong = answers(states["x1"]), answers(rest)
+    assert true["class_agreement"] == true["class_agreement_of_truth"] == 1
+    assert wrong["class_agreement"] == 0  # the other sound is always of another kind
+    assert 0 < true["class_agreement_of_mixture"] < 1
+    assert true["frechet_distance"] == pytest.approx(true["frechet_distance_of_truth"], rel=1e-4)
+    assert true["frechet_distance"] < true["frechet_distance_of_mixture"] / 2
+    for name in ("frechet_distance_of_truth", "class_agreement_of_mixture"):
+        assert wrong[name] == true[name]
 
 
 def test_the_best_answer_is_that_of_each_mixture():
