@@ -1,13 +1,16 @@
 """Every notebook runs from top to bottom, in an empty folder."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 
 from flowkit.data.idx import DEBIAN_FASHION_MNIST
+from flowkit.data.instruments import DEBIAN_SOUNDFONT
 
+RENDERS = DEBIAN_SOUNDFONT.is_file() and shutil.which("fluidsynth") is not None
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 
 
@@ -20,6 +23,8 @@ def test_notebook_runs(file, tmp_path, monkeypatch):
     nbformat = pytest.importorskip("nbformat")
     if "IDX()" in file.read_text() and not DEBIAN_FASHION_MNIST.is_dir():
         pytest.skip("dataset-fashion-mnist is missing")
+    if "Instruments" in file.read_text() and not RENDERS:
+        pytest.skip("fluidsynth or its soundfont is missing")
     if "flowkit.policies" in file.read_text():
         pytest.importorskip("mujoco")
     kernel = tmp_path / "jupyter" / "kernels" / "here"

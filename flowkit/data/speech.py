@@ -3,6 +3,7 @@
 import hashlib
 import json
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -239,8 +240,18 @@ class Speech(SplitData):
         raise NotImplementedError
 
     def load(self) -> Mapping[str, Windows]:
-        """Read the utterances."""
+        """Read the utterances.
+
+        Raises:
+            ValueError: If a speaker has a single utterance for training.
+        """
         found = self.utterances()
+        for number, count in Counter(found["train"].speakers).items():
+            if count < 2:
+                raise ValueError(
+                    "data must have 2 utterances of each speaker to train on, since one is the "
+                    f"reference of the other, got {count} of {found['train'].names[number]}"
+                )
         return {
             name: Windows(
                 found[name],

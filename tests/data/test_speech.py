@@ -167,6 +167,16 @@ def test_a_folder_in_the_layout_of_libritts(tmp_path, weights):
     assert all(pair.truth is not None for pair in test.pairs(5))
 
 
+def test_a_speaker_of_one_utterance_cannot_be_its_own_reference(tmp_path, weights):
+    root = write_speech(tmp_path / "speech")
+    for file in sorted(root.glob("train-clean/85/**/*.wav"))[1:]:
+        file.unlink()
+    with pytest.raises(
+        ValueError, match="2 utterances of each speaker to train on, .*, got 1 of 8"
+    ):
+        folder_data(root, weights).setup()
+
+
 def test_a_folder_in_the_layout_of_vctk(tmp_path, weights):
     soundfile = pytest.importorskip("soundfile")
     root = tmp_path / "vctk"
