@@ -26,7 +26,9 @@ class DiffusersVelocity(nn.Module):
     A tensor condition becomes the argument ``class_labels``. A mapping holds keyword arguments of
     the network, such as ``encoder_hidden_states`` and ``pooled_projections`` of an
     ``SD3Transformer2DModel``; ``tokens`` and ``token_mask`` are other names of
-    ``encoder_hidden_states`` and ``encoder_attention_mask``. Labels lie in ``[0, num_classes]``,
+    ``encoder_hidden_states`` and ``encoder_attention_mask``, and ``vector`` is one of
+    ``class_labels``, for a ``UNet2DConditionModel`` with ``class_embed_type="projection"``, which
+    needs no tokens if none of its blocks attends to them. Labels lie in ``[0, num_classes]``,
     and the last label is the null label. The setting ``num_class_embeds`` of a UNet counts the null
     label; ``num_embeds_ada_norm`` of a transformer does not. In training, transformers of diffusers
     drop labels themselves, in each block anew, with the global generator. This class switches that
@@ -75,6 +77,8 @@ class DiffusersVelocity(nn.Module):
         self.channels = inputs
         self.takes_labels = "class_labels" in inspect.signature(net.forward).parameters
         self.num_classes = _num_classes(config)
+        named = TOKENS in inspect.signature(net.forward).parameters
+        self.without_tokens = named and not _attends(config)
         self.time_scale, self.drop_sigma = time_scale, drop_sigma
         self.num_times = num_times
         if num_times != 1:
@@ -127,7 +131,9 @@ class DiffusersVelocity(nn.Module):
 
     def _named(self, cond: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return keyword arguments of the network."""
-        options = {ARGUMENTS.get(name, name): value for name, value in cond.items()}
+        options: dict[str, Any] = {ARGUMENTS.get(name, name): x for name, x in cond.items()}
+        if self.without_tokens:
+            options.setdefault(TOKENS, None)
         arguments = inspect.signature(self.net.forward).parameters
         known = {p.name: p for p in arguments.values() if p.kind != p.VAR_KEYWORD}
         if len(known) < len(arguments):
@@ -153,7 +159,8 @@ class DiffusersVelocity(nn.Module):
         return {} if labels is None else {"class_labels": labels}
 
 
-ARGUMENTS = {"tokens": "encoder_hidden_states", "token_mask": "encoder_attention_mask"}
+TOKENS = "encoder_hidden_states"
+ARGUMENTS = {"tokens": TOKENS, "token_mask": "encoder_attention_mask", "vector": "class_labels"}
 SECOND_TIME, LABELS = "net.class_embedding.", "net.class_embedding.weight"
 
 
@@ -177,6 +184,12 @@ class _SecondTime(nn.Module):
         waves = sinusoid(t, self.inputs.in_features, self.time_scale).to(self.inputs.weight.dtype)
         c = self.outputs(F.silu(self.inputs(waves)))
         return c if self.weight is None or labels is None else c + look_up(self.weight, labels)
+
+
+def _attends(config: Any) -> bool:
+    """Return False for a UNet without a block that attends to tokens."""
+    blocks = [*getattr(config, "down_block_types", []), getattr(config, "mid_block_type", "Cross")]
+    return any("Cross" in str(block) for block in blocks)
 
 
 def _num_classes(config: Any) -> int | None:

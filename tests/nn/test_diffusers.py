@@ -3,7 +3,7 @@ import sys
 
 import pytest
 import torch
-from diffusers import DiTTransformer2DModel, SD3Transformer2DModel
+from diffusers import DiTTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 
 from flowkit.nn import DiffusersVelocity, unet2d
 
@@ -119,6 +119,40 @@ def test_mapping_conditions_are_keyword_arguments():
     torch.testing.assert_close(velocity(x, t, cond), expected)
     with pytest.raises(TypeError, match="cond must be a mapping of keyword arguments of SD3Trans"):
         velocity(x, t, label)
+
+
+@pytest.mark.parametrize("attends", [False, True])
+def test_a_vector_joins_the_time_of_a_unet_and_needs_no_tokens(attends):
+    torch.manual_seed(0)
+    kind = "CrossAttnDownBlock2D" if attends else "DownBlock2D"
+    net = UNet2DConditionModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(8, 8),
+        down_block_types=("DownBlock2D", kind),
+        mid_block_type="UNetMidBlock2D",
+        up_block_types=(kind.replace("Down", "Up"), "UpBlock2D"),
+        layers_per_block=1,
+        attention_head_dim=2,
+        norm_num_groups=4,
+        cross_attention_dim=6,
+        class_embed_type="projection",
+        projection_class_embeddings_input_dim=5,
+        resnet_time_scale_shift="scale_shift",
+    ).eval()
+    x, t, _ = inputs(3, 1)
+    cond, velocity = {"vector": torch.randn(3, 5)}, DiffusersVelocity(net)
+    tokens = None
+    if attends:
+        with pytest.raises(TypeError, match=r"missing \['encoder_hidden_states'\]"):
+            velocity(x, t, cond)
+        tokens = torch.randn(3, 4, 6)
+        cond["tokens"] = tokens
+    found = velocity(x, t, cond)
+    expected = net(x, 1000 * t, tokens, class_labels=cond["vector"]).sample
+    torch.testing.assert_close(found, expected)
+    assert (velocity(x, t, {**cond, "vector": cond["vector"] + 1}) - found).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,12 @@ from tests.conftest import CONF
 from tests.recipes.conftest import TINY, status_of
 
 SMALL = [*TINY[4:-1], "batch_size=4", "trainer.max_steps=4", "trainer.val_check_interval=2"]
-SMALL += ["model.width=16", "model.depth=1", "model.heads=2", "logger.tensorboard=null"]
-SMALL += ["data.frames=20", "data.eval_mixtures=3", "callback.samples.sounds=1"]
+SMALL += ["data.frames=20", "data.states.mel.hop=160", "data.eval_mixtures=3"]
+SMALL += ["callback.samples.sounds=1", "logger.tensorboard=null"]
+NET = {"block_out_channels": [8, 8], "norm_num_groups": 4, "attention_head_dim": 2}
+NET |= {"down_block_types": ["DownBlock2D", "AttnDownBlock2D"], "sample_size": [20, 64]}
+NET |= {"up_block_types": ["AttnUpBlock2D", "UpBlock2D"]}
+SMALL += [f"model.net.net.{name}={value}" for name, value in NET.items()]
 
 
 def composed(recipe, *options):
@@ -115,7 +119,7 @@ def test_test_mixtures_are_measured(place, tmp_path):
 def test_samples_take_the_mixtures_of_the_test_split(place, tmp_path):
     drawn = [f"run={place}/run", "sampler.grid=1", f"out={tmp_path}"]
     samples = sample(composed("sample", *drawn, "num_samples=2"))
-    assert samples.shape == (2, 64, 20)
+    assert samples.shape == (2, 1, 20, 64)
     with Image.open(tmp_path / "samples.png") as picture:  # a row of two, gaps of two
         assert picture.size == (2 * (3 * 20 + 2) + 2, 3 * 64 + 4)
         levels = np.asarray(picture)[2:-2, 2:62:3][::3]
