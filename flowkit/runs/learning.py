@@ -46,12 +46,6 @@ def follow_latents(cfg: DictConfig) -> str | None:
         raise ValueError(
             f"data.horizon must be that of model.latents, {horizon}, got {cfg.data.horizon}"
         )
-    encoder = cfg.model.get("encoder")
-    if encoder is not None and encoder.size != node["width"]:
-        raise ValueError(
-            f"model.encoder.size must be the width of model.latents, {node['width']}, got "
-            f"{encoder.size}"
-        )
     cfg.model.latents, cfg.model.net.tokens = node, node["width"]
     return place
 
