@@ -49,7 +49,7 @@ def rollout(cfg: DictConfig) -> dict[str, Any]:
         ChunkPolicy(velocity, sampler, noise=not regresses), cfg.execute, cfg.prefix
     )
     env = environment(cfg.env, cfg.task)
-    image_size = _image_size(velocity)
+    image_size = velocity.image_size
     _check_sizes(velocity, env)
     prefixes, begun = velocity.net.prefixes, time.perf_counter()
     found = roll_out(env, control, cfg.episodes, cfg.seed, min(cfg.shown, ANIMATED), image_size)
@@ -81,19 +81,6 @@ def rollout(cfg: DictConfig) -> dict[str, Any]:
     )
     say(f"picture   {files[1]}\nanimation {files[2]}\nrecord    {files[0]}")
     return metrics
-
-
-def _image_size(velocity: PolicyVelocity) -> int | None:
-    """Return the side of the pictures that a policy was trained on; None for one without."""
-    if velocity.encoder is None:
-        return None
-    size = getattr(velocity.encoder, "image_size", None)
-    if not isinstance(size, int):
-        raise ValueError(
-            "run must have an encoder with image_size, the side of its pictures in pixels, got "
-            f"{size} of {type(velocity.encoder).__name__}"
-        )
-    return size
 
 
 def _check_sizes(velocity: PolicyVelocity, env: Any) -> None:

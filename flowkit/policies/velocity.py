@@ -91,7 +91,8 @@ class PolicyVelocity(nn.Module):
             vector, and with ``tokens`` of the size of a latent action's.
         obs_size: Size ``O`` of an observation.
         encoder: Network from a picture and the normalized observation to the vector, called as
-            ``encoder(image, obs)``, such as `ImageEncoder`; None without pictures.
+            ``encoder(image, obs)``, with the side of its pictures as ``image_size``, such as
+            `ImageEncoder`; None without pictures.
         latents: A trained `LatentActionModel`, which is not trained further. In training it infers
             the latent action from the observation after the chunk; a rollout draws one, see
             `ChunkPolicy`.
@@ -128,6 +129,23 @@ class PolicyVelocity(nn.Module):
     def shape(self) -> tuple[int, int]:
         """``(D, H)`` of a chunk."""
         return self.net.shape
+
+    @property
+    def image_size(self) -> int | None:
+        """Side of the pictures that the policy sees, in pixels; None for one without pictures.
+
+        Raises:
+            ValueError: If the encoder does not say it.
+        """
+        if self.encoder is None:
+            return None
+        size = getattr(self.encoder, "image_size", None)
+        if not isinstance(size, int):
+            raise ValueError(
+                "encoder must have image_size, the side of its pictures in pixels, got "
+                f"{type(self.encoder).__name__} with {size}"
+            )
+        return size
 
     def take(self, actions: ActionNormalizer, observations: ActionNormalizer) -> None:
         """Take the statistics of demonstrations.

@@ -1,5 +1,6 @@
 """Lessons before a training: what networks take from their data or from another run."""
 
+import copy
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -15,11 +16,11 @@ from flowkit.policies import LatentActionModel, PolicyVelocity
 def follow_latents(cfg: DictConfig) -> str | None:
     """Give a policy the network of latent actions of the run in ``model.latents``.
 
-    The configuration then holds this network, and the checkpoints hold its weights, so the run of
-    the policy needs the other run no more.
+    ``module.velocity`` then holds this network, and the checkpoints hold its weights, so the run of
+    the policy needs the other run no more, also to be resumed. ``model.latents`` stays the place.
 
     Returns:
-        The run whose weights the network takes; None without one.
+        The run whose weights the network takes; None without one, and in a resumed run.
 
     Raises:
         FileNotFoundError: If the folder is not a run.
@@ -27,7 +28,8 @@ def follow_latents(cfg: DictConfig) -> str | None:
             the codes are inferred from.
     """
     place = OmegaConf.select(cfg, "model.latents")
-    if not isinstance(place, str):
+    followed = OmegaConf.is_dict(OmegaConf.select(cfg, "module.velocity.latents"))
+    if not isinstance(place, str) or (followed and cfg.resume is not None):
         return None
     config = read_config(place)
     node = (config.get("module") or {}).get("model")
@@ -46,7 +48,8 @@ def follow_latents(cfg: DictConfig) -> str | None:
         raise ValueError(
             f"data.horizon must be that of model.latents, {horizon}, got {cfg.data.horizon}"
         )
-    cfg.model.latents, cfg.model.net.tokens = node, node["width"]
+    cfg.module.velocity = copy.deepcopy(cfg.model)  # with its references
+    cfg.module.velocity.latents, cfg.module.velocity.net.tokens = node, node["width"]
     return place
 
 
