@@ -62,7 +62,7 @@ def teach(network: Any, data: Any, latents: str | None = None) -> None:
         latents: Run whose weights the latent actions of a policy take.
 
     Raises:
-        ValueError: If the data are not those of such a network.
+        ValueError: If the data are not those of such a network, or a policy predicts noise or data.
     """
     if isinstance(network, LatentActionModel):
         if getattr(data, "predict", None) != "future":
@@ -80,6 +80,11 @@ def teach(network: Any, data: Any, latents: str | None = None) -> None:
         network.take(actions, data.observations)
         if latents is not None and network.latents is not None:
             network.latents.load_state_dict(load_latents(latents).state_dict())
+    elif isinstance(getattr(network, "net", None), PolicyVelocity):
+        raise ValueError(
+            "prediction must be velocity for a policy, whose rollouts take the network's velocity, "
+            f"got {type(network).__name__}"
+        )
     elif isinstance(network, VoiceVelocity):
         if not isinstance(data, Speech):
             raise ValueError(f"data must be speech for a voice, got {type(data).__name__}")

@@ -84,6 +84,12 @@ def test_wrong_settings_are_named(run, tiny_run, tmp_path):
         demonstrate(composed("demonstrate", "env=obstacle", f"out={tmp_path}/shown"))
     with pytest.raises(ValueError, match="execute and prefix must fit a chunk of 14 actions"):
         rollout(composed("rollout", f"run={run}", "env=obstacle", "execute=20", f"out={tmp_path}"))
+    whole = ["experiment=obstacle_chunks", f"data.root={run.parent}/shown.npz", *SMALL]
+    whole += ["prediction=noise", "path=vp", f"run_dir={tmp_path}/noise"]
+    with pytest.raises(
+        ValueError, match=r"prediction must be velocity for a policy, .*, got Noise"
+    ):
+        train(composed("train", *whole))
     options = ["model=policy", "data=toy", f"run_dir={tmp_path}/run", "trainer.accelerator=cpu"]
     with pytest.raises(Exception, match=r"shape must be \(C, T\), got \(2,\)"):
         train(composed("train", *options))
