@@ -49,7 +49,7 @@ def rollout(cfg: DictConfig) -> dict[str, Any]:
         ChunkPolicy(velocity, sampler, noise=not regresses), cfg.execute, cfg.prefix
     )
     env = environment(cfg.env, cfg.task)
-    image_size = None if velocity.encoder is None else run.config["data"]["image_size"]
+    image_size = velocity.image_size
     _check_sizes(velocity, env)
     prefixes, begun = velocity.net.prefixes, time.perf_counter()
     found = roll_out(env, control, cfg.episodes, cfg.seed, min(cfg.shown, ANIMATED), image_size)

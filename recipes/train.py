@@ -117,7 +117,8 @@ def _train(cfg: DictConfig) -> FlowModule | LatentActions:
     del state
 
     pairs = cfg.data.root if cfg.data._target_ == "flowkit.data.Pairs" else None
-    cost = TrainingCost(folder, cfg.module.get("start"), pairs)
+    sources = {"start": cfg.module.get("start"), "pairs": pairs, "latents": latents}
+    cost = TrainingCost(folder, sources)
     told = Settings(folder, recorded(cfg))
     callbacks = [*_parts(cfg.callback), cost, told, LastValidation(), StopOnInterrupt(folder)]
     if averaged and not any(isinstance(callback, WeightAveraging) for callback in callbacks):

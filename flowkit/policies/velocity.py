@@ -5,9 +5,9 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flowkit.checks import check_at_least
 from flowkit.nn.sequence import SequenceDiT
 from flowkit.policies.latents import LatentActionModel
 from flowkit.policies.normalizer import ActionNormalizer
@@ -15,53 +15,68 @@ from flowkit.sampling import ODESampler
 from flowkit.types import Cond
 from flowkit.velocity import Velocity
 
-RAW = ("image", "future", "codes")  # parts of a condition that the network sees as tokens
+RAW = ("image", "future", "codes")  # parts of a condition that the network sees encoded
 
 
 class ImageEncoder(nn.Module):
-    """Small convolutional network from an image ``(B, C, H, W)`` in bytes to tokens that say where.
+    """Small convolutional network from a picture and an observation to one vector.
 
-    A token stands for a feature that the network looks for, and holds the feature's place: the mean
-    of all places under the softmax of its map. So a place is a number of a token, and small things
-    are found from few images.
+        vector = A o + B flatten(maps(picture))
+
+    Three convolutions, each of half the side, give maps of features; the matrix ``B`` reads each
+    feature at each place. So the place of a small thing is one linear step away, and is learned
+    from few pictures.
 
     Args:
-        channels: Channels of the image.
-        size: Size ``W`` of a token.
-        width: Channels of the first layer.
-        count: Number of tokens.
+        obs_size: Size ``O`` of an observation.
+        image_size: Side ``W`` of a picture in pixels.
+        channels: Channels ``C`` of a picture.
+        size: Size ``G`` of the vector.
+        width: Channels of the first layer; the others have twice as many.
 
-    Source: the spatial softmax of Levine et al., *End-to-End Training of Deep Visuomotor Policies*,
-    2016 (arXiv 1504.00702); here its maps are normalized.
+    Raises:
+        ValueError: If a size is below 1; on a call, if a picture has another shape.
 
-    >>> ImageEncoder(3, 24)(torch.zeros(2, 3, 84, 84, dtype=torch.uint8)).shape
-    torch.Size([2, 16, 24])
+    >>> encoder = ImageEncoder(obs_size=2)
+    >>> encoder(torch.zeros(5, 3, 84, 84, dtype=torch.uint8), torch.zeros(5, 2)).shape
+    torch.Size([5, 64])
     """
 
-    def __init__(self, channels: int = 3, size: int = 64, width: int = 16, count: int = 16) -> None:
+    def __init__(
+        self,
+        obs_size: int,
+        image_size: int = 84,
+        channels: int = 3,
+        size: int = 64,
+        width: int = 16,
+    ) -> None:
         super().__init__()
+        sizes = {"obs_size": obs_size, "image_size": image_size, "channels": channels}
+        for name, value in {**sizes, "size": size, "width": width}.items():
+            check_at_least(value, 1, name)
+        self.image_size, self.channels = image_size, channels
         self.maps = nn.Sequential(
             nn.Conv2d(channels, width, 3, stride=2, padding=1),
             nn.SiLU(),
             nn.Conv2d(width, 2 * width, 3, stride=2, padding=1),
             nn.SiLU(),
-            nn.Conv2d(2 * width, count, 1),
+            nn.Conv2d(2 * width, 2 * width, 3, stride=2, padding=1),
+            nn.SiLU(),
+            nn.Flatten(),
         )
-        self.sharpness = nn.Parameter(torch.ones(count, 1))
-        self.outputs = nn.Sequential(nn.Linear(2, size), nn.SiLU(), nn.Linear(size, size))
-        self.kinds = nn.Parameter(torch.zeros(count, size))
+        side = -(-image_size // 8)
+        self.seen = nn.Linear(2 * width * side**2, size)
+        self.known = nn.Linear(obs_size, size)
 
-    def places(self, image: Tensor) -> Tensor:
-        """Return the places ``(B, count, 2)`` of features, down and right, in [-1, 1]."""
-        maps = self.maps(image.to(self.kinds.dtype) / 127.5 - 1)
-        down, right = (torch.linspace(-1, 1, n).to(maps) for n in maps.shape[2:])
-        maps = maps.flatten(2)
-        shares = (F.layer_norm(maps, maps.shape[2:]) * self.sharpness).softmax(2)
-        return shares @ torch.cartesian_prod(down, right)
-
-    def forward(self, image: Tensor) -> Tensor:
-        """Return the tokens ``(B, count, W)`` of images."""
-        return self.outputs(self.places(image)) + self.kinds
+    def forward(self, image: Tensor, obs: Tensor) -> Tensor:
+        """Return the vector ``(B, G)`` of pictures ``(B, C, W, W)`` in bytes and ``obs (B, O)``."""
+        expected = (self.channels, self.image_size, self.image_size)
+        if tuple(image.shape[1:]) != expected:
+            raise ValueError(
+                f"image must have shape (B, {', '.join(map(str, expected))}) for this policy, got "
+                f"{tuple(image.shape)}"
+            )
+        return self.known(obs) + self.seen(self.maps(image.to(self.seen.weight.dtype) / 127.5 - 1))
 
 
 class PolicyVelocity(nn.Module):
@@ -69,13 +84,15 @@ class PolicyVelocity(nn.Module):
 
     It holds the statistics of actions and observations as buffers, so a checkpoint is a whole
     policy. All that depends on the observation alone is computed once a solve, see ``bind``: the
-    network's prefix, the tokens of an image, the latent action.
+    network's prefix, the vector of a picture, the latent action.
 
     Args:
-        net: The network, built with ``vector`` of the size of the observation, and with ``tokens``
-            of the size of an image's tokens or of a latent action's.
+        net: The network, built with ``vector`` of the size of the observation, or of the encoder's
+            vector, and with ``tokens`` of the size of a latent action's.
         obs_size: Size ``O`` of an observation.
-        encoder: Network from an image to tokens ``(B, N, W)``; None without images.
+        encoder: Network from a picture and the normalized observation to the vector, called as
+            ``encoder(image, obs)``, with the side of its pictures as ``image_size``, such as
+            `ImageEncoder`; None without pictures.
         latents: A trained `LatentActionModel`, which is not trained further. In training it infers
             the latent action from the observation after the chunk; a rollout draws one, see
             `ChunkPolicy`.
@@ -112,6 +129,23 @@ class PolicyVelocity(nn.Module):
     def shape(self) -> tuple[int, int]:
         """``(D, H)`` of a chunk."""
         return self.net.shape
+
+    @property
+    def image_size(self) -> int | None:
+        """Side of the pictures that the policy sees, in pixels; None for one without pictures.
+
+        Raises:
+            ValueError: If the encoder does not say it.
+        """
+        if self.encoder is None:
+            return None
+        size = getattr(self.encoder, "image_size", None)
+        if not isinstance(size, int):
+            raise ValueError(
+                "encoder must have image_size, the side of its pictures in pixels, got "
+                f"{type(self.encoder).__name__} with {size}"
+            )
+        return size
 
     def take(self, actions: ActionNormalizer, observations: ActionNormalizer) -> None:
         """Take the statistics of demonstrations.
@@ -157,10 +191,11 @@ class PolicyVelocity(nn.Module):
         if ("image" in cond) != (self.encoder is not None):
             state = "hold" if self.encoder is not None else "not hold"
             raise ValueError(f"cond must {state} image for this policy, got {', '.join(cond)}")
-        tokens = [] if self.encoder is None else [self.encoder(cond["image"])]
+        if self.encoder is not None:
+            found["vector"] = self.encoder(cond["image"], found["vector"])
         if self.latents is not None:
-            tokens.append(self.latents.embed(self._codes(self.latents, cond)))
-        return {**found, "tokens": torch.cat(tokens, 1)} if tokens else found
+            found["tokens"] = self.latents.embed(self._codes(self.latents, cond))
+        return found
 
     def _codes(self, latents: LatentActionModel, cond: Mapping[str, Tensor]) -> Tensor:
         """Return the codes of a condition, given or inferred."""

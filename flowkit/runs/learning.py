@@ -1,5 +1,6 @@
 """Lessons before a training: what networks take from their data or from another run."""
 
+import copy
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -15,11 +16,11 @@ from flowkit.policies import LatentActionModel, PolicyVelocity
 def follow_latents(cfg: DictConfig) -> str | None:
     """Give a policy the network of latent actions of the run in ``model.latents``.
 
-    The configuration then holds this network, and the checkpoints hold its weights, so the run of
-    the policy needs the other run no more.
+    ``module.velocity`` then holds this network, and the checkpoints hold its weights, so the run of
+    the policy needs the other run no more, also to be resumed. ``model.latents`` stays the place.
 
     Returns:
-        The run whose weights the network takes; None without one.
+        The run whose weights the network takes; None without one, and in a resumed run.
 
     Raises:
         FileNotFoundError: If the folder is not a run.
@@ -27,7 +28,8 @@ def follow_latents(cfg: DictConfig) -> str | None:
             the codes are inferred from.
     """
     place = OmegaConf.select(cfg, "model.latents")
-    if not isinstance(place, str):
+    followed = OmegaConf.is_dict(OmegaConf.select(cfg, "module.velocity.latents"))
+    if not isinstance(place, str) or (followed and cfg.resume is not None):
         return None
     config = read_config(place)
     node = (config.get("module") or {}).get("model")
@@ -46,13 +48,8 @@ def follow_latents(cfg: DictConfig) -> str | None:
         raise ValueError(
             f"data.horizon must be that of model.latents, {horizon}, got {cfg.data.horizon}"
         )
-    encoder = cfg.model.get("encoder")
-    if encoder is not None and encoder.size != node["width"]:
-        raise ValueError(
-            f"model.encoder.size must be the width of model.latents, {node['width']}, got "
-            f"{encoder.size}"
-        )
-    cfg.model.latents, cfg.model.net.tokens = node, node["width"]
+    cfg.module.velocity = copy.deepcopy(cfg.model)  # with its references
+    cfg.module.velocity.latents, cfg.module.velocity.net.tokens = node, node["width"]
     return place
 
 
@@ -65,7 +62,7 @@ def teach(network: Any, data: Any, latents: str | None = None) -> None:
         latents: Run whose weights the latent actions of a policy take.
 
     Raises:
-        ValueError: If the data are not those of such a network.
+        ValueError: If the data are not those of such a network, or a policy predicts noise or data.
     """
     if isinstance(network, LatentActionModel):
         if getattr(data, "predict", None) != "future":
@@ -83,6 +80,11 @@ def teach(network: Any, data: Any, latents: str | None = None) -> None:
         network.take(actions, data.observations)
         if latents is not None and network.latents is not None:
             network.latents.load_state_dict(load_latents(latents).state_dict())
+    elif isinstance(getattr(network, "net", None), PolicyVelocity):
+        raise ValueError(
+            "prediction must be velocity for a policy, whose rollouts take the network's velocity, "
+            f"got {type(network).__name__}"
+        )
     elif isinstance(network, VoiceVelocity):
         if not isinstance(data, Speech):
             raise ValueError(f"data must be speech for a voice, got {type(data).__name__}")

@@ -12,11 +12,11 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.resolvers import oc
 
-from flowkit.modules import FlowModule
+from flowkit.modules.resume import ExactResume
 from flowkit.provenance import read_json, tensor_hash, write_text
 
 
-def weights(module: FlowModule) -> dict[str, Any]:
+def weights(module: ExactResume) -> dict[str, Any]:
     """Return the kind (averaged or raw), the step and the hash of a module's weights."""
     return {**(module.weights or {}), "hash": tensor_hash(module.state_dict())}
 

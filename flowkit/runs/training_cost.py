@@ -11,7 +11,8 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from flowkit.distributed import mean_over_ranks
-from flowkit.modules import load_run
+from flowkit.hub import folder_of
+from flowkit.modules.checkpoints import CONFIG, load_module
 from flowkit.provenance import read_json, write_json
 from flowkit.runs.records import weights
 
@@ -32,13 +33,14 @@ class TrainingCost(Callback):
 
     Args:
         folder: The run folder.
-        start: Folder of the run that the training learns from, or None. Its cost becomes a part of
-            the record.
-        pairs: Folder of ``flowkit pairs`` that the training learns from, or None, in the same way.
+        sources: What the training learns from, by name: runs, and folders of ``flowkit pairs``;
+            None is left out. Their places, the weights' hashes and the costs become parts of the
+            record.
     """
 
-    def __init__(self, folder: Path, start: str | None, pairs: str | None) -> None:
-        self.folder, self.start, self.pairs = folder, start, pairs
+    def __init__(self, folder: Path, sources: Mapping[str, str | None]) -> None:
+        self.folder = folder
+        self.sources = {name: place for name, place in sources.items() if place is not None}
         self.earlier: dict[str, Any] | None = None
         self.known = True
         self.spent, self.began = (0.0, 0.0), None
@@ -57,12 +59,8 @@ class TrainingCost(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clocks. The record of a new training takes up the costs of its sources."""
         if self.earlier is None and self.known and trainer.is_global_zero:
-            start, pairs = self.start, self.pairs
-            self.earlier = {
-                **NOTHING,
-                "start": start and origin(start, weights(load_run(start))["hash"]),
-                "pairs": pairs and origin(pairs),
-            }
+            found = {name: origin(place, _hash(place)) for name, place in self.sources.items()}
+            self.earlier = {**NOTHING, **found}
         self.began = clocks()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -96,6 +94,13 @@ class TrainingCost(Callback):
         now = clocks()
         wall, processor = (now[k] - self.began[k] + self.spent[k] for k in range(2))
         return wall, processor
+
+
+def _hash(place: str) -> str | None:
+    """Return the hash of a run's weights; None for a folder of pairs."""
+    if not (folder_of(place) / CONFIG).is_file():
+        return None
+    return weights(load_module(place)[0])["hash"]
 
 
 def clocks() -> tuple[float, float]:
@@ -183,7 +188,8 @@ def own_cost(record: Mapping[str, Any]) -> Cost:
 def total_cost(record: Mapping[str, Any]) -> Cost | None:
     """Return the seconds of a record and of all its sources; None if one of them is not known.
 
-    A run that is the source of several parts counts once.
+    Its sources are those of its parts that are mappings; see `origin`. A run that is the source of
+    several parts counts once.
 
     >>> teacher = {"seconds": 10.0, "processor_seconds": 20.0}
     >>> start = {"folder": "runs/teacher", "hash": "1f", "training": teacher}
@@ -203,7 +209,7 @@ def _costs(record: Mapping[str, Any] | None, key: str = "") -> dict[str, Cost | 
     if record is None:
         return {key: None}
     found: dict[str, Cost | None] = {key: own_cost(record)}
-    for source in (record.get("start"), record.get("pairs")):
-        if source is not None:
+    for source in record.values():
+        if isinstance(source, Mapping):
             found |= _costs(source["training"], source.get("hash", source["folder"]))
     return found

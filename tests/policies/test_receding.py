@@ -1,6 +1,7 @@
 """Execution of chunks: how often it decodes, what it holds fixed, and whether it dithers."""
 
 import math
+from itertools import product
 
 import numpy as np
 import pytest
@@ -146,27 +147,44 @@ def test_chunks_that_are_too_short_are_refused():
 
 def test_a_policy_sees_its_image_and_refuses_to_go_without():
     torch.manual_seed(0)
-    net = SequenceDiT((2, 6), width=16, depth=1, heads=2, vector=3, tokens=8)
-    velocity = PolicyVelocity(net, obs_size=3, encoder=ImageEncoder(3, size=8, width=4))
+    net = SequenceDiT((2, 6), width=16, depth=1, heads=2, vector=8)
+    encoder = ImageEncoder(obs_size=3, image_size=20, size=8, width=4)
+    velocity = PolicyVelocity(net, obs_size=3, encoder=encoder)
     for parameter in velocity.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     velocity.learn(torch.randn(50, 2), torch.randn(50, 3))
     policy, chunk = ChunkPolicy(velocity, ODESampler(2)), {}
     for shade in (0, 255):
         policy.reset(1)
-        image = np.full((3, 84, 84), shade, np.uint8)
+        image = np.full((3, 20, 20), shade, np.uint8)
         chunk[shade] = policy({"vector": np.zeros(3), "image": image})
     assert (chunk[0] - chunk[255]).abs().max() > 1e-3
     with pytest.raises(ValueError, match="cond must hold image for this policy, got vector"):
         policy(np.zeros(3))
+    large = {"vector": np.zeros(3), "image": np.zeros((3, 24, 24), np.uint8)}
+    with pytest.raises(ValueError, match=r"shape \(B, 3, 20, 20\) .*, got \(1, 3, 24, 24\)"):
+        policy(large)
+    assert velocity.image_size == 20
+    velocity.encoder = torch.nn.Identity()
+    with pytest.raises(ValueError, match=r"encoder must have image_size, .*, got Identity with N"):
+        _ = velocity.image_size
 
 
-def test_a_token_of_an_image_holds_the_place_of_its_feature():
-    """With the image itself as the map of a feature: the place of its only bright pixel."""
-    encoder = ImageEncoder(channels=1, size=8, count=1)
-    encoder.maps = torch.nn.Identity()
-    for row, column in ((5, 14), (0, 19), (11, 3)):
-        image = torch.zeros(1, 1, 12, 20, dtype=torch.uint8)
-        image[0, 0, row, column] = 255
-        expected = [2 * row / 11 - 1, 2 * column / 19 - 1]
-        assert encoder.places(image)[0, 0].tolist() == pytest.approx(expected, abs=1e-3)
+def test_an_encoder_learns_where_a_small_thing_is():
+    """The height of a thing of 5 pixels, from 80 pictures: its vector tells that of others."""
+    torch.manual_seed(0)
+    encoder = ImageEncoder(obs_size=1, image_size=32, channels=1, size=1, width=8)
+    rows, columns = torch.randint(2, 30, (160,)), torch.randint(22, 24, (160,))
+    image = torch.zeros(160, 1, 32, 32, dtype=torch.uint8)
+    for down, right in product(range(-2, 3), repeat=2):
+        image[torch.arange(160), 0, rows + down, columns + right] = 255
+    target, obs = (rows / 16 - 1)[:, None], torch.zeros(160, 1)
+    optimizer = torch.optim.AdamW(encoder.parameters(), 1e-2)
+    for _ in range(100):
+        loss = (encoder(image[:80], obs[:80]) - target[:80]).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        error = (encoder(image[80:], obs[80:]) - target[80:]).square().mean()
+    assert error < 0.05 * target[80:].var()

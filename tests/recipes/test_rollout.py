@@ -8,16 +8,20 @@ import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 from PIL import Image
 
 from flowkit import grids
 from flowkit.modules import load_run
-from flowkit.modules.checkpoints import read_checkpoint
+from flowkit.modules.checkpoints import CONFIG, UNRESOLVED, load_module, read_checkpoint
 from flowkit.modules.latent_actions import load_latents
 from flowkit.recipes.boss import boss
 from flowkit.recipes.demonstrate import demonstrate
 from flowkit.recipes.rollout import rollout
 from flowkit.recipes.train import train
+from flowkit.runs.records import weights
+from flowkit.runs.resuming import resumed
+from flowkit.runs.training_cost import read_cost, total_cost
 from tests.conftest import CONF
 from tests.recipes.conftest import TINY
 
@@ -80,9 +84,26 @@ def test_wrong_settings_are_named(run, tiny_run, tmp_path):
         demonstrate(composed("demonstrate", "env=obstacle", f"out={tmp_path}/shown"))
     with pytest.raises(ValueError, match="execute and prefix must fit a chunk of 14 actions"):
         rollout(composed("rollout", f"run={run}", "env=obstacle", "execute=20", f"out={tmp_path}"))
+    whole = ["experiment=obstacle_chunks", f"data.root={run.parent}/shown.npz", *SMALL]
+    whole += ["prediction=noise", "path=vp", f"run_dir={tmp_path}/noise"]
+    with pytest.raises(
+        ValueError, match=r"prediction must be velocity for a policy, .*, got Noise"
+    ):
+        train(composed("train", *whole))
     options = ["model=policy", "data=toy", f"run_dir={tmp_path}/run", "trainer.accelerator=cpu"]
     with pytest.raises(Exception, match=r"shape must be \(C, T\), got \(2,\)"):
         train(composed("train", *options))
+
+
+def weights_hash(folder):
+    return weights(load_run(folder))["hash"]
+
+
+def assert_resumes(folder):
+    """Go on for a step."""
+    steps = ["trainer.max_steps=5"]
+    train(resumed(composed("train", f"resume={folder}"), steps))
+    assert read_checkpoint(folder / "checkpoints/last.ckpt")["global_step"] == 5
 
 
 LATENTS = [*TINY[2:-2], "batch_size=16", "trainer.max_steps=4", "trainer.val_check_interval=4"]
@@ -107,7 +128,22 @@ def test_latent_actions_become_part_of_a_policy(run, latents, tmp_path):
     options = ["experiment=obstacle_chunks", f"data.root={run.parent}/shown.npz", *SMALL]
     options += [f"model.latents={first}", "data.future=true", "data.episodes=3"]
     train(composed("train", *options, f"run_dir={tmp_path}/second"))
+    record = read_cost(tmp_path / "second")
+    source = record["latents"]
+    assert source["folder"] == str(first)
+    assert source["hash"] == weights(load_module(latents)[0])["hash"]
+    own, learnt = record["seconds"], read_cost(latents)["seconds"]
+    assert total_cost(record)["seconds"] == pytest.approx(own + learnt)
+
+    for file in (CONFIG, UNRESOLVED):  # a training by the run's own file, at another place
+        again = tmp_path / f"by_{file}"
+        text = (tmp_path / "second" / file).read_text().replace("/second", f"/{again.name}")
+        cfg = OmegaConf.merge(OmegaConf.create(text), {"run_dir": str(again), "trust": []})
+        train(cfg)
+        assert weights_hash(again) == weights_hash(tmp_path / "second")
+        assert read_cost(again)["latents"] == source
     shutil.rmtree(first)
+    assert_resumes(tmp_path / "by_config.yaml")
     stored = load_run(tmp_path / "second").velocity.latents.state_dict()
     for name, value in trained.state_dict().items():
         assert torch.equal(stored[name], value)
@@ -151,9 +187,6 @@ def test_runs_of_other_kinds_are_named(run, latents, tmp_path):
     wrong = ["experiment=obstacle_latents", data, *LATENTS, place, "data.predict=action"]
     with pytest.raises(ValueError, match=r"demonstrations with data.predict=future for latent"):
         train(composed("train", *wrong))
-    images = ["model=policy_images", "model.encoder.width=4", own, "data.future=true"]
-    with pytest.raises(ValueError, match=r"model.encoder.size must be the width .*, 8, got 64"):
-        train(composed("train", *policy, *images))
     options = ["env=obstacle", "camera=obs", f"out={tmp_path}/a.npz"]
     with pytest.raises(ValueError, match="camera must be another name than obs, action, episode"):
         demonstrate(composed("demonstrate", *options))
