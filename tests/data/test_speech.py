@@ -171,9 +171,7 @@ def test_a_speaker_of_one_utterance_cannot_be_its_own_reference(tmp_path, weight
     root = write_speech(tmp_path / "speech")
     for file in sorted(root.glob("train-clean/85/**/*.wav"))[1:]:
         file.unlink()
-    with pytest.raises(
-        ValueError, match=r"2 utterances of each speaker .*, got 1 of 85"
-    ):
+    with pytest.raises(ValueError, match=r"2 utterances of each speaker .*, got 1 of 85"):
         folder_data(root, weights).setup()
 
 

@@ -181,3 +181,13 @@ def test_a_long_caption_stays_within_its_image(tmp_path):
         line = np.array(one)[:12]
     assert dark(line, 0, 12, 68, 132) > 20
     assert dark(line, 0, 12, 0, 68) == dark(line, 0, 12, 132, 200) == 0
+
+
+def test_sequences_are_drawn_with_low_channels_below(tmp_path):
+    sequences = torch.randn(2, 64, 20, generator=torch.Generator().manual_seed(0))
+    with Image.open(save_picture(sequences, tmp_path / "sequences.png", zoom=3)) as picture:
+        assert picture.size == (2 * (3 * 20 + 2) + 2, 3 * 64 + 4)  # a row of two, gaps of two
+        levels = np.asarray(picture)[2:-2, 2:62:3][::3]
+    image = sequences[0] - sequences.min()
+    image = (255 * image / (sequences.max() - sequences.min())).flip(0)
+    assert np.abs(levels - image.numpy()).max() < 1
