@@ -131,7 +131,10 @@ class DiffusersVelocity(nn.Module):
 
     def _named(self, cond: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return keyword arguments of the network."""
-        options: dict[str, Any] = {ARGUMENTS.get(name, name): x for name, x in cond.items()}
+        names = dict(ARGUMENTS)
+        if getattr(self.net, "class_embedding", None) is not None:  # else it would be ignored
+            names["vector"] = "class_labels"
+        options: dict[str, Any] = {names.get(name, name): x for name, x in cond.items()}
         if self.without_tokens:
             options.setdefault(TOKENS, None)
         arguments = inspect.signature(self.net.forward).parameters
@@ -160,7 +163,7 @@ class DiffusersVelocity(nn.Module):
 
 
 TOKENS = "encoder_hidden_states"
-ARGUMENTS = {"tokens": TOKENS, "token_mask": "encoder_attention_mask", "vector": "class_labels"}
+ARGUMENTS = {"tokens": TOKENS, "token_mask": "encoder_attention_mask"}
 SECOND_TIME, LABELS = "net.class_embedding.", "net.class_embedding.weight"
 
 

@@ -149,10 +149,10 @@ def test_other_runs_and_other_parts_are_refused(place, tiny_run, tmp_path):
         separate(composed("separate", f"run={tiny_run}"))
     other = shutil.copytree(place / "run", tmp_path / "run")
     config = other / "config.yaml"
-    config.write_text(config.read_text().replace("floor: 1.0e-05", "floor: 1.0e-06"))
+    config.write_text(config.read_text().replace("floor: 0.001", "floor: 0.002"))
     with pytest.raises(ValueError, match=r"data.states must be that of the run's training, hash"):
         separate(composed("separate", f"run={other}", f"audio={place}/mix.wav", "query=a"))
-    config.write_text(config.read_text().replace("floor: 1.0e-06", "floor: 1.0e-05"))
+    config.write_text(config.read_text().replace("floor: 0.002", "floor: 0.001"))
     separate(composed("separate", f"run={other}", f"audio={place}/mix.wav", "query=a"))
 
 
