@@ -18,7 +18,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from flowkit.audio import HiFiGAN, VoiceVelocity, read_audio, save_spectrograms, write_audio
+from flowkit.audio import VoiceVelocity, read_audio, save_spectrograms, write_audio
 from flowkit.places import check_writable
 from flowkit.provenance import tensor_hash
 from flowkit.runs import Run
@@ -111,8 +111,8 @@ def _hashes(converter: Converter) -> dict:
     """Return the hashes of all that a conversion depends on beside the weights."""
     network = converter.run.module.velocity
     own = {"recognizer": network.content.hash} if isinstance(network, VoiceVelocity) else {}
-    if isinstance(converter.vocoder, HiFiGAN):
-        own["vocoder"] = converter.vocoder.hash
+    if (weights := getattr(converter.vocoder, "hash", None)) is not None:
+        own["vocoder"] = weights
     return {**converter.data.hashes(), **own}
 
 

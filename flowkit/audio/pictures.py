@@ -9,6 +9,7 @@ from flowkit.audio.mel import LogMel, slaney_hertz
 from flowkit.checks import check_at_least
 from flowkit.metrics.pictures import save_figure
 
+DECIBELS = 8.685889638  # of a log-mel, 20 / ln 10
 RANGE = 80  # dB below the loudest value that still have a color
 
 
@@ -32,11 +33,14 @@ def save_spectrograms(
     Raises:
         ValueError: If there are no panels, or ``columns`` is below 1.
     """
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
 
     check_at_least(len(panels), 1, "number of panels")
     check_at_least(columns, 1, "columns")
-    decibels = [(title, 8.685889638 * log_mel.detach().float().cpu()) for title, log_mel in panels]
+    colors = ScalarMappable(Normalize(-RANGE, 0), "magma")
+    decibels = [(title, DECIBELS * log_mel.detach().float().cpu()) for title, log_mel in panels]
     together = columns if columns > 1 else len(decibels)
     tops = [float(decibels[k // together * together][1].max()) for k in range(len(decibels))]
     rows = -(-len(panels) // columns)
@@ -45,20 +49,18 @@ def save_spectrograms(
     hertz = slaney_hertz(mel.n_mels, mel.fmin, mel.fmax)[1:-1]
     wanted = [f for f in (250, 500, 1000, 2000, 4000) if hertz[0] < f < hertz[-1]]
     ticks = [int((hertz - f).abs().argmin()) for f in wanted]
-    image = None
     for k, place in enumerate(axes.flat):
         if k >= len(decibels):
             place.set_visible(False)
             continue
         title, values = decibels[k]
         seconds = values.shape[1] * mel.hop / mel.rate
-        image = place.imshow(
+        place.imshow(
             values.numpy() - tops[k],
             origin="lower",
             aspect="auto",
-            cmap="magma",
-            vmin=-RANGE,
-            vmax=0,
+            cmap=colors.cmap,
+            norm=colors.norm,
             extent=(0, seconds, -0.5, mel.n_mels - 0.5),
             interpolation="nearest",
         )
@@ -69,8 +71,7 @@ def save_spectrograms(
             place.set_ylabel("kHz", fontsize=8)
         if k + columns >= len(decibels):
             place.set_xlabel("seconds", fontsize=8)
-    assert image is not None
-    figure.colorbar(image, ax=list(axes.flat), label="dB", aspect=30, pad=0.01)
+    figure.colorbar(colors, ax=list(axes.flat), label="dB", aspect=30, pad=0.01)
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
     save_figure(figure, file)

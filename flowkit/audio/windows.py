@@ -43,16 +43,13 @@ def by_windows(
     ramp = (torch.arange(size, dtype=torch.float64) + 1) / (overlap + 1)
     fade = torch.minimum(ramp, ramp.flip(0)).clamp(max=1).to(signal.dtype).to(signal.device)
     total = padded.new_zeros(padded.shape[-1])
-    result: Tensor | None = None
-    for start in starts:
-        part = function(padded[..., start : start + size], start)
+    parts = [function(padded[..., start : start + size], start) for start in starts]
+    result = parts[0].new_zeros(*parts[0].shape[:-1], padded.shape[-1])
+    for start, part in zip(starts, parts, strict=True):
         if part.shape[-1] != size:
             raise ValueError(f"function must keep {size} frames, got {part.shape[-1]}")
-        if result is None:
-            result = part.new_zeros(*part.shape[:-1], padded.shape[-1])
         result[..., start : start + size] += fade * part
         total[start : start + size] += fade
-    assert result is not None
     return (result / total)[..., :length]
 
 

@@ -103,9 +103,8 @@ def _npz(root: Path, keys: Keys) -> Iterator[Recorded]:
             f"{ends[:10]}"
         )
     for number, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
-        own = [None if part is None else part[start:end] for part in (obs, action, images)]
-        assert own[0] is not None
-        yield Recorded(f"episode {number} of {root}", own[0], own[1], own[2])
+        own = (None if part is None else part[start:end] for part in (action, images))
+        yield Recorded(f"episode {number} of {root}", obs[start:end], *own)
 
 
 # --- robomimic ----------------------------------------------------------------------------------

@@ -173,9 +173,8 @@ class SequenceDiT(nn.Module):
         self.crossings = nn.ModuleList(
             _CrossAttention(width, heads, tokens or 1) for _ in range(several)
         )
-        self.neighbors = nn.ModuleList(
-            nn.Identity() if kernel is None else _Neighbors(width, kernel) for _ in range(depth)
-        )
+        several = 0 if kernel is None else depth
+        self.neighbors = nn.ModuleList(_Neighbors(width, kernel or 1) for _ in range(several))
         self.outputs = PatchOutput(width, self.shape[0])
         self.prefixes = 0
 
@@ -228,11 +227,12 @@ class SequenceDiT(nn.Module):
                     f"frames must have the {length} frames of x, got {prefix.frames.shape[1]}"
                 )
             h = h + prefix.frames
-        crossings = self._crossings() or [None] * len(self.blocks)
-        pairs = prefix.tokens or [None] * len(self.blocks)
-        each = zip(self.blocks, self.neighbors, crossings, pairs, strict=True)
+        nothing = [None] * len(self.blocks)
+        around = list(self.neighbors) or nothing
+        crossings, pairs = self._crossings() or nothing, prefix.tokens or nothing
+        each = zip(self.blocks, around, crossings, pairs, strict=True)
         for block, neighbors, crossing, pair in each:
-            if isinstance(neighbors, _Neighbors):
+            if neighbors is not None:
                 h = neighbors(h, mask)
             if crossing is not None:
                 h = crossing(h, c, pair, prefix.token_mask)

@@ -185,13 +185,13 @@ def _kinds(
 ) -> dict[str, float]:
     """Return how often log-mels are of the kind asked for, and their distance to single sounds."""
     network, metrics = classifier_of(data), {}
+    single = network(as_images(fresh))
     for name, log_mels in shown.items():
         images = as_images(log_mels)
         agreement = (network.logits(images).argmax(1) == kinds).double()
         metrics[f"class_agreement{name}"] = _mean(agreement)
-        metrics[f"frechet_distance{name}"] = frechet_distance(
-            network(images), network(as_images(fresh))
-        )
+        if len(images) > 1:  # one sound has no covariance
+            metrics[f"frechet_distance{name}"] = frechet_distance(network(images), single)
     return metrics
 
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flowkit.audio.pictures import DECIBELS, RANGE
 from flowkit.data import Mixtures, Speech
 from flowkit.metrics import ConvClassifier, train_classifier
 from flowkit.modules.checkpoints import build
@@ -19,8 +20,7 @@ from flowkit.runs.run import Run
 Kind = TypeVar("Kind", Mixtures, Speech)
 
 LEARNED, CHUNK = 3000, 500  # training sounds of a classifier, and those drawn at once
-RANGE = 9.21  # log-mels below the loudest that a classifier sees: 80 dB
-POOLED = 4  # frames that it sees as one
+POOLED, FEWEST = 4, 4  # frames that it sees as one, and the fewest of these
 
 
 def data_of(run: Run, kind: type[Kind], words: str) -> Kind:
@@ -71,13 +71,14 @@ def classifier_of(data: Mixtures) -> ConvClassifier:
 
 
 def as_images(log_mels: Tensor) -> Tensor:
-    """Return log-mels ``(B, n_mels, T)`` as images ``(B, 1, n_mels, T // 4)`` in [-1, 1].
+    """Return log-mels ``(B, n_mels, T)`` as images ``(B, 1, n_mels, max(4, T // 4))`` in [-1, 1].
 
     1 is the loudest value of each sound, so its level does not matter, and -1 is 80 dB below.
 
-    >>> as_images(torch.tensor([0.0, -9.21]).repeat_interleave(4)[None, None])
-    tensor([[[[ 1., -1.]]]])
+    >>> as_images(torch.tensor([0.0, -10, -4.605, -10]).repeat_interleave(4)[None, None])
+    tensor([[[[ 1.0000, -1.0000,  0.0000, -1.0000]]]])
     """
-    below = log_mels - log_mels.amax((1, 2), keepdim=True)
+    below = DECIBELS * (log_mels - log_mels.amax((1, 2), keepdim=True))
     images = 1 + 2 * (below / RANGE).clamp_min(-1)
-    return F.avg_pool2d(images[:, None], (1, POOLED))
+    size = log_mels.shape[1], max(FEWEST, log_mels.shape[2] // POOLED)
+    return F.adaptive_avg_pool2d(images[:, None], size)

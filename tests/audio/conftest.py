@@ -90,6 +90,25 @@ def utterance(speaker, number, seconds=1.0, rate=16000):
     return 0.2 * sum(torch.sin(k * phase) / k for k in (1, 2, 3))
 
 
+def write_vocoder(folder, mel):
+    """Write a tiny vocoder of transformers for a spectrogram of hop 160; return its network."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.SpeechT5HifiGanConfig(
+        model_in_dim=mel.n_mels,
+        upsample_initial_channel=16,
+        upsample_rates=[16, 10],
+        upsample_kernel_sizes=[32, 20],
+        resblock_kernel_sizes=[3],
+        resblock_dilation_sizes=[[1]],
+        mel_hash=mel.hash,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = transformers.SpeechT5HifiGan(config).eval()
+    net.save_pretrained(folder)
+    return net
+
+
 def write_speech(folder):
     """Write 2 speakers with utterances in the layout of LibriTTS, in train, dev and test."""
     pytest.importorskip("soundfile")

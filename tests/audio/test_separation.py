@@ -12,6 +12,7 @@ from flowkit.modules import ConditionalFlowMatching
 from flowkit.nn import SequenceDiT
 from flowkit.paths import Linear
 from flowkit.runs.separation import Separator, measure
+from flowkit.runs.sounds import as_images
 from flowkit.sampling import ODESampler
 from tests.data.test_mixtures import tones
 
@@ -147,6 +148,22 @@ def test_answers_are_classified_by_the_kind_that_is_asked_for(monkeypatch):
     assert true["frechet_distance"] < true["frechet_distance_of_mixture"] / 2
     for name in ("frechet_distance_of_truth", "class_agreement_of_mixture"):
         assert wrong[name] == true[name]
+    alone = separator(lambda x0, cond: cond["frames"], split=tones(40))
+    alone.data.classes = [f"tone {k}" for k in range(5)]
+    found = measure(alone, 1, 1, 0, 2, 1)[0]
+    assert found["class_agreement"] == found["class_agreement_of_mixture"]
+    assert not [name for name in found if "frechet" in name]  # one sound has no covariance
+
+
+@pytest.mark.parametrize(("frames", "cells"), [(8, 4), (17, 4), (80, 20)])
+def test_sounds_of_any_length_are_seen_without_their_level(frames, cells):
+    log_mels = torch.randn(3, 64, frames, generator=torch.Generator().manual_seed(0))
+    images = as_images(log_mels)
+    assert images.shape == (3, 1, 64, cells)
+    torch.testing.assert_close(as_images(log_mels - 2.5), images)
+    if frames == 80:
+        below = 20 / math.log(10) * (log_mels[1, 7, 4:8] - log_mels[1].max())
+        assert images[1, 0, 7, 1].item() == pytest.approx(1 + (below / 40).mean().item(), rel=1e-5)
 
 
 def test_the_best_answer_is_that_of_each_mixture():

@@ -8,13 +8,14 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
-from flowkit.audio import PhoneRecognizer, VoiceVelocity, read_audio, write_audio
+from flowkit.audio import LogMel, PhoneRecognizer, VoiceVelocity, read_audio, write_audio
 from flowkit.data import Digits
 from flowkit.modules import Regression, load_run
+from flowkit.provenance import tensor_hash
 from flowkit.recipes.convert import convert
 from flowkit.recipes.train import train
 from flowkit.runs.learning import teach
-from tests.audio.conftest import of_place, utterance, write_place
+from tests.audio.conftest import of_place, utterance, write_place, write_vocoder
 from tests.conftest import CONF
 from tests.recipes.conftest import TINY, status_of
 
@@ -104,6 +105,15 @@ def test_a_recording_is_converted_and_recorded(place, tmp_path):
     voice = convert(composed("convert", *asked[:2], f"reference={place}/source.wav", *asked[3:]))
     assert not torch.equal(first, voice)
     assert (tmp_path / "converted-2.json").exists()  # of guidance=1, in the voice of before
+
+
+def test_the_weights_of_a_vocoder_are_recorded(place, tmp_path):
+    net = write_vocoder(tmp_path / "vocoder", LogMel())
+    asked = [f"run={place}/run", f"audio={place}/source.wav", f"reference={place}/voice.wav"]
+    asked += ["sampler.grid=1", "vocoder=hifigan", f"vocoder.path={tmp_path}/vocoder"]
+    convert(composed("convert", *asked, f"out={tmp_path}/out"))
+    record = json.loads((tmp_path / "out/converted.json").read_text())
+    assert record["vocoder"] == tensor_hash(net.state_dict())
 
 
 @pytest.mark.slow
