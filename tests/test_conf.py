@@ -73,6 +73,8 @@ def test_option(option, configure, tmp_path):
     cfg.network.num_times = 2 if option == "module/mean_flow" else 1
     if option.startswith(OF_SEQUENCES):
         cfg.network.shape, cfg.network.vector = [2, 14], 6
+    if option == "model/separation_patches":
+        cfg.network.vector = 384
     if option == "model/voice":
         cfg.network.shape, cfg.network.vector = [64, 128], 256
         cfg.network.frames = cfg.network.tokens = 64

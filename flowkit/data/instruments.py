@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from flowkit.audio import MelStates, TextEncoder
+from flowkit.audio import MelStates, TextEncoder, resample
+from flowkit.checks import check_between
 from flowkit.data.files import file_hashes
 from flowkit.data.mixtures import Mixtures
 from flowkit.data.soundfonts import render, samples_of_keys
@@ -35,6 +36,7 @@ PLAYED = {  # program of General MIDI from 0, and the lowest and highest key
 }
 VELOCITIES = (64, 110)
 HELD, SLOT = 1.0, 1.6  # seconds until a note is released, and until it has faded
+TUNED = 3  # copies of each training note at other pitches
 FRACTIONS = {"test": 0.2, "val": 0.1}  # of the recordings of an instrument
 
 
@@ -103,11 +105,15 @@ class Instruments(Mixtures):
         query: Encoder of texts.
         font: Soundfont with the programs of General MIDI; None means that of Debian's package
             ``fluid-soundfont-gm``.
+        detune: Largest shift of a training note in semitones, up or down, in [0, 12]. Each note is
+            then there as it is and at three random shifts, as if its recording were played faster
+            or slower. Validation and test have the notes as they are.
         settings: The other arguments, see `Mixtures`.
 
     Raises:
         FileNotFoundError: On ``setup``, if there is no such font, or no fluidsynth.
-        ValueError: On ``setup``, if the font is damaged, or lacks an instrument.
+        ValueError: If ``detune`` is out of range; on ``setup``, if the font is damaged, or lacks an
+            instrument.
     """
 
     classes: Sequence[str] | None = tuple(PLAYED)
@@ -117,6 +123,7 @@ class Instruments(Mixtures):
         states: MelStates,
         query: TextEncoder,
         font: str | Path | None = None,
+        detune: float = 0.0,
         frames: int = 256,
         snr: Sequence[float] = (-15.0, 15.0),
         sounds: int = 2,
@@ -140,7 +147,8 @@ class Instruments(Mixtures):
             seed,
             num_workers,
         )
-        self.font = DEBIAN_SOUNDFONT if font is None else Path(font)
+        check_between(detune, 0, 12, "detune")
+        self.font, self.detune = DEBIAN_SOUNDFONT if font is None else Path(font), detune
 
     @cached_property
     def keys(self) -> dict[str, dict[str, list[int]]]:
@@ -170,7 +178,11 @@ class Instruments(Mixtures):
             for name, (_, low, _) in PLAYED.items():
                 first = torch.tensor(keys[name][split]) - low
                 rows = (first[:, None] * count + torch.arange(count)).flatten()
-                waves.append(notes[name][rows])
+                own = notes[name][rows]
+                if split == "train" and self.detune:
+                    generator = keyed_generator(self.split_seed, "detune", name)
+                    own = torch.cat([own, detuned(own.repeat(TUNED, 1), self.detune, generator)])
+                waves.append(own)
             found[split] = Notes(waves, texts, rate)
         return found
 
@@ -192,6 +204,24 @@ class Instruments(Mixtures):
                 raise ValueError(f"font must have all notes of {name}, got silence in {self.font}")
             found[name] = (waves * (2**15 - 1)).round().clamp(-(2**15), 2**15 - 1).short()
         return found
+
+
+def detuned(waves: Tensor, most: float, generator: torch.Generator) -> Tensor:
+    """Return waves ``(N, S)`` of int16 that are each shifted by up to ``most`` semitones.
+
+    A wave is read faster or slower, and silence fills its end.
+
+    >>> waves = (1e4 * torch.sin(torch.arange(400) * 2 * torch.pi / 40)).short()[None]
+    >>> detuned(waves, 12.0, torch.Generator().manual_seed(0)).shape
+    torch.Size([1, 400])
+    """
+    shifts = most * (2 * torch.rand(len(waves), generator=generator) - 1)
+    found = torch.zeros_like(waves)
+    for row, (wave, shift) in enumerate(zip(waves, shifts.tolist(), strict=True)):
+        # Ratios of small numbers, within 9 cents, keep the filter short.
+        other = resample(wave.float(), round(100 * 2 ** (shift / 12)), 100)[: len(wave)]
+        found[row, : len(other)] = other.round().clamp(-(2**15), 2**15 - 1).short()
+    return found
 
 
 def recordings(keys: Mapping[int, frozenset[int]]) -> list[list[int]]:

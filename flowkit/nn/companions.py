@@ -6,12 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flowkit.checks import check_at_least, check_labels
+from flowkit.checks import check_at_least, check_choice, check_labels, check_same_shape
 from flowkit.types import Cond
 
 
 class Conditioned(nn.Module):
-    """Velocity with conditions on channels: ``net([x, *beside], t, rest)``.
+    """Velocity with conditions on channels: ``net([x, *beside], t, rest) + onto``.
 
     The condition is a mapping. Its parts named in ``beside``, ``(B, c_i, *)`` on the grid of the
     state ``x (B, c, *)``, join the channels of the state in that order. The rest is left to the
@@ -21,9 +21,12 @@ class Conditioned(nn.Module):
     Args:
         net: Network with as many more input channels as the parts have.
         beside: Names of the parts beside the state, at least one.
+        onto: Name of the one of these that the answer of the network is added to; None for none.
+            A network that predicts data then begins with this part, such as the mixture that holds
+            a sound, and learns how the data differ from it.
 
     Raises:
-        ValueError: If no part is named.
+        ValueError: If no part is named, or ``onto`` is not one of them.
 
     Source: the channels of Dao et al., *Flow Matching in Latent Space*, 2023 (arXiv 2307.08698),
     section 4.3 (``4 + 4 + 1``), and of Yuan et al., *FlowSep*, 2024 (arXiv 2409.07614), section 3.2
@@ -35,10 +38,12 @@ class Conditioned(nn.Module):
     torch.Size([2, 4, 8, 8])
     """
 
-    def __init__(self, net: nn.Module, beside: Sequence[str]) -> None:
+    def __init__(self, net: nn.Module, beside: Sequence[str], onto: str | None = None) -> None:
         super().__init__()
         check_at_least(len(beside), 1, "number of names in beside")
-        self.net, self.beside = net, tuple(beside)
+        if onto is not None:
+            check_choice(onto, tuple(beside), "onto")
+        self.net, self.beside, self.onto = net, tuple(beside), onto
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
         """Return the velocity ``(B, c, *)`` at ``x (B, c, *)`` and ``t (B,)``.
@@ -61,7 +66,54 @@ class Conditioned(nn.Module):
                 )
         rest = {name: value for name, value in cond.items() if name not in self.beside}
         own = rest.get("label") if set(rest) <= {"label"} else rest
-        return self.net(torch.cat([x, *parts], 1), t, own)
+        found = self.net(torch.cat([x, *parts], 1), t, own)
+        if self.onto is None:
+            return found
+        begun = parts[self.beside.index(self.onto)]
+        check_same_shape(begun, found, (f"cond[{self.onto!r}]", "the answer of net"))
+        return found + begun
+
+
+class Patches(nn.Module):
+    """Velocity on squares of pixels: each square of ``size · size`` becomes one pixel.
+
+    The channels of its pixels become channels of the new one, so nothing is lost, and the noise
+    stays white. A convolutional network then has fewer and wider layers, which is faster where
+    small ones keep a processor waiting.
+
+    Args:
+        net: Network with ``size²`` times the input and output channels.
+        size: Pixels of a side of a square, which divides the sides of the state.
+
+    Raises:
+        ValueError: If ``size`` is below 1.
+
+    Source: Shi et al., *Real-Time Single Image and Video Super-Resolution*, 2016 (arXiv
+    1609.05158), section 3.2, for the map and its inverse.
+
+    >>> from flowkit.nn import DiT
+    >>> net = Patches(DiT((4, 4, 4), width=32, depth=1, heads=2), 2)
+    >>> net(torch.randn(2, 1, 8, 8), torch.rand(2)).shape
+    torch.Size([2, 1, 8, 8])
+    """
+
+    def __init__(self, net: nn.Module, size: int) -> None:
+        super().__init__()
+        check_at_least(size, 1, "size")
+        self.net, self.size = net, size
+
+    def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
+        """Return the velocity ``(B, c', H, W)`` at ``x (B, c, H, W)`` and ``t (B,)``.
+
+        Raises:
+            ValueError: If the sides of ``x`` are not multiples of ``size``.
+        """
+        if x.ndim != 4 or x.shape[2] % self.size or x.shape[3] % self.size:
+            raise ValueError(
+                f"x must be (B, C, H, W) with sides that are multiples of {self.size}, got "
+                f"{tuple(x.shape)}"
+            )
+        return F.pixel_shuffle(self.net(F.pixel_unshuffle(x, self.size), t, cond), self.size)
 
 
 class Inpainting(Conditioned):

@@ -14,7 +14,8 @@ def test_the_vector_is_the_mean_of_the_tokens_of_a_text(tiny_encoder):
     assert not codes["tokens"][~codes["token_mask"]].any()
     for vector, tokens, mask in zip(vectors, codes["tokens"], codes["token_mask"], strict=True):
         mean = tokens[mask].mean(0)
-        torch.testing.assert_close(vector, mean / mean.norm())
+        torch.testing.assert_close(vector, 4 * mean / mean.norm())  # 16 numbers
+        assert vector.square().mean() == pytest.approx(1, abs=1e-5)
 
 
 def test_the_code_of_a_text_does_not_depend_on_the_batch(tiny_encoder):

@@ -10,7 +10,7 @@ import torch
 
 from flowkit.audio import LogMel, MelStates, TextEncoder
 from flowkit.data import CaptionedAudio, Instruments
-from flowkit.data.instruments import Notes, divided, recordings
+from flowkit.data.instruments import Notes, detuned, divided, recordings
 from flowkit.data.mixtures import PEAKS, MixtureList
 from flowkit.data.soundfonts import midi_file, samples_of_keys
 from tests.audio.conftest import clips, tiny_encoder  # noqa: F401  # fixtures
@@ -316,6 +316,41 @@ def test_no_recording_of_a_test_note_is_heard_in_training():
         ]
         assert all(heard)
         assert not heard[0] & heard[1] | heard[0] & heard[2] | heard[1] & heard[2]
+
+
+def test_detuned_notes_have_shifted_frequencies_and_end_in_silence():
+    time = torch.arange(16000) / 16000
+    waves = (2e4 * torch.sin(2 * math.pi * 400 * time)).short().repeat(40, 1)
+    found = detuned(waves, 3.0, torch.Generator().manual_seed(0))
+    assert found.dtype == torch.int16
+    assert torch.equal(found, detuned(waves, 3.0, torch.Generator().manual_seed(0)))
+    middle = found[:, 2000:12000].float() * torch.hann_window(10000)
+    semitones = 12 * torch.log2(torch.fft.rfft(middle).abs().argmax(1) * 1.6 / 400)
+    assert semitones.abs().max() < 3.1  # one bin is .07
+    assert semitones.min() < -2.4
+    assert semitones.max() > 2.4
+    for wave, shift in zip(found, semitones.tolist(), strict=True):
+        length = int(16000 / 2 ** (shift / 12))
+        if length < 15000:
+            assert not wave[length + 200 :].any()
+        rms = wave[2000 : min(length, 16000) - 1500].double().square().mean().sqrt()
+        assert rms == pytest.approx(2e4 / 2**0.5, rel=0.01)
+
+
+@RENDERS
+def test_only_training_notes_are_detuned():
+    plain, other = (Instruments(STATES, TextEncoder(), detune=d).sources() for d in (0.0, 2.0))
+    for kind in (0, 7):
+        for split in ("val", "test"):
+            assert torch.equal(plain[split].waves[kind], other[split].waves[kind])
+        count = len(plain["train"].waves[kind])
+        assert torch.equal(other["train"].waves[kind][:count], plain["train"].waves[kind])
+        assert len(other["train"].waves[kind]) == 4 * count
+        assert not torch.equal(
+            other["train"].waves[kind][count : 2 * count], plain["train"].waves[kind]
+        )
+    with pytest.raises(ValueError, match=r"detune must .*12.*got 13"):
+        Instruments(STATES, TextEncoder(), detune=13)
 
 
 @RENDERS

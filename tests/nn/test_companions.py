@@ -6,7 +6,7 @@ from torch import nn
 
 from flowkit.guidance import ClassifierFree, DropCond
 from flowkit.losses import flow_matching_loss
-from flowkit.nn import Conditioned, DiffusersVelocity, DiT, Inpainting, SemanticMap
+from flowkit.nn import Conditioned, DiffusersVelocity, DiT, Inpainting, Patches, SemanticMap
 
 
 class Seen(nn.Module):
@@ -149,6 +149,45 @@ def _map(cond):
 def test_bad_conditions_are_refused(run, error, message):
     with pytest.raises(error, match=message):
         run()
+
+
+def test_the_answer_is_added_to_a_part_of_the_condition():
+    x, t = torch.randn(2, 4, 3, 3), torch.rand(2)
+    cond = {"mask": torch.randn(2, 1, 3, 3), "frames": torch.randn(2, 4, 3, 3)}
+    plain = Conditioned(Seen(), ["mask", "frames"])
+    added = Conditioned(Seen(), ["mask", "frames"], onto="frames")
+    torch.testing.assert_close(added(x, t, cond) - plain(x, t, cond), cond["frames"])
+    assert torch.equal(added.net.x, torch.cat([x, cond["mask"], cond["frames"]], 1))
+    with pytest.raises(ValueError, match="onto must be one of frames, mask, got 'mixture'"):
+        Conditioned(Seen(), ["mask", "frames"], onto="mixture")
+    with pytest.raises(
+        ValueError, match=r"cond\['mask'\] must have the shape of the answer of net"
+    ):
+        Conditioned(Seen(), ["mask", "frames"], onto="mask")(x, t, cond)
+
+
+def test_a_square_of_pixels_is_a_pixel_of_channels():
+    seen = []
+
+    def net(x, t, cond):
+        seen.append((x, t, cond))
+        return 2 * x
+
+    x, t = torch.randn(3, 2, 6, 4), torch.rand(3)
+    v = Patches(net, 2)(x, t, "text")
+    assert torch.equal(v, 2 * x)  # each value came back to its place
+    inner, *rest = seen[0]
+    assert inner.shape == (3, 8, 3, 2)
+    assert rest == [t, "text"]
+    for row in range(3):
+        for column in range(2):
+            square = x[:, :, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2]
+            assert torch.equal(inner[:, :, row, column], square.reshape(3, 8))
+    for bad in (torch.zeros(1, 2, 5, 4), torch.zeros(1, 2, 4, 5), torch.zeros(1, 2, 4)):
+        with pytest.raises(ValueError, match=r"sides that are multiples of 2, got \(1, 2, "):
+            Patches(net, 2)(bad, t)
+    with pytest.raises(ValueError, match="size must be at least 1, got 0"):
+        Patches(net, 0)
 
 
 @pytest.fixture
