@@ -106,7 +106,8 @@ def _test(cfg: DictConfig, separator: Separator, folder: Path) -> Tensor:
         for file, wave in written.items():
             write_audio(wave, file, mel.rate)
     for name, value in metrics.items():
-        print(f"{name:<28} {value:.4g}")
+        if name != "features":
+            print(f"{name:<28} {value:.4g}")
     print(f"picture   {files[1]}\nnumbers   {files[0]}")
     return waves
 

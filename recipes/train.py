@@ -92,11 +92,11 @@ def _train(cfg: DictConfig) -> FlowModule | LatentActions:
     """Train as configured, with the trust of the user."""
     quiet()
     check_trainer(cfg.trainer)
-    _follow_start(cfg)
-    latents = follow_latents(cfg)
     folder = Path(cfg.run_dir)
-    unresolved = composed(cfg)  # now, since building parts resolves their references
     checkpoint = _requeued(folder) if cfg.resume is None else find_checkpoint(Path(cfg.resume))
+    _follow_start(cfg)
+    latents = follow_latents(cfg, checkpoint)
+    unresolved = composed(cfg)  # now, since building parts resolves their references
     state = None if checkpoint is None else continued(checkpoint)
     ended = _ended(cfg, checkpoint, state)
     _refuse_overwriting(folder, checkpoint, cfg.resume)
@@ -206,7 +206,7 @@ def _follow_start(cfg: DictConfig) -> None:
         _is_a(cfg, (Straightening, MeanFlowMatching))
         and (start := cfg.module.get("start")) is not None
     ):
-        taught = read_network(start)["module"]
+        taught = read_network(start, "module.start")["module"]
         check(taught, f"module of {start}")
         cfg.model, cfg.autoencoder = taught["velocity"], taught.get("autoencoder", cfg.autoencoder)
         if _is_a(cfg, MeanFlowMatching):

@@ -16,8 +16,8 @@ from flowkit.provenance import located, tensor_hash
 class Vocoder(Protocol):
     """Anything that is called with log-mels ``(B, n_mels, T)`` and their map, and returns waves.
 
-    The waves are ``(B, S)`` with ``S = (T − 1) · hop`` or more samples in [-1, 1]. Records keep the
-    ``hash`` of a vocoder that has one.
+    The waves are ``(B, S)`` with ``S = (T − 1) · hop`` samples in [-1, 1], or up to three frames
+    more. Records keep the ``hash`` of a vocoder that has one.
     """
 
     def __call__(self, log_mels: Tensor, mel: LogMel) -> Tensor:

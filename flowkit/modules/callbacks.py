@@ -35,7 +35,6 @@ class _WarmAverage(AveragedModel):
     def update_parameters(self, model: nn.Module) -> None:
         """Update the average in place."""
         n = int(self.n_averaged)
-        weight = 1 - min(self.decay, (1 + n) / (10 + n)) if n else 1.0
         pairs = [
             (average, value.detach().to(average))
             for mine, its in (
@@ -46,10 +45,11 @@ class _WarmAverage(AveragedModel):
         ]
         floats = [pair for pair in pairs if pair[0].is_floating_point() or pair[0].is_complex()]
         for average, value in pairs:
-            if not (average.is_floating_point() or average.is_complex()):
-                average.copy_(value)
-        averages, values = (list(side) for side in zip(*floats, strict=True))
-        torch._foreach_lerp_(averages, values, weight)
+            if not n or not (average.is_floating_point() or average.is_complex()):
+                average.copy_(value)  # at first also over a NaN, which lerp would keep
+        if n:
+            averages, values = (list(side) for side in zip(*floats, strict=True))
+            torch._foreach_lerp_(averages, values, 1 - min(self.decay, (1 + n) / (10 + n)))
         self.n_averaged += 1
 
 

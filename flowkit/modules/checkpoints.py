@@ -187,16 +187,16 @@ def _module_of(config: dict[str, Any], folder: str | Path) -> dict[str, Any]:
     return module
 
 
-def read_network(folder: str | Path) -> dict[str, Any]:
+def read_network(folder: str | Path, name: str = "run") -> dict[str, Any]:
     """Read the configuration of a run whose network another training starts from.
 
     Raises:
         FileNotFoundError: If the folder is not a run.
         ValueError: If the run does not train a flow, or its module names no network.
     """
-    config = read_config(folder)
+    config = read_config(folder, name=name)
     if not isinstance(_module_of(config, folder).get("velocity"), dict):
-        raise ValueError(f"run must have a network as module.velocity, got none in {folder}")
+        raise ValueError(f"{name} must have a network as module.velocity, got none in {folder}")
     return config
 
 
@@ -210,7 +210,7 @@ def newest_checkpoint(folder: str | Path) -> Path | None:
     return saved[-1] if saved else last if last.is_file() else None
 
 
-def read_config(folder: str | Path, file: str = CONFIG) -> dict[str, Any]:
+def read_config(folder: str | Path, file: str = CONFIG, name: str = "run") -> dict[str, Any]:
     """Read a configuration file of a run or of a shared model, with the names of this version.
 
     Raises:
@@ -225,7 +225,7 @@ def read_config(folder: str | Path, file: str = CONFIG) -> dict[str, Any]:
     if not path.is_file():
         kind, why = f"folder with a {file}", "" if file != CONFIG else why_no_run(str(place))
         kind = "run folder, hub:owner/name or flowkit:name" if file == CONFIG else kind
-        raise FileNotFoundError(f"run must be a {kind}, got {place}{why}")
+        raise FileNotFoundError(f"{name} must be a {kind}, got {place}{why}")
     text = read_bounded(path)
     try:
         found = bounded(_Loader(text).get_single_data(), path)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flowkit.checks import check_at_least, check_labels
+from flowkit.checks import as_labels, check_at_least, check_labels
 from flowkit.nn.embed import check_cond, check_state, look_up, sinusoid, zeroed
 from flowkit.types import Cond
 
@@ -28,11 +28,11 @@ class DiffusersVelocity(nn.Module):
     ``SD3Transformer2DModel``; ``tokens`` and ``token_mask`` are other names of
     ``encoder_hidden_states`` and ``encoder_attention_mask``, and ``vector`` is one of
     ``class_labels``, for a ``UNet2DConditionModel`` with ``class_embed_type="projection"``, which
-    needs no tokens if none of its blocks attends to them. Labels lie in ``[0, num_classes]``,
-    and the last label is the null label. The setting ``num_class_embeds`` of a UNet counts the null
-    label; ``num_embeds_ada_norm`` of a transformer does not. In training, transformers of diffusers
-    drop labels themselves, in each block anew, with the global generator. This class switches that
-    off, so only ``DropCond`` drops labels.
+    needs no tokens if none of its parts reads them. What a UNet would ignore is refused. Labels lie
+    in ``[0, num_classes]``, and the last label is the null label. The setting ``num_class_embeds``
+    of a UNet counts the null label; ``num_embeds_ada_norm`` of a transformer does not. In training,
+    transformers of diffusers drop labels themselves, in each block anew, with the global generator.
+    This class switches that off, so only ``DropCond`` drops labels.
 
     Args:
         net: Network with the call ``net(x, timestep=..., ...)`` and the result ``.sample``.
@@ -75,10 +75,9 @@ class DiffusersVelocity(nn.Module):
                 f"output channels, got {drop_sigma}"
             )
         self.channels = inputs
-        self.takes_labels = "class_labels" in inspect.signature(net.forward).parameters
         self.num_classes = _num_classes(config)
-        named = TOKENS in inspect.signature(net.forward).parameters
-        self.without_tokens = named and not _attends(config)
+        self.vectors = getattr(config, "class_embed_type", None) in VECTORS
+        self._learn_arguments(net)
         self.time_scale, self.drop_sigma = time_scale, drop_sigma
         self.num_times = num_times
         if num_times != 1:
@@ -102,24 +101,24 @@ class DiffusersVelocity(nn.Module):
 
         Raises:
             TypeError: If ``cond`` is a tensor for a network without class labels, or names what is
-                no argument of the network, or not all that it needs.
+                no argument of the network, what it would ignore, or not all that it needs.
             ValueError: If a shape does not fit, or a label is missing or out of its range.
         """
         if x.ndim == 4 and self.channels not in (None, x.shape[1]):
             raise ValueError(f"x must have {self.channels} channels, got shape {tuple(x.shape)}")
         check_state(x, t, tuple(x.shape[1:]), self.num_times)
-        given = isinstance(cond, Mapping)
-        options = self._named(cond) if given else self._labels(cond, len(x))
+        options = self._options(cond, len(x))
+        labels = options.get("class_labels")
         if self.num_times == 2:
             t, second = t.unbind(1)
-            options = {**options, "class_labels": (options.get("class_labels"), second)}
+            options = {**options, "class_labels": (labels, second)}
         if self.channels_last and x.ndim == 4:
             x = x.contiguous(memory_format=torch.channels_last)
         try:
             out = self.net(x, timestep=self.time_scale * t, **options).sample
         except IndexError:
-            if self.num_classes is not None and "class_labels" in options:
-                check_labels(cast(Tensor, cond), self.num_classes + 1, "cond")
+            if self.num_classes is not None and labels is not None:
+                check_labels(labels, self.num_classes + 1, "cond")
             raise
         return out.chunk(2, 1)[0] if self.drop_sigma else out
 
@@ -129,41 +128,61 @@ class DiffusersVelocity(nn.Module):
         new.pop(LABELS, None)
         return {**new, **state}
 
-    def _named(self, cond: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _learn_arguments(self, net: nn.Module) -> None:
+        """Find out what the network is called with, must be called with, and would ignore."""
+        parameters = inspect.signature(net.forward).parameters.values()
+        named = [p for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+        self.arguments = {p.name for p in named}
+        self.takes_any = any(p.kind == p.VAR_KEYWORD for p in parameters)
+        state = {p.name for p in named[:1]} | {"timestep"}
+        self.needed = {p.name for p in named if p.default is p.empty} - state
+        self.ignored = set[str]()
+        if not _attends(getattr(net, "config", None)):
+            self.ignored |= set(ARGUMENTS.values())
+        if hasattr(net, "class_embedding"):
+            without = net.class_embedding is None
+            (self.ignored if without else self.needed).add("class_labels")
+
+    def _options(self, cond: Cond, batch: int) -> dict[str, Any]:
         """Return keyword arguments of the network."""
-        names = dict(ARGUMENTS)
-        if getattr(self.net, "class_embedding", None) is not None:  # else it would be ignored
-            names["vector"] = "class_labels"
-        options: dict[str, Any] = {names.get(name, name): x for name, x in cond.items()}
-        if self.without_tokens:
-            options.setdefault(TOKENS, None)
-        arguments = inspect.signature(self.net.forward).parameters
-        known = {p.name: p for p in arguments.values() if p.kind != p.VAR_KEYWORD}
-        if len(known) < len(arguments):
-            return options  # it takes any name
-        needed = {name for name, p in known.items() if p.default is p.empty}
-        missing = needed - set(options) - {"timestep", *list(known)[:1]}
-        unknown = set(options) - set(known)
-        if missing or unknown:
+        names = {**ARGUMENTS, "vector": "class_labels"} if self.vectors else ARGUMENTS
+        if isinstance(cond, Mapping):
+            pairs = [(names.get(name, name), x) for name, x in cond.items()]
+        else:
+            pairs = [("class_labels", x) for x in self._labels(cond, batch)]
+        given = [name for name, _ in pairs]
+        wrong = {
+            "missing": self.needed - self.ignored - set(given),
+            "unknown": set() if self.takes_any else set(given) - self.arguments,
+            "without effect": set(given) & self.ignored & self.arguments,
+            "given twice": {name for name in given if given.count(name) > 1},
+        }
+        if any(wrong.values()):
+            got = sorted(cond) if isinstance(cond, Mapping) else type(cond).__name__
+            told = ", ".join(f"{what} {sorted(names)}" for what, names in wrong.items() if names)
             raise TypeError(
-                f"cond must name arguments of {type(self.net).__name__}, got {sorted(cond)}; "
-                f"missing {sorted(missing)}, unknown {sorted(unknown)}"
+                f"cond must name arguments of {type(self.net).__name__}, got {got}; {told}"
             )
+        options: dict[str, Any] = dict(pairs)
+        for name in self.needed & self.ignored:  # the tokens of a UNet that attends to none
+            options[name] = None
+        if self.num_classes is not None and "class_labels" in options:
+            options["class_labels"] = as_labels(options["class_labels"])
         return options
 
-    def _labels(self, cond: Tensor | None, batch: int) -> dict[str, Tensor]:
-        """Return the label argument of the network."""
-        if not self.takes_labels and cond is not None:
+    def _labels(self, cond: Tensor | None, batch: int) -> list[Tensor]:
+        """Return the labels of a condition that is no mapping, or nothing."""
+        if "class_labels" not in self.arguments and cond is not None:
             raise TypeError(
                 "cond must be a mapping of keyword arguments of "
                 f"{type(self.net).__name__}, got a tensor"
             )
         labels = check_cond(cond, batch, self.num_classes)
-        return {} if labels is None else {"class_labels": labels}
+        return [] if labels is None else [labels]
 
 
-TOKENS = "encoder_hidden_states"
-ARGUMENTS = {"tokens": TOKENS, "token_mask": "encoder_attention_mask"}
+ARGUMENTS = {"tokens": "encoder_hidden_states", "token_mask": "encoder_attention_mask"}
+VECTORS = ("projection", "simple_projection", "identity")  # embeddings of vectors, not of labels
 SECOND_TIME, LABELS = "net.class_embedding.", "net.class_embedding.weight"
 
 
@@ -190,13 +209,19 @@ class _SecondTime(nn.Module):
 
 
 def _attends(config: Any) -> bool:
-    """Return False for a UNet without a block that attends to tokens."""
-    blocks = [*getattr(config, "down_block_types", []), getattr(config, "mid_block_type", "Cross")]
-    return any("Cross" in str(block) for block in blocks)
+    """Return False for a UNet of whose parts none reads tokens."""
+    if getattr(config, "addition_embed_type", None) is not None:
+        return True
+    sides = [*getattr(config, "down_block_types", []), *getattr(config, "up_block_types", [])]
+    return any(
+        "Cross" in str(block) for block in [*sides, getattr(config, "mid_block_type", "Cross")]
+    )
 
 
 def _num_classes(config: Any) -> int | None:
     """Return the number of classes of a diffusers network, without the null label."""
+    if getattr(config, "class_embed_type", None) is not None:
+        return None
     if rows := getattr(config, "num_class_embeds", None):
         return rows - 1
     return getattr(config, "num_embeds_ada_norm", None)

@@ -22,7 +22,7 @@ from flowkit.audio import (
     word_error_rate,
 )
 from flowkit.audio.vocoders import Vocoder
-from flowkit.checks import check_between
+from flowkit.checks import check_between, check_finite, check_floating
 from flowkit.data import Speech
 from flowkit.data.speech import Windows
 from flowkit.runs.run import Run
@@ -31,6 +31,7 @@ from flowkit.sampling import Sampler
 from flowkit.types import Cond
 
 ENROLLED = 10  # utterances that stand for a voice
+FRAMES = 64  # of the log-mel that a vocoder is tried on
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,20 +55,14 @@ class Converter:
         """Build the parts of a run.
 
         Raises:
-            TypeError: If the run was not trained on speech.
+            TypeError: If the run was not trained on speech, or the vocoder returns no waves.
             ValueError: If spectrogram or encoder are not those of the training, or the vocoder
                 does not fit the spectrogram.
         """
         data = data_of(run, Speech, "speech (data=voices or speech)")
-        mel = data.states.mel
-        silence = torch.full((1, mel.n_mels, 64), mel.floor).log()
-        shape = tuple(vocoder(silence, mel).shape)
-        if shape[:-1] != (1,) or shape[-1] < 63 * mel.hop:
-            raise ValueError(
-                f"vocoder must return waves (B, S) of log-mels (B, {mel.n_mels}, T) with "
-                f"S >= (T - 1) * {mel.hop}, got {shape} for 64 frames"
-            )
-        return cls(run, data, sampler, vocoder)
+        one = cls(run, data, sampler, vocoder)
+        one._try()
+        return one
 
     @property
     def states(self) -> MelStates:
@@ -126,9 +121,29 @@ class Converter:
             return self._answers(x0, {"frames": part, "frame_mask": mask, **voice})
 
         log_mel = by_windows(answer, heard, size, overlap)
-        found = self.vocoder(log_mel, mel)[0].float().cpu()
+        found = self.wave(log_mel)
         found = F.pad(found, (0, max(0, len(wave) - len(found))))[: len(wave)]
         return found, log_mel[0]
+
+    @torch.no_grad()
+    def wave(self, log_mel: Tensor) -> Tensor:
+        """Return the wave ``(S,)`` that the vocoder makes of a log-mel ``(1, n_mels, T)``."""
+        return self.vocoder(log_mel, self.mel)[0].detach().float().cpu()
+
+    @torch.no_grad()
+    def _try(self) -> None:
+        """Require a vocoder of the spectrogram's hop, by the silence of 64 frames."""
+        mel = self.mel
+        silence = torch.full((1, mel.n_mels, FRAMES), mel.floor).log()
+        waves = self.vocoder(silence, mel)
+        check_floating(waves, "vocoder")
+        low, high = (FRAMES - 1) * mel.hop, (FRAMES + 2) * mel.hop
+        if tuple(waves.shape[:-1]) != (1,) or not low <= waves.shape[-1] < high:
+            raise ValueError(
+                f"vocoder must return waves (B, S) of log-mels (B, {mel.n_mels}, T) with "
+                f"S = T * {mel.hop} or about that, got {tuple(waves.shape)} for {FRAMES} frames"
+            )
+        check_finite(waves, "vocoder")
 
     def _answers(self, x0: Tensor, cond: Cond) -> Tensor:
         """Return log-mels ``(B, n_mels, T)``."""
@@ -187,7 +202,8 @@ def measure(
         truth = None if pair.truth is None else split.wave(pair.truth)
         found.append(Converted(source, reference, answer, log_mel, truth))
     true = [one for one in found if one.truth is not None]
-    again = [_through(converter, one.truth) for one in true if one.truth is not None]
+    waves = [one.truth for one in true if one.truth is not None]
+    again = [converter.wave(mel(wave[None])) for wave in waves]
     length = sum(len(one.source) for one in found) / mel.rate
     metrics = {"num_pairs": count, "real_time_factor": seconds / length}
     speakers = split.utterances.speakers
@@ -241,11 +257,6 @@ def _voices(
         true = converter.data.speaker(again)
         metrics["similarity_to_target_of_truth"] = _mean((true * target).sum(1).tolist())
     return metrics
-
-
-def _through(converter: Converter, wave: Tensor) -> Tensor:
-    """Return a wave after log-mel and vocoder."""
-    return converter.vocoder(converter.mel(wave[None]), converter.mel)[0].float().cpu()
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -1,38 +1,49 @@
 """Lessons before a training: what networks take from their data or from another run."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from flowkit.audio import VoiceVelocity
 from flowkit.data import Speech
-from flowkit.modules.checkpoints import read_config
+from flowkit.modules.checkpoints import CONFIG, read_config
 from flowkit.modules.latent_actions import load_latents
 from flowkit.modules.trust import check
 from flowkit.policies import LatentActionModel, PolicyVelocity
+from flowkit.runs.resuming import folder_of
+
+NO_PREDICTION = (
+    "prediction must be velocity for a policy, whose rollouts take the network's velocity"
+)
 
 
-def follow_latents(cfg: DictConfig) -> str | None:
+def follow_latents(cfg: DictConfig, checkpoint: Path | None = None) -> str | None:
     """Give a policy the network of latent actions of the run in ``model.latents``.
 
     ``module.velocity`` then holds this network, and the checkpoints hold its weights, so the run of
     the policy needs the other run no more, also to be resumed. ``model.latents`` stays the place.
 
+    Args:
+        cfg: The configuration, which is changed.
+        checkpoint: The checkpoint that the training continues.
+
     Returns:
-        The run whose weights the network takes; None without one, and in a resumed run.
+        The run whose weights the network takes; None without one, and for a checkpoint.
 
     Raises:
         FileNotFoundError: If the folder is not a run.
-        ValueError: If it is a run of something else, of other steps, or the data do not give what
-            the codes are inferred from.
+        ValueError: If it is a run of something else, of other steps, the data do not give what the
+            codes are inferred from, or the network is to predict noise or data.
     """
     place = OmegaConf.select(cfg, "model.latents")
     followed = OmegaConf.is_dict(OmegaConf.select(cfg, "module.velocity.latents"))
-    if not isinstance(place, str) or (followed and cfg.resume is not None):
+    if not isinstance(place, str) or (followed and checkpoint is not None):
         return None
-    config = read_config(place)
-    node = (config.get("module") or {}).get("model")
+    if cfg.get("prediction", "velocity") != "velocity":
+        raise ValueError(f"{NO_PREDICTION}, got {cfg.prediction}")
+    node, horizon = _latents_in(place, checkpoint)
     if not isinstance(node, dict):
         raise ValueError(
             f"model.latents must be a run of latent actions (module=latent_actions), got {place}"
@@ -43,14 +54,27 @@ def follow_latents(cfg: DictConfig) -> str | None:
             "data.future must be true to train on latent actions, got false; the codes are "
             "inferred from the observation after a chunk"
         )
-    horizon = config["data"]["horizon"]
     if cfg.data.horizon != horizon:
         raise ValueError(
             f"data.horizon must be that of model.latents, {horizon}, got {cfg.data.horizon}"
         )
     cfg.module.velocity = copy.deepcopy(cfg.model)  # with its references
     cfg.module.velocity.latents, cfg.module.velocity.net.tokens = node, node["width"]
-    return place
+    return place if checkpoint is None else None
+
+
+def _latents_in(place: str, checkpoint: Path | None) -> tuple[Any, Any]:
+    """Return the network of latent actions and its horizon, as the run of a checkpoint has them.
+
+    Without a checkpoint, or for one outside of a run, they are those of the run at ``place``.
+    """
+    if checkpoint is not None and (folder_of(checkpoint) / CONFIG).is_file():
+        config = read_config(folder_of(checkpoint))
+        node = ((config.get("module") or {}).get("velocity") or {}).get("latents")
+    else:
+        config = read_config(place, name="model.latents")
+        node = (config.get("module") or {}).get("model")
+    return node, (config.get("data") or {}).get("horizon")
 
 
 def teach(network: Any, data: Any, latents: str | None = None) -> None:
@@ -81,10 +105,7 @@ def teach(network: Any, data: Any, latents: str | None = None) -> None:
         if latents is not None and network.latents is not None:
             network.latents.load_state_dict(load_latents(latents).state_dict())
     elif isinstance(getattr(network, "net", None), PolicyVelocity):
-        raise ValueError(
-            "prediction must be velocity for a policy, whose rollouts take the network's velocity, "
-            f"got {type(network).__name__}"
-        )
+        raise ValueError(f"{NO_PREDICTION}, got {type(network).__name__}")
     elif isinstance(network, VoiceVelocity):
         if not isinstance(data, Speech):
             raise ValueError(f"data must be speech for a voice, got {type(data).__name__}")

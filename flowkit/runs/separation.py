@@ -19,9 +19,9 @@ from flowkit.audio import (
 from flowkit.checks import check_between
 from flowkit.data import Mixtures
 from flowkit.data.mixtures import Sounds
-from flowkit.metrics import frechet_distance
+from flowkit.metrics import ConvClassifier, frechet_distance
 from flowkit.runs.run import Run
-from flowkit.runs.sounds import as_images, classifier_of, data_of
+from flowkit.runs.sounds import FEATURES, as_images, classifier_of, data_of
 from flowkit.sampling import Sampler, sample_seeds, seeded_noise
 from flowkit.types import take
 
@@ -120,7 +120,7 @@ class Separator:
 
 def measure(
     separator: Separator, count: int, answers: int, seed: int, seeding: int, batch_size: int
-) -> tuple[dict[str, float], Sounds, Tensor]:
+) -> tuple[dict[str, Any], Sounds, Tensor]:
     """Measure the answers to test mixtures, with their own texts and with those of absent sounds.
 
     Args:
@@ -136,9 +136,13 @@ def measure(
         in dB with the phase of the mixture; ``_best`` is that of the best answer to each mixture,
         ``_of_truth`` that of the true log-mel, the ceiling. Energies are those of the answers in dB
         relative to the mixtures. With classes of sounds, ``class_agreement`` and
-        ``frechet_distance`` to other single sounds are those of log-mels by `classifier_of`.
+        ``frechet_distance`` are those of log-mels by `classifier_of`, whose name and hash are
+        ``features``. The distance is that to other single sounds, as many as mixtures; it is left
+        out for less than 32 mixtures, which do not give a covariance of its 16 features.
     """
     split, run, mel = separator.data.listed("test"), separator.run, separator.mel
+    # before the work, which it must fit
+    network = None if separator.data.classes is None else classifier_of(separator.data)
     count = min(count, len(split))
     sounds, batch = split.sounds(slice(count)), split[slice(count)]
     frames = cast(dict[str, Tensor], batch.get("cond"))["frames"]
@@ -161,7 +165,7 @@ def measure(
     gains = torch.stack([si_sdr(wave, sounds.target) - before for wave in waves])
     absent = mixture_phase(answered("absent", 0), sounds.mixture, mel)
     ideal = mixture_phase(truth, sounds.mixture, mel)
-    metrics = {
+    metrics: dict[str, Any] = {
         "num_mixtures": count,
         "si_sdr_improvement": _mean(gains[0]),
         "si_sdr_improvement_stderr": float(gains[0].std() / count**0.5) if count > 1 else 0.0,
@@ -173,24 +177,24 @@ def measure(
         "energy_of_target": _mean(_level(sounds.target) - _level(sounds.mixture)),
         "energy_of_absent": _mean(_level(absent) - _level(sounds.mixture)),
     }
-    if separator.data.classes is not None:
+    if network is not None:
         fresh = replace(split, size=2 * count).sounds(slice(count, 2 * count)).target
         shown = {"": heard[0], "_of_mixture": mel(sounds.mixture), "_of_truth": truth}
-        metrics |= _kinds(separator.data, shown, sounds.kinds, mel(fresh))
+        metrics |= _kinds(network, shown, sounds.kinds, mel(fresh))
+        metrics["features"] = {"name": network.name, "hash": network.hash}
     return metrics, sounds, heard[0]
 
 
 def _kinds(
-    data: Mixtures, shown: Mapping[str, Tensor], kinds: Tensor, fresh: Tensor
+    network: ConvClassifier, shown: Mapping[str, Tensor], kinds: Tensor, fresh: Tensor
 ) -> dict[str, float]:
     """Return how often log-mels are of the kind asked for, and their distance to single sounds."""
-    network, metrics = classifier_of(data), {}
-    single = network(as_images(fresh))
+    metrics, single = {}, network(as_images(fresh))
     for name, log_mels in shown.items():
         images = as_images(log_mels)
         agreement = (network.logits(images).argmax(1) == kinds).double()
         metrics[f"class_agreement{name}"] = _mean(agreement)
-        if len(images) > 1:  # one sound has no covariance
+        if len(images) >= 2 * FEATURES:  # fewer do not give a covariance
             metrics[f"frechet_distance{name}"] = frechet_distance(network(images), single)
     return metrics
 

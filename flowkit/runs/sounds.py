@@ -1,5 +1,7 @@
 """The data module of a run on sounds, built without its splits, and what classifies its sounds."""
 
+import hashlib
+import json
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -20,6 +22,8 @@ from flowkit.runs.run import Run
 Kind = TypeVar("Kind", Mixtures, Speech)
 
 LEARNED, CHUNK = 3000, 500  # training sounds of a classifier, and those drawn at once
+EPOCHS = 6
+FEATURES = 16  # few, since a Fréchet distance of a hundred sounds must estimate their covariance
 POOLED, FEWEST = 4, 4  # frames that it sees as one, and the fewest of these
 
 
@@ -63,10 +67,14 @@ def classifier_of(data: Mixtures) -> ConvClassifier:
         images = torch.cat([as_images(data.states.mel(part.target)) for part in parts])
         kinds = torch.cat([part.kinds for part in parts])
         name = f"conv-classifier-{type(data).__name__.lower()}"
-        # Few features, since a Fréchet distance of a hundred sounds must estimate their covariance.
-        return train_classifier(images, kinds, len(classes), epochs=6, num_features=16, name=name)
+        return train_classifier(
+            images, kinds, len(classes), epochs=EPOCHS, num_features=FEATURES, name=name
+        )
 
-    file = cache_folder() / f"classifier-{split.fingerprint()[:16]}-sounds.safetensors"
+    shape = as_images(torch.zeros(1, data.states.mel.n_mels, split.frames)).shape[1:]
+    own = [*classes, EPOCHS, FEATURES, POOLED, FEWEST, RANGE, *shape]
+    key = hashlib.sha256(json.dumps([split.fingerprint(), *own]).encode()).hexdigest()[:16]
+    file = cache_folder() / f"classifier-{key}-sounds.safetensors"
     return cached(file, ConvClassifier.load, trained, lambda path, net: net.save(path))
 
 

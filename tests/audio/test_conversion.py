@@ -169,6 +169,36 @@ def test_a_vocoder_of_other_waves_is_told_before_the_work(monkeypatch):
     one = converter(None)
     monkeypatch.setattr("flowkit.runs.conversion.data_of", lambda *_: one.data)
     assert Converter.of(one.run, one.sampler, one.vocoder).data is one.data
-    for wave in (torch.zeros(63 * 160), torch.zeros(1, 63 * 160 - 1), torch.zeros(2, 63 * 160)):
+    assert Converter.of(one.run, one.sampler, lambda *_: torch.zeros(1, 66 * 160 - 1))
+
+    def tried(wave):
+        return Converter.of(one.run, one.sampler, lambda *_: wave)
+
+    short, long, slowed = torch.zeros(63 * 160 - 1), torch.zeros(66 * 160), torch.zeros(64 * 256)
+    for wave in (torch.zeros(63 * 160), *(x[None] for x in (short, long, slowed))):
         with pytest.raises(ValueError, match=r"vocoder must return waves \(B, S\)"):
-            Converter.of(one.run, one.sampler, lambda log_mel, mel, wave=wave: wave)
+            tried(wave)
+    with pytest.raises(ValueError, match=r"vocoder must return waves \(B, S\)"):
+        tried(torch.zeros(2, 64 * 160))
+    with pytest.raises(ValueError, match="vocoder must be finite, got 10240 NaN"):
+        tried(torch.full((1, 64 * 160), float("nan")))
+    for other in ([0.0], torch.zeros(64 * 160).numpy(), torch.zeros(1, 64 * 160).short()):
+        with pytest.raises(TypeError, match="vocoder must be a floating-point tensor, got"):
+            tried(other)
+
+
+def test_a_vocoder_that_is_a_network_makes_waves_without_gradients(monkeypatch):
+    gain = torch.nn.Parameter(torch.ones(()))
+    asked = []
+
+    def vocoder(log_mel, mel):
+        asked.append((gain * log_mel).requires_grad)
+        return gain.expand(1, log_mel.shape[-1] * mel.hop)
+
+    plain = converter(lambda x0, cond: cond["frames"])
+    monkeypatch.setattr("flowkit.runs.conversion.data_of", lambda *_: plain.data)
+    one = Converter.of(plain.run, plain.sampler, vocoder)
+    found, _ = one.convert(melody(1.0), melody(0.8), 0, 10)
+    assert not found.requires_grad
+    assert asked == [False, False]
+    assert torch.equal(found, torch.ones(16000))

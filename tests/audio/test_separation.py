@@ -8,11 +8,12 @@ import torch
 
 from flowkit.audio import LogMel, MelStates, frame_noise, log_mel_error
 from flowkit.guidance import ClassifierFree, DropCond
+from flowkit.metrics import train_classifier
 from flowkit.modules import ConditionalFlowMatching
 from flowkit.nn import SequenceDiT
 from flowkit.paths import Linear
 from flowkit.runs.separation import Separator, measure
-from flowkit.runs.sounds import as_images
+from flowkit.runs.sounds import as_images, classifier_of
 from flowkit.sampling import ODESampler
 from tests.data.test_mixtures import tones
 
@@ -148,11 +149,64 @@ def test_answers_are_classified_by_the_kind_that_is_asked_for(monkeypatch):
     assert true["frechet_distance"] < true["frechet_distance_of_mixture"] / 2
     for name in ("frechet_distance_of_truth", "class_agreement_of_mixture"):
         assert wrong[name] == true[name]
-    alone = separator(lambda x0, cond: cond["frames"], split=tones(40))
-    alone.data.classes = [f"tone {k}" for k in range(5)]
-    found = measure(alone, 1, 1, 0, 2, 1)[0]
-    assert found["class_agreement"] == found["class_agreement_of_mixture"]
-    assert not [name for name in found if "frechet" in name]  # one sound has no covariance
+    assert true["features"] == wrong["features"]
+    few = separator(lambda x0, cond: cond["frames"], split=tones(40))
+    few.data.classes = [f"tone {k}" for k in range(5)]
+    for count in (1, 31, 32):
+        found = measure(few, count, 1, 0, 2, count)[0]
+        assert found["class_agreement"] == found["class_agreement_of_mixture"]
+        assert found["features"] == true["features"]
+        distances = [name for name in found if "frechet" in name]
+        assert len(distances) == (3 if count == 32 else 0)  # 16 features have 136 covariances
+
+
+def quick_classifier(monkeypatch, cache):
+    """Train on few sounds, in a cache of its own; return the list of trainings."""
+    trained = []
+
+    def train(images, *args, **options):
+        trained.append(tuple(images.shape))
+        return train_classifier(images, *args, **options)
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    monkeypatch.setattr("flowkit.runs.sounds.LEARNED", 20)
+    monkeypatch.setattr("flowkit.runs.sounds.train_classifier", train)
+    return trained
+
+
+def test_a_classifier_is_kept_for_its_own_settings_alone(monkeypatch, tmp_path):
+    trained = quick_classifier(monkeypatch, tmp_path)
+    one = separator(None)
+    one.data.classes = [f"tone {k}" for k in range(5)]
+    first, again = classifier_of(one.data), classifier_of(one.data)
+    assert trained == [(20, 1, 64, 16)]
+    assert first.hash == again.hash
+    for name, value in (("EPOCHS", 2), ("FEATURES", 8), ("RANGE", 60.0), ("POOLED", 8)):
+        monkeypatch.setattr(f"flowkit.runs.sounds.{name}", value)
+        other = classifier_of(one.data)
+        assert other.hash != again.hash, name
+        assert other.hash == classifier_of(one.data).hash
+        again = other
+    assert len(trained) == 5
+    assert trained[-1] == (20, 1, 64, 8)
+    assert other(as_images(STATES.mel(tones(2).sounds(slice(None)).target))).shape == (2, 8)
+    one.data.classes = [f"tune {k}" for k in range(5)]
+    classifier_of(one.data)
+    assert len(trained) == 6
+
+
+def test_a_classifier_is_there_before_the_work(monkeypatch):
+    def missing(data):
+        raise ValueError("no classifier")
+
+    def worked(x0, cond):
+        raise AssertionError("separated first")
+
+    monkeypatch.setattr("flowkit.runs.separation.classifier_of", missing)
+    one = separator(worked)
+    one.data.classes = ["tone"]
+    with pytest.raises(ValueError, match="no classifier"):
+        measure(one, 2, 1, 0, 2, 2)
 
 
 @pytest.mark.parametrize(("frames", "cells"), [(8, 4), (17, 4), (80, 20)])

@@ -1,5 +1,6 @@
 """Pictures and progress while training."""
 
+import math
 import sys
 from functools import partial
 from types import SimpleNamespace
@@ -93,6 +94,10 @@ class Steady(ConditionalFlowMatching):
         super().__init__(torch.nn.Linear(1, 1), optimizer=partial(torch.optim.SGD, lr=1.0))
         self.velocity.weight.data.zero_()
         self.register_buffer("steps", torch.tensor(0))
+        self.register_buffer("learned", torch.tensor([math.nan, math.inf]))  # until `setup`
+
+    def setup(self, stage):
+        self.learned.fill_(3.0)
 
     def loss(self, batch, generator=None):
         self.steps += 1
@@ -141,6 +146,7 @@ def test_the_decay_of_averaged_weights_warms_up(tmp_path, every):
         assert found == pytest.approx(averaged(steps, every), rel=1e-5)
         assert state["current_model_state"]["velocity.weight"] == steps
         assert state["state_dict"]["steps"] == max(range(1, steps + 1, every))
+        assert state["state_dict"]["learned"].tolist() == pytest.approx([3.0, 3.0])
 
 
 @QUIET

@@ -121,26 +121,41 @@ def test_mapping_conditions_are_keyword_arguments():
         velocity(x, t, label)
 
 
-@pytest.mark.parametrize("attends", [False, True])
-def test_a_vector_joins_the_time_of_a_unet_and_needs_no_tokens(attends):
+def conditional_unet(down="DownBlock2D", up="UpBlock2D", mid="UNetMidBlock2D", **options):
     torch.manual_seed(0)
-    kind = "CrossAttnDownBlock2D" if attends else "DownBlock2D"
-    net = UNet2DConditionModel(
+    return UNet2DConditionModel(
         sample_size=8,
         in_channels=1,
         out_channels=1,
         block_out_channels=(8, 8),
-        down_block_types=("DownBlock2D", kind),
-        mid_block_type="UNetMidBlock2D",
-        up_block_types=(kind.replace("Down", "Up"), "UpBlock2D"),
+        down_block_types=("DownBlock2D", down),
+        mid_block_type=mid,
+        up_block_types=(up, "UpBlock2D"),
         layers_per_block=1,
         attention_head_dim=2,
         norm_num_groups=4,
         cross_attention_dim=6,
-        class_embed_type="projection",
-        projection_class_embeddings_input_dim=5,
         resnet_time_scale_shift="scale_shift",
+        **options,
     ).eval()
+
+
+PROJECTION = {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 5}
+
+
+@pytest.mark.parametrize(
+    ("attends", "parts"),
+    [
+        (False, {}),
+        (True, {"down": "CrossAttnDownBlock2D", "up": "CrossAttnUpBlock2D"}),
+        (True, {"up": "CrossAttnUpBlock2D"}),
+        (True, {"up": "SimpleCrossAttnUpBlock2D"}),
+        (True, {"mid": "UNetMidBlock2DCrossAttn"}),
+        (True, {"addition_embed_type": "text", "addition_embed_type_num_heads": 2}),
+    ],
+)
+def test_a_vector_joins_the_time_of_a_unet_and_needs_no_tokens(attends, parts):
+    net = conditional_unet(**parts, **PROJECTION)
     x, t, _ = inputs(3, 1)
     cond, velocity = {"vector": torch.randn(3, 5)}, DiffusersVelocity(net)
     tokens = None
@@ -152,7 +167,65 @@ def test_a_vector_joins_the_time_of_a_unet_and_needs_no_tokens(attends):
     found = velocity(x, t, cond)
     expected = net(x, 1000 * t, tokens, class_labels=cond["vector"]).sample
     torch.testing.assert_close(found, expected)
-    assert (velocity(x, t, {**cond, "vector": cond["vector"] + 1}) - found).abs().max() > 1e-4
+    for name, value in cond.items():
+        other = velocity(x, t, {**cond, name: value + torch.randn(value.shape)})
+        assert (other - found).abs().max() > 1e-5, name
+
+
+def refused(velocity, cond, words, batch=3):
+    x, t, _ = inputs(batch)
+    t = t if velocity.num_times == 1 else t[:, None].expand(-1, 2)
+    with pytest.raises(TypeError, match=words):
+        velocity(x, t, cond)
+
+
+def test_what_a_unet_would_ignore_is_refused():
+    tokens, vector = torch.randn(3, 4, 6), torch.randn(3, 5)
+    plain = DiffusersVelocity(conditional_unet(**PROJECTION))
+    words = r"without effect \['encoder_hidden_states'\]"
+    for name in ("tokens", "encoder_hidden_states"):
+        refused(plain, {"vector": vector, name: tokens}, words)
+    mask = {"vector": vector, "token_mask": torch.ones(3, 4)}
+    refused(plain, mask, r"without effect \['encoder_attention_mask'\]")
+    twice = {"vector": vector, "class_labels": vector}
+    refused(plain, twice, r"given twice \['class_labels'\]")
+    for cond in ({}, None):
+        refused(plain, cond, r"missing \['class_labels'\]")
+    unlabeled = DiffusersVelocity(conditional_unet())
+    refused(unlabeled, {"class_labels": torch.arange(3)}, r"without effect \['class_labels'\]")
+    for num_times in (1, 2):
+        labels = {"class_labels": torch.arange(3)}
+        without = unet2d((1, 8, 8), width=8, num_times=num_times)
+        refused(without, labels, r"without effect \['class_labels'\]")
+        for classes in (None, NULL):
+            velocity = unet2d((1, 8, 8), classes, width=8, num_times=num_times)
+            refused(velocity, {"vector": vector}, r"unknown \['vector'\]")
+        refused(velocity, {}, r"missing \['class_labels'\]")
+        refused(velocity, vector[:, 0], "cond must hold integer labels, got torch.float32")
+        refused(velocity, {"class_labels": vector[:, 0]}, "cond must hold integer labels")
+
+
+def test_no_condition_is_an_empty_one():
+    x, t, _ = inputs(3)
+    net = conditional_unet()
+    expected = net(x, 1000 * t, None).sample
+    for cond in (None, {}):
+        assert torch.equal(DiffusersVelocity(net)(x, t, cond), expected)
+        attending = DiffusersVelocity(conditional_unet(up="CrossAttnUpBlock2D"))
+        refused(attending, cond, r"missing \['encoder_hidden_states'\]")
+
+
+@pytest.mark.parametrize("num_times", [1, 2])
+def test_labels_have_the_same_effect_by_any_name_and_type(num_times):
+    velocity = stirred_unet(num_classes=NULL, num_times=num_times)
+    x, t, label = inputs()
+    t = t if num_times == 1 else torch.stack([t, t], 1)
+    expected = velocity(x, t, label)
+    for dtype in (torch.int32, torch.uint8):
+        assert torch.equal(velocity(x, t, label.to(dtype)), expected)
+    assert torch.equal(velocity(x, t, {"class_labels": label}), expected)
+    with pytest.raises(ValueError, match=r"cond must hold labels in \[0, 4\], got values in \[5"):
+        velocity(x, t, {"class_labels": torch.full((5,), 5)})
 
 
 @pytest.mark.parametrize(

@@ -119,8 +119,9 @@ def latents(run):
     return folder
 
 
-def test_latent_actions_become_part_of_a_policy(run, latents, tmp_path):
+def test_latent_actions_become_part_of_a_policy(run, latents, tmp_path, monkeypatch):
     """The second run holds the averaged weights of the first, and needs it no more."""
+    five = "trainer.max_steps=5"
     trained = load_latents(latents)
     observations = load_run(run).velocity.observations
     assert torch.equal(trained.observations.scale, observations.scale)  # of the same episodes
@@ -144,9 +145,16 @@ def test_latent_actions_become_part_of_a_policy(run, latents, tmp_path):
         assert read_cost(again)["latents"] == source
     shutil.rmtree(first)
     assert_resumes(tmp_path / "by_config.yaml")
-    stored = load_run(tmp_path / "second").velocity.latents.state_dict()
-    for name, value in trained.state_dict().items():
-        assert torch.equal(stored[name], value)
+    last = tmp_path / "second/checkpoints/last.ckpt"
+    train(composed("train", *options, five, f"resume={last}", f"run_dir={tmp_path}/by_file"))
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    train(composed("train", *options, five, f"run_dir={tmp_path}/second"))
+    for name in ("second", "by_file"):
+        assert read_checkpoint(tmp_path / name / "checkpoints/last.ckpt")["global_step"] == 5
+        assert read_cost(tmp_path / name)["latents"] == source
+        stored = load_run(tmp_path / name).velocity.latents.state_dict()
+        for part, value in trained.state_dict().items():
+            assert torch.equal(stored[part], value)
     acting = [f"run={tmp_path}/second", "env=obstacle", "episodes=2", "sampler.grid=1"]
     pictures = []
     for seed in (0, 1):
@@ -184,6 +192,16 @@ def test_runs_of_other_kinds_are_named(run, latents, tmp_path):
         train(composed("train", *policy, own, "data.future=true", "data.horizon=7"))
     with pytest.raises(ValueError, match=r"model.latents must be a run of latent actions \(mod"):
         train(composed("train", *policy, f"model.latents={run}", "data.future=true"))
+    whole = [*policy, own, "data.future=true"]
+    for kind, wrapper in (("noise", "path=vp"), ("data", "path=linear")):
+        with pytest.raises(ValueError, match=f"prediction must be velocity for a .*, got {kind}"):
+            train(composed("train", *whole, f"prediction={kind}", wrapper))
+    missing = [*policy, "data.future=true", f"model.latents={tmp_path}/none"]
+    with pytest.raises(FileNotFoundError, match=r"model\.latents must be a run folder, .*none"):
+        train(composed("train", *missing))
+    student = ["module=straightening", f"module.start={tmp_path}/none", "module.grid=2"]
+    with pytest.raises(FileNotFoundError, match=r"module\.start must be a run folder, .*none"):
+        train(composed("train", *policy, *student))
     wrong = ["experiment=obstacle_latents", data, *LATENTS, place, "data.predict=action"]
     with pytest.raises(ValueError, match=r"demonstrations with data.predict=future for latent"):
         train(composed("train", *wrong))

@@ -338,7 +338,7 @@ def test_places_of_a_resumed_run_are_no_links_and_have_names(configure):
 def test_a_start_without_a_network_is_refused(configure):
     folder = _stored(lambda config: config["module"].pop("velocity"), "config.yaml")
     start = ["module=straightening", "module.start=run", "run_dir=new"]
-    with pytest.raises(ValueError, match=r"run must have a network as module\.velocity, got"):
+    with pytest.raises(ValueError, match=r"module\.start must have a network as module\.velocity"):
         train(configure("train", *start))
     (folder / "config.yaml").write_text("data: {}\n")
     with pytest.raises(ValueError, match="run must be a run of `flowkit train` with a flow, got"):
