@@ -134,7 +134,8 @@ def measure(
     Returns:
         The measures, the mixtures, and the log-mels of the first answers. ``si_sdr_improvement`` is
         in dB with the phase of the mixture; ``_best`` is that of the best answer to each mixture,
-        ``_of_truth`` that of the true log-mel, the ceiling. Energies are those of the answers in dB
+        ``_of_truth`` that of the true log-mel, the ceiling, and ``_of_other`` that of the answer to
+        a text that names another sound of the mixture. Energies are those of the answers in dB
         relative to the mixtures. With classes of sounds, ``class_agreement`` and
         ``frechet_distance`` are those of log-mels by `classifier_of`, whose name and hash are
         ``features``. The distance is that to other single sounds, as many as mixtures; it is left
@@ -163,7 +164,9 @@ def measure(
     heard = [answered("present", number) for number in range(answers)]
     waves = [mixture_phase(one, sounds.mixture, mel) for one in heard]
     gains = torch.stack([si_sdr(wave, sounds.target) - before for wave in waves])
-    absent = mixture_phase(answered("absent", 0), sounds.mixture, mel)
+    absent, other = (
+        mixture_phase(answered(name, 0), sounds.mixture, mel) for name in ("absent", "other")
+    )
     ideal = mixture_phase(truth, sounds.mixture, mel)
     metrics: dict[str, Any] = {
         "num_mixtures": count,
@@ -171,6 +174,7 @@ def measure(
         "si_sdr_improvement_stderr": float(gains[0].std() / count**0.5) if count > 1 else 0.0,
         "si_sdr_improvement_best": _mean(gains.amax(0)),
         "si_sdr_improvement_of_truth": _mean(si_sdr(ideal, sounds.target) - before),
+        "si_sdr_improvement_of_other": _mean(si_sdr(other, sounds.target) - before),
         "log_mel_error": _mean(log_mel_error(heard[0], truth)),
         "log_mel_error_of_mixture": _mean(log_mel_error(mel(sounds.mixture), truth)),
         "energy": _mean(_level(waves[0]) - _level(sounds.mixture)),
@@ -200,8 +204,9 @@ def _kinds(
 
 
 def _asked(sounds: Sounds) -> dict[str, Sequence[str]]:
-    """Return the texts of the sounds in the mixtures, and of absent ones."""
-    return {"present": sounds.captions, "absent": sounds.absent}
+    """Return texts of the sounds asked for, of absent ones, and of others in the mixtures."""
+    others = [texts[0] for texts in sounds.others]
+    return {"present": sounds.captions, "absent": sounds.absent, "other": others}
 
 
 def _level(waves: Tensor) -> Tensor:

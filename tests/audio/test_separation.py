@@ -114,6 +114,7 @@ def test_measures_of_the_truth_and_of_the_mixture():
     assert found["num_mixtures"] == 12
     assert found["si_sdr_improvement"] == pytest.approx(found["si_sdr_improvement_of_truth"])
     assert found["si_sdr_improvement"] > 10
+    assert found["si_sdr_improvement_of_other"] < found["si_sdr_improvement"] - 10
     assert found["log_mel_error"] < 1e-4
     assert log_mel_error(log_mels, STATES.mel(sounds.target)).max() < 1e-3
     assert found["energy"] == pytest.approx(found["energy_of_target"], abs=0.5)
@@ -122,6 +123,7 @@ def test_measures_of_the_truth_and_of_the_mixture():
     same, _, _ = measure(separator(lambda x0, cond: cond["frames"]), 8, 1, 0, 2, 8)
     assert same["num_mixtures"] == 8
     assert same["si_sdr_improvement"] == pytest.approx(0, abs=1e-3)
+    assert same["si_sdr_improvement_of_other"] == pytest.approx(0, abs=1e-3)
     assert same["energy"] == pytest.approx(0, abs=1e-3)
     assert same["energy_of_absent"] == pytest.approx(0, abs=1e-3)
     assert same["log_mel_error"] == pytest.approx(same["log_mel_error_of_mixture"], abs=1e-4)
