@@ -69,7 +69,7 @@ class _CrossAttention(nn.Module):
 
 
 class _Neighbors(nn.Module):
-    """Sum over neighboring frames, each channel alone: ``h ← h + Σ_k w_k·LN(h)_{n+k}``.
+    """Sum over neighboring frames, each channel alone: ``h_n ← h_n + b + Σ_k w_k·LN(h)_{n+k}``.
 
     It is the identity at the start. Source: the convolution of Gulati et al., *Conformer*, 2020
     (arXiv 2005.08100), without its gates.
@@ -124,6 +124,7 @@ class SequenceDiT(nn.Module):
         prefixes: Conditions prepared so far: one a call, one a solve.
 
     Raises:
+        TypeError: If ``kernel`` is no integer.
         ValueError: If a size is below 1, ``kernel`` is even, or ``heads`` does not divide an even
             width.
 
@@ -154,6 +155,8 @@ class SequenceDiT(nn.Module):
             raise ValueError(f"shape must be (C, T), got {tuple(shape)}")
         check_even(width, "width")
         check_at_least(depth, 1, "depth")
+        if isinstance(kernel, bool) or not isinstance(kernel, int | None):
+            raise TypeError(f"kernel must be an integer or None, got {kernel!r}")
         if kernel is not None and (kernel < 1 or kernel % 2 == 0):
             raise ValueError(f"kernel must be an odd number of frames, got {kernel}")
         self.sizes = {"frames": frames, "vector": vector, "tokens": tokens}

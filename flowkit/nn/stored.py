@@ -46,7 +46,7 @@ class Stored(nn.Module):
 
         Raises:
             FileNotFoundError: If the file does not exist.
-            ValueError: If `save` did not write the file.
+            ValueError: If `save` did not write the file, or the class now builds another network.
         """
         from safetensors import SafetensorError, safe_open
 
@@ -54,10 +54,17 @@ class Stored(nn.Module):
             raise FileNotFoundError(f"file must be one of {cls.__name__}.save, got {file}")
         try:
             with safe_open(file, framework="pt") as stored:
-                config = (stored.metadata() or {})["config"]
+                config = parse_json((stored.metadata() or {})["config"], file)
                 weights = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-            net = cls(**parse_json(config, file))
-            net.load_state_dict(weights)
-        except (KeyError, RuntimeError, SafetensorError, TypeError) as error:
+        except (KeyError, SafetensorError) as error:
             raise ValueError(f"file must be written by {cls.__name__}.save, got {file}") from error
+        try:
+            net = cls(**config)
+            net.load_state_dict(weights)
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            words = " ".join(str(error).split())
+            raise ValueError(
+                f"file must be of this version's {cls.__name__}, got {file} of another version or "
+                f"class: {words}"
+            ) from error
         return net.eval().requires_grad_(False)

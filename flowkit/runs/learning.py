@@ -1,10 +1,12 @@
 """Lessons before a training: what networks take from their data or from another run."""
 
 import copy
+import inspect
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 
 from flowkit.audio import VoiceVelocity
 from flowkit.data import Speech
@@ -86,6 +88,7 @@ def teach(network: Any, data: Any, latents: str | None = None) -> None:
         latents: Run whose weights the latent actions of a policy take.
 
     Raises:
+        TypeError: If the encoder of pictures of a policy is not called as one.
         ValueError: If the data are not those of such a network, or a policy predicts noise or data.
     """
     if isinstance(network, LatentActionModel):
@@ -102,6 +105,7 @@ def teach(network: Any, data: Any, latents: str | None = None) -> None:
                 f"data must be demonstrations with actions for a policy, got {type(data).__name__}"
             )
         network.take(actions, data.observations)
+        _check_pictures(network, data.train[:1]["cond"].get("image"))
         if latents is not None and network.latents is not None:
             network.latents.load_state_dict(load_latents(latents).state_dict())
     elif isinstance(getattr(network, "net", None), PolicyVelocity):
@@ -110,3 +114,30 @@ def teach(network: Any, data: Any, latents: str | None = None) -> None:
         if not isinstance(data, Speech):
             raise ValueError(f"data must be speech for a voice, got {type(data).__name__}")
         network.take(data.recognizer)
+
+
+def _check_pictures(network: PolicyVelocity, image: Tensor | None) -> None:
+    """Require a policy that sees the pictures ``(B, C, W, W)`` of the data, or none as they do."""
+    encoder, size = network.encoder, network.image_size
+    if (encoder is None) != (image is None):
+        raise ValueError(
+            "model.encoder must be given with data.camera (model=policy_images), and only then, "
+            f"got {type(encoder).__name__} for data {'without' if image is None else 'with'} images"
+        )
+    if encoder is None or image is None:
+        return
+    try:
+        inspect.signature(encoder.forward).bind("image", "obs")
+    except TypeError as error:
+        raise TypeError(
+            f"model.encoder must be callable as encoder(image, obs), got {type(encoder).__name__}: "
+            f"{error}"
+        ) from error
+    channels = image.shape[1]
+    own = {"image_size": (image.shape[2], size)}
+    own["channels"] = (channels, getattr(encoder, "channels", channels))
+    for name, (shown, seen) in own.items():
+        if shown != seen:
+            raise ValueError(
+                f"model.encoder.{name} must be {shown}, that of the data's images, got {seen}"
+            )

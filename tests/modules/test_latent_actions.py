@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from torch import distributed
+from torch.multiprocessing.spawn import start_processes
 from torch.nn.functional import cross_entropy, one_hot
 
 from flowkit.modules import LatentActions
@@ -153,3 +155,29 @@ def test_no_code_is_lost():
     batch = pairs(seed=4)[0]
     assert module.loss(batch)["used"] == 1 / 8
     assert module.loss(batch)["used"] > 0.7
+
+
+def _process(rank, folder):
+    """Keep the book after a step in which each of two processes used a code of its own."""
+    store = distributed.FileStore(f"{folder}/store", 2)
+    distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    torch.manual_seed(0)
+    module = LatentActions(LatentActionModel(2, num_codes=8, tokens=1, width=4, hidden=16))
+    counts = torch.zeros(8, dtype=torch.long)
+    counts[rank] = 5
+    latents = torch.full((5, 4), 10.0 + rank)
+    module._revive(counts, latents, torch.Generator().manual_seed(rank))
+    torch.save(module.model.book.detach(), f"{folder}/{rank}.pt")
+    distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_processes_revive_the_same_codes_alike(tmp_path):
+    """A code that any process used stays, and the others move to vectors of the first one."""
+    start_processes(_process, (str(tmp_path),), nprocs=2, start_method="spawn")
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert torch.equal(first, second)
+    assert torch.equal(first[2:], torch.full((6, 4), 10.0))
+    torch.manual_seed(0)
+    model = LatentActionModel(2, num_codes=8, tokens=1, width=4, hidden=16)
+    assert torch.equal(first[:2], model.book[:2])

@@ -136,6 +136,9 @@ def test_a_kernel_must_be_odd():
             ValueError, match=f"kernel must be an odd number of frames, got {kernel}"
         ):
             SequenceDiT((2, 6), width=8, depth=1, heads=2, kernel=kernel)
+    for kernel in (3.0, 2.5, "3", True):
+        with pytest.raises(TypeError, match=f"kernel must be an integer or None, got {kernel!r}"):
+            SequenceDiT((2, 6), width=8, depth=1, heads=2, kernel=kernel)
 
 
 def test_frames_know_their_places():

@@ -39,3 +39,39 @@ def test_what_is_no_stored_network_is_refused(tmp_path):
     (tmp_path / "text.safetensors").write_text("no tensors")
     with pytest.raises(ValueError, match=r"file must be written by Scale\.save, got .*text"):
         Scale.load(tmp_path / "text.safetensors")
+    save_file({"x": torch.zeros(1)}, tmp_path / "odd.safetensors", {"config": "no JSON"})
+    with pytest.raises(ValueError, match=r"file must be JSON, got .*odd"):
+        Scale.load(tmp_path / "odd.safetensors")
+
+
+class Renamed(Stored):
+    def __init__(self, size, name="scale"):
+        super().__init__()
+
+
+class Wider(Scale):
+    def __init__(self, width, name="scale"):
+        super().__init__(width + 1, name)
+
+
+class Narrow(Scale):
+    def __init__(self, width, name="scale"):
+        if width > 2:
+            raise ValueError(f"width must be at most 2, got {width}")
+        super().__init__(width, name)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (Renamed, "unexpected keyword argument 'width'"),
+        (Wider, r"size mismatch for scale"),
+        (Narrow, "width must be at most 2, got 3"),
+    ],
+)
+def test_a_network_of_another_version_is_told_as_such(tmp_path, kind, reason):
+    """Its argument has another name, its layers another size, or its rules are stricter."""
+    Scale(3).save(tmp_path / "net.safetensors")
+    words = f"file must be of this version's {kind.__name__}, got .*net.* of another version or .*"
+    with pytest.raises(ValueError, match=words + reason):
+        kind.load(tmp_path / "net.safetensors")

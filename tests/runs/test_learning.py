@@ -1,0 +1,79 @@
+"""What a policy is refused before its training: pictures that it could not see."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from flowkit.nn import SequenceDiT
+from flowkit.policies import ActionNormalizer, ImageEncoder, PolicyVelocity
+from flowkit.runs.learning import teach
+
+
+class Train:
+    """A split whose images have a shape, or without images."""
+
+    def __init__(self, shape):
+        self.shape = shape
+
+    def __getitem__(self, index):
+        cond = {"vector": torch.zeros(1, 3)}
+        images = {} if self.shape is None else {"image": torch.zeros(1, *self.shape)}
+        return {"cond": cond | images}
+
+
+def taught(encoder, shape):
+    """Teach a policy with this encoder; its data have images of this shape."""
+    vector = 3 if encoder is None else 8
+    net = SequenceDiT((2, 6), width=8, depth=1, heads=2, vector=vector)
+    actions, observations = (ActionNormalizer.fit(torch.randn(9, size)) for size in (2, 3))
+    policy = PolicyVelocity(net, obs_size=3, encoder=encoder)
+    data = SimpleNamespace(actions=actions, observations=observations, train=Train(shape))
+    teach(policy, data)
+    return policy
+
+
+def sized(image_size=20, channels=3):
+    return ImageEncoder(3, image_size=image_size, channels=channels, size=8, width=4)
+
+
+class Mean(torch.nn.Module):
+    """An encoder of one's own, which takes any number of channels."""
+
+    image_size = 20
+
+    def forward(self, image, obs):
+        return image.float().mean((1, 2, 3))[:, None].expand(-1, 8) + obs.sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize("encoder", [sized(), Mean()])
+def test_an_encoder_of_the_images_is_taken(encoder):
+    policy = taught(encoder, (3, 20, 20))
+    assert not policy.actions.scale.isnan().any()
+    cond = {"vector": torch.zeros(1, 3), "image": torch.zeros(1, 3, 20, 20)}
+    assert policy.encode(cond)["vector"].shape == (1, 8)
+    assert taught(None, None).image_size is None
+
+
+@pytest.mark.parametrize(
+    ("encoder", "shape", "error", "message"),
+    [
+        (sized(), (3, 16, 16), ValueError, r"model\.encoder\.image_size must be 16, .*, got 20"),
+        (sized(), (1, 20, 20), ValueError, r"model\.encoder\.channels must be 1, .*, got 3"),
+        (torch.nn.Identity(), (3, 20, 20), ValueError, "encoder must have image_size, the side"),
+        (sized(), None, ValueError, "got ImageEncoder for data without images"),
+        (None, (3, 20, 20), ValueError, "got NoneType for data with images"),
+    ],
+)
+def test_images_that_an_encoder_does_not_see_are_told_before_the_training(
+    encoder, shape, error, message
+):
+    with pytest.raises(error, match=message):
+        taught(encoder, shape)
+
+
+def test_an_encoder_of_the_image_alone_is_refused():
+    encoder = torch.nn.Identity()
+    encoder.image_size = 20
+    with pytest.raises(TypeError, match=r"model\.encoder must be callable as encoder\(image, obs"):
+        taught(encoder, (3, 20, 20))
