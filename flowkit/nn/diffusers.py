@@ -75,6 +75,7 @@ class DiffusersVelocity(nn.Module):
                 f"output channels, got {drop_sigma}"
             )
         self.channels = inputs
+        self.factor = 2 ** (len(getattr(config, "block_out_channels", [0])) - 1)
         self.num_classes = _num_classes(config)
         self.vectors = getattr(config, "class_embed_type", None) in VECTORS
         self._learn_arguments(net)
@@ -119,6 +120,13 @@ class DiffusersVelocity(nn.Module):
         except IndexError:
             if self.num_classes is not None and labels is not None:
                 check_labels(labels, self.num_classes + 1, "cond")
+            raise
+        except RuntimeError as error:
+            if x.ndim == 4 and any(side % self.factor for side in x.shape[2:]):
+                raise ValueError(
+                    f"x must have sides that are multiples of {self.factor} for this network, got "
+                    f"shape {tuple(x.shape)}"
+                ) from error
             raise
         return out.chunk(2, 1)[0] if self.drop_sigma else out
 

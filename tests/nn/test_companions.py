@@ -234,6 +234,9 @@ def test_a_network_of_diffusers_names_what_it_misses(separation):
         r"\['encoder_hidden_states'\], unknown \['vector'\]",
     ):
         separation(x, t, {"frames": x, "vector": x})
+    odd = torch.randn(2, 2, 7, 8)
+    cond = {"frames": odd, "tokens": torch.randn(2, 3, 6), "token_mask": torch.ones(2, 3)}
+    assert separation(odd, t, cond).shape == odd.shape  # blocks with attention to tokens take it
     cond = {"frames": x[..., 1:], "tokens": torch.randn(2, 3, 6), "token_mask": torch.ones(2, 3)}
     with pytest.raises(ValueError, match=r"must have shape .2, 2, 8, 8., got .2, 2, 8, 7."):
         separation(x, t, cond)

@@ -262,6 +262,16 @@ def test_states_of_other_channels_are_refused():
         unet2d((1, 8, 8), width=8)(torch.zeros(2, 3, 8, 8), torch.rand(2))
 
 
+def test_sides_that_levels_cannot_halve_are_told():
+    velocity = stirred_unet()  # two levels below the first, with attention
+    x = torch.randn(2, 1, 10, 8)
+    with pytest.raises(
+        ValueError, match=r"sides that are multiples of 4 .* got shape .2, 1, 10, 8"
+    ):
+        velocity(x, torch.rand(2))
+    assert velocity(x[:, :, :8], torch.rand(2)).shape == (2, 1, 8, 8)
+
+
 def test_input_errors():
     x, t, label = inputs()
     velocity = unet2d((1, 8, 8), num_classes=NULL, width=8)

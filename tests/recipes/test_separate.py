@@ -24,9 +24,10 @@ SMALL = [*TINY[4:-1], "batch_size=4", "trainer.max_steps=4", "trainer.val_check_
 SMALL += ["data.frames=20", "data.states.mel.hop=160", "data.eval_mixtures=3"]
 SMALL += ["callback.samples.sounds=1", "logger.tensorboard=null"]
 NET = {"block_out_channels": [8, 8], "norm_num_groups": 4, "attention_head_dim": 2}
-NET |= {"down_block_types": ["DownBlock2D", "AttnDownBlock2D"], "sample_size": [20, 64]}
+NET |= {"down_block_types": ["DownBlock2D", "AttnDownBlock2D"], "sample_size": [10, 32]}
+NET |= {"in_channels": 8, "out_channels": 4}
 NET |= {"up_block_types": ["AttnUpBlock2D", "UpBlock2D"]}
-SMALL += [f"model.net.net.{name}={value}" for name, value in NET.items()]
+SMALL += ["model.net.size=2", *(f"model.net.net.net.{name}={value}" for name, value in NET.items())]
 
 
 def composed(recipe, *options):
