@@ -73,7 +73,9 @@ def _file(
         panels = [("recording", mel(wave[None])[0]), ("conversion", log_mel)]
         save_spectrograms([*panels, ("reference", mel(reference[None])[0])], files[1], mel)
         write_audio(found, files[2], mel.rate)
-    print(f"time      {seconds:.2f} s for {length:.2f} s of sound, {seconds / length:.3f} a second")
+    print(
+        f"time      {seconds:.2f} s for {length:.2f} s of sound, {seconds / length:.2f} s a second"
+    )
     print(f"picture   {files[1]}\nsound     {files[2]}")
     return found
 
