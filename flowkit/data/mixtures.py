@@ -206,8 +206,8 @@ class Mixtures(SplitData):
         for name in SPLITS:
             if (kinds := len(found[name].captions)) <= self.most:
                 raise ValueError(
-                    f"sounds must be below the number of kinds of sounds, got {self.most} for {kinds} "
-                    f"in {name}; give more clips or instruments, or a larger share to this split"
+                    f"sounds must be below the number of kinds of sounds, got {self.most} for "
+                    f"{kinds} in {name}; give more clips, or this split a larger share"
                 )
         return {
             name: MixtureList(
