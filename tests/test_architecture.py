@@ -116,6 +116,7 @@ for name in ("tests", "notebooks", "docs", "shared"):
 """
 
 
+@pytest.mark.slow  # imports everything in a new process
 @pytest.mark.parametrize("inside", [True, False])
 def test_a_checkout_runs_without_being_installed(inside, tmp_path):
     """Within its folder, and by PYTHONPATH from another; of its folders only two are importable."""

@@ -92,6 +92,7 @@ def _tar(file, name, content=b"", **header):
         file.write_bytes(raw)
 
 
+@pytest.mark.slow  # reads gigabytes of sparse files
 @pytest.mark.parametrize(
     ("name", "kind"), [("1.png", b"0"), ("1.cls", b"0"), ("1.png", b"x"), ("1.png", b"L")]
 )
