@@ -18,6 +18,7 @@ EXACT = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("flow", "limits"), EXACT.values(), ids=EXACT)
 def test_the_recommended_grid_against_uniform_on_fresh_noise(flow, limits):
     x0 = noise(1536, 2)
