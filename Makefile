@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Tests in as many processes as there are cores, but no more than memory is sure to hold.
 PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 
-.PHONY: quickstart test check bench mutants docs clean
+.PHONY: quickstart test quick slow check lint bench mutants docs clean
 
 .venv/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -17,15 +17,21 @@ quickstart: .venv/.installed
 		$(BIN)/flowkit train experiment=digits_cfm hydra.run.dir=runs/quickstart; }
 	$(BIN)/flowkit evaluate run=runs/quickstart
 
-test: .venv/.installed
-	$(PYTEST)
+test: quick slow
 
-check: .venv/.installed docs
+check: lint quick
+
+quick: .venv/.installed
+	$(PYTEST) -m "not slow"
+
+slow: .venv/.installed
+	$(PYTEST) -m slow
+
+lint: .venv/.installed docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
-	$(PYTEST) -m "not slow"
 
 bench: .venv/.installed
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[bench]'

@@ -40,8 +40,8 @@ def test_hooks_are_local_and_run_what_make_check_runs():
     hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
     assert [repo["repo"] for repo in hooks] == ["local"]
     entries = [hook["entry"].replace(".venv/bin/", "") for hook in hooks[0]["hooks"]]
-    check = (ROOT / "Makefile").read_text().partition("\ncheck:")[2].partition("\n\n")[0]
-    commands = re.findall(r"\$\(BIN\)/(ruff \w+|[\w-]+)", check)
+    lint = (ROOT / "Makefile").read_text().partition("\nlint:")[2].partition("\n\n")[0]
+    commands = re.findall(r"\$\(BIN\)/(ruff \w+|[\w-]+)", lint)
     assert [entry.partition(" --")[0] for entry in entries] == commands
 
 
