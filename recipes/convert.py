@@ -18,6 +18,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
+from flowkit.adapters.predictions import network_of
 from flowkit.audio import VoiceVelocity, read_audio, save_spectrograms, write_audio
 from flowkit.places import check_writable
 from flowkit.provenance import tensor_hash
@@ -111,7 +112,7 @@ def _test(
 
 def _hashes(converter: Converter) -> dict:
     """Return the hashes of all that a conversion depends on beside the weights."""
-    network = converter.run.module.velocity
+    network = network_of(converter.run.module.velocity)
     own = {"recognizer": network.content.hash} if isinstance(network, VoiceVelocity) else {}
     if (weights := getattr(converter.vocoder, "hash", None)) is not None:
         own["vocoder"] = weights

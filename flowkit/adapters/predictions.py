@@ -1,5 +1,6 @@
 """Networks that predict data or noise, as velocities that are trained."""
 
+from abc import abstractmethod
 from collections.abc import Callable
 
 import torch
@@ -9,6 +10,7 @@ from flowkit.adapters.conventions import check_noiseless, coefficients
 from flowkit.checks import check_number
 from flowkit.paths import Interpolant, Linear
 from flowkit.types import Cond
+from flowkit.velocity import BoundVelocity, Velocity, bind
 
 
 class _Prediction(nn.Module):
@@ -29,6 +31,19 @@ class _Prediction(nn.Module):
             raise ValueError(f"min_gap must lie in (0, 1), got {min_gap}")
         self.net, self.path, self.min_gap = net, path, min_gap
         self.times = _times_of(path, self.end, min_gap)
+
+    def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
+        """Return the velocity ``(B, *)`` at ``x (B, *)`` and ``t (B,)``."""
+        return self._velocity(self.net, x, t, cond)
+
+    def bind(self, cond: Cond, grid: Tensor | None = None) -> BoundVelocity:
+        """Return the velocity of one solve, for which the network may prepare its condition."""
+        net = bind(self.net, cond, grid)
+        return net.wrapped(lambda x, t, cond=None: self._velocity(net, x, t, cond))
+
+    @abstractmethod
+    def _velocity(self, net: Velocity, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """Return the velocity that follows from the result of the network."""
 
     def _coefficients(self, x: Tensor, t: Tensor) -> tuple[Tensor, ...]:
         """Return the time that the network is told, and the path's coefficients at this time."""
@@ -72,10 +87,9 @@ class DataPrediction(_Prediction):
 
     end = 1
 
-    def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
-        """Return the velocity ``(B, *)`` at ``x (B, *)`` and ``t (B,)``."""
+    def _velocity(self, net: Velocity, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         t, a, b, da, db = self._coefficients(x, t)
-        data = self.net(x, t, cond)
+        data = net(x, t, cond)
         return (((da * b - a * db) * data + db * x) / b).to(x.dtype)
 
 
@@ -105,11 +119,19 @@ class NoisePrediction(_Prediction):
 
     end = 0
 
-    def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
-        """Return the velocity ``(B, *)`` at ``x (B, *)`` and ``t (B,)``."""
+    def _velocity(self, net: Velocity, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         t, a, b, da, db = self._coefficients(x, t)
-        noise = self.net(x, t, cond)
+        noise = net(x, t, cond)
         return ((da * x - (da * b - a * db) * noise) / a).to(x.dtype)
+
+
+def network_of(velocity: Velocity) -> Velocity:
+    """Return the network of a velocity that converts its prediction; other velocities themselves.
+
+    >>> network_of(DataPrediction(torch.sin)) is torch.sin is network_of(torch.sin)
+    True
+    """
+    return velocity.net if isinstance(velocity, _Prediction) else velocity
 
 
 def _times_of(path: Interpolant, end: int, min_gap: float) -> tuple[float, float]:

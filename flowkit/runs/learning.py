@@ -8,6 +8,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
+from flowkit.adapters.predictions import network_of
 from flowkit.audio import VoiceVelocity
 from flowkit.data import Speech
 from flowkit.modules.checkpoints import CONFIG, read_config
@@ -110,10 +111,10 @@ def teach(network: Any, data: Any, latents: str | None = None) -> None:
             network.latents.load_state_dict(load_latents(latents).state_dict())
     elif isinstance(getattr(network, "net", None), PolicyVelocity):
         raise ValueError(f"{NO_PREDICTION}, got {type(network).__name__}")
-    elif isinstance(network, VoiceVelocity):
+    elif isinstance(voice := network_of(network), VoiceVelocity):
         if not isinstance(data, Speech):
             raise ValueError(f"data must be speech for a voice, got {type(data).__name__}")
-        network.take(data.recognizer)
+        voice.take(data.recognizer)
 
 
 def _check_pictures(network: PolicyVelocity, image: Tensor | None) -> None:

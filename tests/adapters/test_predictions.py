@@ -10,8 +10,9 @@ from flowkit.adapters import (
     from_noise_prediction,
 )
 from flowkit.exact import GaussianFlow
+from flowkit.guidance import ClassifierFree
 from flowkit.losses import flow_matching_loss
-from flowkit.nn import MLP
+from flowkit.nn import MLP, SequenceDiT
 from flowkit.paths import VP, Affine, BrownianBridge, Cosine, Linear
 from flowkit.sampling import ODESampler
 
@@ -121,3 +122,20 @@ def test_other_bad_input_is_refused():
     for path in (Linear(sigma=0.1), BrownianBridge(0.1)):
         with pytest.raises(ValueError, match="path must be a x1"):
             DataPrediction(MLP((2,)), path)
+
+
+@pytest.mark.parametrize("prediction", [DataPrediction, NoisePrediction])
+def test_the_network_prepares_its_condition_once_a_solve(prediction):
+    net = SequenceDiT((2, 5), width=8, depth=1, heads=2, vector=3)
+    torch.nn.init.normal_(net.outputs.linear.weight)
+    velocity, cond = prediction(net), {"vector": torch.randn(4, 3)}
+    x0, guided = torch.randn(4, 2, 5), ClassifierFree(velocity, 2.0, {"vector": 0.0})
+    for field, times in ((velocity, 1), (guided, 2)):
+        net.prefixes = 0
+        with torch.no_grad():
+            found = ODESampler(6, "euler")(field, x0, cond)
+            loop, seen = x0, net.prefixes
+            for k in range(6):
+                loop = loop + field(loop, torch.full((4,), k / 6), cond) / 6
+        assert seen == times
+        torch.testing.assert_close(found, loop)

@@ -1,10 +1,14 @@
 """What a policy is refused before its training: pictures that it could not see."""
 
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
 
+from flowkit.adapters import DataPrediction, NoisePrediction
+from flowkit.audio import PhoneRecognizer, VoiceVelocity
+from flowkit.data import Speech
 from flowkit.nn import SequenceDiT
 from flowkit.policies import ActionNormalizer, ImageEncoder, PolicyVelocity
 from flowkit.runs.learning import teach
@@ -77,3 +81,13 @@ def test_an_encoder_of_the_image_alone_is_refused():
     encoder.image_size = 20
     with pytest.raises(TypeError, match=r"model\.encoder must be callable as encoder\(image, obs"):
         taught(encoder, (3, 20, 20))
+
+
+@pytest.mark.parametrize("wrapped", [lambda net: net, DataPrediction, NoisePrediction])
+def test_a_voice_takes_the_recognizer_of_its_data_whatever_it_predicts(wrapped):
+    net = SequenceDiT((4, 6), width=8, depth=1, heads=2, frames=8, vector=4, tokens=4)
+    voice = VoiceVelocity(net, PhoneRecognizer(4, width=8, codes=4))
+    data = Mock(spec=Speech, recognizer=PhoneRecognizer(4, width=8, codes=4))
+    assert voice.content.hash != data.recognizer.hash
+    teach(wrapped(voice), data)
+    assert voice.content.hash == data.recognizer.hash
