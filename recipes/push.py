@@ -5,8 +5,8 @@ flowkit push run=runs/mine to=shared/mine license=mit dtype=float16
 flowkit push run=runs/mine to=hub:owner/name license=mit       the hub; log in by `hf auth login`
 
 The folder holds model.safetensors, config.json, README.md (a model card), samples.png, the metrics
-of flowkit evaluate and the grids of flowkit boss. Models of sounds and policies have the numbers and
-the picture of flowkit separate, convert or rollout. All recipes read it, and its name on the hub:
+of flowkit evaluate and the grids of flowkit boss. Models of sounds and policies have the numbers
+and the picture of flowkit separate, convert or rollout. Recipes read it, and its name on the hub:
 
 flowkit sample run=shared/mine
 flowkit sample run=hub:owner/name

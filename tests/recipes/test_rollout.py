@@ -86,7 +86,8 @@ def test_a_shared_policy_acts_and_its_card_says_how(run, tmp_path):
     card = (folder / "README.md").read_text()
     low, high = ours["success"]["interval"]
     share = f"| success | {ours['success']['value']:.4g} | {low:.4g} to {high:.4g} |"
-    for part in ("pipeline_tag: robotics", "flowkit rollout run=shared\n", share, "How: 2 episodes;"):
+    command = "flowkit rollout run=shared\n"
+    for part in ("pipeline_tag: robotics", command, share, "How: 2 episodes;"):
         assert part in card
     assert (folder / "samples.png").read_bytes() == (own / "rollout/rollout.png").read_bytes()
     theirs = rollout(composed("rollout", f"run={folder}", *acting, f"out={tmp_path}/again"))
