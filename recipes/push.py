@@ -5,7 +5,8 @@ flowkit push run=runs/mine to=shared/mine license=mit dtype=float16
 flowkit push run=runs/mine to=hub:owner/name license=mit       the hub; log in by `hf auth login`
 
 The folder holds model.safetensors, config.json, README.md (a model card), samples.png, the metrics
-of flowkit evaluate and the grids of flowkit boss. All recipes read it, and its name on the hub:
+of flowkit evaluate and the grids of flowkit boss. Models of sounds and policies have the numbers
+and the picture of flowkit separate, convert or rollout. Recipes read it, and its name on the hub:
 
 flowkit sample run=shared/mine
 flowkit sample run=hub:owner/name
@@ -18,7 +19,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from flowkit import hub
-from flowkit.modules.card import card
+from flowkit.modules.card import card, recipe_of
 from flowkit.modules.pushed import check_place, hash_of, portable, round_weights, write
 from flowkit.places import check_writable
 from flowkit.runs import Run
@@ -27,6 +28,7 @@ from flowkit.runs.pushing import (
     CARD,
     METRICS,
     PICTURE,
+    copied,
     grids_of,
     images_of,
     metrics_of,
@@ -63,12 +65,18 @@ def push(cfg: DictConfig) -> Path:
     origin = known.get("weights", {}).get("origin") or run.weights["hash"]
     shared["weights"]["origin"] = origin  # before any rounding: of metrics and grids
     hashes = {origin, run.weights["hash"], digest}
-    metrics, grids = metrics_of(run, hashes), grids_of(run, hashes, digest)
+    recipe = recipe_of(shared)
+    metrics, measured = metrics_of(run, recipe, hashes)
+    grids = grids_of(run, hashes, digest)
     labels = cfg.labels
     if OmegaConf.is_list(labels):
         labels = [run.class_number(label) for label in labels]
-    drawn = (cfg.num_samples, cfg.seed, cfg.batch_size)
-    picture, words = picture_of(run, sampler, labels, *drawn)
+    picture, words = None, None
+    if recipe == "sample":
+        drawn = (cfg.num_samples, cfg.seed, cfg.batch_size)
+        picture, words = picture_of(run, sampler, labels, *drawn)
+    elif measured is not None:
+        picture, words = copied(measured), f"A picture of `flowkit {recipe}`, not chosen."
     place = cfg.to if on_hub else folder.name
     texts = {METRICS: None if metrics is None else json.dumps(metrics, indent=2) + "\n", **grids}
     texts[CARD] = card(shared, place, cfg.license, metrics, list(grids), words)

@@ -107,6 +107,7 @@ class Demonstrations(SplitData):
             names the episode.
     """
 
+    recipe = "rollout"
     actions: ActionNormalizer | None = None
     observations: ActionNormalizer
 

@@ -167,6 +167,7 @@ class Mixtures(SplitData):
         ValueError: If a value is out of range.
     """
 
+    recipe = "separate"
     classes: Sequence[str] | None = None
 
     def __init__(

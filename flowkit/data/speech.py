@@ -207,6 +207,8 @@ class Speech(SplitData):
         ValueError: If a value is out of range.
     """
 
+    recipe = "convert"
+
     def __init__(
         self,
         states: MelStates,

@@ -98,6 +98,7 @@ class SplitData(LightningDataModule):
             that they have in the record. None without a record.
         x0_is_noise: True if the source samples ``x0`` of the splits are standard normal noise. Then
             a model can sample from new noise instead.
+        recipe: The command that uses a run on these data, for model cards.
 
     Raises:
         ValueError: If ``batch_size`` or ``num_workers`` is out of range.
@@ -120,6 +121,7 @@ class SplitData(LightningDataModule):
     num_classes: int | None = None
     class_names: list[str] | None = None
     x0_is_noise: bool = False
+    recipe: str = "sample"
     notes: Sequence[str] = ()
     files: Mapping[str, tuple[str, str | None]] = MappingProxyType({})
     known: Mapping[str, Any] | None = None

@@ -8,9 +8,19 @@ from typing import Any
 
 import yaml
 
+from flowkit.modules.listed import find
+
 WORDS = {"w2": "W2", "w2_squared": "W2²", "c2st": "C2ST"}
 SKIPPED = ("neighbors", "num_reference", "num_samples")
+COUNTS = {"num_mixtures": "test mixtures", "num_pairs": "test pairs", "episodes": "episodes"}
 Record = Mapping[str, Any]
+
+# What the hub calls models whose data have a command of their own, and arguments of this command.
+USES = {
+    "separate": ("audio-to-audio", 'audio=mix.wav query="piano"'),
+    "convert": ("audio-to-audio", "audio=source.wav reference=voice.wav"),
+    "rollout": ("robotics", ""),
+}
 
 
 def card(
@@ -39,6 +49,12 @@ def card(
     return "\n\n".join(parts) + "\n"
 
 
+def recipe_of(config: Record) -> str:
+    """Return the command that uses a model: that of its data, see `flowkit.data.SplitData`."""
+    found = find(str((config.get("data") or {}).get("_target_")))
+    return getattr(found, "recipe", "sample")
+
+
 def front_matter(about: Record) -> str:
     """Return the front matter of a page in Markdown, with texts quoted where YAML needs it.
 
@@ -56,8 +72,9 @@ def _front(config: Record, license: str | None) -> str:
     about: dict[str, Any] = {"library_name": "flowkit"}
     about |= {"license": "other", "license_name": "none-given"} if license is None else {}
     about |= {} if license is None else {"license": license}
-    if len(config.get("image_shape") or ()) == 3:
-        about["pipeline_tag"] = "unconditional-image-generation"
+    tag = "unconditional-image-generation" if len(config.get("image_shape") or ()) == 3 else None
+    tag, _ = USES.get(recipe_of(config), (tag, ""))
+    about |= {} if tag is None else {"pipeline_tag": tag}
     about["tags"] = ["flowkit", "flow-matching"]
     return front_matter(about)
 
@@ -99,6 +116,11 @@ def _about(config: Record) -> str:
 
 def _use(config: Record, place: str, grids: Sequence[str]) -> str:
     """Return commands and Python."""
+    recipe = recipe_of(config)
+    if recipe != "sample":
+        arguments = USES[recipe][1]
+        lines = [f"flowkit {recipe} run={place}", f"flowkit {recipe} run={place} {arguments}"]
+        return _lines(lines if arguments else lines[:1], place)
     label = str((config.get("classes") or [""])[0])
     plain = re.fullmatch(r"[\w-]*", label)
     escaped = re.sub(r'(\\*)("|$)', lambda m: 2 * m[1] + (m[2] and r"\""), label)  # for Hydra
@@ -112,41 +134,57 @@ def _use(config: Record, place: str, grids: Sequence[str]) -> str:
         f"flowkit sample run={place} sampler=from_file sampler.grid.file=<folder>/{grid}"
         for grid in grids
     ]
-    commands = "\n".join(lines)
     cond = f", cond=4 * [{json.dumps(label, ensure_ascii=False)}]" if label else ""
+    return _lines(lines, place, f"\nimages = module.sample(4{cond})")
+
+
+def _lines(commands: Sequence[str], place: str, more: str = "") -> str:
+    """Return commands, and Python that loads the model and does more."""
     return (
-        "With flowkit, whose distribution is named `flowkit-fm`:\n\n"
-        f"```bash\n{commands}\n```\n\n```python\nfrom flowkit.modules import load_run\n\n"
-        f'module = load_run("{place}")\nimages = module.sample(4{cond})\n```'
+        "With flowkit, whose distribution is named `flowkit-fm`:\n\n```bash\n"
+        + "\n".join(commands)
+        + "\n```\n\n```python\nfrom flowkit.modules import load_run\n\n"
+        + f'module = load_run("{place}"){more}\n```'
     )
 
 
 def _numbers(config: Record, metrics: Record | None, place: str) -> str:
     """Return a table of numbers, and how they were obtained."""
     if metrics is None:
-        return f"Not measured. `flowkit evaluate run={place}` measures it on its data."
-    found, rows = metrics["metrics"], []
+        recipe = recipe_of(config).replace("sample", "evaluate")
+        return f"Not measured. `flowkit {recipe} run={place}` measures it."
+    found, rows = _found(metrics), []
     floors = found.get("floor") or {}
     for name, value in found.items():
-        if type(value) not in (int, float) or name in SKIPPED:
+        ends, floor = found.get(f"{name}_interval"), floors.get(name)
+        if isinstance(value, Mapping) and {"value", "interval"} <= value.keys():
+            value, ends = value["value"], value["interval"]
+        if type(value) not in (int, float) or name in (*SKIPPED, *COUNTS):
             continue
         words = WORDS.get(name, name.replace("_", " "))
         if name == "frechet_distance":
             words = found.get("distance_name", words)
-        ends, floor = found.get(f"{name}_interval"), floors.get(name)
         interval = "" if ends is None else " to ".join(f"{end:.4g}" for end in ends)
         mark = " (unreliable)" if name in (found.get("unreliable") or ()) else ""
         real = "" if floor is None else f"{floor:.4g}"
         rows.append(f"| {words}{mark} | {value:.4g} | {interval} | {real} |")
-    table = "| | value | interval | training images or points instead |\n| --- | --- | --- | --- |"
+    last = "training images or points instead" if floors else ""
+    table = f"| | value | interval | {last} |\n| --- | --- | --- | --- |"
     return "\n".join([table, *rows, "", _obtained(config, metrics)])
+
+
+def _found(metrics: Record) -> Record:
+    """Return the measures of a record."""
+    return metrics["rollout"] if "rollout" in metrics else metrics["metrics"]
 
 
 def _obtained(config: Record, metrics: Record) -> str:
     """Return how the numbers were obtained, in words."""
-    found, how = metrics["metrics"], metrics.get("sampling") or {}
+    found, how = _found(metrics), metrics.get("sampling") or {}
     reference, features = metrics.get("reference") or {}, found.get("features") or {}
-    words = [f"{found.get('num_samples', how.get('num_samples'))} samples"]
+    counts = {**found, **metrics.get("acting", {})}
+    words = [f"{counts[name]} {kind}" for name, kind in COUNTS.items() if name in counts]
+    words = words or [f"{found.get('num_samples', how.get('num_samples'))} samples"]
     if reference:
         words.append(f"{reference['num_samples']} of the reference ({reference['name']})")
     if features:

@@ -255,9 +255,11 @@ def _placeless(data: Mapping[str, Any] | None) -> Config | None:
     """
     if data is None or data.get("_target_") in CACHES:
         return None
-    node = {name: value for name, value in data.items() if name != "coupling"}
-    if isinstance(node.get("images"), Mapping):
-        node["images"] = _placeless(node["images"])
+    node = {
+        name: _placeless(value) if isinstance(value, Mapping) else value
+        for name, value in data.items()
+        if name != "coupling"
+    }
     for name in ("root", "path", "font"):
         if (place := node.get(name)) is not None and not str(place).startswith("hub:"):
             node[name] = GIVEN_LATER

@@ -10,7 +10,7 @@ from flowkit.data.cache import INDEX
 from flowkit.data.pairs import RECORD as PAIRS
 from flowkit.metrics.pictures import save_picture
 from flowkit.modules.pushed import CACHES, Writer, exists
-from flowkit.provenance import read_json
+from flowkit.provenance import read_json, write_atomically
 from flowkit.runs.drawing import draw, in_words, say_plan
 from flowkit.runs.known_data import Record, read_data_record
 from flowkit.runs.processes import say
@@ -21,6 +21,12 @@ from flowkit.runs.starts import choose_labels, choose_samples, given_source, noi
 from flowkit.sampling import ODESampler, sample_seeds
 
 METRICS, PICTURE, CARD = "metrics.json", "samples.png", "README.md"
+MEASURED = {  # by the command that uses a run: the record of what measures it
+    "sample": METRICS,
+    "separate": "separated/mixtures.json",
+    "convert": "converted/pairs.json",
+    "rollout": "rollout/rollout.json",
+}
 
 
 def images_of(node: dict[str, Any] | None, folder: Path) -> tuple[Any, Record | None]:
@@ -39,17 +45,27 @@ def images_of(node: dict[str, Any] | None, folder: Path) -> tuple[Any, Record | 
     return node, record
 
 
-def metrics_of(run: Run, hashes: set[str]) -> Any:
-    """Return the record of ``flowkit evaluate``; None if there is none of these weights."""
-    for folder in dict.fromkeys((run.results, run.folder)):
-        if not (folder / METRICS).is_file():
+def metrics_of(run: Run, recipe: str, hashes: set[str]) -> tuple[Any, Path | None]:
+    """Return the record of what measures a run, and its picture; None for what is not there.
+
+    Records of other weights count as none.
+
+    Args:
+        run: The run.
+        recipe: The command that uses it, see `flowkit.modules.card.recipe_of`.
+        hashes: Hashes of its weights.
+    """
+    file = run.results / MEASURED[recipe]
+    places = {file: file.with_suffix(".png"), run.folder / METRICS: run.folder / PICTURE}
+    for file, picture in places.items():
+        if not file.is_file():
             continue
-        record = read_json(folder / METRICS)
+        record = read_json(file)
         found = record.get("weights") if isinstance(record, Mapping) else None
         if isinstance(found, Mapping) and found.get("hash") in hashes:
-            return without_places(record)
-        say(f"metrics   left out: {folder / METRICS} is of other weights")
-    return None
+            return without_places(record), picture if picture.is_file() else None
+        say(f"metrics   left out: {file} is of other weights")
+    return None, None
 
 
 def grids_of(run: Run, hashes: set[str], digest: str) -> dict[str, str]:
@@ -106,6 +122,12 @@ def picture_of(
         f"{in_words(run, sampler)}."
     )
     return lambda file: save_picture(samples, file, columns, captions=names), words
+
+
+def copied(picture: Path) -> Writer:
+    """Return what writes a copy of a picture."""
+    content = picture.read_bytes()
+    return lambda file: write_atomically(file, lambda path: path.write_bytes(content))
 
 
 def put_aside(folder: Path, files: Mapping[str, Any]) -> None:

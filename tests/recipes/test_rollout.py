@@ -17,6 +17,7 @@ from flowkit.modules.checkpoints import CONFIG, UNRESOLVED, load_module, read_ch
 from flowkit.modules.latent_actions import load_latents
 from flowkit.recipes.boss import boss
 from flowkit.recipes.demonstrate import demonstrate
+from flowkit.recipes.push import push
 from flowkit.recipes.rollout import rollout
 from flowkit.recipes.train import train
 from flowkit.runs.records import weights
@@ -75,6 +76,23 @@ def test_a_rollout_is_recorded_and_repeats(run, tmp_path):
     other = rollout(composed("rollout", *options, f"out={tmp_path}/a", "prefix=3"))
     assert other["action_change"] != first["action_change"]
     assert json.loads((tmp_path / "a/rollout-1.json").read_text()) == record
+
+
+def test_a_shared_policy_acts_and_its_card_says_how(run, tmp_path):
+    own = shutil.copytree(run, tmp_path / "run")
+    acting = ["env=obstacle", "episodes=2", "sampler.grid=2"]
+    ours = rollout(composed("rollout", f"run={own}", *acting))
+    folder = push(composed("push", f"run={own}", f"to={tmp_path}/shared"))
+    card = (folder / "README.md").read_text()
+    low, high = ours["success"]["interval"]
+    share = f"| success | {ours['success']['value']:.4g} | {low:.4g} to {high:.4g} |"
+    command = "flowkit rollout run=shared\n"
+    for part in ("pipeline_tag: robotics", command, share, "How: 2 episodes;"):
+        assert part in card
+    assert (folder / "samples.png").read_bytes() == (own / "rollout/rollout.png").read_bytes()
+    theirs = rollout(composed("rollout", f"run={folder}", *acting, f"out={tmp_path}/again"))
+    assert theirs["success"] == ours["success"]
+    assert theirs["jerk"] == ours["jerk"]
 
 
 def test_wrong_settings_are_named(run, tiny_run, tmp_path):

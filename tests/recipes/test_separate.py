@@ -12,7 +12,9 @@ from PIL import Image
 
 from flowkit.audio import read_audio, write_audio
 from flowkit.modules import load_run
+from flowkit.provenance import write_json
 from flowkit.recipes.autoencoder import autoencoder
+from flowkit.recipes.push import push
 from flowkit.recipes.sample import sample
 from flowkit.recipes.separate import separate
 from flowkit.recipes.train import train
@@ -115,6 +117,35 @@ def test_test_mixtures_are_measured(place, tmp_path):
             read_audio(tmp_path / f"mixtures-{name}-{k}.wav") for name in ("mixture", "target")
         )
         assert (mixture - target).abs().max() > 1e-3
+
+
+def test_a_shared_model_separates_and_its_card_says_how(place, tmp_path):
+    run = shutil.copytree(place / "run", tmp_path / "run")
+    separate(composed("separate", f"run={run}", "sampler.grid=1", "num_mixtures=2"))
+    folder = push(composed("push", f"run={run}", f"to={tmp_path}/shared"))
+    card = (folder / "README.md").read_text()
+    assert "pipeline_tag: audio-to-audio" in card
+    assert f'flowkit separate run={folder.name} audio=mix.wav query="piano"' in card
+    assert "| si sdr improvement | " in card
+    assert "How: 2 test mixtures; " in card
+    assert (folder / "samples.png").read_bytes() == (run / "separated/mixtures.png").read_bytes()
+    assert str(tmp_path) not in (folder / "config.json").read_text()
+    assert str(place) not in (folder / "config.json").read_text()
+
+    asked = [f"audio={place}/mix.wav", "query=loud violin", "sampler.grid=2"]
+    config = json.loads((folder / "config.json").read_text())
+    assert config["data"]["query"]["path"] == config["data"]["root"] == "???"
+    config["data"]["query"]["path"] = str(place / "encoder")
+    write_json(folder / "config.json", config)
+    ours, theirs = (
+        separate(composed("separate", f"run={name}", f"out={tmp_path}/{k}", *asked))
+        for k, name in enumerate((folder, run))
+    )
+    assert torch.equal(ours, theirs)
+
+    again = push(composed("push", f"run={folder}", f"to={tmp_path}/again"))
+    assert (again / "metrics.json").read_bytes() == (folder / "metrics.json").read_bytes()
+    assert (again / "samples.png").read_bytes() == (folder / "samples.png").read_bytes()
 
 
 def test_samples_take_the_mixtures_of_the_test_split(place, tmp_path):
