@@ -18,7 +18,8 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from flowkit.audio import VoiceVelocity, read_audio, save_spectrograms, write_audio
+from flowkit.audio import VoiceVelocity, check_reference, save_spectrograms, write_audio
+from flowkit.audio.files import Recording, open_audio
 from flowkit.places import check_writable
 from flowkit.provenance import tensor_hash
 from flowkit.runs import Run
@@ -37,9 +38,13 @@ def convert(cfg: DictConfig) -> Tensor | list[Tensor]:
     """
     if (cfg.audio is None) != (cfg.reference is None):
         raise ValueError(
-            f"reference must be given with audio, and only then, got audio={cfg.audio} and "
-            f"reference={cfg.reference}"
+            f"reference must be given with audio, and only then, got audio={cfg.audio or 'null'} "
+            f"and reference={cfg.reference or 'null'}; give a recording of the voice"
         )
+    heard = {}
+    if cfg.audio is not None:  # before the work
+        heard = {name: open_audio(cfg[name], name) for name in ("audio", "reference")}
+        check_reference(*heard["reference"])
     run = Run.load(cfg.run, cfg.weights, cfg.device, cfg.guidance, cfg.trust, **place_of(cfg))
     folder = Path(cfg.out) if cfg.out else run.results / "converted"
     check_writable(folder, "out")
@@ -51,21 +56,27 @@ def convert(cfg: DictConfig) -> Tensor | list[Tensor]:
         "overlap": overlap,
         "vocoder": OmegaConf.to_container(cfg.vocoder),
     }
-    act = _file if cfg.audio else _test
-    return act(cfg, converter, folder, overlap, sampling)
+    if heard:
+        return _file(cfg, converter, folder, overlap, sampling, heard)
+    return _test(cfg, converter, folder, overlap, sampling)
 
 
 def _file(
-    cfg: DictConfig, converter: Converter, folder: Path, overlap: int, sampling: dict
+    cfg: DictConfig,
+    converter: Converter,
+    folder: Path,
+    overlap: int,
+    sampling: dict,
+    heard: dict[str, Recording],
 ) -> Tensor:
     """Convert a recording."""
     mel = converter.mel
-    wave, reference = (read_audio(file, mel.rate) for file in (cfg.audio, cfg.reference))
+    waves = {name: recording.at(mel.rate) for name, recording in heard.items()}
+    wave, reference = waves["audio"], waves["reference"]
     begun = time.perf_counter()
     found, log_mel = converter.convert(wave, reference, cfg.seed, overlap)
     seconds, length = time.perf_counter() - begun, len(wave) / mel.rate
-    heard = {"audio": wave, "reference": reference}
-    sampling |= {name: [str(cfg[name]), tensor_hash(own)] for name, own in heard.items()}
+    sampling |= {name: [str(cfg[name]), tensor_hash(own)] for name, own in waves.items()}
     sampling |= {"audio_seconds": round(length, 3), "seconds": round(seconds, 3)}
     files = [folder / f"converted.{ending}" for ending in ("json", "png", "wav")]
     record = converter.run.record(sampling, **_hashes(converter))
