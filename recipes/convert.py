@@ -28,6 +28,7 @@ from flowkit.runs.known_data import place_of
 from flowkit.runs.records import recording
 
 SHOWN = 4  # test pairs in the picture and as audio
+LEAST = 0.1  # seconds of a recording, several frames for a vocoder
 
 
 def convert(cfg: DictConfig) -> Tensor | list[Tensor]:
@@ -41,10 +42,12 @@ def convert(cfg: DictConfig) -> Tensor | list[Tensor]:
             f"reference must be given with audio, and only then, got audio={cfg.audio or 'null'} "
             f"and reference={cfg.reference or 'null'}; give a recording of the voice"
         )
-    heard = {}
+    heard: dict[str, Recording] = {}
     if cfg.audio is not None:  # before the work
         heard = {name: open_audio(cfg[name], name) for name in ("audio", "reference")}
         check_reference(*heard["reference"])
+        if (length := len(heard["audio"].wave) / heard["audio"].rate) < LEAST:
+            raise ValueError(f"audio must have at least {LEAST} s, got {length:.3g} s; record more")
     run = Run.load(cfg.run, cfg.weights, cfg.device, cfg.guidance, cfg.trust, **place_of(cfg))
     folder = Path(cfg.out) if cfg.out else run.results / "converted"
     check_writable(folder, "out")

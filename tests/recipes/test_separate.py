@@ -170,6 +170,9 @@ def test_recordings_are_read_before_the_run(recipe, tmp_path):
         cases.append(([f"audio={good}", "query='  '"], "query must hold words"))
     else:
         faults["short.wav"] = "must have at least 0.5 s"
+        write_audio(torch.ones(100) / 2, tiny := tmp_path / "tiny.wav")
+        words = r"audio must have at least 0\.1 s, got 0\.00625 s; record more"
+        cases.append(([f"audio={tiny}", other], words))
         cases += [
             ([f"audio={good}", f"reference={tmp_path}/{name}"], "reference " + f)
             for name, f in faults.items()
