@@ -9,6 +9,7 @@ import math
 import operator
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from numbers import Integral
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -139,6 +140,18 @@ def check_at_least(value: float, minimum: float, name: str) -> None:
     _check_number(value, name)
     if not (value >= minimum):
         raise ValueError(f"{name} must be at least {minimum}, got {value}")
+
+
+def check_integer(value: int, name: str, minimum: float = -math.inf) -> None:
+    """Require an integer ``value >= minimum``; 3.0 and True do not count as integers.
+
+    Raises:
+        TypeError: If ``value`` is not an integer.
+        ValueError: If ``value < minimum``.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    check_at_least(value, minimum, name)
 
 
 def check_positive(value: float, name: str) -> None:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flowkit.checks import check_at_least, check_choice, check_state, check_whole
+from flowkit.checks import check_at_least, check_choice, check_integer, check_state, check_whole
 from flowkit.sampling import ADAPTIVE, ODESampler
 from flowkit.sampling.solvers import CLOSE, ORDER, widest_float, with_edges
 from flowkit.types import Cond
@@ -96,9 +96,7 @@ def log_likelihood(
     """
     check_state(x1, "x1")
     check_choice(divergence, ("hutchinson", "exact"), "divergence")
-    if not isinstance(probes, int):
-        raise TypeError(f"probes must be a whole number, got {probes!r}")
-    check_at_least(probes, 1, "probes")
+    check_integer(probes, "probes", 1)
     check_whole(sampler.times)
     if sampler.method not in ADAPTIVE:
         check_at_least(len(sampler.times) - 1, 2, "the number of steps of sampler.grid")

@@ -18,8 +18,13 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
+<<<<<<< HEAD
 from flowkit.adapters.predictions import network_of
 from flowkit.audio import VoiceVelocity, read_audio, save_spectrograms, write_audio
+=======
+from flowkit.audio import VoiceVelocity, check_reference, save_spectrograms, write_audio
+from flowkit.audio.files import Recording, open_audio
+>>>>>>> left
 from flowkit.places import check_writable
 from flowkit.provenance import tensor_hash
 from flowkit.runs import Run
@@ -28,6 +33,7 @@ from flowkit.runs.known_data import place_of
 from flowkit.runs.records import recording
 
 SHOWN = 4  # test pairs in the picture and as audio
+LEAST = 0.1  # seconds of a recording, several frames for a vocoder
 
 
 def convert(cfg: DictConfig) -> Tensor | list[Tensor]:
@@ -38,9 +44,15 @@ def convert(cfg: DictConfig) -> Tensor | list[Tensor]:
     """
     if (cfg.audio is None) != (cfg.reference is None):
         raise ValueError(
-            f"reference must be given with audio, and only then, got audio={cfg.audio} and "
-            f"reference={cfg.reference}"
+            f"reference must be given with audio, and only then, got audio={cfg.audio or 'null'} "
+            f"and reference={cfg.reference or 'null'}; give a recording of the voice"
         )
+    heard: dict[str, Recording] = {}
+    if cfg.audio is not None:  # before the work
+        heard = {name: open_audio(cfg[name], name) for name in ("audio", "reference")}
+        check_reference(*heard["reference"])
+        if (length := len(heard["audio"].wave) / heard["audio"].rate) < LEAST:
+            raise ValueError(f"audio must have at least {LEAST} s, got {length:.3g} s; record more")
     run = Run.load(cfg.run, cfg.weights, cfg.device, cfg.guidance, cfg.trust, **place_of(cfg))
     folder = Path(cfg.out) if cfg.out else run.results / "converted"
     check_writable(folder, "out")
@@ -52,21 +64,27 @@ def convert(cfg: DictConfig) -> Tensor | list[Tensor]:
         "overlap": overlap,
         "vocoder": OmegaConf.to_container(cfg.vocoder),
     }
-    act = _file if cfg.audio else _test
-    return act(cfg, converter, folder, overlap, sampling)
+    if heard:
+        return _file(cfg, converter, folder, overlap, sampling, heard)
+    return _test(cfg, converter, folder, overlap, sampling)
 
 
 def _file(
-    cfg: DictConfig, converter: Converter, folder: Path, overlap: int, sampling: dict
+    cfg: DictConfig,
+    converter: Converter,
+    folder: Path,
+    overlap: int,
+    sampling: dict,
+    heard: dict[str, Recording],
 ) -> Tensor:
     """Convert a recording."""
     mel = converter.mel
-    wave, reference = (read_audio(file, mel.rate) for file in (cfg.audio, cfg.reference))
+    waves = {name: recording.at(mel.rate) for name, recording in heard.items()}
+    wave, reference = waves["audio"], waves["reference"]
     begun = time.perf_counter()
     found, log_mel = converter.convert(wave, reference, cfg.seed, overlap)
     seconds, length = time.perf_counter() - begun, len(wave) / mel.rate
-    heard = {"audio": wave, "reference": reference}
-    sampling |= {name: [str(cfg[name]), tensor_hash(own)] for name, own in heard.items()}
+    sampling |= {name: [str(cfg[name]), tensor_hash(own)] for name, own in waves.items()}
     sampling |= {"audio_seconds": round(length, 3), "seconds": round(seconds, 3)}
     files = [folder / f"converted.{ending}" for ending in ("json", "png", "wav")]
     record = converter.run.record(sampling, **_hashes(converter))

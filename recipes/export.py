@@ -7,7 +7,7 @@ flowkit export run=runs/quickstart sampler=from_file sampler.grid.file=grid.json
 
 The file holds the network, every step, guidance and the decoder. It is read again before it is
 kept: 64 samples, in batches of 1, 7 and 64, must be those of the run. ONNX needs
-pip install 'flowkit-fm[export]'.
+pip install -c constraints.txt '.[export]' in the folder of flowkit.
 """
 
 from pathlib import Path

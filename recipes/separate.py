@@ -17,7 +17,8 @@ import hydra
 from omegaconf import DictConfig
 from torch import Tensor
 
-from flowkit.audio import mixture_phase, read_audio, save_spectrograms, write_audio
+from flowkit.audio import mixture_phase, save_spectrograms, write_audio
+from flowkit.audio.files import Recording, open_audio
 from flowkit.places import check_writable
 from flowkit.provenance import tensor_hash
 from flowkit.runs import Run
@@ -36,20 +37,25 @@ def separate(cfg: DictConfig) -> Tensor:
     """
     if (cfg.audio is None) != (cfg.query is None):
         raise ValueError(
-            f"query must be given with audio, and only then, got audio={cfg.audio} and "
-            f"query={cfg.query}"
+            f"query must be given with audio, and only then, got audio={cfg.audio or 'null'} and "
+            f"query={cfg.query or 'null'}; name the sound, as in query=violin"
         )
+    if cfg.query is not None and not cfg.query.strip():
+        raise ValueError("query must hold words, got an empty text; name the sound")
+    heard = None if cfg.audio is None else open_audio(cfg.audio)  # before the work
     run = Run.load(cfg.run, cfg.weights, cfg.device, cfg.guidance, cfg.trust, **place_of(cfg))
     folder = Path(cfg.out) if cfg.out else run.results / "separated"
     check_writable(folder, "out")
     separator = Separator.of(run, run.sampler(cfg.sampler))
-    return _file(cfg, separator, folder) if cfg.audio else _test(cfg, separator, folder)
+    if heard is None:
+        return _test(cfg, separator, folder)
+    return _file(cfg, separator, folder, heard)
 
 
-def _file(cfg: DictConfig, separator: Separator, folder: Path) -> Tensor:
+def _file(cfg: DictConfig, separator: Separator, folder: Path, heard: Recording) -> Tensor:
     """Separate a recording."""
     mel, run = separator.mel, separator.run
-    wave = read_audio(cfg.audio, mel.rate)
+    wave = heard.at(mel.rate)
     overlap = separator.data.frames // 4 if cfg.overlap is None else cfg.overlap
     begun = time.perf_counter()
     found, log_mel = separator.separate(wave, cfg.query, cfg.seed, overlap)

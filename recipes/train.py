@@ -49,10 +49,11 @@ from flowkit.modules.checkpoints import (
 from flowkit.modules.flow import brings_start
 from flowkit.modules.sharding import even_validation, shard_if_asked
 from flowkit.modules.trust import check, trusting
+from flowkit.nn.embed import SidesError
 from flowkit.provenance import write_text
 from flowkit.runs.epochs import count_in_steps
 from flowkit.runs.known_data import record_of, write_data_record
-from flowkit.runs.learning import follow_latents, teach
+from flowkit.runs.learning import follow_latents, teach, told_by_data
 from flowkit.runs.locks import locked
 from flowkit.runs.logs import Settings, build_loggers, logging_to
 from flowkit.runs.processes import check_trainer, quiet, say
@@ -81,6 +82,8 @@ PREDICTIONS = {
 OF_THEIR_OWN = (MeanFlowMatching, SymmetricalFlowMatching, BlockwiseFlowMatching, LatentActions)
 """Methods whose networks do not give one velocity of one time."""
 
+PAIRS = "flowkit.data.Pairs"  # what `flowkit pairs` makes, with a teacher or without
+
 
 def train(cfg: DictConfig) -> FlowModule | LatentActions:
     """Train as configured; write a run folder for `load_run` and the other recipes."""
@@ -94,7 +97,7 @@ def _train(cfg: DictConfig) -> FlowModule | LatentActions:
     check_trainer(cfg.trainer)
     folder = Path(cfg.run_dir)
     checkpoint = _requeued(folder) if cfg.resume is None else find_checkpoint(Path(cfg.resume))
-    _follow_start(cfg)
+    _follow_start(cfg, checkpoint)
     latents = follow_latents(cfg, checkpoint)
     unresolved = composed(cfg)  # now, since building parts resolves their references
     state = None if checkpoint is None else continued(checkpoint)
@@ -116,7 +119,7 @@ def _train(cfg: DictConfig) -> FlowModule | LatentActions:
     loggers = build_loggers(cfg.logger, folder, 0 if state is None else state["global_step"])
     del state
 
-    pairs = cfg.data.root if cfg.data._target_ == "flowkit.data.Pairs" else None
+    pairs = cfg.data.root if cfg.data._target_ == PAIRS else None
     sources = {"start": cfg.module.get("start"), "pairs": pairs, "latents": latents}
     cost = TrainingCost(folder, sources)
     told = Settings(folder, recorded(cfg))
@@ -141,9 +144,11 @@ def _train(cfg: DictConfig) -> FlowModule | LatentActions:
         try:
             with logging_to(loggers):
                 _fit(trainer, module, data, checkpoint, progress)
-        except Exception:
+        except Exception as error:
             if fresh and trainer.is_global_zero and trainer.global_step == 0:
                 _empty(folder)  # a training that could not start
+            if isinstance(error, SidesError):
+                raise told_by_data(cfg.data, error) from error
             raise
     say(f"run       {folder}")
     _report(trainer)
@@ -197,20 +202,25 @@ def _report(trainer: Trainer) -> None:
             say(f"numbers   {logger.file}")
 
 
-def _follow_start(cfg: DictConfig) -> None:
+def _follow_start(cfg: DictConfig, checkpoint: Path | None) -> None:
     """Give a student the network and the autoencoder of the run it starts from.
 
-    Blocks that start from a run keep their own network, which may differ from the run's network.
+    A resumed student has them in its own run, and needs the other only as a teacher that makes
+    its batches. Blocks that start from a run keep their own network, which may differ from the
+    run's network.
     """
-    if (
-        _is_a(cfg, (Straightening, MeanFlowMatching))
-        and (start := cfg.module.get("start")) is not None
-    ):
-        taught = read_network(start, "module.start")["module"]
-        check(taught, f"module of {start}")
-        cfg.model, cfg.autoencoder = taught["velocity"], taught.get("autoencoder", cfg.autoencoder)
-        if _is_a(cfg, MeanFlowMatching):
-            OmegaConf.update(cfg, "model.num_times", 2, force_add=True)
+    start, place, name = cfg.module.get("start"), cfg.module.get("start"), "module.start"
+    if start is None or not _is_a(cfg, (Straightening, MeanFlowMatching)):
+        return
+    if checkpoint is not None and (folder_of(checkpoint) / CONFIG).is_file():
+        if _is_a(cfg, Straightening) and cfg.data._target_ != PAIRS:
+            read_network(start, name)
+        place, name = folder_of(checkpoint), "resume"
+    taught = read_network(place, name)["module"]
+    check(taught, f"module of {place}")
+    cfg.model, cfg.autoencoder = taught["velocity"], taught.get("autoencoder", cfg.autoencoder)
+    if _is_a(cfg, MeanFlowMatching):
+        OmegaConf.update(cfg, "model.num_times", 2, force_add=True)
 
 
 def _module(cfg: DictConfig, data: Any, latents: str | None) -> FlowModule | LatentActions:

@@ -81,6 +81,7 @@ def test_check_same_shape_refuses_what_would_broadcast():
     [
         (lambda: checks.check_at_least(0, 1, "n"), "n must be at least 1, got 0"),
         (lambda: checks.check_at_least(math.nan, 1, "n"), "n must be at least 1, got nan"),
+        (lambda: checks.check_integer(0, "n", 1), "n must be at least 1, got 0"),
         (lambda: checks.check_positive(0, "s"), "s must be positive and finite, got 0"),
         (lambda: checks.check_positive(math.inf, "s"), "s must be positive and finite, got inf"),
         (lambda: checks.check_number(math.nan, "m"), "m must be finite, got nan"),
@@ -100,6 +101,14 @@ def test_check_same_shape_refuses_what_would_broadcast():
 def test_checks_of_numbers(check, message):
     with pytest.raises(ValueError, match=message):
         check()
+
+
+@pytest.mark.parametrize("value", [3.0, math.nan, True, "3", None])
+def test_only_integers_are_integers(value):
+    with pytest.raises(TypeError, match=f"n must be an integer, got {value!r}"):
+        checks.check_integer(value, "n", 1)
+    checks.check_integer(torch.arange(3).numpy()[2], "n", 1)
+    checks.check_integer(-3, "n")
 
 
 @pytest.mark.parametrize("value", ["abc", "1", None])

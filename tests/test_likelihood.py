@@ -340,7 +340,7 @@ def test_bad_arguments_are_refused(sampler, options, message):
 
 
 def test_a_number_of_probes_is_whole():
-    with pytest.raises(TypeError, match=r"probes must be a whole number, got 1\.5"):
+    with pytest.raises(TypeError, match=r"probes must be an integer, got 1\.5"):
         log_likelihood(ODESampler(2), MIXTURE, torch.zeros(1, 3).double(), probes=1.5)
 
 

@@ -4,6 +4,7 @@ import ast
 import importlib
 import json
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,19 @@ def test_notebooks_and_documents_import_only_public_names():
     found = [(where, name) for where, text in _sources() for name in _imported(text)]
     assert {where for where, _ in found} >= {"README.md", "CONTRIBUTING.md"}
     assert not [pair for pair in found if not _is_public(pair[1])]
+
+
+def test_advice_names_extras_and_no_package_of_an_index():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    files = [file for folder in (PACKAGE, RECIPES) for file in folder.rglob("*.py")]
+    texts = [file.read_text() for file in (*files, *(ROOT / "docs").rglob("*.md"))]
+    found = [name for text in texts for name in re.findall(r"install\(['\"](\w+)['\"]\)", text)]
+    for text in texts:
+        assert "flowkit-fm[" not in text
+        for names in re.findall(r"['\"]\.\[([\w,]+)\]['\"]", text):
+            found += names.split(",")
+    assert {"audio", "export", "hub", "robots"} <= set(found)
+    assert set(found) <= set(project["optional-dependencies"])
 
 
 def _docstrings(file):

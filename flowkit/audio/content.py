@@ -1,5 +1,6 @@
 """Content of speech without its voice: a small recognizer of phones, frozen in a flow."""
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,13 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowkit.audio.listening import PHONES
-from flowkit.checks import check_at_least, check_between
+from flowkit.checks import check_at_least, check_between, check_integer
 from flowkit.nn.stored import Stored
 from flowkit.provenance import cache_folder, cached, content_hash
 
 WINDOW, ROWS = 128, 16  # frames and rows of a training batch
 GAIN, WARP = 0.3, 0.15  # spread of levels in states, and largest change of frequencies
 SAMPLE = 8000  # frames that the codes are chosen from
+LEARNING_RATE, DECAY = 2e-3, 1e-2  # the largest one, and that of the weights
+ROUNDS = 50  # of the search for codes, at most
 
 
 class PhoneRecognizer(Stored):
@@ -51,7 +54,7 @@ class PhoneRecognizer(Stored):
     def __init__(self, n_mels: int, width: int = 128, codes: int = 64, states: str = "") -> None:
         super().__init__()
         for name, value in (("n_mels", n_mels), ("width", width), ("codes", codes)):
-            check_at_least(value, 1, name)
+            check_integer(value, name, 1)
         self.config = {"n_mels": n_mels, "width": width, "codes": codes, "states": states}
         sizes = [n_mels, width, width, width]
         self.layers = nn.ModuleList(
@@ -105,7 +108,7 @@ class PhoneRecognizer(Stored):
 
         check_at_least(len(frames), len(self.codebook), "number of frames")
         once: Any = 1  # a number, whatever its stub says
-        found = KMeans(len(self.codebook), n_init=once, random_state=seed, max_iter=50)
+        found = KMeans(len(self.codebook), n_init=once, random_state=seed, max_iter=ROUNDS)
         found.fit(np.asarray(frames.double()))
         self.codebook.copy_(torch.from_numpy(found.cluster_centers_))
 
@@ -132,7 +135,7 @@ class Recognition:
 
     def __post_init__(self) -> None:
         for name in ("width", "codes", "steps"):
-            check_at_least(getattr(self, name), 1, name)
+            check_integer(getattr(self, name), name, 1)
         check_between(self.codes, 1, SAMPLE, "codes")
 
     def recognizer(self, speech: "Labeled", states: str) -> PhoneRecognizer:
@@ -155,7 +158,9 @@ class Recognition:
                         f"{found.config[name]} in {self.path}"
                     )
             return found
-        key = content_hash({}, f"{speech.key} {states} {self.width} {self.codes} {self.steps}")
+        own = [speech.key, states, self.width, self.codes, self.steps, PHONES]
+        own += [WINDOW, ROWS, GAIN, WARP, LEARNING_RATE, DECAY, SAMPLE, ROUNDS]
+        key = content_hash({}, json.dumps(own))
         return cached(
             cache_folder() / f"phones-{key[:16]}.safetensors",
             PhoneRecognizer.load,
@@ -169,7 +174,7 @@ class Recognition:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             net = PhoneRecognizer(speech.n_mels, self.width, self.codes, states)
-        optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3, weight_decay=1e-2)
+        optimizer = torch.optim.AdamW(net.parameters(), lr=LEARNING_RATE, weight_decay=DECAY)
         rates = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
         for _ in range(self.steps):
             x, phones, mask = speech.windows(generator)

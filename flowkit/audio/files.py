@@ -3,15 +3,39 @@
 import math
 import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from flowkit.checks import check_at_least
+from flowkit.extras import install
 from flowkit.provenance import write_atomically
 
 LOWEST = 8000  # Hz; below, speech and instruments are not recognized
 FORMATS = {".wav": "WAV", ".flac": "FLAC", ".ogg": "OGG", ".opus": "OGG"}
+
+
+class Recording(NamedTuple):
+    """A recording with the rate of its file."""
+
+    wave: Tensor
+    """One wave ``(T,)`` in [-1, 1], the mean of the channels."""
+    rate: int
+    """Samples per second."""
+
+    def at(self, rate: int) -> Tensor:
+        """Return the wave at another rate, see `resample`."""
+        return resample(self.wave, self.rate, rate)
+
+
+class Head(NamedTuple):
+    """Length of a recording and its fault, by the head of its file."""
+
+    seconds: float
+    """Length of the recording."""
+    fault: str
+    """Why the recording cannot be used, or an empty text."""
 
 
 def read_audio(file: str | Path, rate: int = 16000) -> Tensor:
@@ -30,49 +54,61 @@ def read_audio(file: str | Path, rate: int = 16000) -> Tensor:
             8000 samples per second.
         ImportError: If soundfile, of the extra ``audio``, is missing.
     """
+    return open_audio(file).at(rate)
+
+
+def open_audio(file: str | Path, name: str = "audio") -> Recording:
+    """Read an audio file as it is; see `read_audio`.
+
+    Args:
+        file: The file.
+        name: Name of the argument in errors.
+    """
     soundfile, file = _soundfile(), Path(file)
     if not file.is_file():
-        raise FileNotFoundError(f"audio must be a file, got {file}")
-    try:
-        values, found = soundfile.read(file, dtype="float32", always_2d=True)
-    except (soundfile.LibsndfileError, RuntimeError, TypeError) as error:
-        known = ", ".join(sorted(soundfile.available_formats()))
-        words = " ".join(str(error).split())
-        raise ValueError(f"audio must be one of {known}, got {file}: {words}") from error
+        raise FileNotFoundError(f"{name} must be a file, got {file}")
+    fault, values, rate = head_of(file).fault, None, 0
+    if not fault:
+        try:
+            values, rate = soundfile.read(file, dtype="float32", always_2d=True)
+        except (soundfile.LibsndfileError, RuntimeError) as error:
+            fault = _why(error)
+    if values is None:
+        raise ValueError(
+            f"{name} must be an audio file, such as WAV, FLAC, OGG or MP3, got {file}: {fault}; "
+            "convert it or record it again"
+        )
     wave = torch.from_numpy(values).mean(1)
-    if not len(wave):
-        raise ValueError(f"audio must hold samples, got none in {file}")
     if not bool(torch.isfinite(wave).all()):
-        raise ValueError(f"audio must be finite, got NaN or infinity in {file}")
+        raise ValueError(f"{name} must be finite, got NaN or infinity in {file}")
     if not bool(wave.any()):
-        raise ValueError(f"audio must not be silent, got only zeros in {file}")
-    if found < LOWEST:
-        raise ValueError(f"audio must have at least {LOWEST} samples per second, got {found}")
+        raise ValueError(f"{name} must not be silent, got only zeros in {file}")
     limit = wave.abs() >= 1 - 2**-14  # three samples in turn at the limit are no peak
     clipped = float((limit[2:] & limit[1:-1] & limit[:-2]).float().mean()) if len(wave) > 2 else 0
     if clipped > 1e-3:
         warnings.warn(
-            f"audio should lie within -1 and 1, got {100 * clipped:.1f} % of {file} at the limit; "
+            f"{name} should lie within -1 and 1, got {100 * clipped:.1f} % of {file} at the limit; "
             "record it at a lower level",
             stacklevel=2,
         )
-    return resample(wave, found, rate)
+    return Recording(wave, rate)
 
 
-def seconds_of(file: str | Path) -> float:
-    """Return the length of an audio file in seconds, by its head.
+def head_of(file: str | Path) -> Head:
+    """Return what the head of an audio file says, without decoding it.
 
     Raises:
-        ValueError: If the file is no audio file.
         ImportError: If soundfile, of the extra ``audio``, is missing.
     """
     soundfile = _soundfile()
     try:
         found = soundfile.info(file)
     except (soundfile.LibsndfileError, RuntimeError, TypeError) as error:
-        words = " ".join(str(error).split())
-        raise ValueError(f"audio must be an audio file, got {file}: {words}") from error
-    return found.frames / found.samplerate
+        return Head(0.0, _why(error))
+    fault = "" if found.frames else "no samples"
+    if found.samplerate < LOWEST:
+        fault = f"{found.samplerate} samples per second, fewer than {LOWEST}"
+    return Head(found.frames / found.samplerate, fault)
 
 
 def resample(wave: Tensor, rate: int, to: int) -> Tensor:
@@ -124,11 +160,17 @@ def write_audio(wave: Tensor, file: str | Path, rate: int = 16000) -> Path:
     return file
 
 
+def _why(error: Exception) -> str:
+    """Return an error of soundfile in one line, without the name of the file."""
+    text = getattr(error, "error_string", str(error))
+    return " ".join(text.split()).rstrip(".")
+
+
 def _soundfile():  # noqa: ANN202  a module
     try:
         import soundfile
     except ImportError as error:
         raise ImportError(
-            "soundfile must be installed to read audio, got none; pip install 'flowkit-fm[audio]'"
+            f"soundfile must be installed to read audio, got none; {install('audio')}"
         ) from error
     return soundfile

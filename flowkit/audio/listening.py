@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowkit.extras import install
+
 PHONES = (
     *("sil", "aa", "ae", "ah", "ao", "aw", "ay", "b", "ch", "d", "dh", "eh", "er", "ey", "f", "g"),
     *("hh", "ih", "iy", "jh", "k", "l", "m", "n", "ng", "ow", "oy", "p", "r", "s", "sh", "t"),
@@ -95,8 +97,7 @@ def _decoder(kind: str) -> Any:
         import pocketsphinx
     except ImportError as error:
         raise ImportError(
-            "pocketsphinx must be installed to recognize words, got none; "
-            "pip install 'flowkit-fm[voices]'"
+            f"pocketsphinx must be installed to recognize words, got none; {install('voices')}"
         ) from error
     return pocketsphinx.Decoder(samprate=float(RATE), loglevel="FATAL")
 

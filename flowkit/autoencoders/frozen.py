@@ -19,6 +19,7 @@ from flowkit.autoencoders.interface import (
     without_autocast,
 )
 from flowkit.checks import check_finite
+from flowkit.extras import install
 from flowkit.hub import folder_of
 from flowkit.nn.frozen import Frozen
 from flowkit.provenance import content_hash, located, write_atomically
@@ -109,7 +110,7 @@ class FrozenAutoencoder(Frozen, frozen=("vae",)):
         except (AttributeError, RuntimeError) as error:
             raise ImportError(
                 f"diffusers must have {cls.kind}, got {diffusers.__version__}: {error}; "
-                "pip install -U diffusers 'flowkit-fm[dinov2]'"
+                f"{install('dinov2')}"
             ) from error
         try:
             config = network.load_config(place, **options)

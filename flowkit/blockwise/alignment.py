@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flowkit.extras import install
 from flowkit.provenance import located, write_atomically
 
 FORMAT = "flowkit-tokens-1"
@@ -248,8 +249,7 @@ class DINOv2(nn.Module):
                 from transformers import AutoModel
             except ImportError as error:
                 raise ImportError(
-                    f"transformers must be installed to load {model}; "
-                    "pip install 'flowkit-fm[dinov2]'"
+                    f"transformers must be installed to load {model}, got none; {install('dinov2')}"
                 ) from error
             place, on_hub = located(model, "model")
             # The file of the model may name an attention whose code transformers would download.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from flowkit.blockwise.flow import Blockwise
 from flowkit.blockwise.parts import Part, check_edges, each
-from flowkit.checks import check_at_least
+from flowkit.checks import check_integer
 from flowkit.nn.dit import DiTBlock, PatchEmbed, PatchOutput, unpatchify
 from flowkit.nn.embed import TimeLabelEmbedding, check_state, zeroed
 from flowkit.types import Cond
@@ -123,7 +123,7 @@ class DiTTrunk(nn.Module):
         mlp_ratio: float = 4.0,
     ) -> None:
         super().__init__()
-        check_at_least(depth, 1, "trunk_depth")
+        check_integer(depth, "trunk_depth", 1)
         self.shape, self.width = tuple(int(n) for n in shape), width
         self.embedding = TimeLabelEmbedding(width, num_classes)
         self.patches = PatchEmbed(self.shape, patch, width)
@@ -172,7 +172,7 @@ class DiTStack(nn.Module):
         mlp_ratio: float = 4.0,
     ) -> None:
         super().__init__()
-        check_at_least(depth, 1, "stack_depth")
+        check_integer(depth, "stack_depth", 1)
         self.trunk, self.width = Part(trunk), width
         self.blocks = nn.ModuleList(
             _Block(width, heads, trunk.sides, mlp_ratio, 2 * trunk.width, rank)
@@ -217,7 +217,7 @@ class DiTResidual(nn.Module):
         sees_start: bool = False,
     ) -> None:
         super().__init__()
-        check_at_least(depth, 1, "residual_depth")
+        check_integer(depth, "residual_depth", 1)
         self.trunk, self.sees_start = Part(trunk), sees_start
         self.blocks = nn.ModuleList(
             _Block(trunk.width, heads, trunk.sides, mlp_ratio) for _ in range(depth)
@@ -274,7 +274,7 @@ class _Block(DiTBlock):
         self.norm_q, self.norm_k = (nn.RMSNorm(size, eps=1e-6) for _ in range(2))
         if cond_width is not None:
             rank = max(1, width // 4) if rank is None else rank
-            check_at_least(rank, 1, "rank")
+            check_integer(rank, "rank", 1)
             self.modulation = _LowRank(cond_width, rank, 6 * width)
         for name, table in zip(("cos", "sin"), rotary(sides, size), strict=True):
             self.register_buffer(name, table, persistent=False)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from flowkit.blockwise.flow import Blockwise
 from flowkit.blockwise.parts import Part, check_edges, each
-from flowkit.checks import check_at_least
+from flowkit.checks import check_integer
 from flowkit.nn.embed import TimeLabelEmbedding, check_state, modulate, modulation, zeroed
 from flowkit.nn.mlp import _ResidualBlock
 from flowkit.types import Cond
@@ -77,8 +77,8 @@ class MLPTrunk(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        check_at_least(width, 1, "width")
-        check_at_least(depth, 1, "trunk_depth")
+        check_integer(width, "width", 1)
+        check_integer(depth, "trunk_depth", 1)
         self.shape, self.width, self.sides = tuple(int(n) for n in shape), width, (1, 1)
         pixels = math.prod(self.shape)
         self.embedding = TimeLabelEmbedding(width, num_classes)
@@ -106,7 +106,7 @@ class MLPStack(nn.Module):
 
     def __init__(self, trunk: MLPTrunk, depth: int, dropout: float = 0.0) -> None:
         super().__init__()
-        check_at_least(depth, 1, "stack_depth")
+        check_integer(depth, "stack_depth", 1)
         self.trunk = Part(trunk)
         self.blocks = nn.ModuleList(
             _Block(trunk.width, 2 * trunk.width, dropout) for _ in range(depth)
@@ -132,7 +132,7 @@ class MLPResidual(nn.Module):
 
     def __init__(self, trunk: MLPTrunk, depth: int, dropout: float = 0.0) -> None:
         super().__init__()
-        check_at_least(depth, 1, "residual_depth")
+        check_integer(depth, "residual_depth", 1)
         self.trunk = Part(trunk)
         self.blocks = nn.ModuleList(_Block(trunk.width, trunk.width, dropout) for _ in range(depth))
 

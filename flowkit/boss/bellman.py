@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 
 from flowkit.boss.costs import EPS, HELD, check_num_steps, step_costs
-from flowkit.checks import as_grid, check_at_least, check_positive, check_same_shape
+from flowkit.checks import (
+    as_grid,
+    check_at_least,
+    check_integer,
+    check_positive,
+    check_same_shape,
+)
 from flowkit.sampling import ODESampler
 from flowkit.types import Cond
 from flowkit.velocity import Velocity
@@ -196,8 +202,7 @@ def _check_level(level: float, resamples: int) -> None:
     """Require a level in (0, 1), and bootstrap samples on both sides of an interval."""
     if not 0 < level < 1:
         raise ValueError(f"level must lie in (0, 1), got {level}")
-    if isinstance(resamples, bool) or not isinstance(resamples, int):
-        raise TypeError(f"resamples must be an integer, got {resamples!r}")
+    check_integer(resamples, "resamples")
     least = math.ceil(2 / (1 - level) - 1e-9)
     if resamples < least:
         raise ValueError(

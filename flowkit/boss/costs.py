@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from flowkit.boss.precision import Precise, precise
-from flowkit.checks import as_grid, check_at_least, check_choice
+from flowkit.checks import as_grid, check_at_least, check_choice, check_integer
 from flowkit.sampling import ODESampler
 from flowkit.types import Cond, per_sample, take
 from flowkit.velocity import Velocity, bind
@@ -324,8 +324,7 @@ def round_off(states: Tensor) -> float:
 
 def check_num_steps(num_steps: int, fine: Tensor) -> None:
     """Require a number of steps in ``[1, n − 1]`` for a fine grid of ``n`` times."""
-    if isinstance(num_steps, bool) or not isinstance(num_steps, int):
-        raise TypeError(f"num_steps must be an integer, got {num_steps!r}")
+    check_integer(num_steps, "num_steps")
     most = len(fine) - 1
     if not 1 <= num_steps <= most:
         raise ValueError(

@@ -27,7 +27,7 @@ from flowkit.boss.costs import (
 from flowkit.boss.endpoint import PROGRAM_NOISES, SEARCH_WALKS, endpoint_grid
 from flowkit.boss.guard import LEVEL, is_gain, is_noise
 from flowkit.boss.precision import precise
-from flowkit.checks import as_grid, check_at_least, check_choice, check_finite
+from flowkit.checks import as_grid, check_at_least, check_choice, check_finite, check_integer
 from flowkit.sampling import ODESampler
 from flowkit.types import Batch, Cond, per_sample, take
 from flowkit.velocity import Velocity
@@ -241,9 +241,7 @@ def _check_extra(extra_noises: int | None, x0: Tensor, fine: Tensor) -> int:
     starts_at_noise = fine[0].item() == 0
     if extra_noises is None:
         return EXTRA_NOISES if starts_at_noise and is_noise(x0) else 0
-    if isinstance(extra_noises, bool) or not isinstance(extra_noises, int):
-        raise TypeError(f"extra_noises must be an integer, got {extra_noises!r}")
-    check_at_least(extra_noises, 0, "extra_noises")
+    check_integer(extra_noises, "extra_noises", 0)
     if extra_noises and not starts_at_noise:
         raise ValueError(
             f"extra_noises must be 0 for a grid that starts at t = {fine[0].item():.6g}, "

@@ -1,4 +1,4 @@
-"""Image files that cannot be read: found before training, and named in one error."""
+"""Image and audio files that cannot be read: found before training, and named in one error."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from flowkit.audio.files import head_of
 from flowkit.data.arrays import Split
 from flowkit.data.files import first_ten
 
@@ -82,6 +83,21 @@ def verify(files: Iterable[Path], masks: bool = False) -> None:
             broken.append(f"{file} ({why(error)})")
     if broken:
         raise BrokenFiles(broken)
+
+
+def verify_audio(files: Iterable[Path]) -> list[float]:
+    """Check the heads of audio files; return the lengths of the recordings in seconds.
+
+    Args:
+        files: The files.
+
+    Raises:
+        BrokenFiles: If a file is not a readable recording.
+    """
+    heads = [(file, head_of(file)) for file in files]
+    if broken := [f"{file} ({head.fault})" for file, head in heads if head.fault]:
+        raise BrokenFiles(broken, "audio files must be readable")
+    return [head.seconds for _, head in heads]
 
 
 def probe(splits: Mapping[str, Split], whole: bool) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from flowkit.audio import MelStates, TextEncoder, read_audio
+from flowkit.data.broken import verify_audio
 from flowkit.data.files import check_root, file_hashes, split_files
 from flowkit.data.mixtures import Mixtures
 from flowkit.data.splits import SPLITS
@@ -85,7 +86,8 @@ class CaptionedAudio(Mixtures):
 
     Raises:
         FileNotFoundError: On ``setup``, if folder, table or a file of a row is missing.
-        ValueError: On ``setup``, if a row has no caption, or the table another form.
+        ValueError: On ``setup``, if a row has no caption, the table another form, or files are no
+            recordings by their heads, which names all of them.
     """
 
     def __init__(
@@ -133,6 +135,7 @@ class CaptionedAudio(Mixtures):
             texts.setdefault(name, []).append(caption)
             given[name] = split
         names = sorted(texts)
+        verify_audio(self.root / name for name in names)
         hashes = file_hashes(self.root, names)
         parts = {
             split: [k for k, name in enumerate(names) if given[name] == split] for split in SPLITS

@@ -145,7 +145,7 @@ class Demonstrations(SplitData):
         found = [self._checked(episode) for episode in read_episodes(self.root, self.keys)]
         _check_alike(found)
         keys = [hashlib.sha256(episode["obs"].numpy().data).hexdigest() for _, episode in found]
-        parts = content_splits(keys, self.fractions, self.split_seed)
+        parts = content_splits(keys, self.fractions, self.split_seed, what="episodes")
         parts["train"] = parts["train"][: self.episodes]
         splits = {name: [found[int(number)][1] for number in part] for name, part in parts.items()}
         train = {key: torch.cat([e[key] for e in splits["train"]]) for key in found[0][1]}

@@ -11,9 +11,8 @@ import numpy as np
 
 from flowkit.data.broken import FORMATS
 from flowkit.data.npz import Npz
+from flowkit.extras import install
 from flowkit.provenance import read_json
-
-EXTRA = "pip install 'flowkit-fm[robots]'"
 
 
 class Keys(NamedTuple):
@@ -45,7 +44,7 @@ def read_episodes(root: Path, keys: Keys) -> list[Recorded]:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it has another format, or a part is missing.
+        ValueError: If it has another format, a part is missing, or there is no episode.
         ImportError: If a package is missing.
     """
     if not root.exists():
@@ -67,9 +66,14 @@ def read_episodes(root: Path, keys: Keys) -> list[Recorded]:
             f"meta/info.json, got {root}"
         )
     try:
-        return list(reader(root, keys))
+        found = list(reader(root, keys))
     except ImportError as error:
-        raise ImportError(f"{root} needs the package {error.name}; {EXTRA}") from error
+        raise ImportError(
+            f"{error.name} must be installed to read {root}, got none; {install('robots')}"
+        ) from error
+    if not found:
+        raise ValueError(f"root must hold episodes, got none in {root}")
+    return found
 
 
 def _pick(part: Mapping[str, Any], key: str, what: str, where: str) -> Any:

@@ -296,6 +296,7 @@ def content_splits(
     fractions: Mapping[str, float],
     seed: int,
     placed: Sequence[str | None] | None = None,
+    what: str = "samples",
 ) -> dict[str, Tensor]:
     """Divide samples into splits by a hash of the key of each sample.
 
@@ -309,6 +310,7 @@ def content_splits(
         seed: Another seed gives other splits.
         placed: The split of samples that have one already; None for others. If it is given, no
             split may be empty.
+        what: What a sample is, in errors.
 
     Returns:
         The positions of the samples of ``train`` and of each split with a fraction (with ``placed``
@@ -347,7 +349,7 @@ def content_splits(
     }
     if empty := [name for name, part in parts.items() if not part]:
         raise ValueError(
-            f"number of samples must be at least 1 in each split, got {len(keys)} samples and none "
+            f"number of {what} must be at least 1 in each split, got {len(keys)} {what} and none "
             f"for {' and '.join(empty)}"
         )
     return {name: torch.tensor(sorted(part, key=draws.__getitem__)) for name, part in parts.items()}

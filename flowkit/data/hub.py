@@ -18,6 +18,7 @@ from flowkit.data.broken import probe
 from flowkit.data.files import content_splits, share_of_test
 from flowkit.data.folder import check_image_format, decoded
 from flowkit.data.splits import SplitData, partition
+from flowkit.extras import install
 from flowkit.provenance import located
 from flowkit.types import Batch
 
@@ -179,7 +180,7 @@ class Hub(SplitData):
             from datasets import Dataset, Image, load_dataset, load_from_disk
         except ImportError as error:
             raise ImportError(
-                "data.Hub needs the package datasets; pip install 'flowkit-fm[hub]'"
+                f"datasets must be installed for data=hub, got none; {install('hub')}"
             ) from error
         saved = any((Path(self.path) / f).is_file() for f in ("state.json", "dataset_dict.json"))
         place, _ = located(self.path, "path")

@@ -16,7 +16,7 @@ from torch import Tensor
 from flowkit.audio import MelStates, PhoneRecognizer, Recognition, SpeakerEncoder
 from flowkit.audio.content import Labeled
 from flowkit.audio.listening import Segments, phones_at
-from flowkit.audio.voices import leveled
+from flowkit.audio.voices import LEVEL, leveled
 from flowkit.checks import check_at_least
 from flowkit.data.arrays import Index, positions
 from flowkit.data.splits import SPLITS, SplitData
@@ -279,7 +279,7 @@ class Speech(SplitData):
             ValueError: If no utterance has known phones.
         """
         utterances, mel = self.listed("train").utterances, self.states.mel
-        key = f"{utterances.fingerprint()} {LEARNED}"
+        key = f"{utterances.fingerprint()} {LEARNED} {LEVEL}"
         order = torch.randperm(len(utterances.speakers), generator=keyed_generator(0, "phones"))
 
         def labeled() -> tuple[list[Tensor], list[Tensor]]:

@@ -9,9 +9,9 @@ from pathlib import Path
 from torch import Tensor
 
 from flowkit.audio import MelStates, Recognition, SpeakerEncoder, read_audio
-from flowkit.audio.files import seconds_of
 from flowkit.audio.listening import Segments, align
 from flowkit.audio.voices import SHORTEST
+from flowkit.data.broken import verify_audio
 from flowkit.data.files import check_root, file_hashes, is_hidden, split_files
 from flowkit.data.speech import RATE, Speech
 from flowkit.data.splits import SPLITS
@@ -122,7 +122,8 @@ class SpeechFolder(Speech):
         """Return the recordings of each split."""
         check_root(self.root)
         found = find_recordings(self.root)
-        files = [name for name in found if seconds_of(self.root / name) >= SHORTEST]
+        lengths = verify_audio(self.root / name for name in found)
+        files = [name for name, long in zip(found, lengths, strict=True) if long >= SHORTEST]
         if short := len(found) - len(files):
             self.notes = [f"{short} recordings below {SHORTEST} s left out"]
         if not files:

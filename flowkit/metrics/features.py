@@ -1,5 +1,6 @@
 """Feature networks: they map images in [-1, 1] to vectors and have a name and a hash."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
@@ -9,6 +10,8 @@ from torch import Tensor, nn
 from flowkit.checks import check_at_least, check_labels
 from flowkit.nn.stored import Stored
 from flowkit.provenance import tensor_hash
+
+SMOOTHING = 0.1  # of the labels that a classifier is trained on
 
 
 @runtime_checkable
@@ -235,12 +238,23 @@ def train_classifier(
         order = torch.randperm(len(images), generator=generator).to(images.device)
         for rows in order[: len(order) - len(order) % batch_size].split(batch_size):
             logits = net.head(net.trunk(images[rows]))
-            loss = nn.functional.cross_entropy(logits, labels[rows], label_smoothing=0.1)
+            loss = nn.functional.cross_entropy(logits, labels[rows], label_smoothing=SMOOTHING)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             cycle.step()
     return net.eval()
+
+
+def training_settings(**given: Any) -> dict[str, Any]:
+    """Return all settings of a `train_classifier`, for the key of a cache: given ones and defaults.
+
+    >>> training_settings(epochs=3)["epochs"], training_settings()["batch_size"]
+    (3, 128)
+    """
+    parameters = inspect.signature(train_classifier).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    return {**defaults, **given, "smoothing": SMOOTHING}
 
 
 def _block(channels: int, width: int) -> list[nn.Module]:

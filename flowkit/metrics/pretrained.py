@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flowkit.extras import install
 from flowkit.metrics.features import in_batches
 from flowkit.metrics.pictures import to_uint8
 from flowkit.provenance import content_hash, located, tensor_hash
@@ -88,7 +89,7 @@ def pretrained(
         import transformers
     except ImportError as error:
         raise ImportError(
-            f"{kind} needs the transformers library; pip install 'flowkit-fm[fid]'"
+            f"transformers must be installed for {kind}, got none; {install('fid')}"
         ) from error
     place, on_hub = located(weights, "weights")
     plain = {"trust_remote_code": False, "attn_implementation": "sdpa"}

@@ -88,14 +88,17 @@ class Straightening(FlowModule, frozen=("teacher",)):
         self.guidance, self.times, self.teacher = guidance, times, None
 
     teacher: FlowModule | None
+    _resumed = False
 
     def setup(self, stage: str) -> None:
-        """Load the averaged weights of the run.
-
-        This happens before a resumed training loads the weights of its checkpoint.
-        """
-        if stage == "fit" and self.start is not None:
+        """Load the averaged weights of the run, unless a checkpoint has brought weights."""
+        if stage == "fit" and self.start is not None and not self._resumed:
             self.begin(load_run(self.start))
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Note that ``start`` is needed no more, but as the teacher of batches without pairs."""
+        super().on_load_checkpoint(checkpoint)
+        self._resumed = True
 
     def begin(self, teacher: FlowModule) -> None:
         """Set the teacher, and copy its weights to the student.
@@ -148,6 +151,9 @@ class Straightening(FlowModule, frozen=("teacher",)):
             ValueError: If latents have another autoencoder.
         """
         made = "taught_by" in batch or "t0" in batch
+        if not made and self.teacher is None and self._resumed and self.start is not None:
+            with torch.random.fork_rng(devices=[]):  # the draws of a step do not depend on this
+                self.teacher = load_run(self.start).to(self.device)
         if self.teacher is not None and not made:
             batch = self._teach(self.teacher, batch, generator)
         elif "x0" in batch:

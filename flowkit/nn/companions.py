@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flowkit.checks import check_at_least, check_choice, check_labels, check_same_shape
+from flowkit.checks import check_choice, check_integer, check_labels, check_same_shape
+from flowkit.nn.embed import SidesError
 from flowkit.types import Cond
 
 
@@ -40,7 +41,7 @@ class Conditioned(nn.Module):
 
     def __init__(self, net: nn.Module, beside: Sequence[str], onto: str | None = None) -> None:
         super().__init__()
-        check_at_least(len(beside), 1, "number of names in beside")
+        check_integer(len(beside), "number of names in beside", 1)
         if onto is not None:
             check_choice(onto, tuple(beside), "onto")
         self.net, self.beside, self.onto = net, tuple(beside), onto
@@ -99,21 +100,26 @@ class Patches(nn.Module):
 
     def __init__(self, net: nn.Module, size: int) -> None:
         super().__init__()
-        check_at_least(size, 1, "size")
+        check_integer(size, "size", 1)
         self.net, self.size = net, size
+        self.factor = size * getattr(net, "factor", 1)
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
         """Return the velocity ``(B, c', H, W)`` at ``x (B, c, H, W)`` and ``t (B,)``.
 
         Raises:
-            ValueError: If the sides of ``x`` are not multiples of ``size``.
+            ValueError: If the sides of ``x`` are not multiples of ``size``, or the network takes
+                no such number of squares.
         """
-        if x.ndim != 4 or x.shape[2] % self.size or x.shape[3] % self.size:
-            raise ValueError(
-                f"x must be (B, C, H, W) with sides that are multiples of {self.size}, got "
-                f"{tuple(x.shape)}"
-            )
-        return F.pixel_shuffle(self.net(F.pixel_unshuffle(x, self.size), t, cond), self.size)
+        if x.ndim != 4:
+            raise ValueError(f"x must have shape (B, C, H, W), got {tuple(x.shape)}")
+        if x.shape[2] % self.size or x.shape[3] % self.size:
+            raise SidesError(x.shape, self.factor)
+        try:
+            v = self.net(F.pixel_unshuffle(x, self.size), t, cond)
+        except SidesError as error:
+            raise SidesError(x.shape, self.factor) from error
+        return F.pixel_shuffle(v, self.size)
 
 
 class Inpainting(Conditioned):
@@ -168,7 +174,7 @@ class SemanticMap(Conditioned):
         super().__init__(net, ("map",))
         sizes = {"num_classes": num_classes, "factor": factor, "channels": channels}
         for name, size in sizes.items():
-            check_at_least(size, 1, name)
+            check_integer(size, name, 1)
         self.num_classes, self.factor = num_classes, factor
         self.reduce = nn.Sequential(
             nn.Conv2d(num_classes + 1, 8 * channels, factor, stride=factor),

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flowkit.checks import as_labels, check_at_least, check_labels
-from flowkit.nn.embed import check_cond, check_state, look_up, sinusoid, zeroed
+from flowkit.checks import as_labels, check_integer, check_labels
+from flowkit.nn.embed import SidesError, check_cond, check_state, look_up, sinusoid, zeroed
 from flowkit.types import Cond
 
 
@@ -123,10 +123,7 @@ class DiffusersVelocity(nn.Module):
             raise
         except RuntimeError as error:
             if x.ndim == 4 and any(side % self.factor for side in x.shape[2:]):
-                raise ValueError(
-                    f"x must have sides that are multiples of {self.factor} for this network, got "
-                    f"shape {tuple(x.shape)}"
-                ) from error
+                raise SidesError(x.shape, self.factor) from error
             raise
         return out.chunk(2, 1)[0] if self.drop_sigma else out
 
@@ -275,8 +272,9 @@ def unet2d(
 
     if len(shape) != 3:
         raise ValueError(f"shape must be (C, H, W), got {tuple(shape)}")
-    for name, size in (("width", width), ("layers", layers), ("multipliers", len(multipliers))):
-        check_at_least(size, 1, name)
+    sizes = {"width": width, "layers": layers, "multipliers": len(multipliers)}
+    for name, size in {**sizes, "num_classes": 1 if num_classes is None else num_classes}.items():
+        check_integer(size, name, 1)
     channels, *sides = (int(n) for n in shape)
     halvings = min((n & -n).bit_length() - 1 for n in sides)
     widths = tuple(width * int(m) for m in multipliers)[: halvings + 1]
@@ -331,7 +329,7 @@ def autoencoder_kl(
         raise ValueError(f"shape must be (C, H, W), got {tuple(shape)}")
     sizes = {"width": width, "multipliers": len(multipliers), "layers": layers}
     for name, size in {**sizes, "latent_channels": latent_channels}.items():
-        check_at_least(size, 1, name)
+        check_integer(size, name, 1)
     return cast(Any, AutoencoderKL)(
         in_channels=int(shape[0]),
         out_channels=int(shape[0]),

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from flowkit.checks import check_at_least, check_between, check_choice
+from flowkit.checks import check_between, check_choice, check_integer
 from flowkit.nn.embed import (
     TimeLabelEmbedding,
     check_state,
@@ -68,7 +68,8 @@ class PatchEmbed(nn.Module):
     def __init__(self, shape: Sequence[int], patch: int, width: int) -> None:
         super().__init__()
         channels, height, columns = shape
-        check_at_least(patch, 1, "patch")
+        check_integer(patch, "patch", 1)
+        check_integer(width, "width")
         if height % patch or columns % patch:
             raise ValueError(f"patch must divide the image size {height}x{columns}, got {patch}")
         if width < 4 or width % 4:
@@ -113,7 +114,7 @@ class DiTBlock(nn.Module):
         self, width: int, heads: int, mlp_ratio: float = 4.0, cond_width: int | None = None
     ) -> None:
         super().__init__()
-        check_at_least(heads, 1, "heads")
+        check_integer(heads, "heads", 1)
         if width % heads:
             raise ValueError(f"heads must divide the width {width}, got {heads}")
         self.heads = heads
@@ -221,11 +222,12 @@ class DiT(nn.Module):
         super().__init__()
         if len(shape) != 3:
             raise ValueError(f"shape must be (C, H, W), got {tuple(shape)}")
-        check_at_least(depth, 1, "depth")
+        check_integer(depth, "depth", 1)
         channels, height, columns = (int(n) for n in shape)
         self.shape, self.patch, self.num_times = (channels, height, columns), patch, num_times
         self.gradient_checkpointing = gradient_checkpointing
-        self.in_shape = (in_channels or channels, height, columns)
+        self.in_shape = (channels if in_channels is None else in_channels, height, columns)
+        check_integer(self.in_shape[0], "in_channels", 1)
         self.patches = PatchEmbed(self.in_shape, patch, width)
         self.embedding = TimeLabelEmbedding(width, num_classes, num_times, time_scale=time_scale)
         self.blocks = nn.ModuleList(DiTBlock(width, heads, mlp_ratio) for _ in range(depth))

@@ -1,14 +1,30 @@
 """Embeddings of time and label, checks of inputs, and modulation: layers that networks share."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flowkit.checks import check_at_least, check_labels, check_positive
+from flowkit.checks import check_integer, check_labels, check_positive
 from flowkit.types import Cond
+
+
+class SidesError(ValueError):
+    """Error of a network that cannot cut or halve the sides of a state.
+
+    Args:
+        shape: Shape ``(B, C, H, W)`` of the state.
+        multiple: Its sides fit as multiples of this number.
+    """
+
+    def __init__(self, shape: Sequence[int], multiple: int) -> None:
+        super().__init__(
+            f"x must have sides that are multiples of {multiple} for this network, got shape "
+            f"{tuple(shape)}"
+        )
+        self.shape, self.multiple = tuple(shape), multiple
 
 
 def check_state(x: Tensor, t: Tensor, shape: tuple[int, ...], num_times: int = 1) -> None:
@@ -146,8 +162,8 @@ class TimeLabelEmbedding(nn.Module):
         time_scale: float = 1000.0,
     ) -> None:
         super().__init__()
-        check_at_least(width, 1, "width")
-        check_at_least(num_times, 1, "num_times")
+        check_integer(width, "width", 1)
+        check_integer(num_times, "num_times", 1)
         check_even(frequencies, "frequencies")
         check_positive(time_scale, "time_scale")
         self.num_classes, self.frequencies, self.time_scale = num_classes, frequencies, time_scale
@@ -158,7 +174,7 @@ class TimeLabelEmbedding(nn.Module):
             nn.init.zeros_(layer.bias)
         self.labels = None
         if num_classes is not None:
-            check_at_least(num_classes, 1, "num_classes")
+            check_integer(num_classes, "num_classes", 1)
             self.labels = nn.Embedding(num_classes + 1, width)
             nn.init.normal_(self.labels.weight, std=0.02)
 

@@ -5,6 +5,8 @@ import re
 
 from torch import nn
 
+from flowkit.extras import install
+
 
 def add_lora(net: nn.Module, rank: int) -> nn.Module:
     """Add trainable low-rank adapters to all linear and convolution layers, in place.
@@ -35,7 +37,7 @@ def add_lora(net: nn.Module, rank: int) -> nn.Module:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise ImportError(
-            "peft must be installed for low-rank adapters; pip install 'flowkit-fm[lora]'"
+            f"peft must be installed for low-rank adapters, got none; {install('lora')}"
         ) from error
     if rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}")

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from flowkit.checks import check_at_least, check_choice
+from flowkit.checks import check_choice, check_integer
 from flowkit.nn.embed import (
     TimeLabelEmbedding,
     check_cond,
@@ -72,13 +72,14 @@ class MLP(nn.Module):
             )
         check_choice(activation, ACTIVATIONS, "activation")
         for name, size in (("width", width), ("depth", depth), ("num_times", num_times)):
-            check_at_least(size, 1, name)
+            check_integer(size, name, 1)
         self.shape, self.num_times = tuple(int(n) for n in shape), num_times
         self.num_classes, self.cond_dim = num_classes, cond_dim
 
-        cond_size = cond_dim or 0
+        cond_size = 0 if cond_dim is None else cond_dim
+        check_integer(cond_size, "cond_dim", 0)
         if num_classes is not None:
-            check_at_least(num_classes, 1, "num_classes")
+            check_integer(num_classes, "num_classes", 1)
             cond_size = num_classes + 1
             self.register_buffer("codes", torch.eye(cond_size), persistent=False)
         pixels = math.prod(self.shape)
@@ -162,8 +163,8 @@ class ResidualMLP(nn.Module):
         time_scale: float = 1000.0,
     ) -> None:
         super().__init__()
-        check_at_least(width, 1, "width")
-        check_at_least(depth, 1, "depth")
+        check_integer(width, "width", 1)
+        check_integer(depth, "depth", 1)
         self.shape, self.num_times = tuple(int(n) for n in shape), num_times
         pixels = math.prod(self.shape)
         self.embedding = TimeLabelEmbedding(width, num_classes, num_times, time_scale=time_scale)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flowkit.checks import check_at_least
+from flowkit.checks import check_integer
 from flowkit.nn.dit import DiTBlock, PatchOutput
 from flowkit.nn.embed import TimeLabelEmbedding, check_even, modulate, modulation, sinusoid
 from flowkit.types import Cond
@@ -153,15 +153,16 @@ class SequenceDiT(nn.Module):
         super().__init__()
         if len(shape) != 2:
             raise ValueError(f"shape must be (C, T), got {tuple(shape)}")
+        check_integer(width, "width")
         check_even(width, "width")
-        check_at_least(depth, 1, "depth")
-        if isinstance(kernel, bool) or not isinstance(kernel, int | None):
-            raise TypeError(f"kernel must be an integer or None, got {kernel!r}")
-        if kernel is not None and (kernel < 1 or kernel % 2 == 0):
-            raise ValueError(f"kernel must be an odd number of frames, got {kernel}")
+        check_integer(depth, "depth", 1)
+        if kernel is not None:
+            check_integer(kernel, "kernel")
+            if kernel < 1 or kernel % 2 == 0:
+                raise ValueError(f"kernel must be an odd number of frames, got {kernel}")
         self.sizes = {"frames": frames, "vector": vector, "tokens": tokens}
         for name, size in self.sizes.items():
-            check_at_least(1 if size is None else size, 1, name)
+            check_integer(1 if size is None else size, name, 1)
         self.shape, self.num_times, self.width = (int(shape[0]), int(shape[1])), num_times, width
         self.inputs = _linear(self.shape[0], width)
         self.frames = None if frames is None else _linear(frames, width)

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from flowkit.checks import check_choice
+from flowkit.extras import install
 
 Expert = Callable[[np.ndarray], np.ndarray]
 ENVIRONMENTS = ("metaworld", "obstacle")
@@ -78,8 +79,7 @@ def environment(env: str, task: str | None = None) -> Environment:
         return Obstacle(task)
     except ImportError as error:
         raise ImportError(
-            f"env={env} needs packages that are not installed ({error.name}); "
-            "pip install 'flowkit-fm[robots]'"
+            f"{error.name} must be installed for env={env}, got none; {install('robots')}"
         ) from error
 
 

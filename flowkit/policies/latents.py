@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flowkit.checks import check_at_least
+from flowkit.checks import check_integer
 from flowkit.policies.normalizer import ActionNormalizer
 
 
@@ -64,8 +64,8 @@ class LatentActionModel(nn.Module):
         hidden: int = 128,
     ) -> None:
         super().__init__()
-        check_at_least(num_codes, 2, "num_codes")
-        check_at_least(tokens, 1, "tokens")
+        check_integer(num_codes, "num_codes", 2)
+        check_integer(tokens, "tokens", 1)
         self.num_codes, self.tokens, self.width = num_codes, tokens, width
         self.observations = ActionNormalizer(obs_size, outside="keep")
         self.inverse = _perceptron(2 * obs_size, hidden, tokens * width)

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from flowkit.checks import check_at_least
+from flowkit.checks import check_integer
 from flowkit.nn.sequence import SequenceDiT
 from flowkit.policies.latents import LatentActionModel
 from flowkit.policies.normalizer import ActionNormalizer
@@ -53,7 +53,7 @@ class ImageEncoder(nn.Module):
         super().__init__()
         sizes = {"obs_size": obs_size, "image_size": image_size, "channels": channels}
         for name, value in {**sizes, "size": size, "width": width}.items():
-            check_at_least(value, 1, name)
+            check_integer(value, name, 1)
         self.image_size, self.channels = image_size, channels
         self.maps = nn.Sequential(
             nn.Conv2d(channels, width, 3, stride=2, padding=1),

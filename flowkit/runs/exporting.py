@@ -18,6 +18,7 @@ from flowkit.adapters.exports import OPSET, Solve, traced, write_onnx, write_tor
 from flowkit.autoencoders import identity
 from flowkit.blockwise import Blockwise
 from flowkit.checks import check_choice, check_number, check_whole
+from flowkit.extras import install
 from flowkit.modules import FlowModule
 from flowkit.modules.flow import known_shape
 from flowkit.nn import DiffusersVelocity
@@ -118,13 +119,13 @@ def _check(module: FlowModule, format: str, sampler: Sampler, guidance: Any) -> 
     check_choice(format, FORMATS, "format")
     if missing := [name for name in PACKAGES[format] if find_spec(name) is None]:
         raise ImportError(
-            f"{', '.join(missing)} must be installed for format={format}; "
-            "pip install 'flowkit-fm[export]'"
+            f"{', '.join(missing)} must be installed for format={format}, got none; "
+            f"{install('export')}"
         )
     if format != "diffusers" and torch.__version__ < OLDEST:
         raise ImportError(
             f"torch must be {OLDEST} or later for format={format}, got {torch.__version__}; "
-            "pip install 'flowkit-fm[export]'"
+            f"{install('export')}"
         )
     if not isinstance(sampler, ODESampler) or sampler.method in ADAPTIVE:
         got = sampler.method if isinstance(sampler, ODESampler) else type(sampler).__name__

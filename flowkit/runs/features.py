@@ -1,8 +1,9 @@
 """Feature networks for the options in ``conf/metric`` and ``conf/perceptual``."""
 
+import hashlib
 import json
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -19,6 +20,7 @@ from flowkit.metrics import (
     pretrained,
     train_classifier,
 )
+from flowkit.metrics.features import training_settings
 from flowkit.modules.autoencoding import FeatureError
 from flowkit.modules.flow import labels_of
 from flowkit.provenance import cache_folder, cached
@@ -59,17 +61,21 @@ def classifier_features(data: SplitData | None, seed: int) -> ConvClassifier:
         raise ValueError(
             "metric must be pixels or inception for data without several classes, got classifier"
         )
-    train = data.train
+    train, classes = data.train, cast(int, data.num_classes)
+    own: dict[str, Any] = {
+        "seed": seed,
+        "epochs": min(20, max(3, 30_000 // len(train))),
+        "name": f"conv-classifier-{type(data).__name__.lower()}",
+    }
 
     def trained() -> ConvClassifier:
         say(f"features  training a classifier on {len(train):,} images")
         batch = train[:]
-        epochs = min(20, max(3, 30_000 // len(train)))
-        name = f"conv-classifier-{type(data).__name__.lower()}"
-        labels, classes = cast(Tensor, batch.get("cond")), cast(int, data.num_classes)
-        return train_classifier(batch["x1"], labels, classes, seed=seed, epochs=epochs, name=name)
+        return train_classifier(batch["x1"], cast(Tensor, batch.get("cond")), classes, **own)
 
-    file = cache_folder() / f"classifier-{data.fingerprint('train')[:16]}-{seed}.safetensors"
+    key = json.dumps([data.fingerprint("train"), classes, training_settings(**own)])
+    digest = hashlib.sha256(key.encode()).hexdigest()[:16]
+    file = cache_folder() / f"classifier-{digest}-{seed}.safetensors"
     return cached(file, ConvClassifier.load, trained, lambda path, net: net.save(path))
 
 

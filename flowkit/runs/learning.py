@@ -14,6 +14,7 @@ from flowkit.data import Speech
 from flowkit.modules.checkpoints import CONFIG, read_config
 from flowkit.modules.latent_actions import load_latents
 from flowkit.modules.trust import check
+from flowkit.nn.embed import SidesError
 from flowkit.policies import LatentActionModel, PolicyVelocity
 from flowkit.runs.resuming import folder_of
 
@@ -78,6 +79,21 @@ def _latents_in(place: str, checkpoint: Path | None) -> tuple[Any, Any]:
         config = read_config(place, name="model.latents")
         node = (config.get("module") or {}).get("model")
     return node, (config.get("data") or {}).get("horizon")
+
+
+def told_by_data(data: DictConfig, error: SidesError) -> ValueError:
+    """Return an error about sides of a state in terms of the data's option that decides on them."""
+    side, unit = error.shape[2], error.multiple
+    name = "frames" if "frames" in data else "image_size"
+    value = data.get(name)
+    if not isinstance(value, int) or value % side or not side % unit:  # another side, or no such
+        return error
+    unit *= value // side  # of the data, whose states an autoencoder may have made smaller
+    below = value // unit * unit
+    fits = " or ".join(f"data.{name}={size}" for size in (below, below + unit) if size)
+    return ValueError(
+        f"data.{name} must be a multiple of {unit} for this network, got {value}; give {fits}"
+    )
 
 
 def teach(network: Any, data: Any, latents: str | None = None) -> None:

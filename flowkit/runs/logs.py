@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from omegaconf import DictConfig
 
+from flowkit.extras import install
 from flowkit.modules import MetricsTable
 from flowkit.provenance import read_json, write_json
 
@@ -46,8 +47,7 @@ def build_loggers(group: DictConfig | None, folder: Path, first_step: int) -> li
         kind = node._target_
         if (package := PACKAGES.get(kind)) and find_spec(package) is None:
             raise ImportError(
-                f"{package} must be installed for logger={package}; pip install "
-                f"'flowkit-fm[{package}]'"
+                f"{package} must be installed for logger={package}, got none; {install(package)}"
             )
         more: dict[str, Any] = {}
         if kind == WANDB:

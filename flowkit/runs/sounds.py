@@ -12,6 +12,7 @@ from torch import Tensor
 from flowkit.audio.pictures import DECIBELS, RANGE
 from flowkit.data import Mixtures, Speech
 from flowkit.metrics import ConvClassifier, train_classifier
+from flowkit.metrics.features import training_settings
 from flowkit.modules.checkpoints import build
 from flowkit.modules.trust import trusting
 from flowkit.provenance import cache_folder, cached
@@ -60,20 +61,22 @@ def classifier_of(data: Mixtures) -> ConvClassifier:
         data: Data with classes, set up.
     """
     split, classes = replace(data.listed("train"), size=LEARNED), data.classes or ()
+    own: dict[str, Any] = {
+        "epochs": EPOCHS,
+        "num_features": FEATURES,
+        "name": f"conv-classifier-{type(data).__name__.lower()}",
+    }
 
     def trained() -> ConvClassifier:
         say(f"features  training a classifier of {len(classes)} kinds on {LEARNED:,} sounds")
         parts = [split.sounds(slice(k, min(k + CHUNK, LEARNED))) for k in range(0, LEARNED, CHUNK)]
         images = torch.cat([as_images(data.states.mel(part.target)) for part in parts])
         kinds = torch.cat([part.kinds for part in parts])
-        name = f"conv-classifier-{type(data).__name__.lower()}"
-        return train_classifier(
-            images, kinds, len(classes), epochs=EPOCHS, num_features=FEATURES, name=name
-        )
+        return train_classifier(images, kinds, len(classes), **own)
 
     shape = as_images(torch.zeros(1, data.states.mel.n_mels, split.frames)).shape[1:]
-    own = [*classes, EPOCHS, FEATURES, POOLED, FEWEST, RANGE, *shape]
-    key = hashlib.sha256(json.dumps([split.fingerprint(), *own]).encode()).hexdigest()[:16]
+    seen = [split.fingerprint(), *classes, POOLED, FEWEST, RANGE, *shape]
+    key = hashlib.sha256(json.dumps([seen, training_settings(**own)]).encode()).hexdigest()[:16]
     file = cache_folder() / f"classifier-{key}-sounds.safetensors"
     return cached(file, ConvClassifier.load, trained, lambda path, net: net.save(path))
 

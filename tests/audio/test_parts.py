@@ -18,6 +18,7 @@ from flowkit.audio import (
     word_error_rate,
     write_audio,
 )
+from flowkit.audio.files import head_of, open_audio
 from flowkit.audio.metrics import aligned
 
 soundfile = pytest.importorskip("soundfile")
@@ -200,10 +201,10 @@ def test_loud_waves_are_scaled_not_clipped(tmp_path):
 @pytest.mark.parametrize(
     ("values", "rate", "message"),
     [
-        (np.zeros(0), 16000, "audio must hold samples"),
+        (np.zeros(0), 16000, r"audio must be an audio file, .* got .*a\.wav: no samples; convert"),
         (np.zeros(9000), 16000, "audio must not be silent"),
         (np.full(9000, np.nan), 16000, "audio must be finite"),
-        (np.ones(9000) / 2, 4000, "audio must have at least 8000 samples per second, got 4000"),
+        (np.ones(9000) / 2, 4000, "got .*: 4000 samples per second, fewer than 8000"),
     ],
 )
 def test_files_that_are_no_sound_are_named(values, rate, message, tmp_path):
@@ -214,8 +215,20 @@ def test_files_that_are_no_sound_are_named(values, rate, message, tmp_path):
 
 def test_other_files_are_named_with_the_formats(tmp_path):
     (tmp_path / "a.wav").write_bytes(b"no sound at all")
-    with pytest.raises(ValueError, match=r"audio must be one of .*FLAC.*WAV.*got .*a\.wav"):
+    with pytest.raises(
+        ValueError, match=r"audio must be .* WAV, .*, got .*a\.wav: Format not r.*; con"
+    ):
         read_audio(tmp_path / "a.wav")
+    whole = write_audio(torch.rand(9000), tmp_path / "whole.flac").read_bytes()
+    (tmp_path / "part.flac").write_bytes(whole[:2000])  # its head is whole
+    assert head_of(tmp_path / "part.flac") == (9000 / 16000, "")
+    with pytest.raises(
+        ValueError, match=r"^voice must be an audio file, .*part\.flac: [A-Z].*; con"
+    ):
+        open_audio(tmp_path / "part.flac", "voice")
+    (tmp_path / "a.raw").write_bytes(bytes(100))  # soundfile asks for its rate
+    with pytest.raises(ValueError, match=r"audio must be .*a\.raw: \w.*; convert"):
+        read_audio(tmp_path / "a.raw")
     with pytest.raises(FileNotFoundError, match="audio must be a file"):
         read_audio(tmp_path / "none.wav")
     with pytest.raises(ValueError, match=r"file must end in \.wav, \.flac"):

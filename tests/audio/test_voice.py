@@ -11,6 +11,7 @@ from flowkit.audio import (
     PhoneRecognizer,
     Recognition,
     VoiceVelocity,
+    content,
 )
 from flowkit.audio.content import Labeled, varied
 from flowkit.audio.listening import PHONES
@@ -130,6 +131,25 @@ def test_a_recognizer_learns_phones_once_and_leaves_the_generator_alone(tmp_path
             given.recognizer(speech, "hash")
     with pytest.raises(ValueError, match="with states other, got hash"):
         Recognition(file, 16, 6).recognizer(speech, "other")
+
+
+def test_a_recognizer_is_kept_for_its_own_constants_alone(tmp_path, monkeypatch):
+    trained = []
+
+    def train(self, speech, states):
+        trained.append(states)
+        return PhoneRecognizer(BANDS, self.width, self.codes, states)
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(Recognition, "_trained", train)
+    for name in ("", "WINDOW", "ROWS", "GAIN", "WARP", "LEARNING_RATE", "DECAY", "SAMPLE"):
+        if name:
+            place = f"flowkit.audio.content.{name}"
+            monkeypatch.setattr(place, getattr(content, name) / 2)
+        before = len(trained)
+        for _ in range(2):
+            Recognition(None, 8, 4, 1).recognizer(labeled(), "hash")
+        assert len(trained) == before + 1, name
 
 
 def test_other_vocal_tracts_move_bands_and_levels():

@@ -348,6 +348,14 @@ def test_files_of_no_format_are_refused(tmp_path):
         opened(tmp_path / "a.hdf5")
 
 
+def test_too_few_episodes_are_counted_as_episodes(tmp_path):
+    with pytest.raises(ValueError, match=r"^number of episodes must .* 2 episodes and none for"):
+        opened(npz(tmp_path, episodes(2)))
+    (tmp_path / "a.jsonl").touch()
+    with pytest.raises(ValueError, match=r"^root must hold episodes, got none in .*a\.jsonl"):
+        opened(tmp_path / "a.jsonl")
+
+
 def test_images_of_vipra_lie_beside_their_file(tmp_path):
     folder = tmp_path / "inner"
     folder.mkdir()

@@ -10,6 +10,7 @@ import torch
 
 from flowkit.audio import LogMel, MelStates, TextEncoder
 from flowkit.data import CaptionedAudio, Instruments
+from flowkit.data.broken import BrokenFiles
 from flowkit.data.instruments import Notes, detuned, divided, recordings
 from flowkit.data.mixtures import PEAKS, MixtureList
 from flowkit.data.soundfonts import midi_file, samples_of_keys
@@ -174,6 +175,16 @@ def test_bad_tables_name_the_row(clips, tiny_encoder, tmp_path, table, message):
     file.write_text(table)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         captioned(clips, tiny_encoder, captions=file)
+
+
+def test_broken_clips_are_named_before_the_training(clips, tiny_encoder, tmp_path):  # noqa: F811
+    root = shutil.copytree(clips, tmp_path / "clips")
+    (root / "0.wav").write_text("no sound")
+    (root / "7.wav").write_bytes(b"")
+    with pytest.raises(BrokenFiles) as caught:
+        captioned(root, tiny_encoder).listed("val")
+    names = [broken.partition(" ")[0] for broken in caught.value.broken]
+    assert names == [f"{root}/0.wav", f"{root}/7.wav"]
 
 
 def test_tables_of_published_data_are_read(clips, tiny_encoder, tmp_path):  # noqa: F811

@@ -9,6 +9,7 @@ import torch
 from flowkit.audio import LogMel, MelStates, Recognition, SpeakerEncoder
 from flowkit.audio.listening import PHONES
 from flowkit.data import SpeechFolder, SyntheticVoices
+from flowkit.data.broken import BrokenFiles
 from flowkit.data.sentences import SENTENCES
 from flowkit.data.speech import Windows
 from flowkit.data.speech_folder import find_recordings, speaker_of, subsets, text_of
@@ -228,7 +229,11 @@ def test_recordings_of_other_rates_and_channels_and_broken_ones(tmp_path, weight
         with pytest.raises(ValueError, match=message):
             broken.listed("train").wave(row)
     (place / "84_7_000099.wav").write_text("no sound")
-    with pytest.raises(ValueError, match=r"audio must be an audio file, got .*84_7_000099\.wav"):
+    soundfile.write(place / "84_7_000096.wav", torch.zeros(0).numpy(), 16000)
+    named = r"000096\.wav \(no samples\); .*000099\.wav \(Format not recognised\); remove"
+    with pytest.raises(
+        BrokenFiles, match=r"audio files must be readable, got 2 broken: .*" + named
+    ):
         folder_data(root, weights).setup()
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="root must hold recordings"):

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from diffusers import UNet2DModel
 from torch import nn
 
 from flowkit.guidance import ClassifierFree, DropCond
 from flowkit.losses import flow_matching_loss
 from flowkit.nn import Conditioned, DiffusersVelocity, DiT, Inpainting, Patches, SemanticMap
+from flowkit.nn.embed import SidesError
 
 
 class Seen(nn.Module):
@@ -183,9 +185,25 @@ def test_a_square_of_pixels_is_a_pixel_of_channels():
         for column in range(2):
             square = x[:, :, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2]
             assert torch.equal(inner[:, :, row, column], square.reshape(3, 8))
-    for bad in (torch.zeros(1, 2, 5, 4), torch.zeros(1, 2, 4, 5), torch.zeros(1, 2, 4)):
-        with pytest.raises(ValueError, match=r"sides that are multiples of 2, got \(1, 2, "):
+    for bad in (torch.zeros(1, 2, 5, 4), torch.zeros(1, 2, 4, 5)):
+        with pytest.raises(SidesError, match=r"sides that are multiples of 2 .* shape \(1, 2, "):
             Patches(net, 2)(bad, t)
+    with pytest.raises(ValueError, match=r"x must have shape \(B, C, H, W\), got \(1, 2, 4\)"):
+        Patches(net, 2)(torch.zeros(1, 2, 4), t)
+    unet = UNet2DModel(
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(8, 8),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=4,
+    )
+    velocity = Patches(DiffusersVelocity(unet), 2)
+    assert velocity(torch.zeros(1, 1, 8, 4), t[:1]).shape == (1, 1, 8, 4)
+    for sides in ((6, 4), (5, 4)):  # not halved, not cut
+        with pytest.raises(SidesError, match=rf"multiples of 4 .* shape \(1, 1, {sides[0]}, 4\)"):
+            velocity(torch.zeros(1, 1, *sides), t[:1])
     with pytest.raises(ValueError, match="size must be at least 1, got 0"):
         Patches(net, 0)
 

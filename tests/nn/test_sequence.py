@@ -137,7 +137,7 @@ def test_a_kernel_must_be_odd():
         ):
             SequenceDiT((2, 6), width=8, depth=1, heads=2, kernel=kernel)
     for kernel in (3.0, 2.5, "3", True):
-        with pytest.raises(TypeError, match=f"kernel must be an integer or None, got {kernel!r}"):
+        with pytest.raises(TypeError, match=f"kernel must be an integer, got {kernel!r}"):
             SequenceDiT((2, 6), width=8, depth=1, heads=2, kernel=kernel)
 
 

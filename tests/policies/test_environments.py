@@ -202,7 +202,7 @@ def test_an_environment_that_is_not_installed_names_the_extra(monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", without)
     for env, task in (("obstacle", None), ("metaworld", "push-v3")):
-        with pytest.raises(ImportError, match=rf"env={env} needs .*flowkit-fm\[robots\]"):
+        with pytest.raises(ImportError, match=rf"installed for env={env}, .*'\.\[robots\]'"):
             environment(env, task)
 
 

@@ -19,6 +19,7 @@ from flowkit.recipes.pairs import pairs
 from flowkit.recipes.sample import sample
 from flowkit.recipes.train import train
 from flowkit.runs import Run
+from flowkit.runs.resuming import resumed
 from flowkit.sampling import ODESampler, seeded_noise
 from tests.recipes.conftest import TINY
 
@@ -381,6 +382,45 @@ def test_students_teach_students(tiny_run, configure, tmp_path):
     options = ["metric=pixels", "num_samples=20", "sampler.grid=2"]
     record = evaluate(configure("evaluate", f"run={tmp_path}/second", *options))
     assert record["data"]["name"] == "Digits"
+
+
+@pytest.mark.parametrize("method", ["straightening", "mean_flow"])
+def test_a_resumed_student_needs_the_run_it_started_from_no_more(
+    tiny_run, configure, tmp_path, method
+):
+    start = shutil.copytree(tiny_run, tmp_path / "start")
+    options = [*TINY, f"module={method}", f"module.start={start}", "trainer.val_check_interval=2"]
+    if method == "straightening":
+        pairs(configure("pairs", f"run={start}", f"out={tmp_path}/p", "grid=[2]", *PAIRS))
+        options += ["data=pairs", f"data.root={tmp_path}/p"]
+    four = "trainer.max_steps=4"
+    train(configure("train", *options, four, f"run_dir={tmp_path}/whole"))
+    train(configure("train", *options, "trainer.max_steps=2", f"run_dir={tmp_path}/first"))
+    second = shutil.copytree(tmp_path / "first", tmp_path / "second")
+    shutil.rmtree(start)
+    train(resumed(configure("train", f"resume={tmp_path}/first"), [four]))
+    train(configure("train", *options, four, f"resume={second}", f"run_dir={second}"))
+    whole = load_run(tmp_path / "whole").state_dict()
+    for name in ("first", "second"):
+        ours = load_run(tmp_path / name).state_dict()
+        assert all(torch.equal(ours[key], value) for key, value in whole.items())
+
+
+def test_a_teacher_is_read_again_for_its_batches_and_changes_no_draw(tiny_run, configure, tmp_path):
+    start = shutil.copytree(tiny_run, tmp_path / "start")
+    options = [*TINY, "module=straightening", f"module.start={start}", "module.grid=2"]
+    options += ["module.fine_steps=4", "trainer.val_check_interval=2"]
+    four = "trainer.max_steps=4"
+    train(configure("train", *options, four, f"run_dir={tmp_path}/whole"))
+    train(configure("train", *options, "trainer.max_steps=2", f"run_dir={tmp_path}/half"))
+    again = resumed(configure("train", f"resume={tmp_path}/half"), [four])
+    start.rename(tmp_path / "moved")
+    with pytest.raises(FileNotFoundError, match=r"module\.start must be a run folder, .*start"):
+        train(again.copy())
+    (tmp_path / "moved").rename(start)
+    train(again)
+    ours, theirs = (load_run(tmp_path / name).state_dict() for name in ("half", "whole"))
+    assert all(torch.equal(ours[key], value) for key, value in theirs.items())
 
 
 def test_a_teacher_teaches_as_training_goes(tiny_run, configure, tmp_path):

@@ -140,7 +140,10 @@ def test_test_pairs_are_measured(place, tmp_path):
         (["audio={place}/source.wav"], "reference must be given with audio, and only then"),
         (["reference={place}/voice.wav"], "reference must be given with audio, and only then"),
         (["audio={place}/source.wav", "reference={place}/short.wav"], "reference must have at"),
-        (["audio={place}/weights.pt", "reference={place}/voice.wav"], "audio must be one of"),
+        (
+            ["audio={place}/weights.pt", "reference={place}/voice.wav"],
+            "audio must be an audio file",
+        ),
         (["audio={place}/source.wav", "reference={place}/voice.wav", "overlap=50"], "overlap must"),
         (["vocoder=hifigan", "vocoder.path={place}", "num_pairs=1"], "vocoder.path must hold a"),
     ],

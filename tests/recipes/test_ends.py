@@ -17,7 +17,7 @@ from hydra.errors import InstantiationException
 from PIL import Image
 
 from flowkit.data import Digits
-from flowkit.metrics import Pixels, PixelSVC, StoredFeatures
+from flowkit.metrics import ConvClassifier, Pixels, PixelSVC, StoredFeatures, train_classifier
 from flowkit.modules import FlowModule
 from flowkit.recipes.autoencoder import autoencoder
 from flowkit.recipes.evaluate import evaluate
@@ -112,6 +112,26 @@ def test_damaged_files_of_the_cache_are_named_and_made_again(digits, tmp_path, m
         assert again[0] == first[0]
         assert torch.equal(again[1], first[1])
     assert both()[0] == first[0]  # whole again: no warning
+
+
+def test_a_classifier_is_kept_for_its_own_settings_alone(digits, tmp_path, monkeypatch):
+    seeds = []
+
+    def trained(images, labels, num_classes, *, seed, epochs, name):
+        seeds.append(seed)
+        return ConvClassifier((1, 8, 8), num_classes, name=name)
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(features, "train_classifier", trained)
+    for seed in (0, 0, 1, 1):
+        classifier_features(digits, seed)
+    assert seeds == [0, 1]
+    monkeypatch.setitem(train_classifier.__kwdefaults__, "learning_rate", 1e-3)
+    classifier_features(digits, 1)
+    monkeypatch.setattr("flowkit.metrics.features.SMOOTHING", 0.2)
+    for _ in range(2):
+        classifier_features(digits, 1)
+    assert seeds == [0, 1, 1, 1]
 
 
 def test_pictures_are_capped_and_tensors_are_not(tiny_run, configure, tmp_path):

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from flowkit.errors import line_of
+from flowkit.extras import install
 from flowkit.modules.logs import read_rows
 from flowkit.recipes.train import train
 from flowkit.runs import logs
@@ -150,7 +151,7 @@ def test_a_logger_without_its_package_is_refused_with_the_extra(
     with pytest.raises(ImportError) as caught:
         logs.build_loggers(loggers, tmp_path, 0)
     assert line_of(caught.value) == (
-        f"{name} must be installed for logger={name}; pip install 'flowkit-fm[{name}]'"
+        f"{name} must be installed for logger={name}, got none; {install(name)}"
     )
 
 

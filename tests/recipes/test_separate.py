@@ -14,7 +14,11 @@ from flowkit.audio import read_audio, write_audio
 from flowkit.modules import load_run
 from flowkit.provenance import write_json
 from flowkit.recipes.autoencoder import autoencoder
+<<<<<<< HEAD
 from flowkit.recipes.push import push
+=======
+from flowkit.recipes.convert import convert
+>>>>>>> left
 from flowkit.recipes.sample import sample
 from flowkit.recipes.separate import separate
 from flowkit.recipes.train import train
@@ -66,6 +70,15 @@ def test_training_shows_spectrograms_and_sounds(place):
     assert all(len(wave) == 19 * 160 for wave in heard.values())
     record = json.loads((place / "run/data.json").read_text())
     assert set(record["preprocessing"]) == {"states", "query"}
+
+
+@pytest.mark.parametrize("frames", [21, 22])  # not cut into squares, not halved
+def test_frames_that_do_not_fit_are_told_by_their_option(place, tmp_path, frames):
+    given = [*options(place), f"data.frames={frames}", f"run_dir={tmp_path}/run"]
+    words = rf"^data\.frames must be a multiple of 4 for this network, got {frames}; give data\."
+    with pytest.raises(ValueError, match=words + r"frames=20 or data\.frames=24$"):
+        train(composed("train", *given))
+    assert not any((tmp_path / "run").iterdir())
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(place, tmp_path):
@@ -161,10 +174,11 @@ def test_samples_take_the_mixtures_of_the_test_split(place, tmp_path):
     ("asked", "message"),
     [
         (["audio=none.wav", "query=violin"], "audio must be a file, got none.wav"),
-        (["audio={place}/mix.wav"], "query must be given with audio, and only then"),
+        (["audio={place}/mix.wav"], "mix.wav and query=null; name the sound"),
         (["query=violin"], "query must be given with audio, and only then"),
         (["audio={place}/mix.wav", "query=' '"], "query must be a text or null"),
-        (["audio={place}/clips/captions.csv", "query=a"], "audio must be one of"),
+        (["audio={place}/mix.wav", "query="], "query must be a text or null, got an empty text"),
+        (["audio={place}/clips/captions.csv", "query=a"], "captions.csv: Format not recognised; c"),
         (["audio={place}/mix.wav", "query=a", "overlap=20"], "overlap must"),
     ],
 )
@@ -174,6 +188,33 @@ def test_wrong_settings_end_in_one_line(place, asked, message, monkeypatch, caps
     error = capsys.readouterr().err
     assert message in error
     assert len(error.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("recipe", ["separate", "convert"])
+def test_recordings_are_read_before_the_run(recipe, tmp_path):
+    write_audio(torch.ones(16000) / 2, good := tmp_path / "good.wav")
+    write_audio(torch.zeros(16000), tmp_path / "silent.wav")
+    write_audio(torch.ones(4000) / 2, tmp_path / "short.wav")
+    (tmp_path / "text.xyz").write_text("no sound")
+    faults = {"none.wav": "must be a file", "silent.wav": "must not be silent"}
+    faults |= {"text.xyz": "must be an audio file, .*: Format not recognised; convert it"}
+    other = "query=violin" if recipe == "separate" else f"reference={good}"
+    cases = [([f"audio={tmp_path}/{name}", other], "audio " + f) for name, f in faults.items()]
+    if recipe == "separate":
+        cases.append(([f"audio={good}", "query='  '"], "query must hold words"))
+    else:
+        faults["short.wav"] = "must have at least 0.5 s"
+        write_audio(torch.ones(100) / 2, tiny := tmp_path / "tiny.wav")
+        words = r"audio must have at least 0\.1 s, got 0\.00625 s; record more"
+        cases.append(([f"audio={tiny}", other], words))
+        cases += [
+            ([f"audio={good}", f"reference={tmp_path}/{name}"], "reference " + f)
+            for name, f in faults.items()
+        ]
+    act = {"separate": separate, "convert": convert}[recipe]
+    for given, message in cases:
+        with pytest.raises((ValueError, FileNotFoundError), match=f"^{message}"):
+            act(composed(recipe, "run=no/run", *given))
 
 
 def test_other_runs_and_other_parts_are_refused(place, tiny_run, tmp_path):

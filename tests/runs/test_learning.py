@@ -1,17 +1,20 @@
-"""What a policy is refused before its training: pictures that it could not see."""
+"""What is refused before a training: pictures that a policy could not see, sizes without a fit."""
 
+import re
 from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from flowkit.adapters import DataPrediction, NoisePrediction
 from flowkit.audio import PhoneRecognizer, VoiceVelocity
 from flowkit.data import Speech
 from flowkit.nn import SequenceDiT
+from flowkit.nn.embed import SidesError
 from flowkit.policies import ActionNormalizer, ImageEncoder, PolicyVelocity
-from flowkit.runs.learning import teach
+from flowkit.runs.learning import teach, told_by_data
 
 
 class Train:
@@ -83,6 +86,7 @@ def test_an_encoder_of_the_image_alone_is_refused():
         taught(encoder, (3, 20, 20))
 
 
+<<<<<<< HEAD
 @pytest.mark.parametrize("wrapped", [lambda net: net, DataPrediction, NoisePrediction])
 def test_a_voice_takes_the_recognizer_of_its_data_whatever_it_predicts(wrapped):
     net = SequenceDiT((4, 6), width=8, depth=1, heads=2, frames=8, vector=4, tokens=4)
@@ -91,3 +95,18 @@ def test_a_voice_takes_the_recognizer_of_its_data_whatever_it_predicts(wrapped):
     assert voice.content.hash != data.recognizer.hash
     teach(wrapped(voice), data)
     assert voice.content.hash == data.recognizer.hash
+=======
+@pytest.mark.parametrize(
+    ("data", "shape", "message"),
+    [
+        ({"frames": 84}, (1, 84, 64), "data.frames must be a multiple of 16 for .*frames=80 or da"),
+        ({"frames": 40}, (8, 10, 16), "data.frames must be a multiple of 64 for .*; give .*=64$"),
+        ({"image_size": 30}, (1, 30, 30), "data.image_size must be a .* of 16 .*=16 or .*=32$"),
+        ({"frames": 80}, (1, 80, 60), r"x must have sides .* of 16 .*shape \(2, 1, 80, 60\)"),
+        ({"root": "images"}, (1, 30, 30), r"x must have sides .* of 16 .*shape \(2, 1, 30, 30\)"),
+    ],
+)
+def test_sides_that_do_not_fit_are_told_by_the_option_of_the_data(data, shape, message):
+    error = told_by_data(OmegaConf.create(data), SidesError((2, *shape), 16))
+    assert re.match(message, str(error))
+>>>>>>> left
