@@ -18,13 +18,9 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-<<<<<<< HEAD
 from flowkit.adapters.predictions import network_of
-from flowkit.audio import VoiceVelocity, read_audio, save_spectrograms, write_audio
-=======
 from flowkit.audio import VoiceVelocity, check_reference, save_spectrograms, write_audio
 from flowkit.audio.files import Recording, open_audio
->>>>>>> left
 from flowkit.places import check_writable
 from flowkit.provenance import tensor_hash
 from flowkit.runs import Run

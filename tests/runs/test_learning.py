@@ -86,7 +86,6 @@ def test_an_encoder_of_the_image_alone_is_refused():
         taught(encoder, (3, 20, 20))
 
 
-<<<<<<< HEAD
 @pytest.mark.parametrize("wrapped", [lambda net: net, DataPrediction, NoisePrediction])
 def test_a_voice_takes_the_recognizer_of_its_data_whatever_it_predicts(wrapped):
     net = SequenceDiT((4, 6), width=8, depth=1, heads=2, frames=8, vector=4, tokens=4)
@@ -95,7 +94,8 @@ def test_a_voice_takes_the_recognizer_of_its_data_whatever_it_predicts(wrapped):
     assert voice.content.hash != data.recognizer.hash
     teach(wrapped(voice), data)
     assert voice.content.hash == data.recognizer.hash
-=======
+
+
 @pytest.mark.parametrize(
     ("data", "shape", "message"),
     [
@@ -109,4 +109,3 @@ def test_a_voice_takes_the_recognizer_of_its_data_whatever_it_predicts(wrapped):
 def test_sides_that_do_not_fit_are_told_by_the_option_of_the_data(data, shape, message):
     error = told_by_data(OmegaConf.create(data), SidesError((2, *shape), 16))
     assert re.match(message, str(error))
->>>>>>> left
