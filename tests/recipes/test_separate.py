@@ -14,8 +14,8 @@ from flowkit.audio import read_audio, write_audio
 from flowkit.modules import load_run
 from flowkit.provenance import write_json
 from flowkit.recipes.autoencoder import autoencoder
-from flowkit.recipes.push import push
 from flowkit.recipes.convert import convert
+from flowkit.recipes.push import push
 from flowkit.recipes.sample import sample
 from flowkit.recipes.separate import separate
 from flowkit.recipes.train import train
