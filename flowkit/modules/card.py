@@ -161,10 +161,14 @@ def _numbers(config: Record, metrics: Record | None, place: str) -> str:
             value, ends = value["value"], value["interval"]
         if type(value) not in (int, float) or name in (*SKIPPED, *COUNTS):
             continue
-        words = WORDS.get(name, name.replace("_", " "))
+        if name.endswith("_stderr"):  # stands beside its value
+            continue
+        words = WORDS.get(name, name.replace("si_sdr", "SI-SDR").replace("_", " "))
         if name == "frechet_distance":
             words = found.get("distance_name", words)
         interval = "" if ends is None else " to ".join(f"{end:.4g}" for end in ends)
+        if (error := found.get(f"{name}_stderr")) is not None:
+            interval = f"± {error:.2g}"
         mark = " (unreliable)" if name in (found.get("unreliable") or ()) else ""
         real = "" if floor is None else f"{floor:.4g}"
         rows.append(f"| {words}{mark} | {value:.4g} | {interval} | {real} |")

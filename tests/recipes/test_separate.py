@@ -136,7 +136,7 @@ def test_a_shared_model_separates_and_its_card_says_how(place, tmp_path):
     card = (folder / "README.md").read_text()
     assert "pipeline_tag: audio-to-audio" in card
     assert f'flowkit separate run={folder.name} audio=mix.wav query="piano"' in card
-    assert "| si sdr improvement | " in card
+    assert "| SI-SDR improvement | " in card
     assert "How: 2 test mixtures; " in card
     assert (folder / "samples.png").read_bytes() == (run / "separated/mixtures.png").read_bytes()
     assert str(tmp_path) not in (folder / "config.json").read_text()
