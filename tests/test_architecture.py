@@ -137,6 +137,15 @@ def test_a_checkout_runs_without_being_installed(inside, tmp_path):
     assert "flowkit.modules.ConditionalFlowMatching" in result.stdout, result.stderr
 
 
+WHAT_RUNS = {
+    "sys.argv = ['flowkit', 'train', '--cfg', 'job']; import flowkit.__main__ as m, flowkit; "
+    "print(flowkit.__file__); m.main()": "flowkit.modules.ConditionalFlowMatching",
+    "import flowkit; from flowkit.modules import load_run; print(flowkit.__file__); "
+    "images = load_run('flowkit:digits').sample(4, cond=4 * ['3'], seeds=range(4)); "
+    "print(tuple(images.shape), float(images.std()) > 0.5)": "(4, 1, 8, 8) True",
+}
+
+
 @pytest.mark.slow
 @pytest.mark.enable_socket
 @pytest.mark.parametrize("source", ["checkout", "sdist"])
@@ -181,15 +190,15 @@ def test_the_wheel_holds_recipes_and_configuration_and_runs_elsewhere(source, tm
     zipfile.ZipFile(wheel).extractall(site)
     here = [p for p in sys.path if p.endswith("site-packages")]
     (site / "packages.pth").write_text("\n".join(here) + "\n")
-    result = _run(
-        str(environment / "bin" / "python"),
-        "-E",  # nor by PYTHONPATH
-        "-c",
+    own = (
         "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in "
         "getattr(f, '__module__', '') + getattr(f, '__name__', '')]; "
-        "sys.argv = ['flowkit', 'train', '--cfg', 'job']; "
-        "import flowkit.__main__ as m, flowkit; print(flowkit.__file__); m.main()",
-        cwd=tmp_path,
     )
-    assert str(site) in result.stdout, result.stdout + result.stderr
-    assert "flowkit.modules.ConditionalFlowMatching" in result.stdout, result.stderr
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for script, seen in WHAT_RUNS.items():
+        # -E: nor by PYTHONPATH
+        command = (str(environment / "bin" / "python"), "-E", "-c", own + script)
+        result = _run(*command, cwd=empty)
+        assert str(site) in result.stdout, result.stdout + result.stderr
+        assert seen in result.stdout, result.stderr

@@ -152,6 +152,52 @@ def test_a_velocity_that_jumps_in_space_has_no_order():
     assert order.advice == "may follow from training: mend that first"
 
 
+def test_samples_that_collapse_where_no_example_lies_are_named():
+    """The fit sees times from 0.02 to 0.98: a last step to the mean shows in the samples alone."""
+    mean = FLOW.means.mean(0)
+    found = alarms(lambda x, t, c: FLOW(x, t, c) + 20 * expand_like(t > 0.99, x) * (mean - x))
+    assert found[0].name == "samples"
+    assert float(found[0].figure.split()[1]) < 0.5  # the std
+    assert (
+        found[0].advice == "train longer, or look at what the network does at the ends of the time"
+    )
+    (back,) = [one for one in found if one.name == "round trip"]
+    assert back.advice == "may follow from samples: mend that first"
+
+
+def test_a_velocity_that_is_rough_in_time_has_no_order():
+    """80 waves over the time, whose loss is too small to be seen."""
+    found = alarms(lambda x, t, c: FLOW(x, t, c) + 0.1 * expand_like(torch.sin(500 * t), x))
+    assert found[0].name == "order"
+    assert "the velocity jumps in time or space" in found[0].advice
+    assert {one.advice for one in found[1:]} <= {"may follow from order: mend that first"}
+
+
+def test_a_stiff_flow_needs_more_steps():
+    """The exact flow to a narrow Gaussian contracts by 20, most of it in the last tenth."""
+    flow = GaussianFlow(1.0, 0.05)
+    (stiff,) = alarms(flow, x1=flow.solution(torch.randn(X0.shape, generator=seeded(1))), cond=None)
+    assert stiff.name == "steps for 1 %"
+    assert stiff.figure.startswith("above 32 Heun steps; error of 8 steps ")
+    assert stiff.advice.startswith("the flow is stiff: find a grid with flowkit boss")
+
+
+def test_a_velocity_that_is_steep_at_the_end_does_not_come_back():
+    """A network that knows 16 points divides by 1 − t: data beside them are thrown far away."""
+    points = torch.randn(16, 2, generator=seeded())
+
+    def steep(x, t, c):
+        s = expand_like(t, x)
+        far = (x[:, None] - s[:, None] * points).square().sum(2)
+        return ((-far / (2 * (1 - s) ** 2)).softmax(1) @ points - x) / (1 - s)
+
+    near = points[torch.randint(16, (COUNT,), generator=seeded(3))]
+    near += 0.02 * torch.randn(COUNT, 2, generator=seeded(4))
+    values, back = alarms(steep, x1=near, cond=None)
+    assert (values.name, back.name) == ("values", "round trip")
+    assert "a grid that ends before t = 1 if the velocity is steep there" in back.advice
+
+
 # --- sound networks ---------------------------------------------------------------------------
 
 

@@ -178,7 +178,7 @@ def distance_of(a: Tensor, b: Tensor, generator: torch.Generator) -> Distance:
 
 def check_samples(drawn: Tensor, solves: Solves, generator: torch.Generator) -> Finding:
     """Compare samples with the data: standard deviation and energy distance."""
-    real, advice = solves.x1[:DRAWN], "train longer, or look at the lines above"
+    real = solves.x1[:DRAWN]
     if not bool(drawn.isfinite().all()):
         bad = (~drawn.isfinite()).flatten(1).any(1).double().mean().item()
         return line(
@@ -192,7 +192,8 @@ def check_samples(drawn: Tensor, solves: Solves, generator: torch.Generator) -> 
         found.share > found.most and excess > 0.01,
         f"std {ratio:.2f} of the data's; energy distance {percent(found.share)} of its largest, "
         f"{percent(found.mean)} by chance",
-        advice,
+        # The lines on the loss see neither, and their alarms come before.
+        "train longer, or look at what the network does at the ends of the time",
     )
 
 

@@ -123,6 +123,16 @@ def test_zips_and_folders_hold_the_same(method, tmp_path, autoencoder):
         assert torch.equal(found.test[:]["cond"], plain.test[:]["cond"])
 
 
+def test_images_beside_the_latents_are_not_read(tmp_path, autoencoder):
+    content = {f"vae-sd/{one}": data for one, data in files().items()}
+    alone = opened(write(tmp_path / "alone", content), autoencoder)
+    content |= {"images/dataset.json": b"no JSON", "dataset.json": b"no JSON"}
+    content |= {"images/00000/img00000000.png": b"no image", "images/00000/a.npy": b"no array"}
+    both = opened(write(tmp_path / "both", content), autoencoder, verify=True)
+    assert both.fingerprint("train") == alone.fingerprint("train")
+    assert torch.equal(both.stream()[1]["x1"], alone.stream()[1]["x1"])
+
+
 def test_single_latents_and_no_labels(tmp_path, autoencoder):
     data = opened(write(tmp_path, files(arrays(single=True), labels=False)), autoencoder)
     latents = scaled(autoencoder, torch.from_numpy(arrays(single=True)))

@@ -1,4 +1,5 @@
 import re
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,20 @@ def test_the_font_holds_emoji_in_color_on_white(data):
     assert bool(((red > 0.6) & (green > 0.2) & (blue < 0.2)).float().mean() > 0.8)
     red, green, blue = hearts[:, :, 16, 16].median(0).values
     assert red > green
+
+
+@needs_font
+def test_pictures_of_64_pixels_reduced_are_those_of_32():
+    some = [content for _, content in islice(bitmaps(DEBIAN_EMOJI), 0, 400, 10)]
+    large, small = (
+        torch.stack([Emoji(image_size=size)._image(content) for content in some]).float()
+        for size in (64, 32)
+    )
+    assert large.shape == (40, 3, 64, 64)
+    reduced = torch.nn.functional.avg_pool2d(large, 2)
+    error = (reduced - small).square().mean((1, 2, 3)).sqrt()
+    others = (reduced - small.roll(1, 0)).square().mean((1, 2, 3)).sqrt()
+    assert error.max() < 0.1 * others.mean()  # of 85 levels
 
 
 @needs_font

@@ -8,6 +8,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from flowkit.autoencoders import Identity, KLAutoencoder
+from flowkit.diagnosis import diagnose
 from flowkit.exact import GaussianFlow, MixtureFlow
 from flowkit.guidance import DropCond
 from flowkit.inpainting import RandomMasks
@@ -420,6 +421,35 @@ def test_diagnosis_warns_of_a_scale_that_was_never_set():
         "latents   (4, 2, 2) have mean 0.00 and std 0.10: the loss of a zero network is 1.01"
         in text
     )
+
+
+@pytest.mark.slow  # two diagnoses
+def test_the_doctor_names_a_forgotten_scale_of_the_autoencoder():
+    """Latents of std 5.5, as those of Stable Diffusion; the velocity has learnt scaled ones."""
+    torch.manual_seed(3)
+    vae = autoencoder_kl((1, 8, 8), width=8, multipliers=(1, 2))
+    seen, held_out = images(400), images(200, seed=1)
+    with torch.no_grad():
+        first = KLAutoencoder(vae).posterior(seen)
+        vae.quant_conv.weight[:4] *= 5.5 / first.mean.std()
+        vae.quant_conv.bias[:4] *= 5.5 / first.mean.std()
+    vae.register_to_config(scaling_factor=1 / 5.5)
+    scaled = KLAutoencoder(vae)
+    vae.register_to_config(scaling_factor=1.0)
+    forgotten = KLAutoencoder(vae)
+    z = scaled.encode(seen, _seeded())
+    velocity, x0 = GaussianFlow(z.mean(0), z.std(0)), torch.randn(200, *z.shape[1:])
+    found = {}
+    for autoencoder in (scaled, forgotten):
+        module = LatentFlowMatching(velocity, autoencoder)
+        x1 = module.encode({"x1": held_out}, _seeded())["x1"]
+        found[autoencoder] = diagnose(module.velocity, x0, x1, path=module.path)
+    (own,) = [one for one in found[scaled] if one.name == "input scale"]
+    assert own.ok
+    alarm = found[forgotten][0]
+    assert (alarm.name, alarm.ok) == ("input scale", False)
+    assert float(alarm.figure.split()[3].rstrip(",")) == pytest.approx(1 / 5.5, rel=0.1)
+    assert "latents: the scale of the autoencoder" in alarm.advice
 
 
 def test_losses_are_foretold_for_straight_independent_pairs_alone():

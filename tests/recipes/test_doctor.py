@@ -75,6 +75,12 @@ def test_a_run_of_twenty_steps_is_half_trained(tiny_run, tmp_path, capsys):
     assert "averaged weights" in names
 
 
+@pytest.mark.slow
+def test_the_digits_that_come_with_flowkit_have_no_alarm(tmp_path):
+    found = doctor(composed("doctor", "run=flowkit:digits", f"out={tmp_path}"))
+    assert [one for one in found if not one.ok] == []
+
+
 def test_a_stopped_training_is_told_first(tiny_run, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(tiny_run, run)

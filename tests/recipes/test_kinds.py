@@ -8,6 +8,7 @@ import torch
 from hydra import initialize_config_dir
 from lightning import LightningDataModule, LightningModule
 from omegaconf import OmegaConf
+from PIL import Image
 from torch import nn
 
 from flowkit.data import SplitData
@@ -89,6 +90,31 @@ def test_classes_have_numbers_and_names(tiny_run, configure, tmp_path):
     assert torch.equal(by_name, by_number)
     record = json.loads((tmp_path / "a" / "samples.json").read_text())
     assert record["sampling"]["labels"] == [3, 8]
+
+
+def test_names_of_sub_folders_are_names_of_classes(configure, tmp_path):
+    shades = {"discs": 40, "squares": 200}
+    for name, shade in shades.items():
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for k in range(30):
+            image = Image.new("L", (8, 8), shade + k)
+            image.save(tmp_path / "images" / name / f"{k}.png")
+    own = ["data=folder", f"data.root={tmp_path}/images", "data.image_size=8", "data.channels=1"]
+    own += ["trainer.max_steps=2", "trainer.val_check_interval=2", "callback.samples=null"]
+    kept = [
+        option for option in TINY if not option.startswith(("trainer.m", "trainer.v", "callback.s"))
+    ]
+    train(configure("train", *kept, *own, f"run_dir={tmp_path}/run"))
+    options = [f"run={tmp_path}/run", "num_samples=2"]
+    by_name = sample(configure("sample", *options, f"out={tmp_path}/a", "labels=[squares]"))
+    by_number = sample(configure("sample", *options, f"out={tmp_path}/b", "labels=[1]"))
+    assert torch.equal(by_name, by_number)
+    record = json.loads((tmp_path / "a" / "samples.json").read_text())
+    assert record["sampling"]["labels"] == [1]
+    with pytest.raises(
+        ValueError, match=r"^labels must be the number or name of a class .* circles"
+    ):
+        sample(configure("sample", *options, f"out={tmp_path}/c", "labels=[circles]"))
 
 
 # --- kinds ------------------------------------------------------------------------------------
