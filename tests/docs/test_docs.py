@@ -356,8 +356,10 @@ def elsewhere(recipe: str, given: list[str], cfg: DictConfig, where: str) -> boo
         return True
     if recipe == "compare" and len(cfg.couplings) * len(cfg.problems) > 2:
         return True
-    for key in PATHS:
-        path = OmegaConf.select(cfg, key, throw_on_missing=False)
+    paths = {key: OmegaConf.select(cfg, key, throw_on_missing=False) for key in PATHS}
+    if recipe == "pareto":
+        paths |= cfg.runs
+    for key, path in paths.items():
         if isinstance(path, str) and not Path(path).exists():
             if ELSEWHERE.fullmatch(path):
                 return True
