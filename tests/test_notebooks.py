@@ -23,7 +23,7 @@ def test_notebook_runs(file, tmp_path, monkeypatch):
     nbformat = pytest.importorskip("nbformat")
     if "IDX()" in file.read_text() and not DEBIAN_FASHION_MNIST.is_dir():
         pytest.skip("dataset-fashion-mnist is missing")
-    if "Instruments" in file.read_text() and not RENDERS:
+    if "flowkit:instruments" in file.read_text() and not RENDERS:
         pytest.skip("fluidsynth or its soundfont is missing")
     if "flowkit.policies" in file.read_text():
         pytest.importorskip("mujoco")
