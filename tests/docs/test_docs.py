@@ -351,7 +351,8 @@ def elsewhere(recipe: str, given: list[str], cfg: DictConfig, where: str) -> boo
         return True
     if cfg.get("env") == "metaworld" and importlib.util.find_spec("metaworld") is None:
         return True
-    if "flowsep" in str(given) or "run=flowkit:instruments" in given:  # a soundfont, its player and an encoder of texts
+    # A soundfont, its player and an encoder of texts.
+    if "flowsep" in str(given) or "run=flowkit:instruments" in given:
         return True
     if "takin" in str(given):  # voices and an encoder of them
         return True
