@@ -56,7 +56,9 @@ def metrics_of(run: Run, recipe: str, hashes: set[str]) -> tuple[Any, Path | Non
         hashes: Hashes of its weights.
     """
     file = run.results / MEASURED[recipe]
-    places = {file: file.with_suffix(".png"), run.folder / METRICS: run.folder / PICTURE}
+    places = {file: file.with_suffix(".png")}
+    if run.results != run.folder:  # a shared model brings its numbers
+        places[run.folder / METRICS] = run.folder / PICTURE
     for file, picture in places.items():
         if not file.is_file():
             continue

@@ -19,6 +19,7 @@ from flowkit.recipes.push import push
 from flowkit.recipes.sample import sample
 from flowkit.recipes.separate import separate
 from flowkit.recipes.train import train
+from flowkit.runs import Run
 from tests.audio.conftest import write_clips, write_encoder
 from tests.conftest import CONF
 from tests.recipes.conftest import TINY, status_of
@@ -131,6 +132,10 @@ def test_test_mixtures_are_measured(place, tmp_path):
 
 def test_a_shared_model_separates_and_its_card_says_how(place, tmp_path):
     run = shutil.copytree(place / "run", tmp_path / "run")
+    stray = {"metrics": {}, "weights": {"hash": Run.load(run).weights["hash"]}}
+    write_json(run / "metrics.json", stray)  # of its spectrograms as pictures
+    early = push(composed("push", f"run={run}", f"to={tmp_path}/early"))
+    assert not (early / "metrics.json").exists()
     separate(composed("separate", f"run={run}", "sampler.grid=1", "num_mixtures=2"))
     folder = push(composed("push", f"run={run}", f"to={tmp_path}/shared"))
     card = (folder / "README.md").read_text()
