@@ -21,6 +21,7 @@ from torch import Tensor
 from flowkit.adapters.predictions import network_of
 from flowkit.audio import VoiceVelocity, check_reference, save_spectrograms, write_audio
 from flowkit.audio.files import Recording, open_audio
+from flowkit.audio.voices import LEAST
 from flowkit.places import check_writable
 from flowkit.provenance import tensor_hash
 from flowkit.runs import Run
@@ -29,7 +30,6 @@ from flowkit.runs.known_data import place_of
 from flowkit.runs.records import recording
 
 SHOWN = 4  # test pairs in the picture and as audio
-LEAST = 0.1  # seconds of a recording, several frames for a vocoder
 
 
 def convert(cfg: DictConfig) -> Tensor | list[Tensor]:

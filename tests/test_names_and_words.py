@@ -84,7 +84,8 @@ def test_notebooks_and_documents_import_only_public_names():
 def test_advice_names_extras_and_no_package_of_an_index():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     files = [file for folder in (PACKAGE, RECIPES) for file in folder.rglob("*.py")]
-    texts = [file.read_text() for file in (*files, *(ROOT / "docs").rglob("*.md"))]
+    files += [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "conf").rglob("*.yaml")]
+    texts = [file.read_text() for file in (*files, *(ROOT / "notebooks").glob("*.ipynb"))]
     found = [name for text in texts for name in re.findall(r"install\(['\"](\w+)['\"]\)", text)]
     for text in texts:
         assert "flowkit-fm[" not in text

@@ -13,6 +13,7 @@ from flowkit.extras import install
 from flowkit.provenance import write_atomically
 
 LOWEST = 8000  # Hz; below, speech and instruments are not recognized
+UNKNOWN = 2**62  # samples; libsndfile says 2**63 - 1 for a stream of unknown length
 FORMATS = {".wav": "WAV", ".flac": "FLAC", ".ogg": "OGG", ".opus": "OGG"}
 
 
@@ -89,7 +90,7 @@ def open_audio(file: str | Path, name: str = "audio") -> Recording:
         warnings.warn(
             f"{name} should lie within -1 and 1, got {100 * clipped:.1f} % of {file} at the limit; "
             "record it at a lower level",
-            stacklevel=2,
+            stacklevel=3,  # who calls `read_audio`
         )
     return Recording(wave, rate)
 
@@ -105,6 +106,8 @@ def head_of(file: str | Path) -> Head:
         found = soundfile.info(file)
     except (soundfile.LibsndfileError, RuntimeError, TypeError) as error:
         return Head(0.0, _why(error))
+    if found.frames >= UNKNOWN:
+        return Head(0.0, "its head does not say how long it is")
     fault = "" if found.frames else "no samples"
     if found.samplerate < LOWEST:
         fault = f"{found.samplerate} samples per second, fewer than {LOWEST}"

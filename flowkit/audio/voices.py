@@ -11,6 +11,7 @@ from flowkit.velocity import Velocity
 
 LEVEL = 0.05  # root mean square of a recording, -26 dB
 SHORTEST = 0.5  # seconds of a reference
+LEAST = 0.1  # seconds of what is said, several frames for a vocoder
 
 
 def leveled(wave: Tensor) -> Tensor:

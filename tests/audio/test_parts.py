@@ -226,6 +226,14 @@ def test_other_files_are_named_with_the_formats(tmp_path):
         ValueError, match=r"^voice must be an audio file, .*part\.flac: [A-Z].*; con"
     ):
         open_audio(tmp_path / "part.flac", "voice")
+    stream = bytearray(whole)
+    stream[21] &= 0xF0  # the number of samples has 36 bits; 0 means unknown
+    stream[22:26] = bytes(4)
+    (tmp_path / "stream.flac").write_bytes(stream)
+    with pytest.raises(
+        ValueError, match=r"stream\.flac: its head does not say how long it is; con"
+    ):
+        read_audio(tmp_path / "stream.flac")
     (tmp_path / "a.raw").write_bytes(bytes(100))  # soundfile asks for its rate
     with pytest.raises(ValueError, match=r"audio must be .*a\.raw: \w.*; convert"):
         read_audio(tmp_path / "a.raw")
@@ -240,5 +248,8 @@ def test_other_files_are_named_with_the_formats(tmp_path):
 
 def test_clipped_recordings_give_a_warning(tmp_path):
     soundfile.write(tmp_path / "a.wav", np.clip(3 * np.sin(np.arange(9000) / 9), -1, 1), 16000)
-    with pytest.warns(UserWarning, match=r"audio should lie within -1 and 1, got \d+\.\d % of"):
+    with pytest.warns(
+        UserWarning, match=r"audio should lie within -1 and 1, got \d+\.\d % of"
+    ) as w:
         read_audio(tmp_path / "a.wav")
+    assert w[0].filename == __file__

@@ -142,10 +142,11 @@ def test_a_recognizer_is_kept_for_its_own_constants_alone(tmp_path, monkeypatch)
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(Recognition, "_trained", train)
-    for name in ("", "WINDOW", "ROWS", "GAIN", "WARP", "LEARNING_RATE", "DECAY", "SAMPLE"):
+    halved = ("WINDOW", "ROWS", "GAIN", "WARP", "LEARNING_RATE", "DECAY", "SAMPLE", "ROUNDS")
+    others = {name: getattr(content, name) / 2 for name in halved}
+    for name, value in {"": None, **others, "PHONES": content.PHONES[1:]}.items():
         if name:
-            place = f"flowkit.audio.content.{name}"
-            monkeypatch.setattr(place, getattr(content, name) / 2)
+            monkeypatch.setattr(f"flowkit.audio.content.{name}", value)
         before = len(trained)
         for _ in range(2):
             Recognition(None, 8, 4, 1).recognizer(labeled(), "hash")

@@ -33,7 +33,7 @@ from tests.docs.small import small
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-GALLERY = ROOT / "docs/gallery.md"  # whose commands are those of the guides
+GALLERY = ROOT / "docs/gallery.md"  # whose commands are composed, and not run
 LANGUAGES = {"python", "bash", "yaml", "text"}
 FENCE = re.compile(
     r"^(?P<indent> *)(?P<fence>`{3,})(?P<language>[\w-]*)( title=\"(?P<file>.*)\")?$"
