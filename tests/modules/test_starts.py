@@ -20,8 +20,9 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:.*does not have many workers.*:UserWarning",
     "ignore:.*no `val_dataloader`.*:UserWarning",
     "ignore:.*in eval mode at the start.*:UserWarning",
+    "ignore:every stack must get gradients.*:UserWarning",
 )
-PAIRS = {"x0": torch.zeros(4, 2), "x1": torch.ones(4, 2)}
+PAIRS = {"x0": torch.zeros(4, 2), "x1": torch.ones(4, 2), "taught_by": "a run"}
 STUDENTS = {
     "straightening": lambda start=None: Straightening(MLP((2,), width=8), start),
     "mean_flow": lambda start=None: MeanFlowMatching(MLP((2,), width=8, num_times=2), start=start),
