@@ -154,6 +154,13 @@ def check_integer(value: int, name: str, minimum: float = -math.inf) -> None:
     check_at_least(value, minimum, name)
 
 
+def as_sizes(sizes: Sequence[int], name: str) -> tuple[int, ...]:
+    """Return sizes, such as those of a shape, as a tuple; each must be an integer of at least 1."""
+    for size in sizes:
+        check_integer(size, f"each of {name}", 1)
+    return tuple(int(size) for size in sizes)
+
+
 def check_positive(value: float, name: str) -> None:
     """Require a finite number ``value > 0``.
 

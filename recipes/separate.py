@@ -40,8 +40,6 @@ def separate(cfg: DictConfig) -> Tensor:
             f"query must be given with audio, and only then, got audio={cfg.audio or 'null'} and "
             f"query={cfg.query or 'null'}; name the sound, as in query=violin"
         )
-    if cfg.query is not None and not cfg.query.strip():
-        raise ValueError("query must hold words, got an empty text; name the sound")
     heard = None if cfg.audio is None else open_audio(cfg.audio)  # before the work
     run = Run.load(cfg.run, cfg.weights, cfg.device, cfg.guidance, cfg.trust, **place_of(cfg))
     folder = Path(cfg.out) if cfg.out else run.results / "separated"

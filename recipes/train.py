@@ -49,11 +49,10 @@ from flowkit.modules.checkpoints import (
 from flowkit.modules.flow import brings_start
 from flowkit.modules.sharding import even_validation, shard_if_asked
 from flowkit.modules.trust import check, trusting
-from flowkit.nn.embed import SidesError
 from flowkit.provenance import write_text
 from flowkit.runs.epochs import count_in_steps
 from flowkit.runs.known_data import record_of, write_data_record
-from flowkit.runs.learning import follow_latents, teach, told_by_data
+from flowkit.runs.learning import follow_latents, sides_told_by_data, teach
 from flowkit.runs.locks import locked
 from flowkit.runs.logs import Settings, build_loggers, logging_to
 from flowkit.runs.processes import check_trainer, quiet, say
@@ -109,7 +108,8 @@ def _train(cfg: DictConfig) -> FlowModule | LatentActions:
     say(f"data      {data.summary()}")
     count_in_steps(cfg, data)
     ended = ended or _ended(cfg, checkpoint, state)  # by a number of epochs
-    module = _module(cfg, data, latents)
+    with sides_told_by_data(cfg.data):
+        module = _module(cfg, data, latents)
     if checkpoint is None and cfg.get("sampler") is not None:  # of the pictures
         build_sampler(cfg.sampler, _is_a(cfg, BlockwiseFlowMatching))
     if checkpoint is not None and state is not None:
@@ -142,13 +142,11 @@ def _train(cfg: DictConfig) -> FlowModule | LatentActions:
             write_text(folder / UNRESOLVED, unresolved)
             write_data_record(folder, data, recorded(cfg)["data"])
         try:
-            with logging_to(loggers):
+            with logging_to(loggers), sides_told_by_data(cfg.data):
                 _fit(trainer, module, data, checkpoint, progress)
-        except Exception as error:
+        except Exception:
             if fresh and trainer.is_global_zero and trainer.global_step == 0:
                 _empty(folder)  # a training that could not start
-            if isinstance(error, SidesError):
-                raise told_by_data(cfg.data, error) from error
             raise
     say(f"run       {folder}")
     _report(trainer)

@@ -1,6 +1,6 @@
 """Networks that predict data or noise, as velocities that are trained."""
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
@@ -13,7 +13,7 @@ from flowkit.types import Cond
 from flowkit.velocity import BoundVelocity, Velocity, bind
 
 
-class _Prediction(nn.Module):
+class _Prediction(nn.Module, ABC):
     """A network that predicts one end of a path, as a velocity."""
 
     end: int  # the coefficient that must not be small: 0 is a, of the data, 1 is b, of the noise

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from flowkit.blockwise.flow import Blockwise
 from flowkit.blockwise.parts import Part, check_edges, each
-from flowkit.checks import check_integer
+from flowkit.checks import as_sizes, check_integer
 from flowkit.nn.dit import DiTBlock, PatchEmbed, PatchOutput, unpatchify
 from flowkit.nn.embed import TimeLabelEmbedding, check_state, zeroed
 from flowkit.types import Cond
@@ -91,7 +91,7 @@ class BlockwiseDiT(Blockwise):
     ) -> None:
         count = len(check_edges(edges)) - 1
         depths = each(stack_depth, count, "stack_depth")
-        widths = each(width if stack_width is None else stack_width, count, "stack_width")
+        widths = [width] * count if stack_width is None else each(stack_width, count, "stack_width")
         options = {"heads": heads, "rank": rank, "mlp_ratio": mlp_ratio}
         trunk = DiTTrunk(shape, patch, width, trunk_depth, num_classes, **options)
         trunk.heads.update({str(w): _Head(shape, patch, w, width) for w in sorted({*widths})})
@@ -124,7 +124,7 @@ class DiTTrunk(nn.Module):
     ) -> None:
         super().__init__()
         check_integer(depth, "trunk_depth", 1)
-        self.shape, self.width = tuple(int(n) for n in shape), width
+        self.shape, self.width = as_sizes(shape, "shape"), width
         self.embedding = TimeLabelEmbedding(width, num_classes)
         self.patches = PatchEmbed(self.shape, patch, width)
         self.sides = self.shape[1] // patch, self.shape[2] // patch

@@ -7,7 +7,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from flowkit.checks import check_at_least, check_between
+from flowkit.checks import as_sizes, check_between, check_integer
 from flowkit.nn.dit import PatchEmbed, patchify
 from flowkit.nn.stored import Stored
 
@@ -43,11 +43,11 @@ class MaskedEncoder(Stored):
         heads: int = 4,
     ) -> None:
         super().__init__()
-        check_at_least(depth, 1, "depth")
-        check_at_least(heads, 1, "heads")
-        shape = [int(n) for n in shape]
+        check_integer(depth, "depth", 1)
+        check_integer(heads, "heads", 1)
+        shape = as_sizes(shape, "shape")
         self.config = {
-            "shape": shape,
+            "shape": list(shape),
             "patch": patch,
             "width": width,
             "depth": depth,
@@ -146,7 +146,7 @@ def train_masked_encoder(
     >>> net(torch.zeros(2, 1, 4, 4)).shape
     torch.Size([2, 4, 8])
     """
-    check_at_least(steps, 1, "steps")
+    check_integer(steps, "steps", 1)
     check_between(masked, 0.01, 0.99, "masked")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

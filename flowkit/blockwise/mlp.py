@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from flowkit.blockwise.flow import Blockwise
 from flowkit.blockwise.parts import Part, check_edges, each
-from flowkit.checks import check_integer
+from flowkit.checks import as_sizes, check_integer
 from flowkit.nn.embed import TimeLabelEmbedding, check_state, modulate, modulation, zeroed
 from flowkit.nn.mlp import _ResidualBlock
 from flowkit.types import Cond
@@ -79,7 +79,7 @@ class MLPTrunk(nn.Module):
         super().__init__()
         check_integer(width, "width", 1)
         check_integer(depth, "trunk_depth", 1)
-        self.shape, self.width, self.sides = tuple(int(n) for n in shape), width, (1, 1)
+        self.shape, self.width, self.sides = as_sizes(shape, "shape"), width, (1, 1)
         pixels = math.prod(self.shape)
         self.embedding = TimeLabelEmbedding(width, num_classes)
         self.inputs = nn.Linear(pixels, width)

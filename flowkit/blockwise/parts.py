@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 
 from torch import Tensor, nn
 
-from flowkit.checks import as_grid, check_at_least
+from flowkit.checks import as_grid, check_at_least, check_integer
 from flowkit.types import Cond
 
 M = TypeVar("M", bound=nn.Module)
@@ -111,7 +111,7 @@ def copies(velocity: nn.Module, num_segments: int) -> list[PlainStack]:
     >>> torch.equal(Blockwise(None, copies(net, 1), edges=1)(x, t), net(x, t))
     True
     """
-    check_at_least(num_segments, 1, "num_segments")
+    check_integer(num_segments, "num_segments", 1)
     return [PlainStack(copy.deepcopy(velocity)) for _ in range(num_segments)]
 
 
@@ -151,12 +151,15 @@ def check_edges(edges: Tensor | Sequence[float] | int) -> tuple[float, ...]:
 
 
 def each(value: int | Sequence[int], count: int, name: str) -> list[int]:
-    """Return one value per segment, from one number for all segments or from a sequence.
+    """Return one size per segment, from one number for all segments or from a sequence.
 
     Raises:
-        ValueError: If the sequence does not hold one value per segment.
+        TypeError: If a size is not an integer.
+        ValueError: If the sequence does not hold one size per segment, or one is below 1.
     """
-    values = [value] * count if isinstance(value, int) else list(value)
+    values = list(value) if isinstance(value, Sequence) else [value] * count
+    for size in values:
+        check_integer(size, name, 1)
     if len(values) != count:
         raise ValueError(f"{name} must be a number or one per segment, {count}, got {values}")
     return values

@@ -11,7 +11,7 @@ import numpy as np
 
 from flowkit.data.broken import FORMATS
 from flowkit.data.npz import Npz
-from flowkit.extras import install
+from flowkit.extras import not_imported
 from flowkit.provenance import read_json
 
 
@@ -68,9 +68,7 @@ def read_episodes(root: Path, keys: Keys) -> list[Recorded]:
     try:
         found = list(reader(root, keys))
     except ImportError as error:
-        raise ImportError(
-            f"{error.name} must be installed to read {root}, got none; {install('robots')}"
-        ) from error
+        raise not_imported(error, f"to read {root}", "robots") from error
     if not found:
         raise ValueError(f"root must hold episodes, got none in {root}")
     return found

@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from flowkit.checks import check_at_least, check_labels
+from flowkit.checks import as_sizes, check_at_least, check_integer, check_labels
 from flowkit.nn.stored import Stored
 from flowkit.provenance import tensor_hash
 
@@ -119,14 +119,15 @@ class ConvClassifier(Stored):
         name: str = "conv-classifier",
     ) -> None:
         super().__init__()
-        channels, height, side = shape
+        channels, height, side = as_sizes(shape, "shape")
+        sizes = {"num_classes": num_classes, "num_features": num_features, "width": width}
+        for size_of, size in sizes.items():
+            check_integer(size, size_of, 1)
         check_at_least(min(height, side), 4, "shape's sides")
         self.name = name
         self.config = {
             "shape": list(shape),
-            "num_classes": num_classes,
-            "num_features": num_features,
-            "width": width,
+            **sizes,
             "name": name,
         }
         self.trunk = nn.Sequential(

@@ -128,7 +128,7 @@ class BlockwiseFlowMatching(FlowModule, frozen=("encoder",)):
                     "encoder_width must be given for an encoder without a width, got None"
                 )
             self.projector = Projector(velocity.trunk.width, width, projector_width)
-        self.turn, self._resumed = 0, False
+        self.turn = 0
         self._idle = set(self._trained_stacks())
 
     def _train_only(self, segments: Sequence[int] | None) -> list[int] | None:
@@ -233,19 +233,22 @@ class BlockwiseFlowMatching(FlowModule, frozen=("encoder",)):
     # --- start of a fit --------------------------------------------------------------------
 
     def on_fit_start(self) -> None:
-        """Take the weights of ``start``, unless this training resumes from its own checkpoint.
+        """Take the weights of ``start``.
 
         In stage ``fra`` without a start or a checkpoint there is a warning: the trunk may be
         random.
         """
-        if self.stage == "fra" and self.start is None and not self._resumed:
+        super().on_fit_start()
+        if self.stage == "fra" and self.start is None and not self._begun:
             warnings.warn(
                 "stage fra trains on the trunk as it is, since start is not given; `flowkit "
                 "blockwise run=...` starts from a trained trunk",
                 stacklevel=2,
             )
-        if self.start is not None:
-            self.take_weights(weights_of(self.start))
+
+    def take_start(self, place: str | FilePath) -> None:
+        """Load the weights of the run."""
+        self.take_weights(weights_of(place))
 
     def take_weights(self, state: Mapping[str, Tensor]) -> None:
         """Load weights of the same blocks, or weights of one plain network into every stack.
@@ -322,7 +325,6 @@ class BlockwiseFlowMatching(FlowModule, frozen=("encoder",)):
         checkpoint["flowkit"]["turn"] = self.turn
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the turn. The weights of ``start`` are not used again."""
+        """Restore the turn."""
         super().on_load_checkpoint(checkpoint)
-        self.turn, self.start = checkpoint["flowkit"]["turn"], None
-        self._resumed = True
+        self.turn = checkpoint["flowkit"]["turn"]

@@ -117,15 +117,9 @@ class MeanFlowMatching(FlowModule):
         """The network of two times."""
         return cast(nn.Module, cast(MeanVelocity, self.velocity).net)
 
-    def setup(self, stage: str) -> None:
+    def take_start(self, place: str | Path) -> None:
         """Load the averaged weights of the run."""
-        if stage == "fit" and self.start is not None:
-            self.begin(load_run(self.start))
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Forget ``start``, whose weights are not used again."""
-        super().on_load_checkpoint(checkpoint)
-        self.start = None
+        self.begin(load_run(place))
 
     def begin(self, flow: FlowModule) -> None:
         """Copy the weights of a flow to the network.

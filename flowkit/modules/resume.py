@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -57,12 +58,25 @@ class ExactResume(Frozen, LightningModule):
     weights: Mapping[str, Any] | None = None
     """Record of the loaded weights: their ``kind`` (averaged or raw) and their ``step``."""
 
+    start: str | Path | None = None
+    """Run whose weights the first fit begins with; not read once a checkpoint brought weights."""
+
+    _begun = False
+
     def __init__(
         self, optimizer: MakeOptimizer = ADAMW, lr_scheduler: MakeScheduler | None = None
     ) -> None:
         super().__init__()
         self.make_optimizer, self.make_scheduler = optimizer, lr_scheduler
         self.noise_seed: int | None = None
+
+    def take_start(self, place: str | Path) -> None:
+        """Take the weights of the run that training starts from. A subclass with ``start`` adds it.
+
+        Args:
+            place: The run folder.
+        """
+        raise NotImplementedError
 
     def loss(self, batch: Batch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Return the scalar ``"loss"`` of a batch, and other scalars to log."""
@@ -121,6 +135,16 @@ class ExactResume(Frozen, LightningModule):
         scheduler = {"scheduler": self.make_scheduler(optimizer), "interval": "step"}
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
+    def on_fit_start(self) -> None:
+        """Take the weights of ``start``, once, unless a checkpoint has brought weights.
+
+        Lightning calls `setup` before it restores a checkpoint, and this method after it. An
+        average of weights begins with those after the first step.
+        """
+        if self.start is not None and not self._begun:
+            self.take_start(self.start)
+            self._begun = True
+
     def on_train_start(self) -> None:
         """Take the seed of the fit, unless a checkpoint brought its own seed.
 
@@ -148,8 +172,9 @@ class ExactResume(Frozen, LightningModule):
         checkpoint["flowkit"] = {"noise_seed": self.noise_seed}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the seed."""
+        """Restore the seed, and note that a fit no more takes the weights of ``start``."""
         self.noise_seed = checkpoint["flowkit"]["noise_seed"]
+        self._begun = True
 
     def _not_finite(self, batch: Batch, batch_idx: int, loss: Tensor) -> str:
         """Return an error message that names the step, and the data if they are not finite."""

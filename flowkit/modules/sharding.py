@@ -94,6 +94,8 @@ def _shard(module: FlowModule) -> None:
     """Shard the blocks of the velocity, then the rest of the velocity."""
     from torch.distributed.fsdp import fully_shard
 
+    if cast(Any, module.trainer).state.fn == "fit":
+        module.on_fit_start()  # now: sharded parameters take no whole weights
     mesh = cast(Any, module.device_mesh)["data_parallel"]
     network = cast(nn.Module, module.velocity)
     for block in _blocks(network):

@@ -88,17 +88,17 @@ class Straightening(FlowModule, frozen=("teacher",)):
         self.guidance, self.times, self.teacher = guidance, times, None
 
     teacher: FlowModule | None
-    _resumed = False
 
-    def setup(self, stage: str) -> None:
-        """Load the averaged weights of the run, unless a checkpoint has brought weights."""
-        if stage == "fit" and self.start is not None and not self._resumed:
-            self.begin(load_run(self.start))
+    def take_start(self, place: str | Path) -> None:
+        """Load the averaged weights of the run, which becomes the teacher."""
+        self.begin(self._load_teacher(place))
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Note that ``start`` is needed no more, but as the teacher of batches without pairs."""
-        super().on_load_checkpoint(checkpoint)
-        self._resumed = True
+    def _load_teacher(self, place: str | Path) -> FlowModule:
+        """Load a run, in the type of numbers of the trainer, which has converted the student."""
+        teacher = load_run(place)
+        if self._trainer is not None:
+            cast(Any, self._trainer).precision_plugin.convert_module(teacher)
+        return teacher
 
     def begin(self, teacher: FlowModule) -> None:
         """Set the teacher, and copy its weights to the student.
@@ -147,13 +147,14 @@ class Straightening(FlowModule, frozen=("teacher",)):
             explains.
 
         Raises:
-            RuntimeError: If the batch has no ``x0`` and there is no teacher.
+            RuntimeError: If the batch has no ``x0`` and there is no teacher. Only a trainer has
+                the teacher of a resumed student loaded: ``start`` may be a name that others chose.
             ValueError: If latents have another autoencoder.
         """
         made = "taught_by" in batch or "t0" in batch
-        if not made and self.teacher is None and self._resumed and self.start is not None:
+        if not made and self.teacher is None and self.start is not None and self._in_a_trainer():
             with torch.random.fork_rng(devices=[]):  # the draws of a step do not depend on this
-                self.teacher = load_run(self.start).to(self.device)
+                self.teacher = self._load_teacher(self.start).to(self.device)
         if self.teacher is not None and not made:
             batch = self._teach(self.teacher, batch, generator)
         elif "x0" in batch:
@@ -161,11 +162,16 @@ class Straightening(FlowModule, frozen=("teacher",)):
             batch = self.encode(cast(Batch, {"encoded_by": ours, **batch}))  # states stay as is
         else:
             raise RuntimeError(
-                "start must be a run folder for batches without x0, got None; give a run as the "
-                "teacher, or train on data=pairs"
+                "batch must hold x0 where there is no teacher, got none; train from a run as "
+                "start, or on data=pairs"
             )
         times = _at_start if "t0" in batch else self.times
         return flow_matching_loss(self.velocity, batch, times=times, generator=generator)
+
+    def _in_a_trainer(self) -> bool:
+        """Say whether a trainer is at work on this module: training, or validating."""
+        trainer = cast(Any, self._trainer)
+        return trainer is not None and (trainer.training or trainer.evaluating)
 
     def _teach(self, teacher: FlowModule, batch: Batch, generator: torch.Generator | None) -> Batch:
         """Compute segments or pairs with the teacher, from source samples or new noise."""

@@ -102,7 +102,6 @@ class Patches(nn.Module):
         super().__init__()
         check_integer(size, "size", 1)
         self.net, self.size = net, size
-        self.factor = size * getattr(net, "factor", 1)
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
         """Return the velocity ``(B, c', H, W)`` at ``x (B, c, H, W)`` and ``t (B,)``.
@@ -114,11 +113,11 @@ class Patches(nn.Module):
         if x.ndim != 4:
             raise ValueError(f"x must have shape (B, C, H, W), got {tuple(x.shape)}")
         if x.shape[2] % self.size or x.shape[3] % self.size:
-            raise SidesError(x.shape, self.factor)
+            raise SidesError(x.shape, self.size)
         try:
             v = self.net(F.pixel_unshuffle(x, self.size), t, cond)
         except SidesError as error:
-            raise SidesError(x.shape, self.factor) from error
+            raise SidesError(x.shape, self.size * error.multiple) from error
         return F.pixel_shuffle(v, self.size)
 
 

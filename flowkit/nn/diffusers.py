@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flowkit.checks import as_labels, check_integer, check_labels
+from flowkit.checks import as_labels, as_sizes, check_integer, check_labels
 from flowkit.nn.embed import SidesError, check_cond, check_state, look_up, sinusoid, zeroed
 from flowkit.types import Cond
 
@@ -275,9 +275,9 @@ def unet2d(
     sizes = {"width": width, "layers": layers, "multipliers": len(multipliers)}
     for name, size in {**sizes, "num_classes": 1 if num_classes is None else num_classes}.items():
         check_integer(size, name, 1)
-    channels, *sides = (int(n) for n in shape)
+    channels, *sides = as_sizes(shape, "shape")
     halvings = min((n & -n).bit_length() - 1 for n in sides)
-    widths = tuple(width * int(m) for m in multipliers)[: halvings + 1]
+    widths = tuple(width * m for m in as_sizes(multipliers, "multipliers"))[: halvings + 1]
     net = UNet2DModel(
         sample_size=(sides[0], sides[1]),
         in_channels=channels,
@@ -330,16 +330,17 @@ def autoencoder_kl(
     sizes = {"width": width, "multipliers": len(multipliers), "layers": layers}
     for name, size in {**sizes, "latent_channels": latent_channels}.items():
         check_integer(size, name, 1)
+    channels, *sides = as_sizes(shape, "shape")
     return cast(Any, AutoencoderKL)(
-        in_channels=int(shape[0]),
-        out_channels=int(shape[0]),
+        in_channels=channels,
+        out_channels=channels,
         down_block_types=("DownEncoderBlock2D",) * len(multipliers),
         up_block_types=("UpDecoderBlock2D",) * len(multipliers),
-        block_out_channels=tuple(width * int(m) for m in multipliers),
+        block_out_channels=tuple(width * m for m in as_sizes(multipliers, "multipliers")),
         layers_per_block=layers,
         latent_channels=latent_channels,
         # A group has at least four channels: a norm of a single channel removes the brightness.
         norm_num_groups=max(1, math.gcd(128, width) // 4),
-        sample_size=[int(n) for n in shape[1:]],
+        sample_size=sides,
         scaling_factor=1.0,
     )

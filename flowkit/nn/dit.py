@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from flowkit.checks import check_between, check_choice, check_integer
+from flowkit.checks import as_sizes, check_between, check_choice, check_integer
 from flowkit.nn.embed import (
+    SidesError,
     TimeLabelEmbedding,
     check_state,
     modulate,
@@ -71,7 +72,8 @@ class PatchEmbed(nn.Module):
         check_integer(patch, "patch", 1)
         check_integer(width, "width")
         if height % patch or columns % patch:
-            raise ValueError(f"patch must divide the image size {height}x{columns}, got {patch}")
+            message = f"patch must divide the image size {height}x{columns}, got {patch}"
+            raise SidesError((1, *shape), patch, message)
         if width < 4 or width % 4:
             raise ValueError(f"width must be a positive multiple of 4, got {width}")
         self.patch = patch
@@ -223,7 +225,7 @@ class DiT(nn.Module):
         if len(shape) != 3:
             raise ValueError(f"shape must be (C, H, W), got {tuple(shape)}")
         check_integer(depth, "depth", 1)
-        channels, height, columns = (int(n) for n in shape)
+        channels, height, columns = as_sizes(shape, "shape")
         self.shape, self.patch, self.num_times = (channels, height, columns), patch, num_times
         self.gradient_checkpointing = gradient_checkpointing
         self.in_shape = (channels if in_channels is None else in_channels, height, columns)

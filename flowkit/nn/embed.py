@@ -17,14 +17,19 @@ class SidesError(ValueError):
     Args:
         shape: Shape ``(B, C, H, W)`` of the state.
         multiple: Its sides fit as multiples of this number.
+        message: Text of the error; None tells the rule of the sides.
     """
 
-    def __init__(self, shape: Sequence[int], multiple: int) -> None:
-        super().__init__(
-            f"x must have sides that are multiples of {multiple} for this network, got shape "
-            f"{tuple(shape)}"
+    def __init__(self, shape: Sequence[int], multiple: int, message: str | None = None) -> None:
+        super().__init__(tuple(shape), multiple, message)  # what pickle makes a copy of
+        self.shape, self.multiple, self.message = tuple(shape), multiple, message
+
+    def __str__(self) -> str:
+        """Return the text of the error."""
+        return self.message or (
+            f"x must have sides that are multiples of {self.multiple} for this network, got shape "
+            f"{self.shape}"
         )
-        self.shape, self.multiple = tuple(shape), multiple
 
 
 def check_state(x: Tensor, t: Tensor, shape: tuple[int, ...], num_times: int = 1) -> None:
@@ -130,6 +135,7 @@ def check_even(size: int, name: str) -> None:
     Raises:
         ValueError: If the number is odd or below 2.
     """
+    check_integer(size, name)
     if size < 2 or size % 2:
         raise ValueError(f"{name} must be an even number of at least 2, got {size}")
 

@@ -5,6 +5,7 @@ import re
 
 from torch import nn
 
+from flowkit.checks import check_integer
 from flowkit.extras import install
 
 
@@ -39,8 +40,7 @@ def add_lora(net: nn.Module, rank: int) -> nn.Module:
         raise ImportError(
             f"peft must be installed for low-rank adapters, got none; {install('lora')}"
         ) from error
-    if rank < 1:
-        raise ValueError(f"rank must be at least 1, got {rank}")
+    check_integer(rank, "rank", 1)
     # Only these types: a subclass, as in attention, may be used without a call of the layer.
     layers = [n for n, m in net.named_modules() if type(m) in (nn.Linear, nn.Conv1d, nn.Conv2d)]
     if not layers:

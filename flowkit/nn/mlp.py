@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from flowkit.checks import check_choice, check_integer
+from flowkit.checks import as_sizes, check_choice, check_integer
 from flowkit.nn.embed import (
     TimeLabelEmbedding,
     check_cond,
@@ -73,7 +73,7 @@ class MLP(nn.Module):
         check_choice(activation, ACTIVATIONS, "activation")
         for name, size in (("width", width), ("depth", depth), ("num_times", num_times)):
             check_integer(size, name, 1)
-        self.shape, self.num_times = tuple(int(n) for n in shape), num_times
+        self.shape, self.num_times = as_sizes(shape, "shape"), num_times
         self.num_classes, self.cond_dim = num_classes, cond_dim
 
         cond_size = 0 if cond_dim is None else cond_dim
@@ -165,7 +165,7 @@ class ResidualMLP(nn.Module):
         super().__init__()
         check_integer(width, "width", 1)
         check_integer(depth, "depth", 1)
-        self.shape, self.num_times = tuple(int(n) for n in shape), num_times
+        self.shape, self.num_times = as_sizes(shape, "shape"), num_times
         pixels = math.prod(self.shape)
         self.embedding = TimeLabelEmbedding(width, num_classes, num_times, time_scale=time_scale)
         self.inputs = nn.Linear(pixels, width)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flowkit.checks import check_integer
+from flowkit.checks import as_sizes, check_integer
 from flowkit.nn.dit import DiTBlock, PatchOutput
 from flowkit.nn.embed import TimeLabelEmbedding, check_even, modulate, modulation, sinusoid
 from flowkit.types import Cond
@@ -153,7 +153,6 @@ class SequenceDiT(nn.Module):
         super().__init__()
         if len(shape) != 2:
             raise ValueError(f"shape must be (C, T), got {tuple(shape)}")
-        check_integer(width, "width")
         check_even(width, "width")
         check_integer(depth, "depth", 1)
         if kernel is not None:
@@ -163,7 +162,8 @@ class SequenceDiT(nn.Module):
         self.sizes = {"frames": frames, "vector": vector, "tokens": tokens}
         for name, size in self.sizes.items():
             check_integer(1 if size is None else size, name, 1)
-        self.shape, self.num_times, self.width = (int(shape[0]), int(shape[1])), num_times, width
+        channels, length = as_sizes(shape, "shape")
+        self.shape, self.num_times, self.width = (channels, length), num_times, width
         self.inputs = _linear(self.shape[0], width)
         self.frames = None if frames is None else _linear(frames, width)
         self.vector = (

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from flowkit.checks import check_choice
-from flowkit.extras import install
+from flowkit.extras import not_imported
 
 Expert = Callable[[np.ndarray], np.ndarray]
 ENVIRONMENTS = ("metaworld", "obstacle")
@@ -78,9 +78,7 @@ def environment(env: str, task: str | None = None) -> Environment:
             return MetaWorld(task)
         return Obstacle(task)
     except ImportError as error:
-        raise ImportError(
-            f"{error.name} must be installed for env={env}, got none; {install('robots')}"
-        ) from error
+        raise not_imported(error, f"for env={env}", "robots") from error
 
 
 def _import_mujoco() -> None:

@@ -65,7 +65,9 @@ class LatentActionModel(nn.Module):
     ) -> None:
         super().__init__()
         check_integer(num_codes, "num_codes", 2)
-        check_integer(tokens, "tokens", 1)
+        sizes = {"obs_size": obs_size, "tokens": tokens, "width": width, "hidden": hidden}
+        for name, size in sizes.items():
+            check_integer(size, name, 1)
         self.num_codes, self.tokens, self.width = num_codes, tokens, width
         self.observations = ActionNormalizer(obs_size, outside="keep")
         self.inverse = _perceptron(2 * obs_size, hidden, tokens * width)

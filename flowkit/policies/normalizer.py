@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowkit.checks import check_at_least, check_choice, check_finite
+from flowkit.checks import check_choice, check_finite, check_integer
 
 KINDS = ("std", "quantile")
 OUTSIDE = ("clip", "error", "keep")
@@ -53,7 +53,7 @@ class ActionNormalizer(nn.Module):
 
     def __init__(self, size: int, outside: str = "clip") -> None:
         super().__init__()
-        check_at_least(size, 1, "size")
+        check_integer(size, "size", 1)
         check_choice(outside, OUTSIDE, "outside")
         self.size, self.outside, self.clipped = size, outside, 0
         for name in ("center", "scale", "low", "high"):

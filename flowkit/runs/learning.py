@@ -2,6 +2,8 @@
 
 import copy
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -81,19 +83,34 @@ def _latents_in(place: str, checkpoint: Path | None) -> tuple[Any, Any]:
     return node, (config.get("data") or {}).get("horizon")
 
 
-def told_by_data(data: DictConfig, error: SidesError) -> ValueError:
-    """Return an error about sides of a state in terms of the data's option that decides on them."""
+@contextmanager
+def sides_told_by_data(data: DictConfig) -> Iterator[None]:
+    """Tell errors about sides of a state by the data's option that decides on them, if one does.
+
+    Raises:
+        ValueError: In place of such an error, also of one in the building of a network.
+    """
+    try:
+        yield
+    except Exception as error:
+        sides = error if isinstance(error, SidesError) else error.__cause__
+        told = _told(data, sides) if isinstance(sides, SidesError) else None
+        if told is None:
+            raise
+        raise ValueError(told) from error
+
+
+def _told(data: DictConfig, error: SidesError) -> str | None:
+    """Return the message in terms of the data's option; None if no option decides on the sides."""
     side, unit = error.shape[2], error.multiple
     name = "frames" if "frames" in data else "image_size"
     value = data.get(name)
     if not isinstance(value, int) or value % side or not side % unit:  # another side, or no such
-        return error
+        return None
     unit *= value // side  # of the data, whose states an autoencoder may have made smaller
     below = value // unit * unit
     fits = " or ".join(f"data.{name}={size}" for size in (below, below + unit) if size)
-    return ValueError(
-        f"data.{name} must be a multiple of {unit} for this network, got {value}; give {fits}"
-    )
+    return f"data.{name} must be a multiple of {unit} for this network, got {value}; give {fits}"
 
 
 def teach(network: Any, data: Any, latents: str | None = None) -> None:
@@ -125,12 +142,12 @@ def teach(network: Any, data: Any, latents: str | None = None) -> None:
         _check_pictures(network, data.train[:1]["cond"].get("image"))
         if latents is not None and network.latents is not None:
             network.latents.load_state_dict(load_latents(latents).state_dict())
-    elif isinstance(getattr(network, "net", None), PolicyVelocity):
+    elif isinstance(inner := network_of(network), PolicyVelocity):
         raise ValueError(f"{NO_PREDICTION}, got {type(network).__name__}")
-    elif isinstance(voice := network_of(network), VoiceVelocity):
+    elif isinstance(inner, VoiceVelocity):
         if not isinstance(data, Speech):
             raise ValueError(f"data must be speech for a voice, got {type(data).__name__}")
-        voice.take(data.recognizer)
+        inner.take(data.recognizer)
 
 
 def _check_pictures(network: PolicyVelocity, image: Tensor | None) -> None:

@@ -19,6 +19,7 @@ from flowkit.checks import (
     as_seeds,
     check_at_least,
     check_choice,
+    check_integer,
     check_positive,
     check_same_shape,
     check_state,
@@ -174,19 +175,18 @@ class ODESampler:
             callback: As in `solve`.
 
         Raises:
-            TypeError: If ``correct`` is not a whole number; and as in `solve`.
+            TypeError: If ``correct`` is not an integer; and as in `solve`.
             ValueError: If ``correct`` is negative, or if it is set for a method other than Euler;
                 and as in `solve`.
         """
-        if not isinstance(correct, int):
-            raise TypeError(f"correct must be a whole number of corrections, got {correct!r}")
-        check_at_least(correct, 0, "correct")
-        if correct and self.method != "euler":
+        corrections = int(correct) if isinstance(correct, bool) else correct
+        check_integer(corrections, "correct", 0)
+        if corrections and self.method != "euler":
             raise ValueError(
                 f"correct must be False for method {self.method!r}, got {correct}; "
                 "it undoes Euler steps"
             )
-        step = Corrected(int(correct)) if correct else None
+        step = Corrected(corrections) if corrections else None
         return self._run(self.times.flip(0), velocity, x, cond, return_path, callback, step)
 
     def _run(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from flowkit.checks import check_at_least, expand_like
+from flowkit.checks import as_sizes, check_integer, expand_like
 from flowkit.nn.embed import check_state
 from flowkit.types import Cond
 
@@ -29,7 +29,7 @@ class CodesAsNumbers(nn.Module):
 
     def __init__(self, net: nn.Module, images: Sequence[int]) -> None:
         super().__init__()
-        self.net, self.images = net, tuple(int(n) for n in images)
+        self.net, self.images = net, as_sizes(images, "images")
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
         """Compute the velocity of states ``x``; it is constant on every plane of a code.
@@ -114,7 +114,7 @@ class NoisePath(nn.Module):
 
     def __init__(self, net: nn.Module, channels: int) -> None:
         super().__init__()
-        check_at_least(channels, 1, "channels")
+        check_integer(channels, "channels", 1)
         self.net, self.channels = net, channels
         self.correction = nn.Sequential(nn.Linear(2, 64), nn.SiLU(), nn.Linear(64, 2))
         for parameter in self.correction[-1].parameters():

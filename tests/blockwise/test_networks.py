@@ -97,7 +97,7 @@ def test_rotary_angles_are_those_of_base_10000(size):
         ({"heads": 3}, "heads must divide the width 32, got 3"),
         ({"heads": 16}, "width / heads must be a multiple of 4, got 32 / 16"),
         ({"width": 0}, "width must be at least 1, got 0"),
-        ({"stack_width": 0}, "width must be a positive multiple of 4, got 0"),
+        ({"stack_width": 0}, "stack_width must be at least 1, got 0"),
         ({"rank": 0}, "rank must be at least 1, got 0"),
         ({"trunk_depth": 0}, "trunk_depth must be at least 1, got 0"),
         ({"stack_depth": [1, 0, 1]}, "stack_depth must be at least 1, got 0"),

@@ -58,7 +58,7 @@ def test_a_network_learns_the_whole_way_of_a_flow():
 
 def test_the_network_starts_as_the_flow_exactly(flow):
     module = MeanFlowMatching(_net(), start="run", drop_cond=DropCond(0.1, 3))
-    module.setup("fit")
+    module.on_fit_start()
     x, t, cond = torch.randn(7, 2), torch.rand(7), torch.randint(4, (7,))
     for s in (t, torch.ones(7)):
         found = module.net(x, torch.stack([t, s], 1), cond)
@@ -132,13 +132,13 @@ def test_a_prediction_is_no_mean_velocity():
 
 def test_flows_that_cannot_be_distilled_are_refused(flow, monkeypatch):
     with pytest.raises(ValueError, match="velocity must be the network of the run r with num_ti"):
-        MeanFlowMatching(_net(width=8), start="r").setup("fit")
+        MeanFlowMatching(_net(width=8), start="r").on_fit_start()
     with pytest.raises(ValueError, match=r"path must be that of the run in start, Linear\("):
-        MeanFlowMatching(_net(), start="r", path=Cosine()).setup("fit")
+        MeanFlowMatching(_net(), start="r", path=Cosine()).on_fit_start()
     other = MeanFlowMatching(_net())
     monkeypatch.setattr("flowkit.modules.mean_flow.load_run", lambda folder: other)
     with pytest.raises(ValueError, match="start must be a run whose network is the velocity of"):
-        MeanFlowMatching(_net(), start="r").setup("fit")
+        MeanFlowMatching(_net(), start="r").on_fit_start()
     monkeypatch.setattr("flowkit.modules.straightening.load_run", lambda folder: other)
     with pytest.raises(ValueError, match="velocity must be the network of the run r"):
-        Straightening(_net(), start="r").setup("fit")
+        Straightening(_net(), start="r").on_fit_start()

@@ -121,7 +121,7 @@ def test_the_student_starts_as_the_teacher_exactly(teacher, lora_rank):
     module = Straightening(student_net(), start="run", lora_rank=lora_rank)
     x, t, cond = points()
     assert not torch.equal(module(x, t, cond), teacher(x, t, cond))
-    module.setup("fit")
+    module.on_fit_start()
     assert torch.equal(module(x, t, cond), teacher(x, t, cond))
     assert module.sample_shape == (2,)
     assert not [name for name in module.state_dict() if "teacher" in name]
@@ -133,7 +133,7 @@ def test_another_network_is_refused(teacher):
     with pytest.raises(
         ValueError, match="velocity must be the network of the run runs/a, got other"
     ):
-        module.setup("fit")
+        module.on_fit_start()
 
 
 def test_a_flow_that_is_more_than_its_network_is_refused(teacher):
@@ -160,7 +160,7 @@ def test_states_are_never_encoded_again():
 @pytest.mark.parametrize("grid", [None, 3])
 def test_the_teacher_makes_segments_of_the_conditions(teacher, grid, monkeypatch):
     module = Straightening(student_net(), start="run", grid=grid, fine_steps=6)
-    module.setup("fit")
+    module.on_fit_start()
     made = []
     monkeypatch.setattr(
         "flowkit.modules.straightening.flow_matching_loss",
@@ -179,7 +179,7 @@ def test_the_teacher_makes_segments_of_the_conditions(teacher, grid, monkeypatch
 
 
 def test_without_a_teacher_batches_must_be_pairs():
-    with pytest.raises(RuntimeError, match=r"start must be a run folder .* or train on data=pairs"):
+    with pytest.raises(RuntimeError, match=r"batch must hold x0 .* or on data=pairs"):
         Straightening(student_net()).loss({"x1": torch.zeros(4, 2)})
 
 
@@ -266,7 +266,7 @@ def test_adapters_start_as_identity_and_merge(make, shape):
 
 def test_only_adapters_are_trained_and_merged_by_the_module(teacher):
     module = Straightening(student_net(), start="run", lora_rank=2)
-    module.setup("fit")
+    module.on_fit_start()
     optimizer = module.configure_optimizers()
     count = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
     assert count == sum(p.numel() for n, p in module.named_parameters() if "lora_" in n)

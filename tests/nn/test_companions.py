@@ -1,5 +1,7 @@
 """Networks whose state has companions."""
 
+import pickle
+
 import pytest
 import torch
 from diffusers import UNet2DModel
@@ -199,11 +201,15 @@ def test_a_square_of_pixels_is_a_pixel_of_channels():
         layers_per_block=1,
         norm_num_groups=4,
     )
-    velocity = Patches(DiffusersVelocity(unet), 2)
-    assert velocity(torch.zeros(1, 1, 8, 4), t[:1]).shape == (1, 1, 8, 4)
-    for sides in ((6, 4), (5, 4)):  # not halved, not cut
-        with pytest.raises(SidesError, match=rf"multiples of 4 .* shape \(1, 1, {sides[0]}, 4\)"):
-            velocity(torch.zeros(1, 1, *sides), t[:1])
+    plain = Patches(DiffusersVelocity(unet), 2)
+    wrapped = Patches(Conditioned(DiffusersVelocity(unet), ["frames"]), 2)
+    assert plain(torch.zeros(1, 1, 8, 4), t[:1]).shape == (1, 1, 8, 4)
+    cond = {"frames": torch.zeros(1, 0, 3, 2)}
+    for velocity, given in ((plain, None), (wrapped, cond)):  # cut, but not halved
+        with pytest.raises(SidesError, match=r"multiples of 4 .* shape \(1, 1, 6, 4\)") as raised:
+            velocity(torch.zeros(1, 1, 6, 4), t[:1], given)
+        copy = pickle.loads(pickle.dumps(raised.value))
+        assert (str(copy), copy.multiple) == (str(raised.value), 4)
     with pytest.raises(ValueError, match="size must be at least 1, got 0"):
         Patches(net, 0)
 

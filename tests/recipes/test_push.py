@@ -586,7 +586,7 @@ def test_a_student_starts_from_a_pushed_model(tiny_run, pushed):
         ResidualMLP((1, 8, 8), 32, 1, num_classes=10, num_times=2, time_scale=10),
         start=str(pushed),
     )
-    student.setup("fit")
+    student.on_fit_start()
     state, taught = student.state_dict(), load_run(tiny_run).state_dict()
     shared = [name for name, value in taught.items() if any(value.equal(x) for x in state.values())]
     assert len(shared) > len(taught) / 2

@@ -585,7 +585,7 @@ def test_grids_of_a_wrong_kind_are_refused(grid):
 
 @pytest.mark.parametrize("correct", [1.5, "yes", None])
 def test_a_number_of_corrections_is_whole(correct):
-    with pytest.raises(TypeError, match="correct must be a whole number of corrections, got"):
+    with pytest.raises(TypeError, match="correct must be an integer, got"):
         ODESampler(4).invert(FLOW, noise(), correct=correct)
 
 
