@@ -100,7 +100,7 @@ def _test(
 ) -> list[Tensor]:
     """Measure the run on pairs of its test split."""
     mel, converter = converter.mel, replace(converter, data=converter.run.data)
-    metrics, found = measure(converter, cfg.num_pairs, cfg.seed, overlap, cfg.words)
+    metrics, found = measure(converter, cfg.num_pairs, cfg.seed, overlap, cfg.words, cfg.targets)
     record = converter.run.record(sampling, metrics=metrics, **_hashes(converter))
     files = [folder / "pairs.json", folder / "pairs.png"]
     names = ("source", "reference", "answer")

@@ -14,6 +14,7 @@ from flowkit.audio.metrics import (
     si_sdr_improvement,
     variance_ratio,
     word_error_rate,
+    word_error_rate_stderr,
 )
 from flowkit.audio.mixing import mix
 from flowkit.audio.pictures import save_spectrograms
@@ -51,5 +52,6 @@ __all__ = [
     "si_sdr_improvement",
     "variance_ratio",
     "word_error_rate",
+    "word_error_rate_stderr",
     "write_audio",
 ]

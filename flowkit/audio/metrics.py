@@ -1,5 +1,6 @@
 """Measures of separated sounds and converted voices."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -152,12 +153,38 @@ def word_error_rate(heard: Sequence[str], true: Sequence[str]) -> float:
     >>> word_error_rate(["the cat sat"], ["The black cat sat."])
     0.25
     """
+    wrong, spoken = word_errors(heard, true).sum(0).tolist()
+    return wrong / spoken
+
+
+def word_error_rate_stderr(heard: Sequence[str], true: Sequence[str]) -> float:
+    """Return the standard error of `word_error_rate`, since other texts give another rate.
+
+    It is that of a ratio of sums over N texts, with e_k wrong of n_k words,
+    ``√(N / (N − 1) Σ_k (e_k − r n_k)²) / Σ_k n_k``, and infinite for one text. Source: Cochran,
+    *Sampling Techniques*, 1977, section 2.11.
+
+    >>> round(word_error_rate_stderr(["one two", "six"], ["one two", "one two"]), 3)
+    0.5
+    """
+    wrong, spoken = word_errors(heard, true).T.double()
+    if len(wrong) == 1:
+        return math.inf
+    left = wrong - wrong.sum() / spoken.sum() * spoken
+    share = len(left) / (len(left) - 1)
+    return float((share * left.square().sum()).sqrt() / spoken.sum())
+
+
+def word_errors(heard: Sequence[str], true: Sequence[str]) -> Tensor:
+    """Return the numbers of wrong and of true words of each text ``(N, 2)``.
+
+    See `word_error_rate`.
+    """
     if len(heard) != len(true):
         raise ValueError(f"heard must hold {len(true)} texts like true, got {len(heard)}")
     pairs = [(_words(a), _words(b)) for a, b in zip(heard, true, strict=True)]
-    spoken = sum(len(b) for _, b in pairs)
-    check_at_least(spoken, 1, "number of spoken words")
-    return sum(_edits(a, b) for a, b in pairs) / spoken
+    check_at_least(sum(len(b) for _, b in pairs), 1, "number of spoken words")
+    return torch.tensor([[_edits(a, b), len(b)] for a, b in pairs])
 
 
 def _words(text: str) -> list[str]:

@@ -17,7 +17,7 @@ from flowkit.audio import MelStates, PhoneRecognizer, Recognition, SpeakerEncode
 from flowkit.audio.content import Labeled
 from flowkit.audio.listening import Segments, phones_at
 from flowkit.audio.voices import LEVEL, leveled
-from flowkit.checks import check_at_least
+from flowkit.checks import check_at_least, check_choice
 from flowkit.data.arrays import Index, positions
 from flowkit.data.splits import SPLITS, SplitData
 from flowkit.data.stream import keyed_generator
@@ -123,19 +123,31 @@ class Windows:
         """Return the numbers of the utterances of a speaker."""
         return [k for k, one in enumerate(self.utterances.speakers) if one == speaker]
 
-    def pairs(self, count: int) -> list[Pair]:
+    def pairs(self, count: int, targets: Sequence[str] | None = None) -> list[Pair]:
         """Return conversions between different speakers, drawn with the seed of the split.
 
+        Args:
+            count: Number of conversions.
+            targets: Names of the speakers to convert to; None means all.
+
         Raises:
-            ValueError: If there is one speaker only.
+            ValueError: If there is one speaker only, or none of a name.
         """
         speakers, texts = self.utterances.speakers, self.utterances.texts
         check_at_least(len(set(speakers)), 2, "number of speakers")
+        names = self.utterances.names
+        known = [names[speaker] for speaker in sorted({*speakers})]
+        chosen = known if targets is None else targets
+        check_at_least(len(chosen), 1, "number of targets")
+        for name in chosen:
+            check_choice(name, known, "each of targets")
+        allowed = {speaker for speaker in speakers if names[speaker] in chosen}
+        sources = [k for k, speaker in enumerate(speakers) if allowed - {speaker}]
         found = []
         for k in range(count):
             generator = keyed_generator(*self.key, "pair", k)
-            source = int(torch.randint(len(speakers), (), generator=generator))
-            others = sorted({*speakers} - {speakers[source]})
+            source = sources[int(torch.randint(len(sources), (), generator=generator))]
+            others = sorted(allowed - {speakers[source]})
             target = others[int(torch.randint(len(others), (), generator=generator))]
             own, text = self.of_speaker(target), texts[source]
             truth = next((j for j in own if text is not None and texts[j] == text), None)

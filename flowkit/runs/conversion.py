@@ -20,6 +20,7 @@ from flowkit.audio import (
     mel_cepstral_distortion,
     variance_ratio,
     word_error_rate,
+    word_error_rate_stderr,
 )
 from flowkit.audio.vocoders import Vocoder
 from flowkit.checks import check_between, check_finite, check_floating
@@ -168,7 +169,12 @@ class Converted(NamedTuple):
 
 
 def measure(
-    converter: Converter, count: int, seed: int, overlap: int, words: bool
+    converter: Converter,
+    count: int,
+    seed: int,
+    overlap: int,
+    words: bool,
+    targets: Sequence[str] | None = None,
 ) -> tuple[dict[str, float], list[Converted]]:
     """Measure conversions between voices of the test split.
 
@@ -178,18 +184,19 @@ def measure(
         seed: Seed of the noise.
         overlap: Frames that neighboring windows share.
         words: Whether to recognize words, which takes seconds for each second of speech.
+        targets: Names of the voices to convert to; None means all.
 
     Returns:
         The measures, and the conversions. Similarities are cosines of an embedding with the mean
         embedding of up to 10 utterances of a voice, and an answer is classified as the voice with
         the largest one. ``_of_source`` is measured on the sources as they are, ``_of_truth`` on
-        true utterances after the vocoder: floor and ceiling.
+        true utterances after the vocoder: floor and ceiling. ``_stderr`` is a standard error.
 
     Raises:
         ImportError: If words are to be recognized without a recognizer.
     """
     split, mel = converter.data.listed("test"), converter.mel
-    pairs, found, seconds = split.pairs(count), [], 0.0
+    pairs, found, seconds = split.pairs(count, targets), [], 0.0
     texts = [split.utterances.texts[pair.source] for pair in pairs]
     known = [k for k, text in enumerate(texts) if text is not None]
     if words and known:
@@ -222,7 +229,9 @@ def measure(
         }
     if words and known:
         said = [text for text in texts if text is not None]
-        metrics["wer"] = word_error_rate(hear([found[k].answer for k in known]), said)
+        heard = hear([found[k].answer for k in known])
+        metrics["wer"] = word_error_rate(heard, said)
+        metrics["wer_stderr"] = word_error_rate_stderr(heard, said)
         metrics["wer_of_source"] = word_error_rate(hear([found[k].source for k in known]), said)
         if len(true) == len(known) == count:
             metrics["wer_of_truth"] = word_error_rate(hear(again), said)

@@ -149,6 +149,7 @@ def test_measures_of_the_truth_and_of_the_source(monkeypatch):
     assert same["similarity_to_target"] == pytest.approx(same["similarity_to_target_of_source"])
     assert len(heard) == 18
     assert same["wer"] == 0.5  # of "text 3" the word is heard and the number is not
+    assert same["wer_stderr"] == 0  # of all texts alike
 
 
 def test_a_missing_recognizer_is_told_before_the_work(monkeypatch):

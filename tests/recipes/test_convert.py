@@ -146,6 +146,7 @@ def test_test_pairs_are_measured(place, tmp_path):
         ),
         (["audio={place}/source.wav", "reference={place}/voice.wav", "overlap=50"], "overlap must"),
         (["vocoder=hifigan", "vocoder.path={place}", "num_pairs=1"], "vocoder.path must hold a"),
+        (["targets=[nobody]", "words=false"], "each of targets must be"),
     ],
 )
 def test_wrong_settings_end_in_one_line(place, asked, message, monkeypatch, capsys):
