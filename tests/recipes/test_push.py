@@ -473,7 +473,7 @@ def test_places_of_this_machine_are_not_shared(tiny_run, tmp_path):
     config = yaml.safe_load((run / "config.yaml").read_text())
     photos = {"_target_": "flowkit.data.Folder", "root": str(tmp_path), "image_size": 8}
     config["data"] = {**photos, "channels": 1, "more": [{"file": f"{tmp_path}/a.csv"}]}
-    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    (run / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     folder = pushing(f"run={run}", f"to={tmp_path / 'new'}")
     assert str(tmp_path) not in "".join(file.read_text() for file in folder.glob("*.[jm][sd]*"))
     assert "data.root=<folder of the data>" in (folder / "README.md").read_text()
