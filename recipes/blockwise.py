@@ -27,7 +27,7 @@ from flowkit.modules.trust import check, trusting
 from flowkit.recipes.train import train
 from flowkit.runs.known_data import read_data_record
 from flowkit.runs.processes import check_trainer
-from flowkit.runs.splits import as_trained, check_known, located, prepared
+from flowkit.runs.splits import as_trained, check_given, check_known, located, prepared
 
 KEPT = ("data", "path", "coupling", "autoencoder", "guidance")  # taken from the run
 
@@ -48,6 +48,7 @@ def blockwise(cfg: DictConfig) -> FlowModule:
     check_known(stored["data"], cfg.run)
     record = read_data_record(cfg.run)
     stored["data"] = located(as_trained(stored["data"], record), record, cfg.data.get("root"))
+    check_given(stored["data"])
     with trusting(cfg.trust):
         check({name: stored.get(name) for name in (*KEPT, "module")}, f"{cfg.run}")
     with open_dict(cfg):

@@ -21,7 +21,9 @@ from omegaconf import DictConfig, OmegaConf
 from flowkit import hub
 from flowkit.modules.card import card, recipe_of
 from flowkit.modules.pushed import check_place, hash_of, portable, round_weights, write
+from flowkit.modules.trust import trusting
 from flowkit.places import check_writable
+from flowkit.rules import CONF
 from flowkit.runs import Run
 from flowkit.runs.known_data import place_of
 from flowkit.runs.pushing import (
@@ -37,6 +39,8 @@ from flowkit.runs.pushing import (
 )
 from flowkit.sampling import ODESampler
 
+OF_DRAWN = ("num_samples", "labels", "seed", "batch_size")  # options of pictures of samples
+
 
 def push(cfg: DictConfig) -> Path:
     """Push as configured; return the folder."""
@@ -46,6 +50,10 @@ def push(cfg: DictConfig) -> Path:
     else:
         check_place(Path(cfg.to))  # before the work
     run = Run.load(cfg.run, "averaged", cfg.device, None, cfg.trust, **place_of(cfg))
+    data, record = images_of(run.config["data"], run.folder)
+    with trusting(cfg.trust):
+        recipe = recipe_of({"data": data})
+    check_options(cfg, recipe)
     module, _ = run.module, run.weights  # whose hash is that before rounding
     round_weights(module, cfg.dtype)
     digest = hash_of(module)
@@ -60,12 +68,10 @@ def push(cfg: DictConfig) -> Path:
         )
     module.default_sampler = sampler
     known = dict(module.configuration or {})
-    data, record = images_of(run.config["data"], run.folder)
     shared = portable(module, {**known, "data": data, "data_record": record}, cfg.dtype)
     origin = known.get("weights", {}).get("origin") or run.weights["hash"]
     shared["weights"]["origin"] = origin  # before any rounding: of metrics and grids
     hashes = {origin, run.weights["hash"], digest}
-    recipe = recipe_of(shared)
     metrics, measured = metrics_of(run, recipe, hashes)
     grids = grids_of(run, hashes, digest)
     labels = cfg.labels
@@ -79,7 +85,8 @@ def push(cfg: DictConfig) -> Path:
         picture, words = copied(measured), f"A picture of `flowkit {recipe}`, not chosen."
     place = cfg.to if on_hub else folder.name
     texts = {METRICS: None if metrics is None else json.dumps(metrics, indent=2) + "\n", **grids}
-    texts[CARD] = card(shared, place, cfg.license, metrics, list(grids), words)
+    with trusting(cfg.trust):
+        texts[CARD] = card(shared, place, cfg.license, metrics, list(grids), words)
     put_aside(folder, texts)
     write(module, folder, shared, {**texts, PICTURE: picture})
     size = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
@@ -87,6 +94,21 @@ def push(cfg: DictConfig) -> Path:
     if on_hub:
         print(f"hub       {hub.upload(folder, cfg.to, private=cfg.private)}")
     return folder
+
+
+def check_options(cfg: DictConfig, recipe: str) -> None:
+    """Require no option of a picture of samples for a run whose picture is that of its measures.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    defaults = OmegaConf.load(CONF / "push.yaml")
+    for name in OF_DRAWN if recipe != "sample" else ():
+        if cfg[name] != defaults[name]:
+            raise ValueError(
+                f"{name} must be absent for a run of flowkit {recipe}, where it is unused, got "
+                f"{cfg[name]}"
+            )
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="push")

@@ -98,7 +98,8 @@ class SplitData(LightningDataModule):
             that they have in the record. None without a record.
         x0_is_noise: True if the source samples ``x0`` of the splits are standard normal noise. Then
             a model can sample from new noise instead.
-        recipe: The command that uses a run on these data, for model cards.
+        recipe: The command that uses a run on these data, for model cards: sample, separate,
+            convert or rollout.
 
     Raises:
         ValueError: If ``batch_size`` or ``num_workers`` is out of range.

@@ -3,15 +3,20 @@
 import json
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pydoc import locate
 from typing import Any
 
 import yaml
 
+from flowkit.checks import check_choice
 from flowkit.modules.listed import find
+from flowkit.modules.pushed import asked
+from flowkit.modules.trust import trusted
 
 WORDS = {"w2": "W2", "w2_squared": "W2²", "c2st": "C2ST"}
 SKIPPED = ("neighbors", "num_reference", "num_samples")
+DECIBELS = re.compile("si_sdr|log_mel_error|mcd|energy(_of_|$)")  # beginnings of their measures
 COUNTS = {"num_mixtures": "test mixtures", "num_pairs": "test pairs", "episodes": "episodes"}
 Record = Mapping[str, Any]
 
@@ -44,15 +49,22 @@ def card(
     parts = [_front(config, license), f"# {place.rpartition('/')[2].removeprefix('flowkit:')}"]
     if picture is not None:
         parts += ["![samples](samples.png)", picture]
-    parts += [_about(config), "## Use", _use(config, place, grids)]
+    parts += [_about(config), "## Use", _use(config, place, grids, metrics)]
     parts += ["## Numbers", _numbers(config, metrics, place), "## License", _license(license)]
     return "\n\n".join(parts) + "\n"
 
 
 def recipe_of(config: Record) -> str:
-    """Return the command that uses a model: that of its data, see `flowkit.data.SplitData`."""
-    found = find(str((config.get("data") or {}).get("_target_")))
-    return getattr(found, "recipe", "sample")
+    """Return the command that uses a model: that of its data, see `flowkit.data.SplitData`.
+
+    Raises:
+        ValueError: If the class of the data, listed or trusted, names no such command.
+    """
+    name = str((config.get("data") or {}).get("_target_"))
+    found = find(name) or (locate(name) if name in trusted() else None)
+    recipe = getattr(found, "recipe", "sample")
+    check_choice(recipe, ("sample", *USES), f"recipe of {name}")
+    return recipe
 
 
 def front_matter(about: Record) -> str:
@@ -114,28 +126,45 @@ def _about(config: Record) -> str:
     return "\n".join(f"- **{name}**: {value}" for name, value in rows.items())
 
 
-def _use(config: Record, place: str, grids: Sequence[str]) -> str:
+def _use(config: Record, place: str, grids: Sequence[str], metrics: Record | None = None) -> str:
     """Return commands and Python."""
     recipe = recipe_of(config)
     if recipe != "sample":
-        arguments = USES[recipe][1]
-        lines = [f"flowkit {recipe} run={place}", f"flowkit {recipe} run={place} {arguments}"]
-        return _lines(lines if arguments else lines[:1], place)
+        lines, arguments = [_measuring(config, place, metrics)], USES[recipe][1]
+        if arguments:  # recordings need no data, but encoders
+            encoders = (option for option in asked(config["data"]) if option.count(".") > 1)
+            lines.append(f"flowkit {recipe} run={place} {arguments}{_paths(encoders)}")
+        return _lines(lines, place)
     label = str((config.get("classes") or [""])[0])
     plain = re.fullmatch(r"[\w-]*", label)
     escaped = re.sub(r'(\\*)("|$)', lambda m: 2 * m[1] + (m[2] and r"\""), label)  # for Hydra
     chosen = f" labels=[{label}]" if plain else " " + shlex.quote(f'labels=["{escaped}"]')
     chosen = chosen if label else ""
     lines = [f"flowkit sample run={place}{chosen}"]
-    known = config.get("data") or {}
-    root = " data.root=<folder of the data>" if "???" in map(str, known.values()) else ""
-    lines += [f"flowkit evaluate run={place}{root}"] if known else []
+    lines += [_measuring(config, place, metrics)] if config.get("data") else []
     lines += [
         f"flowkit sample run={place} sampler=from_file sampler.grid.file=<folder>/{grid}"
         for grid in grids
     ]
     cond = f", cond=4 * [{json.dumps(label, ensure_ascii=False)}]" if label else ""
     return _lines(lines, place, f"\nimages = module.sample(4{cond})")
+
+
+def _measuring(config: Record, place: str, metrics: Record | None) -> str:
+    """Return the command that measures a model; a policy acts where its record says that it did."""
+    recipe = recipe_of(config)
+    if recipe == "rollout":
+        acting = {"env": "...", "task": "..."} if metrics is None else metrics["acting"]
+        given = (f"{name}={acting[name]}" for name in ("env", "task") if acting[name] is not None)
+        return " ".join([f"flowkit rollout run={place}", *given])
+    command = recipe.replace("sample", "evaluate")
+    return f"flowkit {command} run={place}{_paths(asked(config.get('data')))}"
+
+
+def _paths(options: Iterable[str]) -> str:
+    """Return options with what to give in words."""
+    words = {"data.root": "folder of the data"}
+    return "".join(f" {option}=<{words.get(option, 'path')}>" for option in options)
 
 
 def _lines(commands: Sequence[str], place: str, more: str = "") -> str:
@@ -151,10 +180,10 @@ def _lines(commands: Sequence[str], place: str, more: str = "") -> str:
 def _numbers(config: Record, metrics: Record | None, place: str) -> str:
     """Return a table of numbers, and how they were obtained."""
     if metrics is None:
-        recipe = recipe_of(config).replace("sample", "evaluate")
-        return f"Not measured. `flowkit {recipe} run={place}` measures it."
+        return f"Not measured. `{_measuring(config, place, None)}` measures it."
     found, rows = _found(metrics), []
     floors = found.get("floor") or {}
+    single = (metrics.get("sampling") or {}).get("num_samples") == 1
     for name, value in found.items():
         ends, floor = found.get(f"{name}_interval"), floors.get(name)
         if isinstance(value, Mapping) and {"value", "interval"} <= value.keys():
@@ -163,18 +192,29 @@ def _numbers(config: Record, metrics: Record | None, place: str) -> str:
             continue
         if name.endswith("_stderr"):  # stands beside its value
             continue
-        words = WORDS.get(name, name.replace("si_sdr", "SI-SDR").replace("_", " "))
-        if name == "frechet_distance":
-            words = found.get("distance_name", words)
+        if single and name.endswith("_best"):  # of one
+            continue
         interval = "" if ends is None else " to ".join(f"{end:.4g}" for end in ends)
         if (error := found.get(f"{name}_stderr")) is not None:
             interval = f"± {error:.2g}"
         mark = " (unreliable)" if name in (found.get("unreliable") or ()) else ""
         real = "" if floor is None else f"{floor:.4g}"
-        rows.append(f"| {words}{mark} | {value:.4g} | {interval} | {real} |")
-    last = "training images or points instead" if floors else ""
-    table = f"| | value | interval | {last} |\n| --- | --- | --- | --- |"
-    return "\n".join([table, *rows, "", _obtained(config, metrics)])
+        row = f"| {_named(name, found)}{mark} | {value:.4g} | {interval} |"
+        rows.append(f"{row} {real} |" if floors else row)
+    names = ["value", "interval"] + (["training images or points instead"] if floors else [])
+    head = [f"| | {' | '.join(names)} |", f"| {' | '.join(['---'] * (1 + len(names)))} |"]
+    return "\n".join([*head, *rows, "", _obtained(config, metrics)])
+
+
+def _named(name: str, found: Record) -> str:
+    """Return a measure in words, with its unit."""
+    words = WORDS.get(name, name.replace("si_sdr", "SI-SDR").replace("_", " "))
+    if name == "frechet_distance":
+        words = found.get("distance_name", words)
+    right = (found.get("judge") or {}).get("test_accuracy")  # None for reference without classes
+    if name == "class_agreement" and right is not None:
+        words += f" (judge on real test images: {right:.4g})"
+    return f"{words} (dB)" if DECIBELS.match(name) else words
 
 
 def _found(metrics: Record) -> Record:

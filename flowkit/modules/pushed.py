@@ -6,7 +6,8 @@ the form of a run's ``config.yaml``, and neither optimizer nor places of the mac
 
 import copy
 import json
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,10 +29,12 @@ FORMAT, VERSION = "flowkit", 1
 TIME = {"noise": 0, "data": 1}
 AUTOENCODER = "autoencoder"  # folder of its own network, within the pushed folder
 GIVEN_LATER = "???"  # place of data, which a shared file does not know
+PLACES = ("root", "path", "font")  # arguments of data; a relative one may be elsewhere now
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16")}
 
 KEPT = ("guidance", "image_shape", "needs_data", "num_classes", "prediction", "shape")
 OF_TRAINING = ("optimizer", "lr_scheduler", "start", "encoder")  # arguments of modules
+DATA_OF_TRAINING = ("coupling", "recognition")  # arguments of data
 CACHES = ("flowkit.data.Latents", "flowkit.data.Pairs")  # their images are elsewhere
 FIELDS: dict[str, tuple[Any, str]] = {
     "module": (dict, "a mapping"),
@@ -248,43 +251,60 @@ def _is_embedded(node: Mapping[str, Any]) -> bool:
     return by_path and not str(node.get("path")).startswith("hub:")
 
 
-def _placeless(data: Mapping[str, Any] | None) -> Config | None:
-    """Return the configuration of data without their place on this machine.
+def _placeless(node: Any, name: str = "") -> Any:
+    """Return the configuration of data without places of this machine.
 
     Caches of latents and pairs have no images of their own, so nothing of them is left.
     """
-    if data is None or data.get("_target_") in CACHES:
-        return None
-    node = {
-        name: _placeless(value) if isinstance(value, Mapping) else value
-        for name, value in data.items()
-        if name != "coupling"
-    }
-    for name in ("root", "path", "font"):
-        if (place := node.get(name)) is not None and not str(place).startswith("hub:"):
-            node[name] = GIVEN_LATER
-    return node
+    if isinstance(node, Mapping):
+        if node.get("_target_") in CACHES:
+            return None
+        kept = (item for item in node.items() if item[0] not in DATA_OF_TRAINING)
+        return {name: _placeless(value, name) for name, value in kept}
+    if isinstance(node, list):
+        return [_placeless(value) for value in node]
+    if not isinstance(node, str) or node.startswith("hub:"):
+        return node
+    return GIVEN_LATER if name in PLACES or is_place(node) else node
+
+
+def asked(data: Any) -> list[str]:
+    """Return the options that give the places which shared data do not name.
+
+    >>> asked({"images": {"root": "???"}, "query": {"path": "???"}})
+    ['data.root', 'data.query.path']
+    """
+    keys = (key for key, text in _texts(data, "data") if text == GIVEN_LATER)
+    own = rf"data\.(images\.)*({'|'.join(PLACES)})"  # for which recipes have one option
+    return list(dict.fromkeys("data.root" if re.fullmatch(own, key) else key for key in keys))
 
 
 def _check_no_place(node: Any, key: str) -> None:
-    """Require a configuration without absolute paths and paths that exist."""
+    """Require a configuration without places of this machine."""
+    for where, text in _texts(node, key):
+        if is_place(text):
+            raise ValueError(
+                f"a shared configuration must name no place of this machine, got {where}={text}; "
+                "only autoencoders in a folder are written beside the weights"
+            )
+
+
+def _texts(node: Any, key: str) -> Iterator[tuple[str, str]]:
+    """Yield all texts of a configuration, with their dotted names."""
     if isinstance(node, Mapping):
         for name, value in node.items():
-            _check_no_place(value, f"{key}.{name}")
+            yield from _texts(value, f"{key}.{name}")
     elif isinstance(node, list):
         for number, value in enumerate(node):
-            _check_no_place(value, f"{key}[{number}]")
-    elif isinstance(node, str) and (Path(node).is_absolute() or ("/" in node and exists(node))):
-        raise ValueError(
-            f"a shared configuration must name no place of this machine, got {key}={node}; "
-            "only autoencoders in a folder are written beside the weights"
-        )
+            yield from _texts(value, f"{key}[{number}]")
+    elif isinstance(node, str):
+        yield key, node
 
 
-def exists(text: str) -> bool:
-    """Return True for the path of a file or folder."""
+def is_place(text: str) -> bool:
+    """Return True for an absolute path, and for a relative one of several parts that exists."""
     try:
-        return Path(text).exists()
+        return Path(text).is_absolute() or ("/" in text and Path(text).exists())
     except OSError:  # a name that is too long
         return False
 

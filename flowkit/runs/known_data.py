@@ -5,7 +5,7 @@ they were made of.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,22 @@ FIELDS = {
     "files": (dict, "a mapping"),
 }
 Record = Mapping[str, Any]
+Places = str | Path | Mapping[str, Any] | None
 
 
 def place_of(cfg: DictConfig) -> dict[str, Any]:
     """Return the options of a recipe on the data of its run, as arguments of `Run.load`."""
-    return {"data_root": cfg.data.get("root"), "data_changed": cfg.data_changed}
+    data = {"root": cfg.data.get("root")} if "_target_" in cfg.data else cfg.data  # of other data
+    return {"data_root": dict(_given(data, "data")), "data_changed": cfg.data_changed}
+
+
+def _given(node: Mapping[Any, Any], key: str) -> Iterator[tuple[str, str]]:
+    """Yield the options with a value."""
+    for name, value in node.items():
+        if isinstance(value, Mapping):
+            yield from _given(value, f"{key}.{name}")
+        elif value is not None:
+            yield f"{key}.{name}", str(value)
 
 
 def write_data_record(folder: Path, data: SplitData, config: Any = None) -> None:

@@ -9,7 +9,7 @@ from flowkit import grids
 from flowkit.data.cache import INDEX
 from flowkit.data.pairs import RECORD as PAIRS
 from flowkit.metrics.pictures import save_picture
-from flowkit.modules.pushed import CACHES, Writer, exists
+from flowkit.modules.pushed import CACHES, Writer, is_place
 from flowkit.provenance import read_json, write_atomically
 from flowkit.runs.drawing import draw, in_words, say_plan
 from flowkit.runs.known_data import Record, read_data_record
@@ -96,10 +96,7 @@ def without_places(value: Any) -> Any:
         return {key: without_places(item) for key, item in value.items()}
     if isinstance(value, list):
         return [without_places(item) for item in value]
-    if isinstance(value, str) and "/" in value and len(value) < 4096:
-        here = Path(value).is_absolute() or exists(value)
-        return Path(value).name if here else value
-    return value
+    return Path(value).name if isinstance(value, str) and is_place(value) else value
 
 
 def picture_of(

@@ -21,10 +21,10 @@ from flowkit.modules.checkpoints import read_config
 from flowkit.modules.flow import Guidance
 from flowkit.provenance import versions
 from flowkit.rules import did_you_mean
-from flowkit.runs.known_data import read_data_record
+from flowkit.runs.known_data import Places, read_data_record
 from flowkit.runs.processes import say
 from flowkit.runs.records import weights
-from flowkit.runs.splits import stored_data
+from flowkit.runs.splits import placed, stored_data
 from flowkit.runs.starts import Starts
 from flowkit.sampling import ADAPTIVE, MeanVelocity, ODESampler, Sampler, SDESampler
 from flowkit.types import Cond
@@ -69,7 +69,7 @@ class Run:
         device: str | torch.device = "cpu",
         guidance: Guidance = None,
         trust: Sequence[str] = (),
-        data_root: str | Path | None = None,
+        data_root: Places = None,
         data_changed: str = "refuse",
     ) -> "Run":
         """Load a run or a shared model.
@@ -82,7 +82,8 @@ class Run:
             guidance: A scale or a wrapper of velocities. None takes the scale of the run's
                 configuration, 1 is no guidance.
             trust: Dotted names of your own classes in the run; see `flowkit.modules.load_run`.
-            data_root: New place of the data, if they have moved.
+            data_root: New place of the data, if they have moved, or places by their options, such
+                as ``{"data.root": "clips", "data.query.path": "encoder"}``.
             data_changed: ``"refuse"`` or ``"accept"`` data that are not those of the training.
 
         Raises:
@@ -92,11 +93,11 @@ class Run:
                 is neither listed nor trusted.
         """
         device, place, folder = usable_device(device), folder, folder_of(folder)
-        config = read_config(folder)
+        config, root = placed(read_config(folder), data_root)
         module = load_run(folder, weights=weights, trust=trust).to(device)
         scale = config.get("guidance") if guidance is None else guidance
         module.guided(scale)  # refuses a wrong scale before the work
-        return cls(folder, config, module, scale, trust, data_root, data_changed, place)
+        return cls(folder, config, module, scale, trust, root, data_changed, place)
 
     @property
     def results(self) -> Path:
@@ -238,10 +239,7 @@ class Run:
         return weights(self.module)
 
     def made_with(self, method: str) -> dict[str, Any]:
-        """Return the record of a grid or pairs: weights, solver and guidance.
-
-        Guidance 1 is recorded as None.
-        """
+        """Return the record of a grid or pairs: weights, solver and guidance, None for 1."""
         guidance = None if self.guidance == 1 else _recorded(self.guidance)
         return {"model_hash": self.weights["hash"], "method": method, "guidance": guidance}
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -19,6 +20,7 @@ from flowkit.provenance import cache_folder, cached
 from flowkit.runs.known_data import read_data_record
 from flowkit.runs.processes import say
 from flowkit.runs.run import Run
+from flowkit.runs.splits import check_given
 
 Kind = TypeVar("Kind", Mixtures, Speech)
 
@@ -38,12 +40,15 @@ def data_of(run: Run, kind: type[Kind], words: str) -> Kind:
 
     Raises:
         TypeError: If the data are of another class.
-        ValueError: If spectrogram or encoder are not those of the training.
+        ValueError: If spectrogram or encoder are not those of the training, or the encoder of a
+            shared model is not given.
     """
+    node = run.config["data"]
     with trusting(run.trust):
-        data: Any = build(run.config["data"], "data")
+        data: Any = build(node, "data")
     if not isinstance(data, kind):
         raise TypeError(f"run must be trained on {words}, got {type(data).__name__}")
+    check_given({name: part for name, part in node.items() if isinstance(part, Mapping)})
     record = read_data_record(run.folder)
     known = {} if record is None else record["preprocessing"]
     for name, value in data.hashes().items():

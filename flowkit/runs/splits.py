@@ -1,5 +1,6 @@
 """Data modules of configurations, with their splits loaded."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,9 @@ from flowkit.data.pairs import RECORD as PAIRS
 from flowkit.metrics.comparison import FEW
 from flowkit.modules.checkpoints import build
 from flowkit.modules.earlier import current
-from flowkit.modules.pushed import GIVEN_LATER
+from flowkit.modules.pushed import PLACES, asked
 from flowkit.modules.trust import trusting
-from flowkit.runs.known_data import Record, changes, classes_of, record_of
+from flowkit.runs.known_data import Places, Record, changes, classes_of, record_of
 from flowkit.runs.processes import say
 
 SINCE_RECORDS = ("flowkit.data.Folder", "flowkit.data.MaskFolder")  # by content since then
@@ -52,8 +53,10 @@ def stored_data(
     made = node.get("_target_") in ("flowkit.data.Latents", "flowkit.data.Pairs")
     moved = root is not None and any((Path(root) / name).is_file() for name in (INDEX, PAIRS))
     here = root if moved or not made else None
+    node = located(node, record, here)
+    check_given(node)
     with trusting(trust):
-        found = build(located(node, record, here), place)
+        found = build(node, place)
         data = opened(found, record, changed, "test")
     if isinstance(data, EDMLatents):
         raise ValueError(
@@ -81,6 +84,46 @@ def check_known(node: Any, folder: str | Path) -> None:
         )
 
 
+def check_given(data: Any) -> None:
+    """Require all places of data, which a shared model does not name.
+
+    Raises:
+        ValueError: If one is missing. The error holds the options that give them.
+    """
+    if missing := asked(data):
+        raise ValueError(
+            f"{' and '.join(missing)} must be given for a shared model, which holds neither its "
+            "data nor encoders of texts or voices in files of their own, got null; "
+            f"{' '.join(f'{option}=<path>' for option in missing)}"
+        )
+
+
+def placed(config: dict[str, Any], places: Places) -> tuple[dict[str, Any], Any]:
+    """Return the configuration of a run with new places in its data, and the place of the data.
+
+    Args:
+        config: The configuration.
+        places: The place of the data, or places by their options, see `flowkit.runs.Run.load`.
+
+    Raises:
+        ValueError: If the data have no such place.
+    """
+    if not isinstance(places, Mapping):
+        return config, places
+    rest = {option: place for option, place in places.items() if option != "data.root"}
+    if rest:
+        config = {**config, "data": copy.deepcopy(config["data"])}
+    for option, place in rest.items():
+        *parts, last = option.split(".")
+        node: Any = config
+        for part in parts:
+            node = node.get(part) if isinstance(node, Mapping) else None
+        if not isinstance(node, dict) or last not in node:
+            raise ValueError(f"{option} must be null for data without this place, got {place}")
+        node[last] = str(place)
+    return config, places.get("data.root")
+
+
 def as_trained(node: dict[str, Any], record: Record | None) -> dict[str, Any]:
     """Return the configuration of data with the splits of its training.
 
@@ -103,12 +146,12 @@ def located(
     record remembers, if it exists.
 
     Raises:
-        ValueError: If ``root`` is given for data without a folder.
+        ValueError: If ``root`` is given for data without a folder or file.
     """
     node = dict(node)
     if isinstance(node.get("images"), Mapping):
         return {**node, "images": located(node["images"], record, root)}
-    key = next((name for name in ("root", "path") if name in node), None)
+    key = next((name for name in PLACES if name in node), None)
     if key is None:
         if root is not None:
             raise ValueError(f"data.root must be null for data without a folder, got {root}")
@@ -116,11 +159,6 @@ def located(
     kept = None if record is None else record["root"]
     if root is not None:
         node[key] = str(root)
-    elif node[key] == GIVEN_LATER:
-        raise ValueError(
-            "data.root must be given for a shared model, which names no place of its data, got "
-            "null; data.root=<folder of the data>"
-        )
     elif kept and node[key] and not Path(str(node[key])).is_absolute() and Path(kept).is_dir():
         node[key] = kept
     return node

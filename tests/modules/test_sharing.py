@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from flowkit.autoencoders import KLAutoencoder
+from flowkit.data import Mixtures, SplitData
 from flowkit.guidance import DropCond
 from flowkit.modules import (
     BlockwiseFlowMatching,
@@ -15,7 +16,9 @@ from flowkit.modules import (
     LatentFlowMatching,
     load_run,
 )
+from flowkit.modules.card import recipe_of
 from flowkit.modules.checkpoints import build
+from flowkit.modules.trust import trusting
 from flowkit.nn import MLP, autoencoder_kl
 from flowkit.paths import Cosine, Linear
 from flowkit.sampling import ODESampler
@@ -177,3 +180,22 @@ def test_a_strange_config_of_an_autoencoder_is_refused(config, message, tmp_path
     (tmp_path / "config.json").write_text(json.dumps({**stored, **config}))
     with pytest.raises(ValueError, match=message):
         KLAutoencoder.from_pretrained(tmp_path)
+
+
+class Own(Mixtures):
+    """Own data of sounds."""
+
+
+class Strange(SplitData):
+    """Data with a command that there is not."""
+
+    recipe = "draw"
+
+
+def test_the_command_of_own_data_is_that_of_their_class():
+    own, strange = (f"{__name__}.{name}" for name in ("Own", "Strange"))
+    assert recipe_of({"data": {"_target_": own}}) == "sample"  # not imported without trust
+    with trusting([own, strange]):
+        assert recipe_of({"data": {"_target_": own}}) == "separate"
+        with pytest.raises(ValueError, match=r"of .*\.Strange must be .*, separate, got 'draw'"):
+            recipe_of({"data": {"_target_": strange}})

@@ -13,6 +13,7 @@ from flowkit.data import Digits
 from flowkit.modules import Regression, load_run
 from flowkit.provenance import tensor_hash
 from flowkit.recipes.convert import convert
+from flowkit.recipes.push import push
 from flowkit.recipes.train import train
 from flowkit.runs.learning import teach
 from tests.audio.conftest import of_place, utterance, write_place, write_vocoder
@@ -52,6 +53,21 @@ def test_training_shows_reference_source_and_sample(place):
     assert {len(wave) for wave in heard.values()} == {19 * 160, 49 * 160}
     record = json.loads((place / "run/data.json").read_text())
     assert set(record["preprocessing"]) == {"states", "speaker"}
+
+
+@pytest.mark.filterwarnings("ignore:.*sys.modules:RuntimeWarning")
+def test_a_shared_model_takes_the_encoder_of_voices(place, tmp_path, monkeypatch, capsys):
+    folder = push(composed("push", f"run={place}/run", f"to={tmp_path}/shared"))
+    text = (folder / "config.json").read_text()
+    assert str(place) not in text
+    assert "recognition" not in json.loads(text)["data"]  # of the training alone
+    asked = [f"audio={place}/source.wav", f"reference={place}/voice.wav", FAST, "sampler.grid=1"]
+    convert(composed("convert", f"run={place}/run", *asked, f"out={tmp_path}/own"))
+    shared = ["convert", f"run={folder}", *asked, f"out={tmp_path}/other"]
+    assert status_of(shared, monkeypatch) == 2
+    assert "data.speaker.path must be given for a shared model" in capsys.readouterr().err
+    assert status_of([*shared, f"data.speaker.path={place}/weights.pt"], monkeypatch) == 0
+    assert torch.equal(*(read_audio(tmp_path / f"{x}/converted.wav") for x in ("own", "other")))
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from flowkit.recipes.report import report
 from flowkit.recipes.train import train
 from flowkit.runs import Run
 from flowkit.runs.resuming import resumed
-from flowkit.runs.splits import as_trained, stored_data
+from flowkit.runs.splits import as_trained, located, placed, stored_data
 from tests.recipes.conftest import TINY, status_of
 
 OPTIONS = ["data=folder", "data.image_size=4", "data.channels=1", "data.test_fraction=0.3"]
@@ -194,6 +194,16 @@ def test_data_are_found_from_elsewhere_and_in_a_new_place(place, configure, monk
     assert resumed(cfg, overrides).data.root == "here/moved"
     with pytest.raises(ValueError, match=r"data\.root must be null for data without a folder"):
         stored_data({"_target_": "flowkit.data.Digits"}, root="x")
+
+
+def test_places_are_given_by_their_options():
+    config = {"data": {"font": "???", "query": {"path": "???"}}}
+    found, root = placed(config, {"data.root": "a", "data.query.path": "b"})
+    assert located(found["data"], None, root) == {"font": "a", "query": {"path": "b"}}
+    assert config["data"]["query"] == {"path": "???"}
+    for option in ("data.captions", "data.query.file", "data.font.path"):
+        with pytest.raises(ValueError, match=f"{option} must be null for data without this place"):
+            placed(config, {option: "x"})
 
 
 @pytest.mark.filterwarnings("ignore:.*sys.modules:RuntimeWarning")

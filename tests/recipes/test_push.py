@@ -149,7 +149,12 @@ def test_metrics_and_grids_of_these_weights_are_shared_without_places(tiny_run, 
     run = shutil.copytree(tiny_run, tmp_path / "run")
     digest = Run.load(run).weights["hash"]
     metrics = {
-        "metrics": {"frechet_distance": 2.0, "frechet_distance_interval": [1.5, 2.5]},
+        "metrics": {
+            "frechet_distance": 2.0,
+            "frechet_distance_interval": [1.5, 2.5],
+            "class_agreement": 0.9,
+            "judge": {"test_accuracy": 0.8},
+        },
         "samples": {"name": str(run)},
         "reference": {"num_samples": 180, "name": "Digits, test split"},
         "weights": {"kind": "averaged", "step": 20, "hash": digest},
@@ -165,8 +170,9 @@ def test_metrics_and_grids_of_these_weights_are_shared_without_places(tiny_run, 
     shared = json.loads((folder / "metrics.json").read_text())
     assert shared == {**metrics, "samples": {"name": "run"}}
     card = (folder / "README.md").read_text()
-    assert "| Fréchet distance | 2 | 1.5 to 2.5 |  |" not in card  # it has no other name here
-    assert "| frechet distance | 2 | 1.5 to 2.5 |  |" in card
+    assert "| Fréchet distance | 2 | 1.5 to 2.5 |" not in card  # it has no other name here
+    assert "| frechet distance | 2 | 1.5 to 2.5 |\n" in card
+    assert "| class agreement (judge on real test images: 0.8) | 0.9 |  |\n" in card
     for words in ("heun, 1 step", "guidance 1.5", "seeds 0 to 99", "180 of the reference"):
         assert words in card
     assert re.findall(r"file=<folder>/(\S+)", card) == ["grid-2.json", "grid-3.json"]
@@ -466,12 +472,12 @@ def test_places_of_this_machine_are_not_shared(tiny_run, tmp_path):
     run = shutil.copytree(tiny_run, tmp_path / "run")
     config = yaml.safe_load((run / "config.yaml").read_text())
     photos = {"_target_": "flowkit.data.Folder", "root": str(tmp_path), "image_size": 8}
-    config["data"] = {**photos, "channels": 1}
-    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    config["data"] = {**photos, "channels": 1, "more": [{"file": f"{tmp_path}/a.csv"}]}
+    (run / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     folder = pushing(f"run={run}", f"to={tmp_path / 'new'}")
     assert str(tmp_path) not in "".join(file.read_text() for file in folder.glob("*.[jm][sd]*"))
     assert "data.root=<folder of the data>" in (folder / "README.md").read_text()
-    with pytest.raises(ValueError, match=r"data.root must be given for a shared model"):
+    with pytest.raises(ValueError, match=r"data.root and data.more\[0\].file must be given for"):
         _ = Run.load(folder).data
     module = load_run(tiny_run)
     node = {**module.configuration["module"]}

@@ -1,6 +1,8 @@
 """Demonstrate, train, roll out: the record, the same starts again, and wrong settings."""
 
 import json
+import re
+import shlex
 import shutil
 from itertools import pairwise
 
@@ -13,6 +15,7 @@ from PIL import Image
 
 from flowkit import grids
 from flowkit.modules import load_run
+from flowkit.modules.card import _use
 from flowkit.modules.checkpoints import CONFIG, UNRESOLVED, load_module, read_checkpoint
 from flowkit.modules.latent_actions import load_latents
 from flowkit.recipes.boss import boss
@@ -24,7 +27,7 @@ from flowkit.runs.records import weights
 from flowkit.runs.resuming import resumed
 from flowkit.runs.training_cost import read_cost, total_cost
 from tests.conftest import CONF
-from tests.recipes.conftest import TINY
+from tests.recipes.conftest import TINY, status_of
 
 SMALL = [*TINY[2:-2], "batch_size=16", "trainer.max_steps=4", "trainer.val_check_interval=4"]
 SMALL += ["model.net.width=16", "model.net.depth=1", "model.net.heads=2", "logger.tensorboard=null"]
@@ -78,21 +81,42 @@ def test_a_rollout_is_recorded_and_repeats(run, tmp_path):
     assert json.loads((tmp_path / "a/rollout-1.json").read_text()) == record
 
 
-def test_a_shared_policy_acts_and_its_card_says_how(run, tmp_path):
+@pytest.mark.filterwarnings("ignore:.*sys.modules:RuntimeWarning")
+def test_a_shared_policy_acts_by_the_command_of_its_card(run, tmp_path, monkeypatch):
     own = shutil.copytree(run, tmp_path / "run")
+    early = push(composed("push", f"run={own}", f"to={tmp_path}/early"))
+    words = "Not measured. `flowkit rollout run=early env=... task=...` measures it."
+    assert words in (early / "README.md").read_text()
     acting = ["env=obstacle", "episodes=2", "sampler.grid=2"]
     ours = rollout(composed("rollout", f"run={own}", *acting))
     folder = push(composed("push", f"run={own}", f"to={tmp_path}/shared"))
     card = (folder / "README.md").read_text()
     low, high = ours["success"]["interval"]
     share = f"| success | {ours['success']['value']:.4g} | {low:.4g} to {high:.4g} |"
-    command = "flowkit rollout run=shared\n"
-    for part in ("pipeline_tag: robotics", command, share, "How: 2 episodes;"):
+    for part in ("pipeline_tag: robotics", share, "How: 2 episodes;"):
         assert part in card
     assert (folder / "samples.png").read_bytes() == (own / "rollout/rollout.png").read_bytes()
-    theirs = rollout(composed("rollout", f"run={folder}", *acting, f"out={tmp_path}/again"))
+    (command,) = re.findall("^flowkit (rollout .*)$", card, re.MULTILINE)
+    monkeypatch.chdir(tmp_path)
+    more = [*acting[1:], f"out={tmp_path}/again"]
+    assert status_of([*shlex.split(command), *more], monkeypatch) == 0
+    theirs = json.loads((tmp_path / "again/rollout.json").read_text())["rollout"]
     assert theirs["success"] == ours["success"]
     assert theirs["jerk"] == ours["jerk"]
+
+
+def test_a_card_names_the_task_that_was_measured():
+    config = {"data": {"_target_": "flowkit.data.Demonstrations"}}
+    text = _use(config, "x", [], {"acting": {"env": "metaworld", "task": "push-v3", "seed": 0}})
+    assert "\nflowkit rollout run=x env=metaworld task=push-v3\n" in text
+
+
+@pytest.mark.parametrize("option", ["labels=[1]", "num_samples=4", "seed=1", "batch_size=2"])
+def test_options_of_pictures_of_samples_are_refused(run, tmp_path, option):
+    words = f"{option.partition('=')[0]} must be absent for a run of flowkit rollout, where it is"
+    with pytest.raises(ValueError, match=words):
+        push(composed("push", f"run={run}", f"to={tmp_path}/shared", option))
+    assert not (tmp_path / "shared").exists()
 
 
 def test_wrong_settings_are_named(run, tiny_run, tmp_path):

@@ -1,6 +1,7 @@
 """Train on mixtures and separate: pictures, sounds, records, same results again, wrong settings."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -11,6 +12,7 @@ from hydra.utils import instantiate
 from PIL import Image
 
 from flowkit.audio import read_audio, write_audio
+from flowkit.data import CaptionedAudio
 from flowkit.modules import load_run
 from flowkit.provenance import write_json
 from flowkit.recipes.autoencoder import autoencoder
@@ -54,7 +56,11 @@ def place(tmp_path_factory):
 
 def options(folder):
     found = ["experiment=flowsep_instruments", "data=captioned_audio", *SMALL]
-    return [*found, f"data.root={folder}/clips", f"data.query.path={folder}/encoder"]
+    return [*found, *places_of(folder), f"data.query.path={folder}/encoder"]
+
+
+def places_of(folder):
+    return [f"data.root={folder}/clips", f"data.captions={folder}/clips/captions.csv"]
 
 
 def test_training_shows_spectrograms_and_sounds(place):
@@ -130,7 +136,8 @@ def test_test_mixtures_are_measured(place, tmp_path):
         assert (mixture - target).abs().max() > 1e-3
 
 
-def test_a_shared_model_separates_and_its_card_says_how(place, tmp_path):
+@pytest.mark.filterwarnings("ignore:.*sys.modules:RuntimeWarning")
+def test_a_shared_model_separates_and_its_card_says_how(place, tmp_path, monkeypatch, capsys):
     run = shutil.copytree(place / "run", tmp_path / "run")
     stray = {"metrics": {}, "weights": {"hash": Run.load(run).weights["hash"]}}
     write_json(run / "metrics.json", stray)  # of its spectrograms as pictures
@@ -140,27 +147,53 @@ def test_a_shared_model_separates_and_its_card_says_how(place, tmp_path):
     folder = push(composed("push", f"run={run}", f"to={tmp_path}/shared"))
     card = (folder / "README.md").read_text()
     assert "pipeline_tag: audio-to-audio" in card
-    assert f'flowkit separate run={folder.name} audio=mix.wav query="piano"' in card
-    assert "| SI-SDR improvement | " in card
+    assert re.findall("^flowkit separate run=shared(.*)$", card, re.MULTILINE) == [
+        " data.root=<folder of the data> data.captions=<path> data.query.path=<path>",
+        ' audio=mix.wav query="piano" data.query.path=<path>',
+    ]
+    assert "| | value | interval |\n| --- | --- | --- |\n| SI-SDR improvement (dB) | " in card
+    assert "best" not in card  # of one answer to a mixture
     assert "How: 2 test mixtures; " in card
     assert (folder / "samples.png").read_bytes() == (run / "separated/mixtures.png").read_bytes()
     assert str(tmp_path) not in (folder / "config.json").read_text()
     assert str(place) not in (folder / "config.json").read_text()
 
     asked = [f"audio={place}/mix.wav", "query=loud violin", "sampler.grid=2"]
-    config = json.loads((folder / "config.json").read_text())
-    assert config["data"]["query"]["path"] == config["data"]["root"] == "???"
-    config["data"]["query"]["path"] = str(place / "encoder")
-    write_json(folder / "config.json", config)
+    separate(composed("separate", f"run={run}", *asked, f"out={tmp_path}/own"))
+    shared = ["separate", f"run={folder}", f"out={tmp_path}/other"]
+    encoder = f"data.query.path={place}/encoder"
+    for given, missing in (
+        (asked, "data.query.path"),
+        (["num_mixtures=2", encoder], "data.root and data.captions"),
+    ):
+        assert status_of([*shared, *given], monkeypatch) == 2
+        words = f"error: {missing} must be given for a shared model, which holds neither its data"
+        assert capsys.readouterr().err.startswith(words)
+    assert status_of([*shared, *asked, encoder], monkeypatch) == 0
+    assert torch.equal(*(read_audio(tmp_path / f"{x}/separated.wav") for x in ("own", "other")))
+    measured = [*places_of(place), encoder, "sampler.grid=1", "num_mixtures=2"]
+    assert status_of([*shared, *measured], monkeypatch) == 0
     ours, theirs = (
-        separate(composed("separate", f"run={name}", f"out={tmp_path}/{k}", *asked))
-        for k, name in enumerate((folder, run))
+        json.loads(file.read_text())["metrics"]
+        for file in (tmp_path / "other/mixtures.json", folder / "metrics.json")
     )
-    assert torch.equal(ours, theirs)
+    assert ours == theirs
 
     again = push(composed("push", f"run={folder}", f"to={tmp_path}/again"))
     assert (again / "metrics.json").read_bytes() == (folder / "metrics.json").read_bytes()
     assert (again / "samples.png").read_bytes() == (folder / "samples.png").read_bytes()
+
+
+class Own(CaptionedAudio):
+    """Own data of sounds."""
+
+
+def test_own_data_of_sounds_have_the_card_of_sounds(place, tmp_path):
+    run, name = shutil.copytree(place / "run", tmp_path / "run"), f"{__name__}.Own"
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("flowkit.data.CaptionedAudio", name))
+    folder = push(composed("push", f"run={run}", f"to={tmp_path}/shared", f"trust=[{name}]"))
+    assert "pipeline_tag: audio-to-audio" in (folder / "README.md").read_text()
 
 
 def test_samples_take_the_mixtures_of_the_test_split(place, tmp_path):
