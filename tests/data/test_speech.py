@@ -128,6 +128,16 @@ def test_pairs_are_of_two_voices_and_know_the_truth():
     assert pairs[:9] == split.pairs(9)
     assert len({(p.source, p.reference) for p in pairs}) > 30
 
+    name = utterances.names[1]
+    chosen = split.pairs(30, [name])
+    assert {utterances.speakers[pair.reference] for pair in chosen} == {1}
+    assert {utterances.speakers[pair.source] for pair in chosen} == {*utterances.speakers} - {1}
+    assert split.pairs(9, utterances.names) == pairs[:9]
+    with pytest.raises(ValueError, match=f"each of targets must be .*{name}.*, got 'nobody'"):
+        split.pairs(1, [name, "nobody"])
+    with pytest.raises(ValueError, match="number of targets must be at least 1, got 0"):
+        split.pairs(1, [])
+
     class Unknown(Tones):
         texts = (None,) * 12
 
