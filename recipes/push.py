@@ -14,6 +14,7 @@ flowkit sample run=hub:owner/name
 
 import json
 from pathlib import Path
+from typing import Any
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
@@ -102,7 +103,7 @@ def check_options(cfg: DictConfig, recipe: str) -> None:
     Raises:
         ValueError: If there is one.
     """
-    defaults = OmegaConf.load(CONF / "push.yaml")
+    defaults: Any = OmegaConf.load(CONF / "push.yaml")
     for name in OF_DRAWN if recipe != "sample" else ():
         if cfg[name] != defaults[name]:
             raise ValueError(
