@@ -18,7 +18,8 @@ from flowkit.modules.checkpoints import (
 )
 from flowkit.modules.logs import LOSSES
 from flowkit.modules.trust import check, trusting
-from flowkit.rules import NAMED, keys_of, no_such_option
+from flowkit.places import no_such_option
+from flowkit.rules import NAMED, keys_of
 from flowkit.runs.known_data import read_data_record
 from flowkit.runs.splits import as_trained, located
 
