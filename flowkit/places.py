@@ -1,5 +1,6 @@
 """Files, folders and choices that a command line names."""
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,6 +38,16 @@ def check_exist(places: Sequence[str | Path], key: str) -> None:
     if absent := [str(place) for place in places if not Path(place).exists()]:
         listed = ", ".join(absent)
         raise FileNotFoundError(f"{key} must be files or folders that exist, got no {listed}")
+
+
+def shown(place: Path) -> Path:
+    """Return a path as it is printed: relative to the working folder, if it lies there.
+
+    >>> shown(Path.cwd() / "runs" / "a"), shown(Path("runs/a"))
+    (PosixPath('runs/a'), PosixPath('runs/a'))
+    """
+    whole = Path(os.path.abspath(place))
+    return whole.relative_to(Path.cwd()) if whole.is_relative_to(Path.cwd()) else whole
 
 
 def choice_of_group(recipe: str, argument: str) -> str:
