@@ -37,7 +37,8 @@ def find_checkpoint(resume: Path) -> Path:
     if NAMED.fullmatch(str(resume)) or is_pushed(resume):
         raise ValueError(
             f"resume must be a run folder or a checkpoint, got the shared model {resume}, which "
-            "holds no optimizer; flows that start from it take it as module.start="
+            "holds no optimizer; module=mean_flow, straightening or blockwise start from it by "
+            "module.start="
         )
     file = newest_checkpoint(resume) if resume.is_dir() else resume
     if file is None or not file.is_file():

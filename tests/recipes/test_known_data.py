@@ -205,7 +205,9 @@ def test_a_resumed_command_finds_its_data_in_a_new_place(place, monkeypatch, cap
     assert status_of(words, monkeypatch) == 2
     assert "data.root=" in capsys.readouterr().err
     assert status_of([*words, "data.root=moved"], monkeypatch) == 0
-    assert "run       run" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "resuming  run from step " in out
+    assert "run       run" in out
 
 
 def test_blocks_of_a_run_find_its_data_in_a_new_place(place, configure):
