@@ -17,14 +17,20 @@ import flowkit.recipes
 from flowkit import __version__
 from flowkit.errors import ErrorInALine, errors_to_us, is_hydras
 from flowkit.hub import check_name, results_of
-from flowkit.places import FILES, check_exist, check_writable, choice_of_group, files_as_option
+from flowkit.places import (
+    FILES,
+    check_exist,
+    check_writable,
+    choice_of_group,
+    files_as_option,
+    no_such_option,
+)
 from flowkit.rules import (
     CONF,
     check,
     did_you_mean,
     fits,
     keys_of,
-    no_such_option,
     rules_of,
 )
 from flowkit.stopping import stops_in_a_line
@@ -318,16 +324,12 @@ def _composed(recipe: str, overrides: list[str]) -> Any:
                 raise ValueError(f"{key} must be added with a plus sign, as +{key}=...") from error
             rest = [o for o in overrides if o.lstrip("+~").partition("=")[0] != unknown[1]]
             known = keys_of(cast(Any, OmegaConf.to_container(compose(recipe, rest))))
-            raise ValueError(no_such_option(key, [*known, *_groups()])) from error
+            groups = [name for top, name in rules_of(recipe) if not top and (CONF / name).is_dir()]
+            raise ValueError(no_such_option(key, [*known, *groups])) from error
         if not is_hydras(error):
             text = " ".join(overrides)
             raise ValueError(f"options must be name=value, got {text}: {error}") from error
         raise
-
-
-def _groups() -> list[str]:
-    """Return the names of all groups."""
-    return [file.name for file in CONF.iterdir() if file.is_dir()]
 
 
 def check_former(recipe: str, overrides: list[str]) -> None:

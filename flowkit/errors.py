@@ -13,7 +13,8 @@ from types import TracebackType
 from typing import Any
 
 from flowkit import recipes
-from flowkit.rules import did_you_mean, no_such_option
+from flowkit.places import no_such_option
+from flowkit.rules import did_you_mean
 
 OURS = (Path(__file__).parent, Path(recipes.__path__[0]))
 FULL_ERROR = "HYDRA_FULL_ERROR"  # variable of the environment

@@ -97,7 +97,7 @@ def interpolate(
     module: Any,
     seeds: Sequence[int],
     steps: int = 8,
-    cond: Cond | Sequence[str] = None,
+    cond: Cond | Sequence[str | int] = None,
     sampler: Sampler | None = None,
     guidance: Any = None,
 ) -> Tensor:
@@ -107,7 +107,8 @@ def interpolate(
         module: A trained `flowkit.modules.FlowModule`, for example of `load_run`.
         seeds: The seeds of the two samples.
         steps: Number of samples, both ends included, at least 2.
-        cond: Condition of all samples ``(1, *)``, one for each ``(steps, *)``, or names of classes.
+        cond: Condition of all samples ``(1, *)``, one for each ``(steps, *)``, or a
+            list of names or of labels of classes.
         sampler: The solver; by default the module's own.
         guidance: Scale of classifier-free guidance, or a wrapper of velocities.
 
@@ -121,8 +122,7 @@ def interpolate(
     start, end = seeded_noise(module.sample_shape, as_seeds(seeds, 2))
     noise = slerp(start, end, torch.linspace(0, 1, steps))
     noise[0], noise[-1] = start, end
-    if isinstance(cond, Sequence):
-        cond = module.as_cond(cond)
+    cond = module.as_cond(cond)
     if isinstance(cond, Tensor):
         cond = cond.expand(steps, *cond.shape[1:])
     return module.autoencoder.decode(module.solve(noise, sampler, cond, guidance).x)
@@ -133,7 +133,7 @@ def animate(
     module: Any,
     file: str | Path,
     num_samples: int = 10,
-    cond: Cond | Sequence[str] = None,
+    cond: Cond | Sequence[str | int] = None,
     seeds: Sequence[int] | Tensor | None = None,
     sampler: Sampler | None = None,
     guidance: Any = None,
@@ -146,7 +146,7 @@ def animate(
         module: A trained `flowkit.modules.FlowModule` of images.
         file: The GIF file, in a folder that exists.
         num_samples: Number of samples, at least 1.
-        cond: Conditions ``(num_samples, *)``, or names of classes.
+        cond: Conditions ``(num_samples, *)``, or a list of names or of labels of classes.
         seeds: One seed per sample; by default 0, 1, 2, …
         sampler: The solver, whose grid gives the frames; by default the module's own.
         guidance: Scale of classifier-free guidance, or a wrapper of velocities.

@@ -1,11 +1,12 @@
 """Files, folders and choices that a command line names."""
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryFile
 
-from flowkit.rules import CONF, did_you_mean, rules_of
+from flowkit.rules import CONF, did_you_mean, keys_of, rules_of
 
 FILES = {"explain": "records", "table": "runs"}  # recipes whose arguments without a name are files
 
@@ -37,6 +38,16 @@ def check_exist(places: Sequence[str | Path], key: str) -> None:
     if absent := [str(place) for place in places if not Path(place).exists()]:
         listed = ", ".join(absent)
         raise FileNotFoundError(f"{key} must be files or folders that exist, got no {listed}")
+
+
+def shown(place: Path) -> Path:
+    """Return a path as it is printed: relative to the working folder, if it lies there.
+
+    >>> shown(Path.cwd() / "runs" / "a"), shown(Path("runs/a"))
+    (PosixPath('runs/a'), PosixPath('runs/a'))
+    """
+    whole = Path(os.path.abspath(place))
+    return whole.relative_to(Path.cwd()) if whole.is_relative_to(Path.cwd()) else whole
 
 
 def choice_of_group(recipe: str, argument: str) -> str:
@@ -74,6 +85,42 @@ def no_such_place(key: str, value: str, group: str) -> str:
         f"{key} must be a file or folder that exists, or one of {', '.join(choices)}, got "
         f"{value}{fix}"
     )
+
+
+def no_such_option(key: str, known: list[str]) -> str:
+    """Return the message for an option that does not exist, with those that may be meant.
+
+    Args:
+        key: The option.
+        known: The options that exist in this command, with the classes of its parts.
+    """
+    options = [name for name in known if not name.endswith("_target_")]
+    if key in ("steps", "sampler.steps") and "sampler.grid" in options:
+        fix = "; the number of steps is sampler.grid"
+    elif choices := _with_option(key, known):
+        fix = f"; it belongs to {choices}"
+    else:
+        fix = did_you_mean(key, options, "; see --help")
+    return f"option must exist, got {key}{fix}"
+
+
+def _with_option(key: str, known: list[str]) -> str:
+    """Return the choices of a group that have an option, in words; nothing if there are none.
+
+    >>> _with_option("sampler.rtol", ["sampler", "sampler._target_"])
+    'sampler=bosh3, dopri5 or dopri8'
+    """
+    import yaml
+
+    group, _, option = key.partition(".")
+    inside = [name for name in known if name.startswith(f"{group}.")]
+    settings = inside and not any(name.endswith("._target_") for name in inside)
+    if group not in known or settings or not option:
+        return ""
+    files = {choice: CONF / group / f"{choice}.yaml" for choice in choices_of(group)}
+    names = [c for c, f in files.items() if option in keys_of(yaml.safe_load(f.read_text()) or {})]
+    listed = " or ".join([", ".join(names[:-1])] * (len(names) > 1) + names[-1:])
+    return f"{group}={listed}" if names else ""
 
 
 def check_writable(folder: Path, key: str, fix: str = "") -> None:

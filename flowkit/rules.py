@@ -179,7 +179,10 @@ def check(recipe: str, config: Mapping[str, Any]) -> None:
         if value == MISSING:
             raise ValueError(f"{key} must be given, as {key}=...")
         if ("", key) not in rules and "." not in key and f"${{{key}" not in text:
-            raise ValueError(no_such_option(key, [name for top, name in rules if not top]))
+            known = [name for top, name in rules if not top and "." not in name]
+            raise ValueError(
+                f"option must exist, got {key}{did_you_mean(key, known, '; see --help')}"
+            )
         if rule and not fits(rule, value):
             raise ValueError(
                 f"{key} must be {_in_words(rule)}, got {_shown(value)}{_fix(rule, value)}"
@@ -198,19 +201,16 @@ def keys_of(node: Mapping[str, Any], place: str = "") -> Iterator[str]:
             yield from keys_of(value, f"{place}{name}.")
 
 
-def no_such_option(key: str, known: list[str]) -> str:
-    """Return the message for an option that does not exist, with the nearest one that does."""
-    return f"option must exist, got {key}{did_you_mean(key, known, '; see --help')}"
-
-
 def did_you_mean(name: str, known: list[str], otherwise: str = "") -> str:
-    """Return a question with the nearest known name, if one is near.
+    """Return a question with the nearest known name, or with names that it is a word of.
 
-    >>> did_you_mean("eular", ["euler", "heun"])
-    '; did you mean euler?'
+    >>> did_you_mean("eular", ["euler", "heun"]), did_you_mean("ot", ["gibbs", "minibatch_ot"])
+    ('; did you mean euler?', '; did you mean minibatch_ot?')
     """
-    near = get_close_matches(name, known, 1)
-    return f"; did you mean {near[0]}?" if near else otherwise
+    parts = [one for one in known if name and name in re.split(r"[_.]", one)]
+    parts = sorted(parts, key=lambda one: one.rpartition(".")[2] != name)  # optimizer.lr for lr
+    near = get_close_matches(name, known, 1) or parts
+    return f"; did you mean {' or '.join(near[:3])}?" if near else otherwise
 
 
 def _values(

@@ -1,11 +1,12 @@
 """The velocity of a flow, and the protocol between a velocity and one solve."""
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from flowkit.checks import check_cond
+from flowkit.checks import check_cond, check_same_shape
 from flowkit.types import Cond
 
 
@@ -133,8 +134,9 @@ def bind(velocity: Velocity, cond: Cond = None, grid: Tensor | None = None) -> B
             outside of a solve.
 
     Raises:
-        TypeError: If the velocity, or what its ``bind`` returns, cannot be called; if ``cond`` is
-            not None, a tensor or tensors by name; if ``edges`` are not numbers.
+        TypeError: If the velocity, or what its ``bind`` returns, cannot be called as
+            ``velocity(x, t, cond)``; if ``cond`` is not None, a tensor or tensors by name; if
+            ``edges`` are not numbers.
         ValueError: If its ``edges`` do not lie in [0, 1].
 
     >>> import torch
@@ -155,7 +157,48 @@ def bind(velocity: Velocity, cond: Cond = None, grid: Tensor | None = None) -> B
         )
     if isinstance(bound, BoundVelocity):
         return bound
+    _check_signature(bound)
     return BoundVelocity(bound, prepared=offered is not None)
+
+
+def check_result(v: object, x: Tensor) -> None:
+    """Require that what a velocity returned at the states ``x`` is a tensor of their shape.
+
+    Raises:
+        TypeError: If it is no tensor.
+        ValueError: If its shape is another.
+    """
+    if not isinstance(v, Tensor):
+        raise TypeError(
+            f"velocity(x, t, cond) must return a tensor of the shape of x, {tuple(x.shape)}, got "
+            f"{type(v).__name__}; return the tensor alone, "
+            "as lambda x, t, cond: v(x, t, cond)[0]"
+        )
+    check_same_shape(v, x, ("velocity(x, t, cond)", "x"))
+
+
+def _check_signature(velocity: Velocity) -> None:
+    """Refuse a velocity that does not take ``(x, t, cond)``; one that does not tell may be right.
+
+    Hooks may change the arguments of a module, and a decorator those of what it wraps.
+    """
+    called: Any = velocity
+    if isinstance(velocity, nn.Module) and type(velocity).__call__ is nn.Module.__call__:
+        if velocity._forward_pre_hooks:
+            return
+        called = velocity.forward
+    try:
+        signature = inspect.signature(called, follow_wrapped=False)
+    except (TypeError, ValueError):
+        return
+    try:
+        signature.bind("x", "t", "cond")
+    except TypeError as error:
+        name = getattr(velocity, "__name__", type(velocity).__name__)
+        raise TypeError(
+            f"velocity must be callable as velocity(x, t, cond), got {name}{signature}; wrap it, "
+            "such as lambda x, t, cond: v(x, t)"
+        ) from error
 
 
 def _times(edges: Sequence[float]) -> tuple[float, ...]:

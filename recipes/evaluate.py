@@ -21,6 +21,7 @@ from typing import Any
 
 import hydra
 import torch
+from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning.fabric import Fabric
 from omegaconf import DictConfig, OmegaConf
@@ -106,7 +107,7 @@ def check_options(cfg: DictConfig) -> None:
     given, kind = (OF_SAMPLES, "run") if cfg.samples is None else (OF_RUNS, "samples")
     for name, default in given.items():
         if cfg[name] != default:
-            value = "data" if OmegaConf.is_dict(cfg[name]) else cfg[name]
+            value = _as_given(name, cfg[name])
             raise ValueError(f"{name} must be absent with {kind}=, where it is unused, got {value}")
     if cfg.samples is not None:
         auto = OmegaConf.load(CONF / "sampler" / "auto.yaml")
@@ -116,6 +117,14 @@ def check_options(cfg: DictConfig) -> None:
             raise ValueError(
                 f"sampler must be absent with samples=, where it is unused, got {', '.join(own)}"
             )
+
+
+def _as_given(name: str, value: Any) -> Any:
+    """Return the value of an option as the command has it: data by the name of their choice."""
+    if not OmegaConf.is_dict(value):
+        return value
+    choices = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
+    return choices.get(f"data@{name}") or value.get("_target_", "data")
 
 
 # --- a run ------------------------------------------------------------------------------------

@@ -21,12 +21,13 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from flowkit.metrics.pictures import save_picture
+from flowkit.modules.card import recipe_of
 from flowkit.places import check_writable
 from flowkit.runs import Run
 from flowkit.runs.drawing import draw_parts, say_plan, start
 from flowkit.runs.known_data import place_of
 from flowkit.runs.parts import Parts, hash_of
-from flowkit.runs.processes import launch
+from flowkit.runs.processes import launch, say
 from flowkit.runs.records import recording
 from flowkit.runs.starts import choose_labels, choose_samples, given_source
 from flowkit.runs.written import (
@@ -52,6 +53,9 @@ def sample(cfg: DictConfig) -> Tensor:
     """
     fabric = launch(cfg)
     run = Run.load(cfg.run, cfg.weights, fabric.device, cfg.guidance, cfg.trust, **place_of(cfg))
+    if (recipe := recipe_of(run.config)) != "sample":
+        does = f"is made to {recipe.replace('rollout', 'act')}, and samples alone say little of it"
+        say(f"advice    {run.place} {does}; its command: flowkit {recipe} run={run.place}")
     folder = Path(cfg.out) if cfg.out else run.results / "drawn"
     check_writable(folder, "out")
     run.reuse_features(cfg.feature_mode, cfg.tolerance, cfg.seed, cfg.seeding)

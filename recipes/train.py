@@ -49,6 +49,7 @@ from flowkit.modules.checkpoints import (
 from flowkit.modules.flow import brings_start
 from flowkit.modules.sharding import even_validation, shard_if_asked
 from flowkit.modules.trust import check, trusting
+from flowkit.places import shown
 from flowkit.provenance import write_text
 from flowkit.runs.epochs import count_in_steps
 from flowkit.runs.known_data import record_of, write_data_record
@@ -102,6 +103,8 @@ def _train(cfg: DictConfig) -> FlowModule | LatentActions:
     state = None if checkpoint is None else continued(checkpoint)
     ended = _ended(cfg, checkpoint, state)
     _refuse_overwriting(folder, checkpoint, cfg.resume)
+    if checkpoint is not None and state is not None:
+        say(f"resuming  {shown(folder_of(checkpoint))} from step {state['global_step']:,}")
     seed_everything(cfg.seed, workers=True, verbose=False)
     origin = cfg.get("run") if checkpoint is None else folder_of(checkpoint)
     data = opened(instantiate(cfg.data), record_of(origin), cfg.data_changed)
@@ -148,7 +151,7 @@ def _train(cfg: DictConfig) -> FlowModule | LatentActions:
             if fresh and trainer.is_global_zero and trainer.global_step == 0:
                 _empty(folder)  # a training that could not start
             raise
-    say(f"run       {folder}")
+    say(f"run       {shown(folder)}")
     _report(trainer)
     return module
 

@@ -159,9 +159,20 @@ def test_conditions_may_be_the_names_of_classes(tmp_path):
     module.sample_shape, module.class_names = (1, 4, 4), ["cat", "dog", "owl"]
     given = module.sample(3, cond=["owl", "cat", "owl"], seeds=range(3))
     assert torch.equal(given, module.sample(3, cond=torch.tensor([2, 0, 2]), seeds=range(3)))
+    assert torch.equal(given, module.sample(3, cond=[2, np.int64(0), 2], seeds=range(3)))
     way = interpolate(module, [0, 1], 4, cond=["dog"])
     assert torch.equal(way, interpolate(module, [0, 1], 4, cond=torch.ones(4).long()))
     animate(module, tmp_path / "a.gif", 2, cond=["dog", "owl"], sampler=ODESampler(2))
     message = "cond must name classes of the module, got cta; did you mean cat?"
     with pytest.raises(ValueError, match=re.escape(message)):
         module.sample(1, cond=["cta"])
+    for cond, got in (
+        ("dog", "got 'dog'; write ['dog']"),
+        (1, "got 1; write [1]"),
+        (["dog", 1], "got a list of int and str"),
+        ([0.5], "got a list of float"),
+        ([True], "got a list of bool"),
+        ([], "got a list of nothing"),
+    ):
+        with pytest.raises(TypeError, match=re.escape(f"or a list of labels, {got}") + "$"):
+            module.sample(1, cond=cond)

@@ -1,5 +1,7 @@
 """The protocol of one solve: every subset of what a velocity may offer, through everything."""
 
+import functools
+import re
 from itertools import chain, combinations, pairwise
 from types import SimpleNamespace
 
@@ -305,6 +307,46 @@ def test_a_bind_that_returns_no_velocity_is_refused():
 
     with pytest.raises(TypeError, match="bind of Forgets must return a velocity, got NoneType"):
         ODESampler(2)(Forgets(), x0())
+
+
+def two_arguments(x, t):
+    return -x
+
+
+@pytest.mark.parametrize(
+    ("velocity", "found"),
+    [(two_arguments, "two_arguments(x, t)"), (nn.Linear(2, 2), "Linear(input: torch.Tensor)")],
+)
+def test_a_velocity_must_take_state_time_and_condition(velocity, found):
+    message = re.escape(f"velocity must be callable as velocity(x, t, cond), got {found}")
+    for called in (velocity, ClassifierFree(velocity, 2.0, null=0)):
+        with pytest.raises(TypeError, match=message):
+            ODESampler(2)(called, x0(), torch.tensor([1, 2, 1]))
+
+
+def test_a_velocity_may_hide_its_arguments():
+    @functools.wraps(two_arguments)
+    def wrapped(*arguments):
+        return two_arguments(*arguments[:2])
+
+    hooked = nn.Linear(2, 2)
+    hooked.register_forward_pre_hook(lambda _, arguments: arguments[:1])
+    for velocity in (wrapped, hooked, functools.partial(lambda k, x, t, c: k * x, -1)):
+        assert ODESampler(2)(velocity, x0()).shape == x0().shape
+
+
+@pytest.mark.parametrize("method", ["euler", "dopri5", "bosh3"])
+def test_a_velocity_must_return_a_tensor(method):
+    with pytest.raises(TypeError, match=r"must return a tensor of the shape of x, .*, got tuple;"):
+        ODESampler(2, method)(lambda x, t, cond: (x, t), x0())
+
+
+def test_errors_within_a_velocity_stay_as_they_are():
+    def fails(x, t, cond):
+        return two_arguments(x, t, cond)
+
+    with pytest.raises(TypeError, match="takes 2 positional arguments but 3 were given"):
+        ODESampler(2)(fails, x0())
 
 
 @pytest.mark.parametrize(

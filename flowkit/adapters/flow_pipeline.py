@@ -91,6 +91,13 @@ class FlowPipeline(DiffusionPipeline):
                 "class_labels must be given exactly for a network with classes, got "
                 f"{class_labels} for {config.num_classes} classes"
             )
+        if class_labels is not None:
+            wrong = [k for k in map(int, class_labels) if not 0 <= k <= config.num_classes]
+            if wrong:
+                raise ValueError(
+                    f"class_labels must lie in [0, {config.num_classes - 1}], or be "
+                    f"{config.num_classes} for no label, got {wrong}"
+                )
         count = batch_size if class_labels is None else len(class_labels)
         if noise is None:
             noise = torch.randn(count, *config.state_shape, generator=generator)

@@ -110,8 +110,8 @@ def check_root(root: Path) -> None:
         raise NotADirectoryError(f"root must be a folder, got the file {root}; {fix}")
     if not root.is_dir():
         raise FileNotFoundError(
-            f"root must be a folder, got {root}; a relative path counts from {Path.cwd()}, and "
-            "data.root= names a new place"
+            f"root must be a folder, got {root}; a relative path counts from {Path.cwd()}; "
+            "give the folder of the data as data.root="
         )
 
 

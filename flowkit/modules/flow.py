@@ -1,8 +1,9 @@
 """The superclass of all Lightning modules of flows: optimizer, sampling and checkpoints."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from numbers import Integral
 from typing import Any, ClassVar, cast
 
 import torch
@@ -123,7 +124,7 @@ class FlowModule(Shared, ExactResume, frozen=("autoencoder",)):
         self,
         num_samples: int,
         sampler: Sampler | None = None,
-        cond: Cond | Sequence[str] = None,
+        cond: Cond | Sequence[str | int] = None,
         seeds: Sequence[int] | Tensor | None = None,
         guidance: Guidance = None,
     ) -> Tensor:
@@ -132,7 +133,8 @@ class FlowModule(Shared, ExactResume, frozen=("autoencoder",)):
         Args:
             num_samples: Number of samples, at least 1.
             sampler: The solver; by default 25 Heun steps, or 4 Euler steps of a mean flow.
-            cond: Conditions of the samples, ``(num_samples, *)``, or the names of their classes.
+            cond: Conditions of the samples, ``(num_samples, *)``, or a list of the names
+                or the labels of their classes.
             seeds: One seed per sample. The seed fixes the noise of its sample in any batch. With
                 None, seeds are drawn, all different.
             guidance: The scale of classifier-free guidance, or any function that wraps the
@@ -165,7 +167,7 @@ class FlowModule(Shared, ExactResume, frozen=("autoencoder",)):
         self,
         x0: Tensor,
         sampler: Sampler | None = None,
-        cond: Cond | Sequence[str] = None,
+        cond: Cond | Sequence[str | int] = None,
         guidance: Guidance = None,
         *,
         return_path: bool = False,
@@ -212,24 +214,16 @@ class FlowModule(Shared, ExactResume, frozen=("autoencoder",)):
         like = next((p for p in weights if p.is_floating_point()), x)
         return x.to(self.device, like.dtype)
 
-    def as_cond(self, cond: Cond | Sequence[str]) -> Cond:
-        """Return a condition on the device of the module. Names of classes become their labels.
+    def as_cond(self, cond: Cond | Sequence[str | int]) -> Cond:
+        """Return a condition on the device of the module, of a list of classes their labels.
 
         Raises:
-            TypeError: If ``cond`` is neither tensors nor names.
+            TypeError: If ``cond`` is neither tensors, nor a list of names or of labels.
             ValueError: If the module has no class of a name.
         """
-        if isinstance(cond, list | tuple) and all(isinstance(name, str) for name in cond):
-            classes = self.class_names or []
-            for name in cond:
-                if name not in classes:
-                    known = f"; classes are {', '.join(classes[:20])}" if classes else ""
-                    raise ValueError(
-                        f"cond must name classes of the module, got {name}"
-                        f"{did_you_mean(name, classes, known)}"
-                    )
-            cond = torch.tensor([classes.index(name) for name in cond])
-        return to_device(cast(Cond, cond), self.device)
+        if not isinstance(cond, Tensor | Mapping | None):
+            cond = torch.tensor(_labels(cond, self.class_names or []))
+        return to_device(cond, self.device)
 
     def guided(self, guidance: Guidance) -> Velocity:
         """Return the module's velocity under guidance; see `sample`.
@@ -310,6 +304,32 @@ def brings_start(batch: Batch, data: Any) -> bool:
         return True
     labels = labels_of(batch, getattr(data, "num_classes", None))
     return batch.get("cond") is not None and labels is None
+
+
+def _labels(classes: Sequence[str | int], known: list[str]) -> list[int]:
+    """Return the labels of a list of classes: their places among ``known``, or labels as given."""
+    listed = isinstance(classes, list | tuple) and len(classes) > 0
+    if listed and all(isinstance(one, Integral) and type(one) is not bool for one in classes):
+        return [int(one) for one in classes]
+    if not (listed and all(isinstance(one, str) for one in classes)):
+        kinds = sorted({type(one).__name__ for one in classes}) if listed else ["nothing"]
+        got = (
+            f"a list of {' and '.join(kinds)}"
+            if isinstance(classes, list | tuple)
+            else repr(classes)
+        )
+        fix = f"; write [{classes!r}]" if isinstance(classes, str | int) else ""
+        raise TypeError(
+            "cond must be a tensor, tensors by name, a list of names of classes or a list of "
+            f"labels, got {got}{fix}"
+        )
+    for name in cast(Any, classes):
+        if name not in known:
+            fix = f"; classes are {', '.join(known[:20])}" if known else ""
+            raise ValueError(
+                f"cond must name classes of the module, got {name}{did_you_mean(name, known, fix)}"
+            )
+    return [known.index(name) for name in cast(Any, classes)]
 
 
 def _sizes(cond: Cond) -> dict[str, int]:

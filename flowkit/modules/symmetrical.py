@@ -178,7 +178,7 @@ class SymmetricalFlowMatching(FlowModule):
         self,
         x0: Tensor,
         sampler: Sampler = None,
-        cond: Cond | Sequence[str] = None,
+        cond: Cond | Sequence[str | int] = None,
         guidance: Guidance = None,
         *,
         return_path: bool = False,

@@ -185,8 +185,8 @@ def _about(
 
 
 CONVENTIONS = (
-    "noise is standard normal; numbers of images lie in [-1, 1]; the time inside runs from 0 at "
-    "noise to 1 at data, and the network predicts data - noise",
+    "noise is standard normal; numbers of images lie about in [-1, 1]: clamp before you save them; "
+    "the time inside runs from 0 at noise to 1 at data, and the network predicts data - noise",
     "noise is standard normal; sigma = 1 - t falls from 1 at noise to 0 at data, and the scheduler "
     "gets noise - data; the network itself predicts data - noise at the time "
     "time_scale * (1 - sigma), and pipeline.py turns both round",

@@ -18,7 +18,8 @@ from flowkit.modules.checkpoints import (
 )
 from flowkit.modules.logs import LOSSES
 from flowkit.modules.trust import check, trusting
-from flowkit.rules import NAMED, keys_of, no_such_option
+from flowkit.places import no_such_option
+from flowkit.rules import NAMED, keys_of
 from flowkit.runs.known_data import read_data_record
 from flowkit.runs.splits import as_trained, located
 
@@ -36,7 +37,8 @@ def find_checkpoint(resume: Path) -> Path:
     if NAMED.fullmatch(str(resume)) or is_pushed(resume):
         raise ValueError(
             f"resume must be a run folder or a checkpoint, got the shared model {resume}, which "
-            "holds no optimizer; flows that start from it take it as module.start="
+            "holds no optimizer; module=mean_flow, straightening or blockwise start from it by "
+            "module.start="
         )
     file = newest_checkpoint(resume) if resume.is_dir() else resume
     if file is None or not file.is_file():

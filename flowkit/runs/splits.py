@@ -188,6 +188,11 @@ def opened(
     now = None if record is None else data.record()
     if record is None or now is None or not (told := "; ".join(changes(record, now))):
         return data
+    if (data.num_classes or 0) > (record["num_classes"] or 0):
+        raise ValueError(
+            f"data must have no other classes than the run, {classes_of(record)}, got "
+            f"{classes_of(now)}; take the others away, or train anew"
+        )
     if changed == "refuse":
         raise ValueError(
             f"data must be those of the run's training, got {told}; if this is right: "
@@ -196,11 +201,6 @@ def opened(
     say(f"data      changed since the training: {told}")
     say("data      no number of before can be compared with those of now: classifier, floor and")
     say("          test images follow the data")
-    if (data.num_classes or 0) > (record["num_classes"] or 0):
-        raise ValueError(
-            f"data must have no other classes than the run, {classes_of(record)}, got "
-            f"{classes_of(now)}; take the others away, or train anew"
-        )
     data.changes = told
     return data
 

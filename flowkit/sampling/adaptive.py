@@ -7,7 +7,6 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from flowkit.checks import check_same_shape
 from flowkit.sampling.dormand_prince import DormandPrince
 from flowkit.sampling.solvers import (
     After,
@@ -16,6 +15,7 @@ from flowkit.sampling.solvers import (
     refuse_tolerances,
     widest_float,
 )
+from flowkit.velocity import check_result
 
 ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun")
 
@@ -87,7 +87,7 @@ class _Between:
         # of the steps, so the time keeps its graph.
         t = t.to(field.t).clamp(self.low, self.high)
         v = field.velocity(x, t.expand_as(field.t), field.cond)
-        check_same_shape(v, x, ("velocity(x, t, cond)", "x"))
+        check_result(v, x)
         if field.nfe == self.before:  # the size of the first step depends on it
             check_velocity(v, t.item())
         field.nfe += 1

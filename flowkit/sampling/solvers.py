@@ -7,9 +7,8 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from flowkit.checks import check_same_shape
 from flowkit.types import Cond
-from flowkit.velocity import BoundVelocity
+from flowkit.velocity import BoundVelocity, check_result
 
 CLOSE = 1e-6  # times that differ by less are one time: grids may come in float32
 
@@ -49,7 +48,7 @@ class Field:
     def at(self, x: Tensor, t: float) -> Tensor:
         v = self.velocity(x, self.t.fill_(t), self.cond)
         if not self.nfe:
-            check_same_shape(v, x, ("velocity(x, t, cond)", "x"))
+            check_result(v, x)
         self.nfe += 1
         if v.requires_grad:
             self.keep()

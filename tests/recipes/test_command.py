@@ -100,6 +100,23 @@ def test_users_files_of_any_folder_are_checked(name, tmp_path, monkeypatch):
             check_command("train", ["experiment=mine", *option])
 
 
+@pytest.mark.parametrize(
+    ("recipe", "option", "said"),
+    [
+        ("train", "module.start=a", "module=blockwise, mean_flow or straightening"),
+        ("sample", "steps=8", "got steps; the number of steps is sampler.grid"),
+        ("sample", "sampler.rtol=1", "it belongs to sampler=bosh3, dopri5 or dopri8"),
+        ("sample", "data.image_size=8", "got data.image_size; see --help"),
+        ("train", "lr=1", "got lr; did you mean optimizer.lr or "),
+        ("train", "coupling=ot", "; did you mean conditional_ot or minibatch_ot?"),
+    ],
+)
+def test_options_that_do_not_exist_name_those_that_do(tmp_path, recipe, option, said):
+    run = [f"run={tmp_path}"] if recipe == "sample" else []
+    with pytest.raises(Exception, match=re.escape(said)), one_line():
+        check_command(recipe, [*run, option])
+
+
 def test_every_swept_value_is_checked():
     accepted = ["--multirun", "seed=0,1,2", "data=digits,toy", "optimizer.lr=1e-3,1e-4"]
     check_command("train", accepted)

@@ -136,6 +136,14 @@ def test_test_mixtures_are_measured(place, tmp_path):
         assert (mixture - target).abs().max() > 1e-3
 
 
+def test_samples_of_a_run_that_separates_come_with_advice(place, tmp_path, capsys):
+    run = place / "run"
+    sample(composed("sample", f"run={run}", "sampler.grid=1", "num_samples=1", f"out={tmp_path}"))
+    out = capsys.readouterr().out
+    assert f"its command: flowkit separate run={run}\n" in out
+    assert out.index("advice ") < out.index("drawing ")
+
+
 @pytest.mark.filterwarnings("ignore:.*sys.modules:RuntimeWarning")
 def test_a_shared_model_separates_and_its_card_says_how(place, tmp_path, monkeypatch, capsys):
     run = shutil.copytree(place / "run", tmp_path / "run")

@@ -51,6 +51,9 @@ def test_a_pipeline_of_diffusers_draws_the_images_of_the_module(kind, tmp_path):
     levels = json.loads((tmp_path / "out" / "model_index.json").read_text())["sigmas"]
     assert levels == pytest.approx([1.0, 0.8, 0.3])
     (picture, *_) = pipeline(labels, 5, noise=noise).images
+    if labels is not None:
+        with pytest.raises(ValueError, match=r"class_labels must lie in \[0, .*, got \[-1\]"):
+            pipeline([-1])
     assert picture.size == tuple(expected.shape[2:])
     assert record["checks"]["largest difference"] < 1e-5
     page = ModelCard.load(tmp_path / "out" / "README.md")
