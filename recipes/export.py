@@ -20,6 +20,7 @@ from flowkit.places import check_writable
 from flowkit.runs import Run
 from flowkit.runs import export as write
 from flowkit.runs.known_data import place_of
+from flowkit.runs.pushing import license_of_card
 
 
 def export(cfg: DictConfig) -> dict[str, Any]:
@@ -43,7 +44,8 @@ def export(cfg: DictConfig) -> dict[str, Any]:
             )
         cfg.sampler.grid = cfg.steps
     sampler = run.sampler(cfg.sampler)
-    record = write(run.module, folder, cfg.format, sampler, run.guidance, run.classes, cfg.license)
+    license = cfg.license or license_of_card(run)
+    record = write(run.module, folder, cfg.format, sampler, run.guidance, run.classes, license)
     checks = record["checks"]
     print(
         f"checked   {checks['samples']} samples, batches of 1, 7 and 64: largest difference "

@@ -34,6 +34,7 @@ from flowkit.runs.pushing import (
     copied,
     grids_of,
     images_of,
+    license_of_card,
     metrics_of,
     picture_of,
     put_aside,
@@ -86,8 +87,9 @@ def push(cfg: DictConfig) -> Path:
         picture, words = copied(measured), f"A picture of `flowkit {recipe}`, not chosen."
     place = cfg.to if on_hub else folder.name
     texts = {METRICS: None if metrics is None else json.dumps(metrics, indent=2) + "\n", **grids}
+    license = cfg.license or license_of_card(run)
     with trusting(cfg.trust):
-        texts[CARD] = card(shared, place, cfg.license, metrics, list(grids), words)
+        texts[CARD] = card(shared, place, license, metrics, list(grids), words)
     put_aside(folder, texts)
     write(module, folder, shared, {**texts, PICTURE: picture})
     size = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))

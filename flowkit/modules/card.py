@@ -15,6 +15,7 @@ from flowkit.modules.pushed import asked
 from flowkit.modules.trust import trusted
 
 WORDS = {"w2": "W2", "w2_squared": "W2²", "c2st": "C2ST"}
+NONE_GIVEN = "none-given"  # name of the license of a card without one
 SKIPPED = ("neighbors", "num_reference", "num_samples")
 DECIBELS = re.compile("si_sdr|log_mel_error|mcd|energy(_of_|$)")  # beginnings of their measures
 COUNTS = {"num_mixtures": "test mixtures", "num_pairs": "test pairs", "episodes": "episodes"}
@@ -79,10 +80,27 @@ def front_matter(about: Record) -> str:
     return f"---\n{text.strip()}\n---"
 
 
+def license_of(text: str) -> str | None:
+    """Return the license in the front matter of a card; None if it gives none.
+
+    >>> license_of(front_matter({"license": "mit"}) + "\\n\\n# mine")
+    'mit'
+    """
+    found = re.match(r"---\n(.*?)\n---(\n|$)", text, re.DOTALL)
+    try:
+        about = yaml.safe_load(found[1]) if found else None
+    except yaml.YAMLError:  # of a card that was edited
+        return None
+    if not isinstance(about, dict) or about.get("license_name") == NONE_GIVEN:
+        return None
+    license = about.get("license")
+    return None if license is None else str(license)
+
+
 def _front(config: Record, license: str | None) -> str:
     """Return the front matter."""
     about: dict[str, Any] = {"library_name": "flowkit"}
-    about |= {"license": "other", "license_name": "none-given"} if license is None else {}
+    about |= {"license": "other", "license_name": NONE_GIVEN} if license is None else {}
     about |= {} if license is None else {"license": license}
     tag = "unconditional-image-generation" if len(config.get("image_shape") or ()) == 3 else None
     tag, _ = USES.get(recipe_of(config), (tag, ""))

@@ -2,6 +2,9 @@
 
 Range = tuple[float, float]
 
+FEATURES = ("conv-classifier-digits", "conv-classifier-fashionmnist")
+"""Names of the feature networks that the sizes were measured in; others have other sizes."""
+
 # Smallest and largest relative change in two runs, against the first value of each setting: the
 # table of docs/evaluation.md.
 EFFECTS: dict[str, dict[str, Range]] = {

@@ -1,10 +1,10 @@
 """Why two records of evaluations differ: their settings, and the size of what each setting does."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from flowkit.runs.effects import EFFECTS, Range
+from flowkit.runs.effects import EFFECTS, FEATURES, Range
 
 Record = Mapping[str, Any]
 CHANCE = "chance"
@@ -138,12 +138,13 @@ REFERENCE = Setting(
     lambda r: at(r, "reference", "hash") or at(r, "metrics", "reference", "hash"),
     lambda r: [f"split={found[1]}"] if (found := split_of(r)) else [],
 )
+FILE = Setting("file format", _file, _file_options)
 SEEN = (
     NETWORK,
     COUNT,
     REFERENCE,
     Setting("quantization", lambda r: at(r, "samples", "quantization"), _quantization_options),
-    Setting("file format", _file, _file_options),
+    FILE,
     Setting("resize", _resize, _resize_options),
     Setting("shares of classes", lambda r: at(r, "samples", "classes")),
 )
@@ -263,6 +264,8 @@ def _size(
     levels, (a, b) = EFFECTS.get(name, {}), map(str, found)
     if a == b or not {a, b} <= levels.keys():
         return None, "not known"
+    if at(first, "metrics", "features", "name") not in FEATURES:
+        return None, "not known for these features"
     (low_a, high_a), (low_b, high_b) = levels[a], levels[b]
     number = at(first, "metrics", value)
     low, high = (1 + low_b) / (1 + high_a) - 1, (1 + high_b) / (1 + low_a) - 1
@@ -290,16 +293,43 @@ def verdict(first: Record, second: Record, value: str, found: list[Difference]) 
         return "not comparable: the numbers are of different feature networks"
     number, other = (at(record, "metrics", value) for record in (first, second))
     gap, slack = other - number, 1e-6 * (abs(number) + abs(other))
+    told = f"the difference is {gap:+.4g}"
     known = [one.change for one in found if one.change is not None]
-    low, high = sum(change[0] for change in known), sum(change[1] for change in known)
     unknown = [one.name for one in found if one.change is None]
+    if not known and abs(gap) <= slack:
+        return "nothing to explain: the numbers are equal"
+    if not found:
+        return f"not explained: {told}, and no setting differs"
+    if not known:
+        return (
+            f"cannot be told from the records: {told}, and no size is known for {listed(unknown)}"
+        )
+    low, high = sum(change[0] for change in known), sum(change[1] for change in known)
     inside = low - slack <= gap <= high + slack
-    if inside:
-        said = "explained within the interval"
-    else:
-        told = "cannot be told from the records; samples= measures more"
-        said = told if unknown else "not explained within the interval"
-    rest = f"; not known is what {' and '.join(unknown)} adds" if unknown else ""
+    if not unknown:
+        said = "explained" if inside else "not explained"
+        return f"{said} within the interval: {told}, what differs adds {in_words((low, high))}"
+    said = "explained by what is known" if inside else "not explained by what is known"
     return (
-        f"{said}: the difference is {gap:+.4g}, what is known adds {low:+.4g} to {high:+.4g}{rest}"
+        f"{said}: {told}, what is known adds {in_words((low, high))}; no size is known for "
+        f"{listed(unknown)}"
     )
+
+
+def in_words(change: Range) -> str:
+    """Return a range of what a setting adds as text.
+
+    >>> in_words((0.5, 0.5)), in_words((-0.25, 1))
+    ('+0.5', '-0.25 to +1')
+    """
+    low, high = (f"{end:+.4g}" for end in change)
+    return low if low == high else f"{low} to {high}"
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return names as a list in a sentence.
+
+    >>> listed(["steps"]), listed(["weights", "steps", "chance"])
+    ('steps', 'weights, steps and chance')
+    """
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))

@@ -25,12 +25,7 @@ def read_records(places: Sequence[str | Path]) -> dict[str, Record]:
         FileNotFoundError: If a place has no record.
         ValueError: If a file is no record.
     """
-    check_exist(places, "runs")
-    files = [Path(p) / "metrics.json" if Path(p).is_dir() else Path(p) for p in places]
-    if missing := [file for file in files if not file.is_file()]:
-        fix = "; ".join(f"flowkit evaluate run={file.parent}" for file in missing)
-        names = ", ".join(map(str, missing))
-        raise FileNotFoundError(f"runs must be evaluated, got no {names}; {fix}")
+    files = record_files(places, "runs")
     found = {}
     for file in files:
         record = read_json(file)
@@ -41,6 +36,25 @@ def read_records(places: Sequence[str | Path]) -> dict[str, Record]:
         several = sum(f.parent.name == short for f in files) > 1
         found[str(file.parent) if alone and several else short] = record
     return found
+
+
+def record_files(places: Sequence[str | Path], key: str) -> list[Path]:
+    """Return the files of records: those of run folders, or files as they are given.
+
+    Args:
+        places: Run folders, or files.
+        key: Name of their option, for the error.
+
+    Raises:
+        FileNotFoundError: If a place has no record.
+    """
+    check_exist(places, key)
+    files = [Path(p) / "metrics.json" if Path(p).is_dir() else Path(p) for p in places]
+    if missing := [file for file in files if not file.is_file()]:
+        fix = "; ".join(f"flowkit evaluate run={file.parent}" for file in missing)
+        names = ", ".join(map(str, missing))
+        raise FileNotFoundError(f"{key} must be evaluated, got no {names}; {fix}")
+    return files
 
 
 def rows_of(records: Mapping[str, Record]) -> list[Row]:

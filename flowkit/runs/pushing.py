@@ -8,7 +8,9 @@ from typing import Any
 from flowkit import grids
 from flowkit.data.cache import INDEX
 from flowkit.data.pairs import RECORD as PAIRS
+from flowkit.hub import is_pushed
 from flowkit.metrics.pictures import save_picture
+from flowkit.modules.card import license_of
 from flowkit.modules.pushed import CACHES, Writer, is_place
 from flowkit.provenance import read_json, write_atomically
 from flowkit.runs.drawing import draw, in_words, say_plan
@@ -127,6 +129,12 @@ def copied(picture: Path) -> Writer:
     """Return what writes a copy of a picture."""
     content = picture.read_bytes()
     return lambda file: write_atomically(file, lambda path: path.write_bytes(content))
+
+
+def license_of_card(run: Run) -> str | None:
+    """Return the license that the card of a shared model gives; None for other runs."""
+    file = run.folder / CARD
+    return license_of(file.read_text()) if is_pushed(run.folder) and file.is_file() else None
 
 
 def put_aside(folder: Path, files: Mapping[str, Any]) -> None:

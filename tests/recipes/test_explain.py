@@ -6,12 +6,14 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
+from PIL import Image
 
 from flowkit.recipes.evaluate import evaluate
 from flowkit.recipes.explain import explain
 from flowkit.recipes.sample import sample
-from flowkit.runs.effects import EFFECTS
+from flowkit.runs.effects import EFFECTS, FEATURES
 from flowkit.runs.explaining import differences, verdict
 from tests.conftest import CONF
 
@@ -67,9 +69,55 @@ def test_a_pair_that_differs_in_one_way_is_explained_by_it(name, records, tiny_r
     assert "\nexplained" in said
 
 
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Records of color images of several sizes in class folders, the second through JPEG."""
+    folder = tmp_path_factory.mktemp("photos")
+    generator = torch.Generator().manual_seed(0)
+    for name in ("discs", "squares"):
+        for k in range(20):
+            file = folder / name / "ab"[k % 2] / f"{k}.{'jpg' if name == 'discs' else 'png'}"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            small = torch.randint(256, (4, 4, 3), generator=generator, dtype=torch.uint8)
+            Image.fromarray(small.numpy()).resize((20 + k, 24 + k)).save(file)
+    base = [f"samples={folder}/discs", f"reference={folder}/squares", "metric=pixels"]
+    base += ["resize=8", "class_folders=true"]
+    with initialize_config_dir(CONF, version_base="1.3"):
+        for name, options in {"e1": [], "e2": ["jpeg=50"]}.items():
+            evaluate(compose("evaluate", [*base, *options, f"out={folder}/{name}"]))
+    return folder
+
+
+def of_photos(photos, *options):
+    with initialize_config_dir(CONF, version_base="1.3"):
+        return explain(compose("explain", [f"records=[{photos}/e1,{photos}/e2]", *options]))
+
+
+def test_samples_are_measured_again_as_the_first_record_says(photos, capsys):
+    place = [f"samples={photos}/discs", f"reference={photos}/squares"]
+    (found,) = of_photos(photos, *place)
+    gap = number(photos, "e2") - number(photos, "e1")
+    assert (found.name, found.second, found.how) == ("file format", "jpeg 50", "measured")
+    assert found.change == pytest.approx((gap, gap), rel=1e-6)
+    assert "\nexplained within the interval: " in capsys.readouterr().out
+
+
+def test_no_size_is_known_in_other_features(photos, capsys):
+    (found,) = of_photos(photos)
+    assert (found.change, found.how) == (None, "not known for these features")
+    first, *_, said, advice = capsys.readouterr().out.splitlines()
+    assert first.endswith(" (both unreliable: of too few images)")
+    gap = number(photos, "e2") - number(photos, "e1")
+    assert said == (
+        f"cannot be told from the records: the difference is {gap:+.4g}, and no size is known for "
+        "file format"
+    )
+    assert advice == f"samples={photos}/discs measures file format"
+
+
 def test_equal_records_need_no_explanation(records, capsys):
     assert explained(records, "first") == []
-    assert "explained within the interval: the difference is +0" in capsys.readouterr().out
+    assert "nothing to explain: the numbers are equal" in capsys.readouterr().out
 
 
 def gaussians(real=2000, count=500, shift=0.0, grid=3, seeds=(0, 500), name="a"):
@@ -81,7 +129,7 @@ def gaussians(real=2000, count=500, shift=0.0, grid=3, seeds=(0, 500), name="a")
         "frechet_distance_unbiased_interval": [5 + shift - 0.03, 5 + shift + 0.04],
         "num_samples": count,
         "reference": {"num_samples": real, "hash": f"r{real}"},
-        "features": {"name": "net", "hash": name},
+        "features": {"name": FEATURES[0], "hash": name},
     }
     sampling = {"seeds": seeds, "seeding": 2, "method": "euler", "grid": [0.0] * grid}
     return {"metrics": metrics, "sampling": sampling, "samples": {"hash": f"{count}{shift}{seeds}"}}
@@ -114,8 +162,11 @@ def test_another_sampler_has_no_known_size_in_general():
     assert found[0].name == "steps"
     assert (found[0].first, found[0].second, found[0].change) == ("2", "76", None)
     said = verdict(a, b, "frechet_distance", found)
-    assert said.startswith("cannot be told from the records; samples= measures more: the differen")
-    assert said.endswith("not known is what steps adds")
+    chance = math.hypot(0.035, 0.035)
+    assert said == (
+        "not explained by what is known: the difference is +0.2, what is known adds "
+        f"{-chance:+.4g} to {chance:+.4g}; no size is known for steps"
+    )
 
 
 def test_equal_pixels_do_not_depend_on_their_sampler():
@@ -133,12 +184,17 @@ def test_what_explain_refuses(records, configure, tmp_path):
     (tmp_path / "other.json").write_text("{}")
     first = f"{records}/first/metrics.json"
     for files, options, said in (
-        (first, [], "records must be two files, got 1; write flowkit explain a/metrics.json b/met"),
+        (
+            first,
+            [],
+            "records must be two run folders or files, got 1; write flowkit explain runs/a",
+        ),
         (
             f"{first},{tmp_path}/none.json",
             [],
-            "records must be files that exist, got no .*/none.js",
+            "records must be files or folders that exist, got no .*/none.js",
         ),
+        (f"{first},{tmp_path}", [], "records must be evaluated, got no .*metrics.json; flowkit ev"),
         (f"{first},{tmp_path}/other.json", [], "records must be written by flowkit evaluate, got"),
         (
             f"{first},{first}",

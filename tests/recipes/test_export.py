@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from flowkit import grids
+from flowkit.modules import load_run
 from flowkit.recipes import export as recipe
 from flowkit.runs import Run
 from tests.recipes.conftest import status_of
@@ -45,6 +46,15 @@ def test_solver_steps_guidance_and_classes_are_the_runs_or_those_asked_for(hande
     grids.save([0.0, 0.3, 1.0], tmp_path / "grid.json")
     found = handed("sampler=from_file", f"sampler.grid.file={tmp_path}/grid.json")[3]
     assert (found.method, found.times.tolist()) == ("euler", [0.0, 0.3, 1.0])
+
+
+def test_the_license_of_a_shared_model_goes_with_it(handed, tiny_run, tmp_path):
+    shared = tmp_path / "shared"
+    load_run(tiny_run).save_pretrained(shared, license="mine: all")
+    assert handed(f"run={shared}")[6] == "mine: all"
+    assert handed(f"run={shared}", "license=mit")[6] == "mit"
+    load_run(tiny_run).save_pretrained(tmp_path / "none")
+    assert handed(f"run={tmp_path}/none")[6] is None
 
 
 def test_steps_beside_times_and_runs_from_data_are_refused(handed, tmp_path, monkeypatch):

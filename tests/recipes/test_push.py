@@ -206,6 +206,8 @@ def test_the_hub_reads_the_front_matter_of_the_card(license, front, tiny_run, tm
     assert card.data.library_name == "flowkit"
     assert "flow-matching" in card.data.tags
     assert ("No license was given" in card.text) == (license is None)
+    again = pushing(f"run={folder}", f"to={tmp_path / 'again'}")
+    assert huggingface_hub.ModelCard.load(again / "README.md").data.license == front
 
 
 @pytest.mark.parametrize("name", ["cat", "big cat", "it's", 'a "b"', "x\\", "a,b]", "日本 {"])
