@@ -32,6 +32,7 @@ from flowkit.provenance import versions
 from flowkit.runs import Run
 from flowkit.runs.diagnosing import (
     Subject,
+    check_recorded,
     chosen,
     encoded,
     examine,
@@ -121,6 +122,8 @@ def table(found: list[Finding]) -> str:
 def _of_run(cfg: DictConfig) -> Subjects:
     """Return what to look at in a run, its part of the record, and lines that need no network."""
     _refuse(cfg, OF_NETWORKS, "run")
+    if cfg.get("data") is None:
+        check_recorded(cfg.run, cfg.data_changed)
     run = Run.load(
         cfg.run, cfg.weights, cfg.device, cfg.guidance, cfg.trust, data_changed=cfg.data_changed
     )

@@ -10,12 +10,14 @@ from flowkit.autoencoders import Autoencoder, FrozenAutoencoder
 from flowkit.couplings import Coupling, Independent
 from flowkit.data import SplitData
 from flowkit.diagnosis import Finding
+from flowkit.diagnosis.diagnose import FEWEST
 from flowkit.diagnosis.findings import line
 from flowkit.guidance import replace_cond
 from flowkit.hub import is_pushed
 from flowkit.modules import MeanFlowMatching, SymmetricalFlowMatching, load_run
 from flowkit.modules.flow import evaluating
 from flowkit.paths import Linear, Path
+from flowkit.runs.known_data import read_data_record
 from flowkit.runs.run import Run
 from flowkit.runs.splits import stored_data
 from flowkit.types import Batch, Pairs, take, to_device
@@ -55,9 +57,10 @@ def examine(run: Run, data: SplitData | None, count: int, seed: int) -> Subject:
         raise TypeError(
             f"run must be a flow between noise and data for flowkit doctor, got one of {kind}"
         )
-    batch = chosen(run.data if data is None else data, count, generator)
     if data is None and run.config["data"].get("_target_") == "flowkit.data.Pairs":
         batch = chosen(_own_pairs(run), count, generator, "val")
+    else:
+        batch = chosen(run.data if data is None else data, count, generator)
     if "t0" in batch:
         raise TypeError(
             "run must have learnt the velocity at all times for flowkit doctor, got one that was "
@@ -101,9 +104,44 @@ def progress(run: Run) -> Finding | None:
 
 
 def chosen(data: SplitData, count: int, generator: torch.Generator, split: str = "test") -> Batch:
-    """Return ``count`` random samples of a split, or all if there are fewer."""
+    """Return ``count`` random samples of a split, or all if there are fewer.
+
+    Raises:
+        ValueError: If the split has fewer than the lines need.
+    """
     samples = data.split(split)
+    check_enough(len(samples), split)
     return samples[torch.randperm(len(samples), generator=generator)[:count]]
+
+
+def check_enough(count: int, split: str = "test") -> None:
+    """Require a split with as many samples as the lines need.
+
+    Raises:
+        ValueError: If there are fewer.
+    """
+    if count < FEWEST:
+        raise ValueError(
+            f"the {split} split must hold at least {FEWEST} samples for flowkit doctor, got {count}"
+            f"; give data=<data> with more samples, or train with a larger data.{split}_fraction"
+        )
+
+
+def check_recorded(place: str, changed: str) -> None:
+    """Require enough test samples where the record of a run tells their number, before all work.
+
+    Args:
+        place: Folder or name of the run.
+        changed: ``"accept"`` skips the check: the data may be more than those of the record.
+
+    Raises:
+        ValueError: If there are fewer.
+    """
+    record = read_data_record(place)
+    if record is None or changed == "accept" or record["kind"] in ("Latents", "Pairs"):
+        return  # test samples of caches are those of their images
+    if (test := record["splits"].get("test")) is not None:
+        check_enough(test["samples"])
 
 
 def paired(batch: Batch, coupling: Coupling, size: int, generator: torch.Generator) -> Pairs:

@@ -91,6 +91,24 @@ def test_a_stopped_training_is_told_first(tiny_run, tmp_path):
     assert found[1].advice == "may follow from progress: mend that first"
 
 
+def test_a_small_test_split_is_told_before_the_work(tiny_run, tmp_path, monkeypatch):
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    record = json.loads((run / "data.json").read_text())
+    record["splits"]["test"]["samples"] = 6
+    (run / "data.json").write_text(json.dumps(record))
+    monkeypatch.setattr("flowkit.recipes.doctor.Run.load", None)  # it is not called
+    said = (
+        "the test split must hold at least 32 samples for flowkit doctor, got 6; give data=<data> "
+        "with more samples, or train with a larger data.test_fraction"
+    )
+    with pytest.raises(ValueError, match=re.escape(said)):
+        doctor(composed("doctor", f"run={run}", f"out={tmp_path}/out"))
+    np.save(tmp_path / "points.npy", np.eye(40, 2, dtype=np.float32))
+    few = ["velocity=torch.nn.Identity", "data=arrays", f"data.x1={tmp_path}/points.npy"]
+    with pytest.raises(ValueError, match=r"the test split must hold at least 32 .*, got \d+;"):
+        doctor(composed("doctor", *few, f"out={tmp_path}/out"))
+
+
 @AGAIN
 @pytest.mark.parametrize("name", ["two", "reversed"])
 def test_a_network_of_the_user(name, own, monkeypatch, capsys):
