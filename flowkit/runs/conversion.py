@@ -214,8 +214,9 @@ def measure(
     length = sum(len(one.source) for one in found) / mel.rate
     metrics = {"num_pairs": count, "real_time_factor": seconds / length}
     speakers = split.utterances.speakers
-    targets = [speakers[pair.reference] for pair in pairs]
-    metrics |= _voices(converter, split, found, again, targets, [speakers[p.source] for p in pairs])
+    wanted = [speakers[pair.reference] for pair in pairs]
+    before = [speakers[pair.source] for pair in pairs]
+    metrics |= _voices(converter, split, found, again, wanted, before)
     if true:
         log_mels = [
             (one.log_mel, mel(one.truth[None])[0], mel(one.source[None])[0])
