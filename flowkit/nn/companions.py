@@ -113,7 +113,8 @@ class Patches(nn.Module):
         if x.ndim != 4:
             raise ValueError(f"x must have shape (B, C, H, W), got {tuple(x.shape)}")
         if x.shape[2] % self.size or x.shape[3] % self.size:
-            raise SidesError(x.shape, self.size)
+            inside = getattr(self.net, "factor", 1)  # that of a UNet, which has not run to tell it
+            raise SidesError(x.shape, self.size * inside)
         try:
             v = self.net(F.pixel_unshuffle(x, self.size), t, cond)
         except SidesError as error:

@@ -210,6 +210,8 @@ def test_a_square_of_pixels_is_a_pixel_of_channels():
             velocity(torch.zeros(1, 1, 6, 4), t[:1], given)
         copy = pickle.loads(pickle.dumps(raised.value))
         assert (str(copy), copy.multiple) == (str(raised.value), 4)
+    with pytest.raises(SidesError, match=r"multiples of 4 .* shape \(1, 1, 5, 4\)"):
+        plain(torch.zeros(1, 1, 5, 4), t[:1])  # not cut
     with pytest.raises(ValueError, match="size must be at least 1, got 0"):
         Patches(net, 0)
 

@@ -183,7 +183,7 @@ def test_data_are_found_from_elsewhere_and_in_a_new_place(place, configure, monk
     monkeypatch.chdir(tmp_path)
     assert contents(opened(place), "test") == expected
     (place / "photos").rename(place / "moved")
-    with pytest.raises(FileNotFoundError, match=r"got photos; a relative .*, and data.root= names"):
+    with pytest.raises(FileNotFoundError, match=r"got photos; a relative .*; give .* data.root="):
         opened(place)
     assert contents(opened(place, data_root="here/moved"), "test") == expected
     evaluate(configure("evaluate", f"run={place}/run", *SHORT, "data.root=here/moved"))
@@ -223,7 +223,7 @@ def test_a_resumed_command_finds_its_data_in_a_new_place(place, monkeypatch, cap
 def test_blocks_of_a_run_find_its_data_in_a_new_place(place, configure):
     (place / "photos").rename(place / "moved")
     options = ["run=run", "stage=flow", "edges=2", *TINY[2:-1], "trainer.max_steps=1"]
-    with pytest.raises(FileNotFoundError, match=r"got photos; a relative .*, and data.root= names"):
+    with pytest.raises(FileNotFoundError, match=r"got photos; a relative .*; give .* data.root="):
         blockwise(configure("blockwise", *options, "run_dir=blocks"))
     blockwise(configure("blockwise", *options, "run_dir=blocks", "data.root=moved"))
     record = json.loads((place / "blocks" / "data.json").read_text())
