@@ -59,7 +59,7 @@ class Spoken:
 
 
 class SyntheticVoices(Speech):
-    """Four voices of flite read 238 sentences; all that is said is known to the phone.
+    """Four voices of flite read 479 sentences; all that is said is known to the phone.
 
     The voices *kal16* (joined pieces of recordings), *awb*, *rms* and *slt* (statistical) are in
     Debian's package ``flite``. They are rendered once and kept in the user's cache. The splits
@@ -152,7 +152,7 @@ class SyntheticVoices(Speech):
     def _rendered(self, voice: str) -> dict[str, Tensor]:
         """Return waves and phones of a voice, from the cache or by flite."""
         texts = SENTENCES[: self.sentences]
-        key = hashlib.sha256(json.dumps([voice, texts]).encode()).hexdigest()[:16]
+        key = hashlib.sha256(json.dumps([voice, RATE, texts]).encode()).hexdigest()[:16]
         file = cache_folder() / f"voice-{voice}-{key}.safetensors"
         return cached(file, load_file, lambda: speak(voice, texts), lambda p, x: save_file(x, p))
 
@@ -181,12 +181,11 @@ def speak(voice: str, texts: Sequence[str]) -> dict[str, Tensor]:
                 raise RuntimeError(f"flite must say {text!r}, got {told}")
             wave = read_audio(out, RATE)
             names, ends = zip(*(part.split(":") for part in ended.stdout.split()), strict=True)
-            # kal16 is shorter than it plans, by a tenth of a second: half of it at each end.
-            shift = (float(ends[-1]) - len(wave) / RATE) / 2
+            last = 1000 * len(wave) / RATE  # kal16 ends a tenth of a second sooner than it plans
             found[f"wave {k}"] = (wave * (2**15 - 1)).round().short()
             found[f"phones {k}"] = torch.tensor(
                 [
-                    [phone_number(name), round(1000 * (float(end) - shift))]
+                    [phone_number(name), round(min(1000 * float(end), last))]
                     for name, end in zip(names, ends, strict=True)
                 ]
             )

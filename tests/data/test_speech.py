@@ -13,7 +13,7 @@ from flowkit.data.broken import BrokenFiles
 from flowkit.data.sentences import SENTENCES
 from flowkit.data.speech import Windows
 from flowkit.data.speech_folder import find_recordings, speaker_of, subsets, text_of
-from flowkit.data.voices import speak
+from flowkit.data.voices import VOICES, speak
 from tests.audio.conftest import utterance, write_speech, write_voice_weights
 
 STATES = MelStates(LogMel())
@@ -328,6 +328,27 @@ def test_voices_read_the_same_new_sentences(tmp_path, weights, monkeypatch):
     other = SyntheticVoices(STATES, weights, **{**settings, "unseen": []})
     other.setup()
     assert set(other.listed("train").utterances.speakers) == {0, 1}
+
+
+@FLITE
+@pytest.mark.parametrize("voice", VOICES)
+def test_phones_are_where_they_sound(voice):
+    """High bands are loudest within the sibilants, at most 30 ms away."""
+    sibilants = torch.tensor([PHONES.index(phone) for phone in ("s", "z", "sh", "ch")])
+    said = speak(voice, SENTENCES[:12])
+    products = torch.zeros(25)
+    for k in range(12):
+        wave, (phones, ends) = said[f"wave {k}"], said[f"phones {k}"].T
+        assert (ends.diff() >= 0).all()
+        assert 0.98 * len(wave) / 16 <= ends[-1] <= len(wave) / 16 + 1
+        x = STATES.of_waves(wave[None] / 2**15)[0]
+        high = x[48:].mean(0) - x[:20].mean(0)
+        times = 10 * torch.arange(x.shape[-1])
+        for shift in range(-12, 13):
+            rows = torch.searchsorted(ends.contiguous(), times - 10 * shift)
+            inside = torch.isin(phones[rows.clamp(max=len(ends) - 1)], sibilants)
+            products[shift + 12] += ((high - high.mean()) * inside).sum()
+    assert abs(products.argmax() - 12) <= 3
 
 
 @FLITE
