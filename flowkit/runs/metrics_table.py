@@ -1,5 +1,6 @@
 """A table over the records of several evaluations, with what makes them incomparable."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -142,9 +143,11 @@ def _plain(value: Any) -> str:
 
 
 def _number(metric: Mapping[str, Any] | None) -> str:
-    """Return a number with its interval, and a star if it is unreliable."""
+    """Return a number with its interval, to as many decimals, and a star if it is unreliable."""
     if metric is None:
         return ""
-    ends = metric["interval"]
-    interval = "" if ends is None else f" [{', '.join(f'{end:.3g}' for end in ends)}]"
-    return f"{metric['value']:.4g}{'*' if metric['unreliable'] else ''}{interval}"
+    value, ends = metric["value"], metric["interval"]
+    whole = isinstance(value, int) or not 1e-3 <= abs(value) < 1e9
+    spec = ".4g" if whole else f".{max(0, 3 - math.floor(math.log10(abs(value))))}f"
+    interval = "" if ends is None else f" [{', '.join(format(end, spec) for end in ends)}]"
+    return f"{value:{spec}}{'*' if metric['unreliable'] else ''}{interval}"

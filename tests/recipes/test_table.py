@@ -53,7 +53,7 @@ def test_numbers_are_those_of_the_records_and_other_settings_are_marked(
     assert [line.split("|")[1].strip() for line in lines[2:5]] == ["first", "guided", "more ≠"]
     assert "≠ more cannot be compared with first: other number of samples" in lines
     low, high = records[1]["metrics"]["class_agreement_interval"]
-    shown = f"{records[1]['metrics']['class_agreement']:.4g} [{low:.3g}, {high:.3g}]"
+    shown = f"{records[1]['metrics']['class_agreement']:.4f} [{low:.4f}, {high:.4f}]"
     assert f"| {shown} |" in lines[3]
 
 
