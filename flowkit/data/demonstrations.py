@@ -1,7 +1,6 @@
 """Demonstrations of robots: episodes of observations and actions, as chunks."""
 
 import hashlib
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,9 +149,7 @@ class Demonstrations(SplitData):
         splits = {name: [found[int(number)][1] for number in part] for name, part in parts.items()}
         train = {key: torch.cat([e[key] for e in splits["train"]]) for key in found[0][1]}
         notes = [", ".join(f"{len(part)} {name}" for name, part in splits.items()) + " episodes"]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # constant numbers of an observation are usual
-            self.observations = ActionNormalizer.fit(train["obs"], outside="keep")
+        self.observations = ActionNormalizer.fit(train["obs"], outside="keep", may_be_constant=True)
         if still := int((train["obs"] == train["obs"][:1]).all(0).sum()):
             notes.append(f"{still} of {train['obs'].shape[1]} numbers of an observation constant")
         if self.predict == "action":

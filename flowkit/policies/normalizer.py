@@ -60,8 +60,20 @@ class ActionNormalizer(nn.Module):
             self.register_buffer(name, torch.full((size,), math.nan))
 
     @classmethod
-    def fit(cls, actions: Tensor, kind: str = "std", outside: str = "clip") -> "ActionNormalizer":
+    def fit(
+        cls,
+        actions: Tensor,
+        kind: str = "std",
+        outside: str = "clip",
+        may_be_constant: bool = False,
+    ) -> "ActionNormalizer":
         """Return the normalizer of actions ``(N, D)``.
+
+        Args:
+            actions: The actions, or observations.
+            kind: ``"std"`` or ``"quantile"``.
+            outside: ``"clip"``, ``"error"`` or ``"keep"``.
+            may_be_constant: True for observations, whose constant dimensions need no warning.
 
         Raises:
             ValueError: If the actions have another shape or are not finite, or ``kind`` is another
@@ -78,7 +90,7 @@ class ActionNormalizer(nn.Module):
             low, high = _quantiles(x)
             center, scale = (low + high) / 2, (high - low) / 2
         still = scale <= CONSTANT * center.abs().clamp(min=1)
-        if bool(still.any()):
+        if bool(still.any()) and not may_be_constant:
             warnings.warn(
                 f"actions must move in every dimension, got constant dimensions "
                 f"{still.nonzero()[:, 0].tolist()}; their scale is {FLOOR:g}",

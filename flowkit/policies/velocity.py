@@ -163,7 +163,8 @@ class PolicyVelocity(nn.Module):
 
     def learn(self, actions: Tensor, observations: Tensor, kind: str = "std") -> None:
         """Take the statistics of actions ``(N, D)`` and observations ``(N, O)``."""
-        self.take(ActionNormalizer.fit(actions, kind), ActionNormalizer.fit(observations))
+        seen = ActionNormalizer.fit(observations, may_be_constant=True)
+        self.take(ActionNormalizer.fit(actions, kind), seen)
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
         """Return the velocity ``(B, D, H)`` under ``cond`` of observations, see `chunks`."""

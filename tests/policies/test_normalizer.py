@@ -1,5 +1,7 @@
 """Statistics of actions: inverse, constants, ranges, and checkpoints without them."""
 
+import warnings
+
 import pytest
 import torch
 
@@ -38,6 +40,9 @@ def test_a_constant_dimension_is_safe_and_said():
     x[:, 2] = 0.7
     with pytest.warns(UserWarning, match=r"got constant dimensions \[2\]; their scale is 0.001"):
         normalizer = ActionNormalizer.fit(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # in observations they are usual
+        ActionNormalizer.fit(x, may_be_constant=True)
     assert normalizer.normalize(x).isfinite().all()
     assert normalizer.normalize(x)[:, 2].abs().max() == 0
     assert (normalizer.denormalize(torch.full((1, 4), 3.0))[0, 2] - 0.7).abs() < 1e-6
