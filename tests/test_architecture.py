@@ -181,7 +181,7 @@ def test_the_wheel_holds_recipes_and_configuration_and_runs_elsewhere(source, tm
         for file in (ROOT / "flowkit" / "weights").rglob("*")
         if file.is_file()
     }
-    assert packed == {*expected, *shared, "flowkit/py.typed"}
+    assert packed == {*expected, *shared, "flowkit/py.typed", "flowkit/data/sentences.txt"}
 
     # The environment sees this one's packages, but not the checkout.
     environment = tmp_path / "env"

@@ -24,6 +24,7 @@ from flowkit.provenance import cache_folder, cached, content_hash
 VOICES = ("kal16", "awb", "rms", "slt")
 FRACTIONS = {"test": 0.15, "val": 0.05}  # of the sentences
 APT = "apt-get install flite"
+VERSION = 2  # of what `speak` returns, raised when that changes: it is kept in a cache
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,8 +54,9 @@ class Spoken:
         return [(phone, end / 1000) for phone, end in self.phones[number].tolist()]
 
     def fingerprint(self) -> str:
-        """Return the SHA-256 of all waves and texts."""
-        columns = {str(k): wave for k, wave in enumerate(self.waves)}
+        """Return the SHA-256 of all waves, phones and texts."""
+        columns = {f"wave {k}": wave for k, wave in enumerate(self.waves)}
+        columns |= {f"phones {k}": rows for k, rows in enumerate(self.phones)}
         return content_hash(columns, json.dumps([self.names, self.speakers, self.texts]))
 
 
@@ -152,7 +154,7 @@ class SyntheticVoices(Speech):
     def _rendered(self, voice: str) -> dict[str, Tensor]:
         """Return waves and phones of a voice, from the cache or by flite."""
         texts = SENTENCES[: self.sentences]
-        key = hashlib.sha256(json.dumps([voice, RATE, texts]).encode()).hexdigest()[:16]
+        key = hashlib.sha256(json.dumps([VERSION, voice, texts]).encode()).hexdigest()[:16]
         file = cache_folder() / f"voice-{voice}-{key}.safetensors"
         return cached(file, load_file, lambda: speak(voice, texts), lambda p, x: save_file(x, p))
 

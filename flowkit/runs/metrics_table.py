@@ -143,11 +143,11 @@ def _plain(value: Any) -> str:
 
 
 def _number(metric: Mapping[str, Any] | None) -> str:
-    """Return a number with its interval, to as many decimals, and a star if it is unreliable."""
+    """Return a number and its interval with equal decimals, and a star if it is unreliable."""
     if metric is None:
         return ""
-    value, ends = metric["value"], metric["interval"]
-    whole = isinstance(value, int) or not 1e-3 <= abs(value) < 1e9
-    spec = ".4g" if whole else f".{max(0, 3 - math.floor(math.log10(abs(value))))}f"
+    value, ends, spec = metric["value"], metric["interval"], ".4g"
+    if isinstance(value, float) and abs(value) < 1e9 and not 0 < abs(value) < 1e-3:
+        spec = f".{max(0, 3 - math.floor(math.log10(abs(value) or 0.1)))}f"
     interval = "" if ends is None else f" [{', '.join(format(end, spec) for end in ends)}]"
     return f"{value:{spec}}{'*' if metric['unreliable'] else ''}{interval}"

@@ -5,7 +5,8 @@ import warnings
 import pytest
 import torch
 
-from flowkit.policies import ActionNormalizer
+from flowkit.nn import SequenceDiT
+from flowkit.policies import ActionNormalizer, PolicyVelocity
 
 
 def actions(count=500, size=4):
@@ -40,9 +41,12 @@ def test_a_constant_dimension_is_safe_and_said():
     x[:, 2] = 0.7
     with pytest.warns(UserWarning, match=r"got constant dimensions \[2\]; their scale is 0.001"):
         normalizer = ActionNormalizer.fit(x)
+    velocity = PolicyVelocity(SequenceDiT((4, 2), width=16, depth=1, heads=2, vector=4), 4)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # in observations they are usual
-        ActionNormalizer.fit(x, may_be_constant=True)
+        warnings.simplefilter("error")
+        velocity.learn(actions(), observations=x)  # there it is usual
+    with pytest.warns(UserWarning, match=r"actions must move .* got constant dimensions \[2\]"):
+        velocity.learn(x, observations=x)
     assert normalizer.normalize(x).isfinite().all()
     assert normalizer.normalize(x)[:, 2].abs().max() == 0
     assert (normalizer.denormalize(torch.full((1, 4), 3.0))[0, 2] - 0.7).abs() < 1e-6

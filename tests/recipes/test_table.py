@@ -7,6 +7,7 @@ from hydra import compose, initialize_config_dir
 
 from flowkit.recipes.evaluate import evaluate
 from flowkit.recipes.table import table
+from flowkit.runs.metrics_table import table as in_markdown
 from tests.conftest import CONF
 
 SMALL = ["num_samples=20", "metric=pixels", "sampler=heun", "sampler.grid=2"]
@@ -27,6 +28,25 @@ def evaluated(tiny_run, tmp_path_factory):
 def tabulated(configure, *places, **options):
     given = [f"{key}={value}" for key, value in options.items()]
     return table(configure("table", f"runs=[{','.join(map(str, places))}]", *given))
+
+
+@pytest.mark.parametrize(
+    ("value", "ends", "shown"),
+    [
+        (5697.386, [2071.53, 14281.36], "5697 [2072, 14281]"),
+        (80.7204, None, "80.72"),
+        (0.031, [0.02, 0.104], "0.03100 [0.02000, 0.10400]"),
+        (0.0, [0.0, 0.2775], "0.0000 [0.0000, 0.2775]"),
+        (3, None, "3"),
+        (2.5e-6, None, "2.5e-06"),
+        (float("nan"), None, "nan"),
+    ],
+)
+def test_a_number_and_its_interval_have_equal_decimals(value, ends, shown):
+    metric = {"value": value, "interval": ends, "unreliable": False}
+    row = {"name": "a", "metrics": {"recall": metric}, "num_samples": None, "weights": None}
+    row |= dict.fromkeys(("sampler", "steps", "nfe", "guidance"))
+    assert f"| {shown} |" in in_markdown([{**row, "differs": []}])
 
 
 def test_numbers_are_those_of_the_records_and_other_settings_are_marked(
